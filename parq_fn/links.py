@@ -1,0 +1,415 @@
+"""Links: what moves an update on its way from a gradient to an increment.
+
+Hyperparameters are numbers, 0-d tensors, or schedules of the count of updates so far. A leaf
+without a gradient (None) keeps its state. State has each leaf's dtype and shape unless said.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from parq_fn.scalar import Scalar, at, concrete, is_number, new_count, to_device
+from parq_fn.transformation import Link, Transformation, check_transformation
+from parq_fn.tree import PyTree, check_floating, select, tree_leaves, tree_map
+from parq_fn.value import value
+
+
+class CountState(NamedTuple):
+    """State of a link whose hyperparameter may be a schedule."""
+
+    count: Tensor  # type: ignore[assignment] # (hides tuple.count) [], int64: updates so far
+
+
+def times(leaf: Tensor, scalar: Tensor) -> Tensor:
+    """leaf * scalar in the leaf's dtype; a float64 scalar is not rounded first."""
+    return (leaf * to_device(scalar, leaf)).to(leaf.dtype)
+
+
+def check_not_negative(who: str, **fields: Any) -> None:
+    """Raises ValueError for a plain number below 0."""
+    for name, got in fields.items():
+        if is_number(got) and not got >= 0:
+            raise ValueError(f"{who}: {name} must not be negative, got {got}")
+
+
+def check_share(who: str, **fields: Any) -> None:
+    """Raises ValueError for a plain number outside [0, 1)."""
+    for name, got in fields.items():
+        if is_number(got) and not 0 <= got < 1:
+            raise ValueError(f"{who}: {name} must lie in [0, 1), got {got}")
+
+
+@value
+class scale(Link):
+    """updates -> factor * updates.
+
+    >>> import torch
+    >>> scale(2.0).update({"w": torch.ones(1)}, scale(2.0).init(None), None)[0]
+    {'w': tensor([2.])}
+    """
+
+    factor: float | Tensor
+
+    def update(
+        self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        del params, extra
+        factor = at(self.factor, new_count())
+        return tree_map(lambda u: times(u, factor), updates), state
+
+
+@value
+class scale_by_schedule(Link):
+    """updates -> schedule(count) * updates, count the updates before this one."""
+
+    schedule: Scalar
+
+    def init(self, params: PyTree) -> CountState:
+        """A count of 0."""
+        del params
+        return CountState(new_count())
+
+    def update(
+        self, updates: PyTree, state: CountState, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, CountState]:
+        del params, extra
+        factor = at(self.schedule, state.count)
+        return tree_map(lambda u: times(u, factor), updates), CountState(state.count + 1)
+
+
+@value
+class scale_by_learning_rate(Link):
+    """updates -> -learning_rate * updates, so that adding them descends.
+
+    An extra argument `learning_rate` of `update` stands in for the link's own.
+    """
+
+    learning_rate: Scalar
+
+    def __post_init__(self) -> None:
+        check_not_negative("scale_by_learning_rate", learning_rate=self.learning_rate)
+
+    def init(self, params: PyTree) -> CountState:
+        """A count of 0."""
+        del params
+        return CountState(new_count())
+
+    def update(
+        self,
+        updates: PyTree,
+        state: CountState,
+        params: PyTree,
+        *,
+        learning_rate: Scalar | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, CountState]:
+        del params, extra
+        own = self.learning_rate if learning_rate is None else learning_rate
+        rate = -at(own, state.count)
+        return tree_map(lambda u: times(u, rate), updates), CountState(state.count + 1)
+
+
+@value
+class add_decayed_weights(Link):
+    """updates -> updates + weight_decay * params: the gradient of weight_decay / 2 |params|^2.
+
+    Before the other links it is an L2 penalty (sgd, adam), after them decoupled decay (adamw).
+    It acts on the latent params.
+    """
+
+    weight_decay: Scalar
+
+    def __post_init__(self) -> None:
+        check_not_negative("add_decayed_weights", weight_decay=self.weight_decay)
+
+    def init(self, params: PyTree) -> CountState:
+        """A count of 0."""
+        del params
+        return CountState(new_count())
+
+    def update(
+        self, updates: PyTree, state: CountState, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, CountState]:
+        del extra
+        decay = at(self.weight_decay, state.count)
+        out = tree_map(lambda u, p: u + times(p, decay).to(u.dtype), updates, params)
+        return out, CountState(state.count + 1)
+
+
+class TraceState(NamedTuple):
+    """State of `trace`."""
+
+    count: Tensor  # type: ignore[assignment] # (hides tuple.count) [], int64: updates so far
+    trace: PyTree  # like params: the accumulated updates
+
+
+@value
+class trace(Link):
+    """Momentum: m <- decay * m + (1 - dampening) * u; updates -> m, nesterov: u + decay * m.
+
+    As in torch.optim.SGD the first update fills m undampened: m = u.
+    """
+
+    decay: float | Tensor
+    dampening: float | Tensor = 0.0
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        check_not_negative("trace", decay=self.decay)
+        if self.nesterov and is_number(self.dampening) and self.dampening != 0:
+            raise ValueError(
+                f"trace: nesterov momentum takes no dampening, got dampening={self.dampening}"
+            )
+
+    def init(self, params: PyTree) -> TraceState:
+        """Zeros."""
+        check_floating(params, "trace")
+        return TraceState(new_count(), tree_map(torch.zeros_like, params))
+
+    def update(
+        self, updates: PyTree, state: TraceState, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, TraceState]:
+        del params, extra
+        decay = at(self.decay, state.count)
+        share = torch.where(state.count == 0, 1.0, 1.0 - at(self.dampening, state.count))
+
+        def accumulate(m: Tensor, u: Tensor | None) -> Tensor:
+            return m if u is None else times(m, decay) + times(u, share).to(m.dtype)
+
+        traced = tree_map(accumulate, state.trace, updates)
+        if self.nesterov:
+            out = tree_map(lambda u, m: u + times(m, decay).to(u.dtype), updates, traced)
+        else:
+            out = tree_map(lambda u, m: m.to(u.dtype), updates, traced)
+        return out, TraceState(state.count + 1, traced)
+
+
+class AdamState(NamedTuple):
+    """State of `scale_by_adam`."""
+
+    count: Tensor  # type: ignore[assignment] # (hides tuple.count) [], int64: updates so far
+    first: PyTree  # like params: running mean of the updates
+    second: PyTree  # like params: running mean of their squares
+    largest: PyTree  # like params: the largest `second` so far with amsgrad, else None
+
+
+@value
+class scale_by_adam(Link):
+    """m <- b1 m + (1 - b1) u, v <- b2 v + (1 - b2) u^2;
+    updates -> m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps), t the count with this update.
+
+    With amsgrad the largest v so far stands in for v.
+
+    Source: Kingma and Ba, Adam, arXiv 1412.6980; Reddi et al., AMSGrad, arXiv 1904.09237.
+    """
+
+    b1: float | Tensor = 0.9
+    b2: float | Tensor = 0.999
+    eps: float | Tensor = 1e-8
+    amsgrad: bool = False
+
+    def __post_init__(self) -> None:
+        check_share("scale_by_adam", b1=self.b1, b2=self.b2)
+        check_not_negative("scale_by_adam", eps=self.eps)
+
+    def init(self, params: PyTree) -> AdamState:
+        """Zeros."""
+        check_floating(params, "scale_by_adam")
+        zeros = tree_map(torch.zeros_like, params)
+        return AdamState(new_count(), zeros, zeros, zeros if self.amsgrad else None)
+
+    def update(
+        self, updates: PyTree, state: AdamState, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, AdamState]:
+        del params, extra
+        count = state.count + 1
+        b1, b2, eps = (at(c, count) for c in (self.b1, self.b2, self.eps))
+        one = 1.0 - b1**count
+        two = 1.0 - b2**count
+
+        def mean(m: Tensor, u: Tensor | None) -> Tensor:
+            return m if u is None else times(m, b1) + times(u, 1.0 - b1).to(m.dtype)
+
+        def square(v: Tensor, u: Tensor | None) -> Tensor:
+            return v if u is None else times(v, b2) + times(u.square(), 1.0 - b2).to(v.dtype)
+
+        first = tree_map(mean, state.first, updates)
+        second = tree_map(square, state.second, updates)
+        largest = tree_map(torch.maximum, state.largest, second) if self.amsgrad else None
+
+        def direction(u: Tensor, m: Tensor, v: Tensor) -> Tensor:
+            v = (v / to_device(two, v)).to(v.dtype)
+            # sqrt has no derivative at 0, which gradients through `update` would meet
+            root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), v) + to_device(eps, v)
+            return (m / to_device(one, m) / root).to(u.dtype)
+
+        out = tree_map(direction, updates, first, largest if self.amsgrad else second)
+        return out, AdamState(count, first, second, largest)
+
+
+@value
+class clip(Link):
+    """updates -> clamp(updates, -max_abs, max_abs), element by element."""
+
+    max_abs: float | Tensor
+
+    def __post_init__(self) -> None:
+        check_not_negative("clip", max_abs=self.max_abs)
+
+    def update(
+        self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        del params, extra
+        bound = at(self.max_abs, new_count())
+
+        def clamp(u: Tensor) -> Tensor:
+            limit = to_device(bound, u).to(u.dtype)
+            return torch.minimum(torch.maximum(u, -limit), limit)
+
+        return tree_map(clamp, updates), state
+
+
+def global_norm(tree: PyTree) -> Tensor:
+    """sqrt of the sum of all squares, a 0-d tensor in float32 or better.
+
+    >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0]), "c": None})
+    tensor(5.)
+    """
+    norms = [
+        torch.linalg.vector_norm(u, dtype=torch.promote_types(u.dtype, torch.float32))
+        for u in tree_leaves(tree)
+    ]
+    if not norms:
+        return torch.zeros(())
+    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    return total
+
+
+@value
+class clip_by_global_norm(Link):
+    """updates -> min(1, max_norm / (norm + 1e-6)) * updates, norm that of all leaves together.
+
+    The formula is torch.nn.utils.clip_grad_norm_'s.
+    """
+
+    max_norm: float | Tensor
+
+    def __post_init__(self) -> None:
+        check_not_negative("clip_by_global_norm", max_norm=self.max_norm)
+
+    def update(
+        self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        del params, extra
+        norm = global_norm(updates)
+        factor = (to_device(at(self.max_norm, new_count()), norm) / (norm + 1e-6)).clamp(max=1.0)
+        return tree_map(lambda u: times(u, factor), updates), state
+
+
+# Links around others
+
+
+class AccumulateState(NamedTuple):
+    """State of `accumulate`."""
+
+    count: Tensor  # type: ignore[assignment] # (hides tuple.count) [], int64: calls since the last one that updated
+    total: PyTree  # like params: sum of the updates since then
+    inner: PyTree  # the inner state
+
+
+@value
+class accumulate(Link):
+    """Gradient accumulation: one inner update with the mean of every `steps` updates.
+
+    On the calls between, updates are zeros and the inner state stands still, so the schedule,
+    the warmup and the period of a prox link inside count inner updates. Wrap the whole chain.
+
+    Raises ValueError unless steps is a whole number from 1 on.
+
+    >>> import torch
+    >>> from parq_fn import accumulate, sgd
+    >>> transform, params = accumulate(sgd(1.0), 2), {"w": torch.zeros(1)}
+    >>> state = transform.init(params)
+    >>> first, state = transform.update({"w": torch.tensor([1.0])}, state, params)
+    >>> second, state = transform.update({"w": torch.tensor([3.0])}, state, params)
+    >>> first, second
+    ({'w': tensor([0.])}, {'w': tensor([-2.])})
+    """
+
+    inner: Transformation
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_transformation(self.inner, "the inner transformation of accumulate")
+        if is_number(self.steps) and (self.steps < 1 or self.steps != int(self.steps)):
+            raise ValueError(f"accumulate: steps must be a whole number >= 1, got {self.steps}")
+
+    def init(self, params: PyTree) -> AccumulateState:
+        """Zeros and the inner state."""
+        check_floating(params, "accumulate")
+        zeros = tree_map(torch.zeros_like, params)
+        return AccumulateState(new_count(), zeros, self.inner.init(params))
+
+    def update(
+        self, updates: PyTree, state: AccumulateState, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, AccumulateState]:
+        count = state.count + 1
+        due = count >= self.steps
+        total = tree_map(lambda t, u: t if u is None else t + u.to(t.dtype), state.total, updates)
+        zeros = tree_map(torch.zeros_like, total)
+        if concrete(due) is False:  # the work of a step that would be thrown away
+            return zeros, AccumulateState(count, total, state.inner)
+        mean = tree_map(lambda t: t / self.steps, total)
+        out, inner = self.inner.update(mean, state.inner, params, **extra)
+        return select(due, out, zeros), AccumulateState(
+            torch.where(due, 0, count),
+            select(due, zeros, total),
+            select(due, inner, state.inner),
+        )
+
+    def weights(self, state: AccumulateState, params: PyTree) -> PyTree:
+        """The inner weights."""
+        return self.inner.weights(state.inner, params)
+
+
+class FiniteState(NamedTuple):
+    """State of `apply_if_finite`."""
+
+    skipped: Tensor  # [], int64: calls skipped so far
+    inner: PyTree  # the inner state
+
+
+@value
+class apply_if_finite(Link):
+    """The inner update where every element of the updates is finite; otherwise zeros.
+
+    A skipped call leaves the inner state as it was, levels and counts of a prox link included,
+    and is counted in `skipped`. Wrap the whole chain.
+    """
+
+    inner: Transformation
+
+    def __post_init__(self) -> None:
+        check_transformation(self.inner, "the inner transformation of apply_if_finite")
+
+    def init(self, params: PyTree) -> FiniteState:
+        """The inner state, nothing skipped."""
+        return FiniteState(new_count(), self.inner.init(params))
+
+    def update(
+        self, updates: PyTree, state: FiniteState, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, FiniteState]:
+        finite = torch.ones((), dtype=torch.bool)
+        for leaf in tree_leaves(updates):
+            finite = to_device(finite, leaf) & leaf.isfinite().all()
+        zeros = tree_map(torch.zeros_like, updates)
+        out, inner = self.inner.update(updates, state.inner, params, **extra)
+        skipped = state.skipped + to_device((~finite).to(torch.int64), state.skipped)
+        return select(finite, out, zeros), FiniteState(skipped, select(finite, inner, state.inner))
+
+    def weights(self, state: FiniteState, params: PyTree) -> PyTree:
+        """The inner weights."""
+        return self.inner.weights(state.inner, params)

@@ -1,0 +1,77 @@
+"""torch.nn modules as functions of a params tree, and which of their params to quantize."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parq_fn.tree import matches
+
+_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    """(apply, params): apply(weights, *inputs) calls the module with those weights.
+
+    params is a dict by name of detached copies, so that training them leaves the module alone;
+    apply takes a dict with the same names, in the module's train or eval mode, and buffers
+    (running statistics) are the module's own. Tied parameters appear once.
+
+    Raises TypeError for a module under FSDP2, which ignores tensors it is given in this way.
+
+    >>> module = nn.Linear(2, 1)
+    >>> apply, params = functional(module)
+    >>> sorted(params), apply(params, torch.zeros(3, 2)).shape
+    (['bias', 'weight'], torch.Size([3, 1]))
+    """
+    for name, part in module.named_modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(part).__mro__):
+            raise TypeError(
+                f"functional: module {name or 'itself'!r} is sharded by fully_shard, which would "
+                "ignore the weights it is called with; train it with a torch.optim adapter"
+            )
+
+    def apply(weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(module, weights, args, kwargs)
+
+    return apply, {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def weight_mask(module: nn.Module, exclude: str | Sequence[str] = ()) -> dict[str, bool]:
+    """The params to quantize, by name: weight matrices and conv kernels.
+
+    Biases, norms, embeddings (also where a layer's weight is tied to one), and parameters that
+    are no layer's weight (class tokens, position embeddings) are left alone, and so is what
+    `exclude` names: patterns for names or their parents, such as "head".
+
+    Raises ValueError for a pattern that matches no parameter.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    >>> [name for name, quantized in weight_mask(net, exclude="3").items() if quantized]
+    ['0.weight']
+    """
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in names):
+            raise ValueError(
+                f"exclude pattern {pattern!r} matches no parameter of the module; they are: "
+                f"{', '.join(names)}"
+            )
+    looked_up = {id(p) for m in module.modules() if isinstance(m, _LOOKUPS) for p in m.parameters()}
+    mask = {}
+    for name, parameter in module.named_parameters():
+        parent, _, local = name.rpartition(".")
+        mask[name] = (
+            parameter.is_floating_point()
+            and parameter.dim() >= 2
+            and "weight" in local
+            and id(parameter) not in looked_up
+            and not isinstance(module.get_submodule(parent), _NORMS)
+            and not any(matches(pattern, name) for pattern in patterns)
+        )
+    return mask

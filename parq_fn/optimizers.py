@@ -1,0 +1,123 @@
+"""Optimizers: chains of links, equal to torch.optim's step for step."""
+
+from __future__ import annotations
+
+from parq_fn.links import (
+    add_decayed_weights,
+    check_not_negative,
+    check_share,
+    scale_by_adam,
+    scale_by_learning_rate,
+    trace,
+)
+from parq_fn.scalar import Scalar, is_number
+from parq_fn.transformation import Chain, Composite, chain
+from parq_fn.value import value
+
+
+def _off(hyperparameter: object) -> bool:
+    return is_number(hyperparameter) and hyperparameter == 0
+
+
+@value
+class sgd(Composite):
+    """g <- g + weight_decay * p; m <- momentum * m + (1 - dampening) * g; p <- p - lr * m.
+
+    With nesterov the step takes g + momentum * m. Learning rate and weight decay are numbers,
+    0-d tensors or schedules. Equal to torch.optim.SGD.
+
+    Raises ValueError for negative values, and for nesterov without momentum or with dampening.
+
+    >>> import torch
+    >>> from parq_fn import apply_updates, sgd
+    >>> params, optimizer = {"w": torch.ones(1)}, sgd(0.1, momentum=0.9)
+    >>> updates, state = optimizer.update({"w": torch.ones(1)}, optimizer.init(params), params)
+    >>> apply_updates(params, updates)
+    {'w': tensor([0.9000])}
+    """
+
+    learning_rate: Scalar
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: Scalar = 0.0
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        check_not_negative(
+            "sgd",
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+        if self.nesterov and (_off(self.momentum) or not _off(self.dampening)):
+            raise ValueError(
+                "sgd: nesterov takes a momentum and no dampening, got "
+                f"momentum={self.momentum}, dampening={self.dampening}"
+            )
+
+    def expand(self) -> Chain:
+        """[add_decayed_weights,] [trace,] scale_by_learning_rate."""
+        decay = () if _off(self.weight_decay) else (add_decayed_weights(self.weight_decay),)
+        momentum = (trace(self.momentum, self.dampening, self.nesterov),)
+        rate = scale_by_learning_rate(self.learning_rate)
+        return chain(*decay, *(() if _off(self.momentum) else momentum), rate)
+
+
+@value
+class adam(Composite):
+    """Adam with an L2 penalty: g <- g + weight_decay * p before `scale_by_adam`.
+
+    Learning rate and weight decay are numbers, 0-d tensors or schedules. Equal to
+    torch.optim.Adam. Raises ValueError for negative values and betas outside [0, 1).
+    """
+
+    learning_rate: Scalar = 1e-3
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: Scalar = 0.0
+    amsgrad: bool = False
+
+    def __post_init__(self) -> None:
+        _check_adam(self)
+
+    def expand(self) -> Chain:
+        """[add_decayed_weights,] scale_by_adam, scale_by_learning_rate."""
+        decay = () if _off(self.weight_decay) else (add_decayed_weights(self.weight_decay),)
+        moments = scale_by_adam(self.b1, self.b2, self.eps, self.amsgrad)
+        return chain(*decay, moments, scale_by_learning_rate(self.learning_rate))
+
+
+@value
+class adamw(Composite):
+    """Adam with decoupled decay: p <- p - lr * (adam direction + weight_decay * p).
+
+    Learning rate and weight decay are numbers, 0-d tensors or schedules. Equal to
+    torch.optim.AdamW. Raises ValueError for negative values and betas outside [0, 1).
+
+    Source: Loshchilov and Hutter, AdamW, arXiv 1711.05101.
+    """
+
+    learning_rate: Scalar = 1e-3
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: Scalar = 1e-2
+    amsgrad: bool = False
+
+    def __post_init__(self) -> None:
+        _check_adam(self)
+
+    def expand(self) -> Chain:
+        """scale_by_adam, [add_decayed_weights,] scale_by_learning_rate."""
+        decay = () if _off(self.weight_decay) else (add_decayed_weights(self.weight_decay),)
+        moments = scale_by_adam(self.b1, self.b2, self.eps, self.amsgrad)
+        return chain(moments, *decay, scale_by_learning_rate(self.learning_rate))
+
+
+def _check_adam(self: adam | adamw) -> None:
+    who = type(self).__name__
+    check_share(who, b1=self.b1, b2=self.b2)
+    check_not_negative(
+        who, learning_rate=self.learning_rate, eps=self.eps, weight_decay=self.weight_decay
+    )

@@ -1,0 +1,382 @@
+"""The prox link: latent params in, quantized weights out.
+
+    t       = count before the update
+    u      <- u + updates - (lr / gamma) (u - w)      the last term with a normal map only
+    Q      <- quantizer(u / shrink)                   at t >= warmup, (t - warmup) % period == 0
+    w       = map(u / shrink, Q, coefficient(t))      from warmup and the annealing's start on
+
+Updates pass through (but for the normal map's pull), for w is computed from u and never
+reconstructed from an increment. Levels are fitted to params + updates as they reach this link,
+so it stands last of what moves its params.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from parq_fn import proxmaps, schedules
+from parq_fn.granularity import Granularity, per_tensor
+from parq_fn.links import check_not_negative, times
+from parq_fn.quantizers import Quantizer
+from parq_fn.scalar import Scalar, as_scalar, at, concrete, is_number, new_count, to_device
+from parq_fn.transformation import Link, apply_updates
+from parq_fn.tree import PyTree, check_floating, tree_map, tree_names
+from parq_fn.value import value
+
+
+class ProxState(NamedTuple):
+    """State of a prox link."""
+
+    count: Tensor  # type: ignore[assignment] # (hides tuple.count) [], int64: updates so far
+    slope: Tensor  # [], float64: the map's coefficient at the last update; parq: inverse slope
+    lr_sum: Tensor  # [], float64: sum of the learning rates so far, where they are known
+    levels: PyTree  # [r, k] for each param, in its dtype; zeros until a step has fitted them
+
+
+@value
+class Prox(Link):
+    """Base of the prox links, and their options.
+
+    quantizer: rows [r, n] -> levels [r, k].
+    granularity: which weights share levels.
+    period: updates from one fit of the levels to the next.
+    warmup: updates of the base optimizer alone, w = u, before the first fit.
+    learning_rate: number, 0-d tensor or schedule; shrink and normal_map alone need it. An extra
+        argument `learning_rate` of `update` stands in for it.
+    shrink: map and quantizer see u / max(1, sum of the learning rates), or with a normal map
+        u / gamma; the latent itself stays as it is.
+    normal_map: gamma > 0; the latent moves by -(lr / gamma) (u - w) besides. gamma = lr with
+        plain SGD is proximal SGD, gamma -> infinity is AProx.
+
+    `init` raises TypeError for a leaf that is not floating, ValueError for one that the
+    granularity cannot cut or that holds NaN or infinities (where values can be read), each with
+    the leaf's name. `update` never looks at values: a row that turns NaN keeps its old levels,
+    its weights are NaN, and the other rows are left alone.
+
+    Source: Jin et al., PARQ, arXiv 2503.15748, algorithm 1 (AProx); normal map: Qiu, Jiang,
+    Milzarek, arXiv 2305.05828.
+    """
+
+    quantizer: Quantizer
+    granularity: Granularity = field(default=per_tensor(), kw_only=True)
+    period: int = field(default=10, kw_only=True)
+    warmup: int = field(default=0, kw_only=True)
+    learning_rate: Scalar | None = field(default=None, kw_only=True)
+    shrink: bool = field(default=False, kw_only=True)
+    normal_map: float | Tensor | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        who = type(self).__name__
+        for name in ("fit", "num_levels"):
+            if isinstance(self.quantizer, type) or not hasattr(self.quantizer, name):
+                raise TypeError(
+                    f"{who}: expected a quantizer such as lsbq(2), got {self.quantizer!r}"
+                )
+        if not hasattr(self.granularity, "rows") or isinstance(self.granularity, type):
+            raise TypeError(
+                f"{who}: expected a granularity such as per_channel(), got {self.granularity!r}"
+            )
+        for name, low in (("period", 1), ("warmup", 0)):
+            got = getattr(self, name)
+            if is_number(got) and (got < low or got != int(got)):
+                raise ValueError(f"{who}: {name} must be a whole number >= {low}, got {got}")
+        check_not_negative(who, learning_rate=self.learning_rate)
+        if is_number(self.normal_map) and not self.normal_map > 0:  # type: ignore[operator]
+            raise ValueError(f"{who}: normal_map must be positive, got {self.normal_map}")
+
+    # What each kind of prox link gives.
+
+    @property
+    def begins(self) -> float | Tensor:
+        """The first step whose weights the map makes, warmup aside."""
+        return 0
+
+    def coefficient(self, step: Tensor) -> Tensor:
+        """The map's coefficient at a step."""
+        return torch.zeros_like(step, dtype=torch.float64)
+
+    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        """Latent rows [r, n], levels [r, k] -> weights [r, n]."""
+        raise NotImplementedError(f"{type(self).__name__} must define proxmap")
+
+    # The transformation.
+
+    def init(self, params: PyTree) -> ProxState:
+        """Nothing fitted: levels are zeros, weights are the params."""
+        who = type(self).__name__
+        check_floating(params, who)
+
+        def empty(param: Tensor, name: str) -> Tensor:
+            try:
+                rows, _ = self.granularity.shape(param)
+            except ValueError as error:
+                raise ValueError(f"{who}: parameter {name!r}: {error}") from None
+            if concrete(param.isfinite().all()) is False:
+                raise ValueError(f"{who}: parameter {name!r} holds NaN or infinities")
+            return param.new_zeros((rows, self.quantizer.num_levels))
+
+        count = new_count()
+        levels = tree_map(empty, params, tree_names(params))
+        return ProxState(count, self._coefficient(count), count.to(torch.float64), levels)
+
+    def update(
+        self,
+        updates: PyTree,
+        state: ProxState,
+        params: PyTree,
+        *,
+        learning_rate: Scalar | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, ProxState]:
+        """The updates, and the levels of params + updates where they are due."""
+        del extra
+        step = state.count
+        rate = self._rate(self.learning_rate if learning_rate is None else learning_rate, step)
+        if self.normal_map is not None:
+            pull = rate / as_scalar(self.normal_map)
+
+            def pulled(u: Tensor, p: Tensor, w: Tensor) -> Tensor:
+                return u - times(p - w, pull).to(u.dtype)
+
+            updates = tree_map(pulled, updates, params, self.weights(state, params))
+        state = state._replace(
+            count=step + 1, slope=self._coefficient(step), lr_sum=state.lr_sum + rate
+        )
+        due = (step >= self.warmup) & ((step - self.warmup) % self.period == 0)
+        if concrete(due) is False:  # the fit would be thrown away
+            return updates, state
+
+        def fit(old: Tensor, latent: Tensor) -> Tensor:
+            new = self.quantizer.fit(self._rows(latent, state)).to(old.dtype)
+            take = to_device(due, old) & new.isfinite().all(-1, keepdim=True)
+            return torch.where(take, new, old)
+
+        levels = tree_map(fit, state.levels, apply_updates(params, updates))
+        return updates, state._replace(levels=levels)
+
+    def weights(self, state: ProxState, params: PyTree) -> PyTree:
+        """map(params / shrink, levels, coefficient); the params before warmup and annealing."""
+        step = state.count - 1
+        active = (step >= self.warmup) & (step >= self.begins)
+        known = concrete(active)
+        if known is False:
+            return params
+
+        def weight(param: Tensor, levels: Tensor) -> Tensor:
+            rows = self.proxmap(self._rows(param, state), levels, state.slope)
+            mapped = self.granularity.restore(rows, param).to(param.dtype)
+            return mapped if known else torch.where(to_device(active, param), mapped, param)
+
+        return tree_map(weight, params, state.levels)
+
+    def _coefficient(self, step: Tensor) -> Tensor:
+        return self.coefficient(step).to(torch.float64)
+
+    def _rate(self, learning_rate: Scalar | None, step: Tensor) -> Tensor:
+        if learning_rate is not None:
+            return at(learning_rate, step)
+        if self.shrink or self.normal_map is not None:
+            raise ValueError(
+                f"{type(self).__name__}: shrink and normal_map need the learning rate; give "
+                "learning_rate=... to the link or to update"
+            )
+        return torch.zeros((), dtype=torch.float64, device=step.device)
+
+    def _rows(self, latent: Tensor, state: ProxState) -> Tensor:
+        if not self.shrink:
+            return self.granularity.rows(latent)
+        if self.normal_map is not None:
+            divisor = as_scalar(self.normal_map)
+        else:
+            divisor = state.lr_sum.clamp(min=1.0)
+        wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
+        return self.granularity.rows((wide / to_device(divisor, wide)).to(wide.dtype))
+
+
+@value
+class hard_prox(Prox):
+    """w = nearest level of u, from warmup on: the straight-through estimator as a link.
+
+    Options as in `Prox`.
+
+    >>> from parq_fn import apply_updates, chain, lsbq, sgd
+    >>> transform, params = chain(sgd(0.0), hard_prox(lsbq(1))), {"w": torch.tensor([1.0, -3.0])}
+    >>> updates, state = transform.update(params, transform.init(params), params)
+    >>> transform.weights(state, apply_updates(params, updates))
+    {'w': tensor([ 2., -2.])}
+    """
+
+    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        del coefficient
+        return proxmaps.hard(u, levels)
+
+
+@value
+class _Annealed(Prox):
+    """A prox link whose map sharpens from anneal_start to anneal_end and is hard from then on.
+
+    Raises ValueError unless anneal_start < anneal_end.
+    """
+
+    anneal_start: float | Tensor = field(kw_only=True)
+    anneal_end: float | Tensor = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        schedules.check_range(self.anneal_start, self.anneal_end, ("anneal_start", "anneal_end"))
+
+    @property
+    def begins(self) -> float | Tensor:
+        return self.anneal_start
+
+    def _progress(self, step: Tensor) -> Tensor:
+        return schedules.progress(step, self.anneal_start, self.anneal_end)
+
+
+@value
+class parq_prox(_Annealed):
+    """w = parq(u, levels, s), s the `inverse_slope` schedule of anneal_start, anneal_end,
+    steepness and center; w = u before anneal_start.
+
+    At anneal_start s = 1, and weights outside the range of the levels jump to its ends. With
+    clipped_start=True they are held to the range from warmup on instead.
+
+    Options as in `Prox`.
+
+    >>> from parq_fn import lsbq, per_channel
+    >>> parq_prox(lsbq(2), anneal_start=100, anneal_end=2000, granularity=per_channel())
+    parq_prox(lsbq(2), anneal_start=100, anneal_end=2000, granularity=per_channel())
+
+    Source: Jin et al., PARQ, arXiv 2503.15748.
+    """
+
+    steepness: float | Tensor = field(default=10.0, kw_only=True)
+    center: float | Tensor = field(default=0.5, kw_only=True)
+    clipped_start: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._schedule()
+
+    @property
+    def begins(self) -> float | Tensor:
+        return 0 if self.clipped_start else self.anneal_start
+
+    def _schedule(self) -> schedules.inverse_slope:
+        return schedules.inverse_slope(
+            self.anneal_start, self.anneal_end, self.steepness, self.center
+        )
+
+    def coefficient(self, step: Tensor) -> Tensor:
+        return self._schedule()(step)
+
+    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        return proxmaps.parq(u, levels, coefficient)
+
+
+@value
+class soft_prox(_Annealed):
+    """w = soft(u, levels, T), T from `temperature` to `end_temperature` in the `power`-th power
+    of the progress from anneal_start to anneal_end, then hard; w = u before anneal_start.
+
+    Options as in `Prox`.
+
+    >>> from parq_fn import lsbq
+    >>> soft_prox(lsbq(2), anneal_start=0, anneal_end=9).coefficient(torch.tensor([0, 9]))
+    tensor([1., inf], dtype=torch.float64)
+    """
+
+    temperature: float | Tensor = field(default=1.0, kw_only=True)
+    end_temperature: float | Tensor = field(default=1000.0, kw_only=True)
+    power: float | Tensor = field(default=1.0, kw_only=True)
+
+    def coefficient(self, step: Tensor) -> Tensor:
+        x = self._progress(step) ** self.power
+        relaxed = (1 - x) * self.temperature + x * self.end_temperature
+        return torch.where(step >= self.anneal_end, torch.inf, relaxed)
+
+    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        return proxmaps.soft(u, levels, coefficient)
+
+
+@value
+class binary_relax_prox(_Annealed):
+    """w = binary_relax(u, levels, theta), theta from 0 at anneal_start to 1 at anneal_end,
+    linear in the steps between, then hard.
+
+    Options as in `Prox`.
+
+    >>> from parq_fn import lsbq
+    >>> binary_relax_prox(lsbq(2), anneal_start=0, anneal_end=8).coefficient(torch.tensor(2))
+    tensor(0.2500, dtype=torch.float64)
+
+    Source: Yin et al., BinaryRelax, arXiv 1801.06313.
+    """
+
+    def coefficient(self, step: Tensor) -> Tensor:
+        return self._progress(step)
+
+    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        return proxmaps.binary_relax(u, levels, coefficient)
+
+
+@value
+class proxquant_prox(_Annealed):
+    """w = proxquant(u, levels, lam), lam from 0 at anneal_start to `strength` at anneal_end,
+    linear in the steps between, then hard.
+
+    strength is in the units of the weights: about half a cell's width makes the last annealed
+    weights nearly hard. Options as in `Prox`.
+
+    >>> from parq_fn import lsbq
+    >>> link = proxquant_prox(lsbq(2), anneal_start=0, anneal_end=8, strength=0.1)
+    >>> link.coefficient(torch.tensor([4, 8]))
+    tensor([0.0500,    inf], dtype=torch.float64)
+
+    Source: Bai, Wang, Liberty, ProxQuant, arXiv 1810.00861.
+    """
+
+    strength: float | Tensor = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative("proxquant_prox", strength=self.strength)
+
+    def coefficient(self, step: Tensor) -> Tensor:
+        relaxed = self._progress(step) * self.strength
+        return torch.where(step >= self.anneal_end, torch.inf, relaxed)
+
+    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        return proxmaps.proxquant(u, levels, coefficient)
+
+
+@value
+class custom_prox(Prox):
+    """w = map(u, levels, schedule(t)) from warmup and step `start` on: a prox link from a map
+    and a schedule of your own.
+
+    Options as in `Prox`.
+
+    >>> from parq_fn import lsbq, proxmaps, schedules
+    >>> custom_prox(lsbq(2), proxmaps.binary_relax, schedules.linear(0.0, 0.9, 0, 1000))
+    custom_prox(lsbq(2), binary_relax, linear(0.0, 0.9, 0, 1000))
+    """
+
+    map: Callable[[Tensor, Tensor, Tensor], Tensor]
+    schedule: Scalar
+    start: float | Tensor = field(default=0, kw_only=True)
+
+    @property
+    def begins(self) -> float | Tensor:
+        return self.start
+
+    def coefficient(self, step: Tensor) -> Tensor:
+        return at(self.schedule, step)
+
+    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        return self.map(u, levels, coefficient)

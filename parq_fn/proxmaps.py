@@ -1,0 +1,262 @@
+"""Prox maps: (u [r, n], levels [r, k], coefficient) -> w [r, n], and their regularizers.
+
+u is the latent weight, Q = (q_1 <= ... <= q_k) the sorted levels of its row, c_i the midpoint
+of the cell [q_i, q_{i+1}]; `parq_fn.levels` holds the search and the tie rule. Every map
+computes in float32 or better and returns u's dtype and shape; values it puts on a level are
+bit-equal to it. NaN gives NaN; an infinity goes to the end level, except where the map has no
+bounded range. A coefficient is a number or a 0-d tensor. TypeError and ValueError as
+`levels.prepare` raises them.
+
+A regularizer takes (w [r, n], levels [r, k], coefficient) and gives the penalty at every w:
+map(u) = argmin_w (w - u)^2 / 2 + penalty(w).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parq_fn.levels import between, cell, midpoint, nearer, nearest, prepare, search
+
+
+def clip(u: Tensor, levels: Tensor) -> Tensor:
+    """argmin_w (w - u)^2 / 2 over q_1 <= w <= q_k: the weight held to the levels' range.
+
+    >>> clip(torch.tensor([[-3.0, 0.2]]), torch.tensor([[-1.0, 1.0]]))
+    tensor([[-1.0000,  0.2000]])
+    """
+    x, q = prepare(u, levels)
+    return between(x, q[..., :1], q[..., -1:]).to(u.dtype)
+
+
+def clip_regularizer(w: Tensor, levels: Tensor) -> Tensor:
+    """0 for q_1 <= w <= q_k, else infinity."""
+    x, q = prepare(w, levels)
+    outside = (x < q[..., :1]) | (x > q[..., -1:])
+    return torch.where(outside, torch.inf, torch.zeros_like(x)).to(w.dtype)
+
+
+def hard(u: Tensor, levels: Tensor) -> Tensor:
+    """argmin_w |w - u| over w in Q: the nearest level, the lower one in a tie.
+
+    >>> hard(torch.tensor([[-3.0, 0.0, 0.2]]), torch.tensor([[-1.0, 1.0]]))
+    tensor([[-1., -1.,  1.]])
+
+    Source: the straight-through estimator's rounding; PARQ, arXiv 2503.15748, section 4.
+    """
+    return nearest(u, levels)
+
+
+def hard_regularizer(w: Tensor, levels: Tensor) -> Tensor:
+    """0 for w in Q, else infinity."""
+    x, q = prepare(w, levels)
+    lo, hi = cell(x, q)
+    return torch.where((x == lo) | (x == hi), torch.zeros_like(x), torch.inf).to(w.dtype)
+
+
+def parq(u: Tensor, levels: Tensor, inverse_slope: float | Tensor) -> Tensor:
+    """argmin_w (w - u)^2 / 2 + h_s(w), h_s(w) = (1 - s) / 2 * (w - q_i) (q_{i+1} - w) on each
+    cell, infinite outside [q_1, q_k]; s the inverse slope in (0, 1].
+
+    That is clamp(c_i + (u - c_i) / s, q_i, q_{i+1}) inside a cell and the end level outside;
+    s = 1 is `clip`, s = 0 is `hard`. Levels and midpoints stay where they are, bit for bit.
+
+    >>> u, levels = torch.tensor([[-3.0, 0.2, 0.6]]), torch.tensor([[-1.0, 1.0]])
+    >>> parq(u, levels, 0.5)
+    tensor([[-1.0000,  0.4000,  1.0000]])
+
+    Source: Jin et al., PARQ, arXiv 2503.15748, equation (8) and figure 3.
+    """
+    x, q, s = prepare(u, levels, inverse_slope)
+    lo, hi = cell(x, q)
+    # c + (v - c)/s = v + (v - c)(1 - s)/s, written so that v = c and s = 1 give v itself;
+    # v is u held to the cell first, for infinities.
+    v = between(x, lo, hi)
+    safe = torch.where(s > 0, s, 1.0)  # the branch not taken must not spoil a gradient
+    steep = v + (v - midpoint(lo, hi)) * ((1 - safe) / safe)
+    w = between(steep, lo, hi)
+    return torch.where(s > 0, w, nearer(x, lo, hi)).to(u.dtype)
+
+
+def parq_regularizer(w: Tensor, levels: Tensor, inverse_slope: float | Tensor) -> Tensor:
+    """h_s(w) = (1 - s) / 2 * (w - q_i) (q_{i+1} - w) on each cell, infinite outside [q_1, q_k].
+
+    It is (1 - s)-weakly convex: with w^2 / 2 added it is s w^2 / 2 plus (1 - s) times the
+    piecewise-linear interpolant of w^2 / 2 at the levels.
+    """
+    x, q, s = prepare(w, levels, inverse_slope)
+    lo, hi = cell(x, q)
+    bump = (1 - s) / 2 * (x - lo) * (hi - x)
+    return torch.where((x < lo) | (x > hi), torch.inf, bump).to(w.dtype)
+
+
+def interpolant(w: Tensor, levels: Tensor) -> Tensor:
+    """Phi(w): the piecewise-linear interpolant of w^2 / 2 at the levels, infinite outside.
+
+    For s in (0, 1], parq(u, s) = argmin_w (w - u/s)^2 / 2 + (1 - s) / s * Phi(w): PARQ is a
+    convex prox of a rescaled input, and that prox is `par(u / s, levels, slopes)` with the
+    slopes (1 - s) / s * c_i.
+    """
+    x, q = prepare(w, levels)
+    lo, hi = cell(x, q)
+    # on a cell: lo^2/2 + (lo + hi)/2 (w - lo) = ((lo + hi) w - lo hi) / 2
+    line = ((lo + hi) * x - lo * hi) / 2
+    return torch.where((x < lo) | (x > hi), torch.inf, line).to(w.dtype)
+
+
+def soft(u: Tensor, levels: Tensor, temperature: float | Tensor) -> Tensor:
+    """c_i + (q_{i+1} - q_i) / 2 * (sigma(T (x - 1/2)) - 1/2) / (sigma(T / 2) - 1/2) in a cell,
+    x = (u - q_i) / (q_{i+1} - q_i), sigma(z) = 1 / (1 + exp(-z)); the end level outside.
+
+    T = 0 is `clip`, T = infinity is `hard`. It is not the prox of any function.
+
+    >>> u, levels = torch.tensor([[-3.0, 0.2, 0.6]]), torch.tensor([[-1.0, 1.0]])
+    >>> soft(u, levels, 8.0)
+    tensor([[-1.0000,  0.3941,  0.8648]])
+
+    Source: the smooth relaxation that PARQ is compared with, arXiv 2503.15748, section 5.
+    """
+    x, q, t = prepare(u, levels, temperature)
+    lo, hi = cell(x, q)
+    v = between(x, lo, hi)
+    # sigma(z) - 1/2 = tanh(z/2) / 2, odd and without cancellation.
+    width = hi - lo
+    offset = (v - lo) / torch.where(width > 0, width, 1.0) - 0.5
+    usable = (t > 0) & t.isfinite()
+    safe = torch.where(usable, t, 1.0)
+    share = torch.tanh(safe * offset / 2) / torch.tanh(safe / 4)
+    w = midpoint(lo, hi) + 0.5 * width * share
+    w = torch.where(share <= -1, lo, torch.where(share >= 1, hi, w))  # saturated: a level
+    w = between(w, lo, hi)
+    w = torch.where(usable, w, torch.where(t > 0, nearer(x, lo, hi), v))
+    return w.to(u.dtype)
+
+
+def binary_relax(u: Tensor, levels: Tensor, theta: float | Tensor) -> Tensor:
+    """argmin_w (w - u)^2 / 2 + lam / 2 * dist(w, Q)^2, theta = lam / (1 + lam) in [0, 1]:
+    (1 - theta) u + theta * nearest level.
+
+    theta = 0 is the identity, theta = 1 is `hard`.
+
+    >>> u, levels = torch.tensor([[-3.0, 0.2, 0.6]]), torch.tensor([[-1.0, 1.0]])
+    >>> binary_relax(u, levels, 0.5)
+    tensor([[-2.0000,  0.6000,  0.8000]])
+
+    Source: Yin et al., BinaryRelax, arXiv 1801.06313, equation (5).
+    """
+    x, q, theta = prepare(u, levels, theta)
+    near = nearer(x, *cell(x, q))
+    mixed = (1 - theta) * x + theta * near
+    # rounding must not carry w past u or its level, nor a level off itself
+    mixed = between(mixed, torch.minimum(x, near), torch.maximum(x, near))
+    return torch.where(theta < 1, mixed, near).to(u.dtype)
+
+
+def binary_relax_regularizer(w: Tensor, levels: Tensor, theta: float | Tensor) -> Tensor:
+    """lam / 2 * dist(w, Q)^2 with lam = theta / (1 - theta); at theta = 1 the indicator of Q."""
+    x, q, theta = prepare(w, levels, theta)
+    distance = x - nearer(x, *cell(x, q))
+    relaxed = theta / (2 * torch.where(theta < 1, 1 - theta, 1.0)) * distance.square()
+    off = torch.where(distance == 0, torch.zeros_like(x), torch.inf)
+    return torch.where(theta < 1, relaxed, off).to(w.dtype)
+
+
+def proxquant(u: Tensor, levels: Tensor, strength: float | Tensor) -> Tensor:
+    """argmin_w (w - u)^2 / 2 + lam * dist(w, Q): u moved toward its nearest level by at most
+    lam >= 0.
+
+    lam = 0 is the identity, lam = infinity is `hard`.
+
+    >>> u, levels = torch.tensor([[-3.0, 0.2, 0.9]]), torch.tensor([[-1.0, 1.0]])
+    >>> proxquant(u, levels, 0.25)
+    tensor([[-2.7500,  0.4500,  1.0000]])
+
+    Source: Bai, Wang, Liberty, ProxQuant, arXiv 1810.00861, section 3.
+    """
+    x, q, lam = prepare(u, levels, strength)
+    near = nearer(x, *cell(x, q))
+    gap = x - near
+    moved = x - between(gap, -lam, lam)
+    return torch.where(gap.abs() <= lam, near, moved).to(u.dtype)
+
+
+def proxquant_regularizer(w: Tensor, levels: Tensor, strength: float | Tensor) -> Tensor:
+    """lam * dist(w, Q)."""
+    x, q, lam = prepare(w, levels, strength)
+    return (lam * (x - nearer(x, *cell(x, q))).abs()).to(w.dtype)
+
+
+def par(u: Tensor, levels: Tensor, slopes: Tensor) -> Tensor:
+    """argmin_w (w - u)^2 / 2 + Psi(w), Psi convex and piecewise affine with its kinks at the
+    levels: slope a_i on the cell [q_i, q_{i+1}].
+
+        w = q_i       for u in [q_i + a_{i-1}, q_i + a_i]
+          = u - a_i   for u in [q_i + a_i, q_{i+1} + a_i]
+
+    slopes: [r, k-1] for the cells, nondecreasing, and Psi infinite outside [q_1, q_k]; or
+    [r, k+1] with a slope on either side of the range too. The paper's even Psi with slopes
+    0 <= a_0 < a_1 < ... on |w| is `symmetric_slopes(a)` on the levels of both signs.
+    Raises ValueError for another number of slopes.
+
+    >>> u, levels = torch.tensor([[-3.0, 0.2, 0.9]]), torch.tensor([[-1.0, 0.0, 1.0]])
+    >>> par(u, levels, torch.tensor([[-0.5, 0.5]]))
+    tensor([[-1.0000,  0.0000,  0.4000]])
+
+    Source: Jin et al., PARQ, arXiv 2503.15748, equations (4) to (6).
+    """
+    x, q, a = prepare(u, levels, slopes)
+    a = _outer_slopes(q, a)
+    ends = torch.full_like(q[..., :1], torch.inf)
+    # The weight is past level j when u > q_j + a_{j+1}; the last one passed begins its piece.
+    passed = search(q + a[..., 1:], x)
+    lo = torch.cat([-ends, q], -1).gather(-1, passed)
+    hi = torch.cat([q, ends], -1).gather(-1, passed)
+    slope = a.gather(-1, passed)
+    largest = torch.finfo(x.dtype).max
+    held = x.clamp(-largest, largest)  # for inf - inf would be NaN
+    moved = torch.where(slope.isinf(), held, x) - slope
+    return between(moved, lo, hi).to(u.dtype)
+
+
+def par_regularizer(w: Tensor, levels: Tensor, slopes: Tensor) -> Tensor:
+    """Psi(w), convex and piecewise affine with the slopes of `par`, 0 at the lowest level."""
+    x, q, a = prepare(w, levels, slopes)
+    a = _outer_slopes(q, a)
+    below = (x - q[..., :1]).clamp(max=0)
+    above = (x - q[..., -1:]).clamp(min=0)
+    inner = torch.zeros_like(x)
+    for i in range(q.shape[-1] - 1):
+        lo, hi = q[..., i : i + 1], q[..., i + 1 : i + 2]
+        inner = inner + a[..., i + 1 : i + 2] * (between(x, lo, hi) - lo)
+    zero = torch.zeros_like(x)
+    total = inner + torch.where(below < 0, a[..., :1] * below, zero)
+    return (total + torch.where(above > 0, a[..., -1:] * above, zero)).to(w.dtype)
+
+
+def symmetric_slopes(magnitudes: Tensor, *, zero_level: bool = True) -> Tensor:
+    """The slopes of `par` for the paper's even Psi(w) = max_i a_i (|w| - q_i) + b_i.
+
+    magnitudes [r, m]: a_i on the cell [q_i, q_{i+1}] of the nonnegative levels q_0 < q_1 ...
+    With q_0 = 0 a level that gives [r, 2m] slopes for the 2m + 1 levels of both signs; with
+    zero_level=False, q_0 > 0, the cell [-q_0, q_0] gets slope 0: [r, 2m + 1] for 2m + 2 levels.
+
+    >>> symmetric_slopes(torch.tensor([[0.5, 1.0]]))
+    tensor([[-1.0000, -0.5000,  0.5000,  1.0000]])
+    """
+    middle = magnitudes[..., : 0 if zero_level else 1] * 0
+    return torch.cat([-magnitudes.flip(-1), middle, magnitudes], -1)
+
+
+def _outer_slopes(q: Tensor, a: Tensor) -> Tensor:
+    """The slopes [r, k+1] of all pieces, outer ones infinite where they were not given."""
+    k = q.shape[-1]
+    a = a.expand(*q.shape[:-1], a.shape[-1])
+    if a.shape[-1] == k + 1:
+        return a
+    if a.shape[-1] != k - 1:
+        raise ValueError(
+            f"par with {k} levels takes {k - 1} slopes (or {k + 1} with the outer ones), "
+            f"got {a.shape[-1]}"
+        )
+    ends = torch.full_like(q[..., :1], torch.inf)
+    return torch.cat([-ends, a, ends], -1)

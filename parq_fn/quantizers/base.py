@@ -1,0 +1,113 @@
+"""What every quantizer does: rows [r, n] -> levels [r, k], and the nearest of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parq_fn.levels import nearest
+from parq_fn.scalar import concrete
+from parq_fn.value import Value, value
+
+
+@value
+class Quantizer(Value):
+    """Base of the quantizers. A new one gives `num_levels` and `levels(x)`.
+
+    `levels` may rely on x [r, n] being float32 or float64, finite, with n >= 1 and each row
+    scaled by a power of two so that its largest magnitude lies in [1, 2) (zeros stay zeros);
+    it returns [r, k] sorted levels, each row from its own row of x alone. The base sees to
+    the rest: dtypes, scaling, empty and non-finite rows.
+
+    >>> import torch
+    >>> from parq_fn.quantizers import Quantizer
+    >>> class sign_times_max(Quantizer):
+    ...     num_levels = 2
+    ...     def levels(self, x):
+    ...         top = x.abs().amax(-1, keepdim=True)
+    ...         return torch.cat([-top, top], -1)
+    >>> sign_times_max()(torch.tensor([[0.5, -3.0]]))
+    tensor([[-3.,  3.]])
+    """
+
+    @property
+    def num_levels(self) -> int:
+        """k, the number of levels of every row."""
+        raise NotImplementedError(f"{type(self).__name__} must define num_levels")
+
+    def levels(self, x: Tensor) -> Tensor:
+        """Prepared rows [r, n] -> levels [r, k]; see the class."""
+        raise NotImplementedError(f"{type(self).__name__} must define levels")
+
+    def fit(self, rows: Tensor) -> Tensor:
+        """Levels [r, k] of rows [r, n], in their dtype, without a look at their values.
+
+        Computed in float32 or better, then rounded. A row that holds NaN or an infinity gets
+        NaN levels and leaves the other rows alone; an empty row gets zeros.
+        """
+        x = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if x.shape[-1] == 0:
+            return rows.new_zeros((*rows.shape[:-1], self.num_levels))
+        finite = x.isfinite().all(-1, keepdim=True)
+        x = torch.where(finite, x, 0.0)
+        scale = power_of_two(x)
+        levels = self.levels(x / scale) * scale
+        largest = torch.finfo(rows.dtype).max
+        return torch.where(finite, levels.clamp(-largest, largest), torch.nan).to(rows.dtype)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Levels [r, k] of rows [r, n], in their dtype, sorted.
+
+        Raises TypeError unless the rows are floating, ValueError unless they are [r, n] and,
+        where values can be read (eager, on the CPU), finite.
+        """
+        if not getattr(rows, "is_floating_point", bool)():
+            got = getattr(rows, "dtype", type(rows).__name__)
+            raise TypeError(f"{self!r} takes rows of a floating dtype, got {got}")
+        if rows.dim() != 2:
+            raise ValueError(
+                f"{self!r} takes rows [r, n], got shape {tuple(rows.shape)}; "
+                "a granularity makes rows of a weight: per_channel().rows(weight)"
+            )
+        bad = concrete((~rows.isfinite()).any(-1).sum())
+        if bad:
+            raise ValueError(f"{self!r} takes finite rows, got NaN or infinity in {bad} row(s)")
+        return self.fit(rows)
+
+    def nearest(self, rows: Tensor, levels: Tensor) -> Tensor:
+        """The nearest level of each weight [r, n], a tie going to the lower level."""
+        return nearest(rows, levels)
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """2 ** floor(log2 max|x|) of each row, [r, 1], held to the range whose inverse is normal.
+
+    The exponent bits of the maximum: exact, so that scaling by it rounds nothing, and squares
+    of huge or tiny rows neither overflow nor vanish.
+    """
+    top = x.detach().abs().amax(-1, keepdim=True)
+    if x.dtype == torch.float64:
+        bits, mask, low, high = torch.int64, 0x7FF0000000000000, 2.0**-1000, 2.0**1022
+    else:
+        bits, mask, low, high = torch.int32, 0x7F800000, 2.0**-120, 2.0**126
+    power = (top.view(bits) & mask).view(x.dtype).clamp(low, high)
+    return torch.where(top > 0, power, 1.0)
+
+
+def check_bits(bits: object, low: int, high: int, who: str) -> None:
+    """Raises TypeError or ValueError unless bits is a whole number from low to high."""
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise TypeError(f"{who}: bits must be a whole number, got {bits!r}")
+    if not low <= bits <= high:
+        zero = " (0 is ternary)" if low == 0 else ""
+        raise ValueError(f"{who}: bits must lie in {low}..{high}{zero}, got {bits}")
+
+
+def mirror(positive: Tensor) -> Tensor:
+    """Sorted magnitudes [r, k/2] -> the levels [r, k] of both signs."""
+    return torch.cat([-positive.flip(-1), positive], -1)
+
+
+def with_zero(top: Tensor) -> Tensor:
+    """A magnitude [r, 1] -> the ternary levels -top, 0, top."""
+    return torch.cat([-top, torch.zeros_like(top), top], -1)

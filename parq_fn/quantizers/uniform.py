@@ -1,0 +1,159 @@
+"""Evenly spaced levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from parq_fn.quantizers.base import Quantizer, check_bits, with_zero
+from parq_fn.value import value
+
+
+def around_mean(x: Tensor, center: bool, levels: Callable[[Tensor], Tensor]) -> Tensor:
+    """levels(x), or with `center` levels(x - mean) + mean, the mean of each row [r, 1]."""
+    if not center:
+        return levels(x)
+    mean = x.mean(-1, keepdim=True)
+    return levels(x - mean) + mean
+
+
+def spaced(x: Tensor, first: float, last: float) -> Tensor:
+    """first, first + 1, ..., last, in the dtype and on the device of x."""
+    return torch.arange(first, last + 1, dtype=x.dtype, device=x.device)
+
+
+@value
+class uniform(Quantizer):
+    """2^b levels (j + 1/2) * step, j = -2^(b-1) .. 2^(b-1) - 1: symmetric, without a zero.
+
+    step = q_max / (2^(b-1) - 1/2), q_max = min(b mean|x|, max|x|) for scale "mean", max|x| for
+    scale "max". With center=True the row mean is taken out first and added to the levels.
+
+    Rows [r, n] -> levels [r, 2^b], bits b in 1..8. Raises ValueError for other bits or scales.
+
+    >>> import torch
+    >>> uniform(2, scale="max")(torch.tensor([[0.3, -3.0]]))
+    tensor([[-3., -1.,  1.,  3.]])
+
+    Source: Jin et al., PARQ, arXiv 2503.15748, section 5; scale "mean" after ParetoQ,
+    arXiv 2502.02631.
+    """
+
+    bits: int
+    scale: Literal["mean", "max"] = "mean"
+    center: bool = False
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, 1, 8, "uniform")
+        if self.scale not in ("mean", "max"):
+            raise ValueError(f"uniform: scale must be 'mean' or 'max', got {self.scale!r}")
+
+    @property
+    def num_levels(self) -> int:
+        return int(2**self.bits)
+
+    def levels(self, x: Tensor) -> Tensor:
+        return around_mean(x, self.center, self._levels)
+
+    def _levels(self, x: Tensor) -> Tensor:
+        magnitude = x.abs()
+        q_max = magnitude.amax(-1, keepdim=True)
+        if self.scale == "mean":
+            q_max = torch.minimum(self.bits * magnitude.mean(-1, keepdim=True), q_max)
+        half: float = self.num_levels / 2
+        steps = spaced(x, -half, half - 1) + 0.5
+        return steps * (q_max / (half - 0.5))
+
+
+@value
+class max_uniform(Quantizer):
+    """2^b - 1 levels j * step, |j| < 2^(b-1), step = max|x| / (2^(b-1) - 1): zero among them.
+
+    With center=True the row mean is taken out first and added to the levels.
+
+    Rows [r, n] -> levels [r, 2^b - 1], bits b in 2..8. Raises ValueError for other bits.
+
+    >>> import torch
+    >>> max_uniform(2)(torch.tensor([[0.3, -3.0]]))
+    tensor([[-3.,  0.,  3.]])
+    """
+
+    bits: int
+    center: bool = False
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, 2, 8, "max_uniform")
+
+    @property
+    def num_levels(self) -> int:
+        return int(2**self.bits - 1)
+
+    def levels(self, x: Tensor) -> Tensor:
+        return around_mean(x, self.center, self._levels)
+
+    def _levels(self, x: Tensor) -> Tensor:
+        top = 2 ** (self.bits - 1) - 1
+        return spaced(x, -top, top) * (x.abs().amax(-1, keepdim=True) / top)
+
+
+@value
+class asymmetric(Quantizer):
+    """2^b levels (j - z) * scale, j = 0 .. 2^b - 1, from min(x) to max(x) within half a scale.
+
+    scale = (max(x) - min(x)) / (2^b - 1) and the zero point z = round(-min(x) / scale) is an
+    integer, so that 0 is a level, exactly, when min(x) <= 0 <= max(x). A constant row gives
+    that constant 2^b times.
+
+    Rows [r, n] -> levels [r, 2^b], bits b in 1..8. Raises ValueError for other bits.
+
+    >>> import torch
+    >>> asymmetric(2)(torch.tensor([[-1.0, 0.3, 2.0]]))
+    tensor([[-1.,  0.,  1.,  2.]])
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, 1, 8, "asymmetric")
+
+    @property
+    def num_levels(self) -> int:
+        return int(2**self.bits)
+
+    def levels(self, x: Tensor) -> Tensor:
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        scale = (high - low) / (self.num_levels - 1)
+        constant = scale == 0
+        scale = torch.where(constant, 1.0, scale)
+        zero_point = torch.round(-low / scale)
+        grid = (spaced(x, 0, self.num_levels - 1) - zero_point) * scale
+        return torch.where(constant, low, grid)
+
+
+@value
+class ternary_uniform(Quantizer):
+    """Levels -step, 0, step with step = max|x| / 1.5.
+
+    With center=True the row mean is taken out first and added to the levels.
+
+    Rows [r, n] -> levels [r, 3].
+
+    >>> import torch
+    >>> ternary_uniform()(torch.tensor([[0.3, -3.0]]))
+    tensor([[-2.,  0.,  2.]])
+    """
+
+    center: bool = False
+
+    @property
+    def num_levels(self) -> int:
+        return 3
+
+    def levels(self, x: Tensor) -> Tensor:
+        return around_mean(x, self.center, self._levels)
+
+    def _levels(self, x: Tensor) -> Tensor:
+        return with_zero(x.abs().amax(-1, keepdim=True) / 1.5)

@@ -1,0 +1,66 @@
+"""Scalars: hyperparameters and step counts as 0-d tensors.
+
+Step counts are int64, coefficients float64, both 0-d, so that they neither promote a leaf's
+dtype nor round a hyperparameter. They live on the CPU unless the state is moved: a host count
+costs no device synchronisation, and a device count is what a CUDA graph captures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: A number, a 0-d tensor, or a schedule of the step count.
+Scalar = float | Tensor | Callable[[Tensor], Tensor]
+
+
+def new_count() -> Tensor:
+    """A step count of 0."""
+    return torch.zeros((), dtype=torch.int64)
+
+
+def as_scalar(value: float | Tensor, like: Tensor | None = None) -> Tensor:
+    """The value as a tensor: numbers become float64 on the device of `like`."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float64, device=None if like is None else like.device)
+
+
+def at(value: Scalar, count: Tensor) -> Tensor:
+    """The value at a step: `value(count)` where it is a schedule.
+
+    >>> at(0.5, new_count())
+    tensor(0.5000, dtype=torch.float64)
+    """
+    return value(count) if callable(value) else as_scalar(value, count)
+
+
+def is_number(value: Any) -> bool:
+    """Whether the value is a plain Python number, known when a link is built."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def concrete(tensor: Tensor) -> Any:
+    """The Python number in a 0-d tensor, or None where there is none to be had.
+
+    None under `torch.compile`, for a tensor batched by `vmap`, for a fake or meta tensor, and
+    off the CPU, where reading it would wait for the device. Only work that a value makes
+    superfluous may hang on it, never a result.
+
+    >>> concrete(torch.tensor(3))
+    3
+    """
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return None
+    try:
+        return tensor.item()
+    except RuntimeError:  # vmap, fake and meta tensors each refuse with one
+        return None
+
+
+def to_device(scalar: Tensor, like: Tensor) -> Tensor:
+    """The scalar on the device of `like`, without waiting for either device."""
+    return scalar if scalar.device == like.device else scalar.to(like.device, non_blocking=True)

@@ -1,0 +1,323 @@
+"""Schedules: step -> value, tensor in, tensor out.
+
+A schedule takes an integer step or a tensor of steps and gives float64 of the same shape (a
+0-d tensor for one step). Every field may be a number or a 0-d tensor, batched by `vmap` too.
+Progress between two steps is x = (step - start) / (end - start), held to [0, 1].
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from parq_fn.scalar import Scalar, as_scalar, at, is_number
+from parq_fn.value import Value, value
+
+Number = float | Tensor
+
+
+def _steps(step: int | Tensor) -> Tensor:
+    return torch.as_tensor(step).to(torch.float64)
+
+
+def progress(step: int | Tensor, start: Number, end: Number) -> Tensor:
+    """clamp((step - start) / (end - start), 0, 1), in float64.
+
+    >>> progress(15, 10, 20)
+    tensor(0.5000, dtype=torch.float64)
+    """
+    return ((_steps(step) - start) / (end - start)).clamp(0.0, 1.0)
+
+
+def check_range(start: Number, end: Number, names: tuple[str, str]) -> None:
+    """Raises ValueError unless start < end, where both are plain numbers."""
+    if is_number(start) and is_number(end) and not start < end:
+        raise ValueError(
+            f"{names[0]} must come before {names[1]}, got {names[0]}={start}, {names[1]}={end}"
+        )
+
+
+@value
+class Schedule(Value):
+    """Base of the schedules; any function of a step tensor will do where one is expected."""
+
+    def __call__(self, step: int | Tensor) -> Tensor:
+        """The value at the step: float64, of the step's shape."""
+        raise NotImplementedError(f"{type(self).__name__} must define __call__")
+
+
+@value
+class constant(Schedule):
+    """value at every step.
+
+    >>> constant(0.1)(5)
+    tensor(0.1000, dtype=torch.float64)
+    """
+
+    value: Number
+
+    def __call__(self, step: int | Tensor) -> Tensor:
+        return as_scalar(self.value) + torch.zeros_like(_steps(step))
+
+
+@value
+class linear(Schedule):
+    """init + (end - init) * x.
+
+    Raises ValueError unless start_step < end_step.
+
+    >>> linear(1.0, 0.0, 0, 10)(torch.tensor([0, 5, 10, 20]))
+    tensor([1.0000, 0.5000, 0.0000, 0.0000], dtype=torch.float64)
+    """
+
+    init: Number
+    end: Number
+    start_step: Number
+    end_step: Number
+
+    def __post_init__(self) -> None:
+        check_range(self.start_step, self.end_step, ("start_step", "end_step"))
+
+    def __call__(self, step: int | Tensor) -> Tensor:
+        x = progress(step, self.start_step, self.end_step)
+        return (1 - x) * self.init + x * self.end
+
+
+@value
+class cosine(Schedule):
+    """end + (init - end) * (1 + cos(pi x)) / 2.
+
+    Raises ValueError unless start_step < end_step.
+
+    >>> cosine(1.0, 0.0, 0, 10)(5).round(decimals=6)
+    tensor(0.5000, dtype=torch.float64)
+    """
+
+    init: Number
+    end: Number
+    start_step: Number
+    end_step: Number
+
+    def __post_init__(self) -> None:
+        check_range(self.start_step, self.end_step, ("start_step", "end_step"))
+
+    def __call__(self, step: int | Tensor) -> Tensor:
+        x = progress(step, self.start_step, self.end_step)
+        share = (1 + torch.cos(math.pi * x)) / 2
+        return share * self.init + (1 - share) * self.end
+
+
+@value
+class exponential(Schedule):
+    """init * (end / init) ** x: the geometric path from init to end.
+
+    Raises ValueError unless start_step < end_step and init and end are of one sign, not 0.
+
+    >>> exponential(1.0, 0.01, 0, 10)(5)
+    tensor(0.1000, dtype=torch.float64)
+    """
+
+    init: Number
+    end: Number
+    start_step: Number
+    end_step: Number
+
+    def __post_init__(self) -> None:
+        check_range(self.start_step, self.end_step, ("start_step", "end_step"))
+        if is_number(self.init) and is_number(self.end) and not self.init * self.end > 0:
+            raise ValueError(
+                "init and end of an exponential schedule must have one sign and not be 0, "
+                f"got init={self.init}, end={self.end}"
+            )
+
+    def __call__(self, step: int | Tensor) -> Tensor:
+        x = progress(step, self.start_step, self.end_step)
+        ratio = as_scalar(self.end) / as_scalar(self.init)
+        return as_scalar(self.init) * ratio**x
+
+
+@value
+class piecewise(Schedule):
+    """values[i] for boundaries[i-1] <= step < boundaries[i]: one more value than boundaries.
+
+    Raises ValueError when the lengths do not fit or the boundaries do not increase.
+
+    >>> piecewise((0.1, 0.01), (100,))(torch.tensor([99, 100]))
+    tensor([0.1000, 0.0100], dtype=torch.float64)
+    """
+
+    values: Sequence[Number]
+    boundaries: Sequence[Number]
+
+    def __post_init__(self) -> None:
+        _check_boundaries("values", len(self.values), self.boundaries)
+
+    def __call__(self, step: int | Tensor) -> Tensor:
+        steps = _steps(step)
+        out = as_scalar(self.values[0]) + torch.zeros_like(steps)
+        for boundary, following in zip(self.boundaries, self.values[1:], strict=True):
+            out = torch.where(steps >= boundary, following, out)
+        return out
+
+
+@value
+class join(Schedule):
+    """schedules[i](step - boundaries[i-1]) for boundaries[i-1] <= step < boundaries[i].
+
+    Every schedule counts from its own beginning. Raises ValueError as `piecewise` does.
+
+    >>> join((constant(1.0), linear(1.0, 0.0, 0, 10)), (100,))(torch.tensor([99, 105]))
+    tensor([1.0000, 0.5000], dtype=torch.float64)
+    """
+
+    schedules: Sequence[Callable[[Tensor], Tensor]]
+    boundaries: Sequence[Number]
+
+    def __post_init__(self) -> None:
+        _check_boundaries("schedules", len(self.schedules), self.boundaries)
+
+    def __call__(self, step: int | Tensor) -> Tensor:
+        steps = _steps(step)
+        out = self.schedules[0](steps)
+        for boundary, following in zip(self.boundaries, self.schedules[1:], strict=True):
+            out = torch.where(steps >= boundary, following(steps - boundary), out)
+        return out
+
+
+@value
+class warmup(Schedule):
+    """Linear from init to schedule(0) over the first `steps`, then schedule(step - steps).
+
+    Raises ValueError unless steps > 0.
+
+    >>> warmup(constant(0.1), 10)(torch.tensor([0, 5, 10]))
+    tensor([0.0000, 0.0500, 0.1000], dtype=torch.float64)
+    """
+
+    schedule: Callable[[Tensor], Tensor]
+    steps: Number
+    init: Number = 0.0
+
+    def __post_init__(self) -> None:
+        check_range(0, self.steps, ("0", "steps"))
+
+    def __call__(self, step: int | Tensor) -> Tensor:
+        steps = _steps(step)
+        peak = self.schedule(torch.zeros_like(steps))
+        x = progress(step, 0, self.steps)
+        rising = (1 - x) * self.init + x * peak
+        return torch.where(steps < self.steps, rising, self.schedule(steps - self.steps))
+
+
+def _check_boundaries(what: str, count: int, boundaries: Sequence[Number]) -> None:
+    if count != len(boundaries) + 1:
+        raise ValueError(
+            f"expected one more of {what} than of boundaries, got {count} {what} and "
+            f"{len(boundaries)} boundaries"
+        )
+    known = [b for b in boundaries if is_number(b)]
+    if any(not a < b for a, b in itertools.pairwise(known)):
+        raise ValueError(f"boundaries must increase, got {tuple(boundaries)}")
+
+
+@value
+class inverse_slope(Schedule):
+    """PARQ's annealing: s = (h(x) - h(1)) / (h(0) - h(1)), h(x) = 1 / (1 + exp(k (x - m))).
+
+    k is the steepness, m the center, x the progress from anneal_start to anneal_end; s = 1
+    before the one and 0 from the other on. It runs from exactly 1 to exactly 0 for every center
+    and steepness: a small k gives the straight line 1 - x, a large one a step at m.
+
+    Raises ValueError unless anneal_start < anneal_end and steepness > 0.
+
+    >>> inverse_slope(0, 100, steepness=10)(torch.tensor([0, 50, 100]))
+    tensor([1.0000, 0.5000, 0.0000], dtype=torch.float64)
+
+    Source: Jin et al., PARQ, arXiv 2503.15748, section 5; normalised here by its own end values.
+    """
+
+    anneal_start: Number
+    anneal_end: Number
+    steepness: Number = 10.0
+    center: Number = 0.5
+
+    def __post_init__(self) -> None:
+        check_range(self.anneal_start, self.anneal_end, ("anneal_start", "anneal_end"))
+        if is_number(self.steepness) and not self.steepness > 0:
+            raise ValueError(f"steepness must be positive, got {self.steepness}")
+
+    def __call__(self, step: int | Tensor) -> Tensor:
+        # With sigma(a) - sigma(b) = sinh((a-b)/2) / (2 cosh(a/2) cosh(b/2)),
+        #     s = sinh(a) cosh(b0) / (sinh(a0) cosh(b)),
+        # a = k (1-x) / 2, b = k (x-m) / 2, and a0, b0 the same at x = 0. Taking out the growing
+        # exponentials leaves exp(k (|m| - x - |x-m|) / 2) <= 1, so nothing overflows, and expm1
+        # keeps small k exact.
+        x = progress(step, self.anneal_start, self.anneal_end)
+        k, m = as_scalar(self.steepness), as_scalar(self.center)
+        zero = torch.zeros_like(x)
+
+        def sinh(x: Tensor) -> Tensor:  # sinh(a) exp(-a), but for a factor 2
+            return -torch.expm1(-k * (1 - x))
+
+        def cosh(x: Tensor) -> Tensor:  # cosh(b) exp(-|b|), but for a factor 2
+            return 1 + torch.exp(-k * (x - m).abs())
+
+        growth = torch.exp(k / 2 * (m.abs() - x - (x - m).abs()))
+        return growth * (sinh(x) / sinh(zero)) * (cosh(zero) / cosh(x))
+
+
+@value
+class polynomial(Schedule):
+    """init + (end - init) * x ** power: linear where the power is 1.
+
+    Raises ValueError unless start_step < end_step and power > 0.
+
+    >>> polynomial(1.0, 1000.0, 0, 10, power=2.0)(5)
+    tensor(250.7500, dtype=torch.float64)
+    """
+
+    init: Number
+    end: Number
+    start_step: Number
+    end_step: Number
+    power: Number = 1.0
+
+    def __post_init__(self) -> None:
+        check_range(self.start_step, self.end_step, ("start_step", "end_step"))
+        if is_number(self.power) and not self.power > 0:
+            raise ValueError(f"power must be positive, got {self.power}")
+
+    def __call__(self, step: int | Tensor) -> Tensor:
+        x = progress(step, self.start_step, self.end_step) ** self.power
+        return (1 - x) * self.init + x * self.end
+
+
+@value
+class anneal_decay(Schedule):
+    """Annealed weight decay: weight_decay * (f * s(step - 1) + 1 - f), f the fraction.
+
+    The decay of a step follows the inverse slope s that the step before it left, so the first
+    step takes the whole weight decay. Raises ValueError unless 0 <= fraction <= 1.
+
+    >>> decay = anneal_decay(0.1, inverse_slope(0, 10), fraction=1.0)
+    >>> decay(torch.tensor([0, 11]))
+    tensor([0.1000, 0.0000], dtype=torch.float64)
+    """
+
+    weight_decay: Scalar
+    slope: Callable[[Tensor], Tensor]
+    fraction: Number
+
+    def __post_init__(self) -> None:
+        if is_number(self.fraction) and not 0 <= self.fraction <= 1:
+            raise ValueError(f"fraction must lie in [0, 1], got {self.fraction}")
+
+    def __call__(self, step: int | Tensor) -> Tensor:
+        steps = _steps(step)
+        f = as_scalar(self.fraction)
+        slope = torch.where(steps < 1, 1.0, self.slope(steps - 1))
+        return at(self.weight_decay, steps) * (f * slope + 1 - f)

@@ -1,0 +1,111 @@
+"""Values: hyperparameters as data.
+
+Links, quantizers and schedules are frozen dataclasses with lower-case names, so that the
+signature, the fields and the printed form are one text: `lsbq(2)` builds one, prints as
+`lsbq(2)`, compares and hashes by its fields, pickles, and takes `dataclasses.replace`.
+(PEP 8 allows the function's spelling for a class that is used as a callable.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
+
+_T = TypeVar("_T")
+
+if TYPE_CHECKING:  # for checkers alone, so that no dependency comes with it
+    from typing_extensions import dataclass_transform
+else:
+
+    def dataclass_transform(**_):
+        return lambda decorator: decorator
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def value(cls: type[_T]) -> type[_T]:
+    """Class decorator: a frozen dataclass that keeps the repr, eq and hash of `Value`."""
+    return dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+
+
+def _fields(self: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(self)
+
+
+@value
+class Value:
+    """Base of everything that is its hyperparameters and nothing else."""
+
+    def __repr__(self) -> str:
+        parts = []
+        for field in sorted(_fields(self), key=_optional):
+            got = getattr(self, field.name)
+            if not _optional(field) and not field.kw_only:
+                parts.append(show(got))
+            elif not _optional(field) or not same(got, _default(field)):
+                parts.append(f"{field.name}={show(got)}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in _fields(self))
+
+    def __hash__(self) -> int:
+        fields = {f.name: getattr(self, f.name) for f in _fields(self)}
+        for name, got in fields.items():
+            if isinstance(got, Tensor):  # equal tensors hash apart
+                raise TypeError(f"unhashable {type(self).__name__}: field {name!r} is a tensor")
+        return hash((type(self).__name__, *fields.values()))
+
+
+def _optional(field: dataclasses.Field[Any]) -> bool:
+    return not (field.default is field.default_factory is dataclasses.MISSING)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def show(got: Any) -> str:
+    """`repr`, except that a named function prints as its name.
+
+    >>> import torch
+    >>> show(torch.sin), show([torch.cos, 1])
+    ('sin', '[cos, 1]')
+    """
+    if isinstance(got, list | tuple) and type(got) in (list, tuple):
+        inner = ", ".join(map(show, got))
+        if isinstance(got, list):
+            return f"[{inner}]"
+        return f"({inner},)" if len(got) == 1 else f"({inner})"
+    if isinstance(got, dict):
+        return "{" + ", ".join(f"{k!r}: {show(v)}" for k, v in got.items()) + "}"
+    if callable(got) and not isinstance(got, Value):
+        return str(getattr(got, "__name__", repr(got)))
+    return repr(got)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality that takes tensors (same dtype, shape and elements) and containers of them.
+
+    >>> import torch
+    >>> same((1, torch.ones(2)), (1, torch.ones(2))), same(torch.ones(()), 1.0)
+    (True, False)
+    """
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return (
+            isinstance(a, Tensor)
+            and isinstance(b, Tensor)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
+            and bool((a == b).all())
+        )
+    if type(a) is type(b) and isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if type(a) is type(b) and isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return bool(a == b)
