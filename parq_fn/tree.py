@@ -32,10 +32,26 @@ def tree_map(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     {'a': 11, 'b': None}
     """
 
-    def skip(leaf: Any, *others: Any) -> Any:
-        return None if leaf is None else f(leaf, *others)
+    leaves, spec = optree.tree_flatten(tree, none_is_leaf=True)
+    try:
+        columns = [spec.flatten_up_to(other) for other in rest]
+    except ValueError:
+        raise ValueError(_difference(tree, rest)) from None
+    rows = zip(leaves, *columns, strict=True)
+    return optree.tree_unflatten(spec, [None if r[0] is None else f(*r) for r in rows])
 
-    return optree.tree_map(skip, tree, *rest, none_is_leaf=True)
+
+def _difference(tree: PyTree, rest: tuple[PyTree, ...]) -> str:
+    own = set(tree_leaves(tree_names(tree)))
+    for other in rest:
+        names = set(tree_leaves(tree_names(other)))
+        if own != names:
+            return (
+                f"trees differ in structure: leaves of the first alone: {sorted(own - names)}, "
+                f"of the other alone: {sorted(names - own)}"
+            )
+    kinds = [type(t).__name__ for t in (tree, *rest)]
+    return f"trees differ in structure: containers of other kinds or lengths ({', '.join(kinds)})"
 
 
 def tree_leaves(tree: PyTree) -> list[Any]:
@@ -101,18 +117,13 @@ def check_match(updates: PyTree, params: PyTree, what: str) -> None:
     """Raises ValueError, with the leaf's name, unless shapes agree where updates are given."""
 
     def check(name: str, update: Any, param: Any) -> None:
-        if update is not None and getattr(update, "shape", None) != param.shape:
+        if update is not None and update.shape != param.shape:
             raise ValueError(
-                f"{what}: the update of {name!r} has shape "
-                f"{tuple(getattr(update, 'shape', ()))}, its parameter {tuple(param.shape)}"
+                f"{what}: the update of {name!r} has shape {tuple(update.shape)}, "
+                f"its parameter {tuple(param.shape)}"
             )
 
-    try:
-        tree_map(check, tree_names(params), updates, params)
-    except ValueError as error:
-        if str(error).startswith(what):
-            raise
-        raise ValueError(f"{what}: updates and params differ in structure: {error}") from None
+    tree_map(check, tree_names(params), updates, params)
 
 
 # Masks and labels

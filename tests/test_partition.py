@@ -230,7 +230,8 @@ def test_float32_follows_float64(limit: int) -> None:
 def test_more_levels_than_values_reproduces_them(n: int) -> None:
     x = rand(2, n)
     levels = least_squares_levels(x, n + 5)
-    assert levels.isfinite().all() and (levels.diff(dim=1) >= 0).all()
+    assert levels.isfinite().all()
+    assert (levels.diff(dim=1) >= 0).all()
     assert torch.equal(squared_error(x, levels), torch.zeros(2, dtype=F64))
 
 

@@ -7,6 +7,8 @@ or reduces in an order that depends on how many rows there are.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def least_squares_levels(x: Tensor, num_levels: int, *, exact_up_to: int = 4096)
     ``n < k``); its level is the next value in sorted order, or the largest when none is left.
 
     Rows are taken in chunks that keep temporaries within 256 MB, or one row at a time where a
-    row alone needs more (beyond about two million entries).
+    row alone needs more (beyond about 1.5 million entries); a ``vmap`` multiplies them.
     """
     n = x.shape[1]
     candidates = max(_CANDIDATES, 8 * num_levels)
@@ -41,7 +43,7 @@ def least_squares_levels(x: Tensor, num_levels: int, *, exact_up_to: int = 4096)
     per_row = (n + 1) * (num_levels + 64 if exact else 20)
     rows = max(1, min(_CHUNK // n, _DOUBLES // per_row))
     m = n if exact else candidates
-    return torch.cat([_solve(part, num_levels, m) for part in torch.split(x, rows)])
+    return torch.cat([_solve(part, num_levels, m) for part in x.split(rows)])
 
 
 def _solve(x: Tensor, k: int, m: int) -> Tensor:
@@ -84,21 +86,49 @@ def _spread(end: Tensor, start: Tensor) -> Tensor:
 
 
 def _best_cuts(table: Tensor, k: int) -> Tensor:
-    """``[r, k + 1]``: columns ``0 = c_0 <= ... <= c_k = m`` of least summed ``_spread``."""
-    r, _, size = table.shape
+    """``[r, k + 1]``: columns ``0 = c_0 <= ... <= c_k = m`` of least summed ``_spread``.
+
+    Cuts are integers and have no derivative; the levels made from them have theirs.
+    """
+    return _cuts_op(table.detach(), k)
+
+
+@torch.library.custom_op("parq_fn::best_cuts", mutates_args=())
+def _cuts_op(table: Tensor, k: int) -> Tensor:
+    """One operator, for a compiler would unroll some 20 k log2(m) steps and take minutes."""
+    return _dynamic_program(table, k)
+
+
+@_cuts_op.register_fake
+def _(table: Tensor, k: int) -> Tensor:
+    return table.new_empty((table.shape[0], k + 1), dtype=torch.int64)
+
+
+@_cuts_op.register_vmap
+def _(
+    info: Any, in_dims: tuple[int | None, int | None], table: Tensor, k: int
+) -> tuple[Tensor, int]:
+    del info
+    batched = table.movedim(in_dims[0] or 0, 0)  # rows know nothing of each other
+    cuts = _cuts_op(batched.flatten(0, 1), k)
+    return cuts.unflatten(0, batched.shape[:2]), 0
+
+
+def _dynamic_program(table: Tensor, k: int) -> Tensor:
+    m = table.shape[2] - 1
     error = _spread(table, table[:, :, :1])  # of one run over each prefix
     starts = []
     for _ in range(k - 2):
         start = _best_starts(table, error)
         error = error.gather(1, start) + _spread(table, _pick(table, start))
-        starts.append(start)
-    cut = torch.full_like(table[:, 0, :1], size - 1, dtype=torch.int64)
+        starts.append(start.int())  # k of them are most of the memory
+    cut = torch.full_like(table[:, 0, :1], m, dtype=torch.int64)
     cuts = [cut]
     if k > 1:
         cut = (error + _spread(table[:, :, -1:], table)).argmin(1, keepdim=True)
         cuts.append(cut)
     for start in reversed(starts):
-        cut = start.gather(1, cut)
+        cut = start.gather(1, cut).long()
         cuts.append(cut)
     cuts.append(torch.zeros_like(cut))
     return torch.cat(cuts[::-1], 1)

@@ -167,12 +167,11 @@ def alternate(x: Tensor, start: Tensor, codes: Tensor) -> Tensor:
         number = edges.diff().to(torch.float64)
         mass = prefix.gather(-1, edges).diff()
         signs = [s.expand_as(levels).gather(-1, order) for s in table]
+        whole = levels
         for i, s in enumerate(signs):
-            others = torch.zeros_like(levels)
-            for j, t in enumerate(signs):
-                if j != i:
-                    others = others + t * v[j]
+            others = whole - s * v[i]
             weight = (s.square() * number).sum(-1, keepdim=True)
             best = (s * (mass - number * others)).sum(-1, keepdim=True) / weight.clamp(min=1)
             v[i] = torch.where(weight > 0, best, v[i])
+            whole = others + s * v[i]
     return build(v)[0].to(x.dtype)

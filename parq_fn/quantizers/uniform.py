@@ -63,9 +63,9 @@ class uniform(Quantizer):
         q_max = magnitude.amax(-1, keepdim=True)
         if self.scale == "mean":
             q_max = torch.minimum(self.bits * magnitude.mean(-1, keepdim=True), q_max)
-        half: float = self.num_levels / 2
-        steps = spaced(x, -half, half - 1) + 0.5
-        return steps * (q_max / (half - 0.5))
+        half = self.num_levels / 2
+        step = q_max / (half - 0.5)
+        return step * (spaced(x, -half, half - 1) + 0.5)
 
 
 @value

@@ -1,0 +1,112 @@
+"""sgd, adam and adamw are torch.optim's, step for step, to 1e-12 in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import parq_fn as pf
+from parq_fn import schedules
+
+SHAPES = {"matrix": (4, 3), "vector": (5,), "scalar": ()}
+
+sgds = st.builds(
+    dict,
+    momentum=st.sampled_from([0.0, 0.5, 0.9]),
+    dampening=st.sampled_from([0.0, 0.3]),
+    weight_decay=st.sampled_from([0.0, 1e-2]),
+    nesterov=st.booleans(),
+).filter(lambda s: not s["nesterov"] or (s["momentum"] > 0 and s["dampening"] == 0))
+adams = st.builds(
+    dict,
+    betas=st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.5, 0.5)]),
+    eps=st.sampled_from([1e-8, 1e-3]),
+    weight_decay=st.sampled_from([0.0, 1e-2]),
+    amsgrad=st.booleans(),
+)
+
+
+def agree(ours, theirs, rates, steps: int = 12, missing: str | None = None) -> None:
+    """Same params after every step on the same gradients; `missing` never gets one."""
+    generator = torch.Generator().manual_seed(0)
+    draw = {k: torch.randn(s, dtype=torch.float64, generator=generator) for k, s in SHAPES.items()}
+    mirror = {k: torch.nn.Parameter(v.clone()) for k, v in draw.items()}
+    optimizer = theirs(list(mirror.values()))
+    params, state = draw, ours.init(draw)
+    for t in range(steps):
+        grads = {
+            k: torch.randn(s, dtype=torch.float64, generator=generator) for k, s in SHAPES.items()
+        }
+        for group in optimizer.param_groups:
+            group["lr"] = rates[t % len(rates)]
+        for k, p in mirror.items():
+            p.grad = None if k == missing else grads[k].clone()
+        given_grads = {k: None if k == missing else g for k, g in grads.items()}
+        optimizer.step()
+        updates, state = ours.update(given_grads, state, params)
+        params = pf.apply_updates(params, updates)
+        for k in SHAPES:
+            torch.testing.assert_close(params[k], mirror[k].detach(), rtol=1e-12, atol=1e-12)
+
+
+@given(sgds)
+def test_sgd(settings: dict) -> None:
+    agree(pf.sgd(0.1, **settings), lambda p: torch.optim.SGD(p, 0.1, **settings), [0.1])
+
+
+@given(adams, st.sampled_from([(pf.adam, torch.optim.Adam), (pf.adamw, torch.optim.AdamW)]))
+def test_adam(settings: dict, pair) -> None:
+    ours, theirs = pair
+    b1, b2 = settings["betas"]
+    own = {k: v for k, v in settings.items() if k != "betas"}
+    agree(ours(0.1, b1, b2, **own), lambda p: theirs(p, 0.1, **settings), [0.1])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_schedules_and_tensors_as_hyperparameters(name: str) -> None:
+    rates = [0.1, 0.03, 0.01]
+    schedule = schedules.piecewise(rates, (1, 2))
+    cycle = lambda count: schedule(count % 3)  # noqa: E731 (a schedule is any function)
+    decay = torch.tensor(1e-2, dtype=torch.float64)
+    if name == "sgd":
+        ours = pf.sgd(cycle, momentum=0.9, weight_decay=decay)
+        theirs = lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-2)  # noqa: E731
+    else:
+        ours = pf.adamw(cycle, weight_decay=decay)
+        theirs = lambda p: torch.optim.AdamW(p, 0.1, weight_decay=1e-2)  # noqa: E731
+    agree(ours, theirs, rates)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (pf.sgd(0.1, momentum=0.9, weight_decay=0.1), torch.optim.SGD),
+        (pf.adamw(0.1, weight_decay=0.1), torch.optim.AdamW),
+    ],
+)
+def test_a_param_without_gradient_stays(ours, theirs) -> None:
+    more = {"momentum": 0.9} if theirs is torch.optim.SGD else {}
+    agree(ours, lambda p: theirs(p, 0.1, weight_decay=0.1, **more), [0.1], missing="matrix")
+
+
+def test_learning_rate_by_argument_wins() -> None:
+    params = {"w": torch.ones(2)}
+    optimizer = pf.sgd(0.1)
+    updates, _ = optimizer.update(params, optimizer.init(params), params, learning_rate=1.0)
+    assert torch.equal(updates["w"], -torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: pf.sgd(-0.1), "learning_rate must not be negative, got -0.1"),
+        (lambda: pf.sgd(0.1, nesterov=True), "nesterov takes a momentum and no dampening"),
+        (lambda: pf.adam(b1=1.0), r"b1 must lie in \[0, 1\), got 1.0"),
+        (lambda: pf.adamw(weight_decay=-1), "adamw: weight_decay must not be negative"),
+    ],
+)
+def test_bad_hyperparameters(build, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,327 @@
+"""The prox link along trajectories: when levels move, what weights are, what never changes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+import parq_fn as pf
+from parq_fn import proxmaps, schedules
+
+RATE = 0.05
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+MAPS = ["hard", "parq", "soft", "binary_relax", "proxquant"]
+
+
+def link(kind: str, quantizer=None, start: int = 3, end: int = 9, **options) -> pf.Prox:
+    quantizer = quantizer or pf.lsbq(2)
+    window = {"anneal_start": start, "anneal_end": end}
+    return {
+        "hard": lambda: pf.hard_prox(quantizer, **options),
+        "parq": lambda: pf.parq_prox(quantizer, **window, **options),
+        "soft": lambda: pf.soft_prox(quantizer, **window, **options),
+        "binary_relax": lambda: pf.binary_relax_prox(quantizer, **window, **options),
+        "proxquant": lambda: pf.proxquant_prox(quantizer, strength=0.3, **window, **options),
+    }[kind]()
+
+
+def problem(dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], ...]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    params = {
+        "conv": draw(4, 3, 2, 2).to(memory_format=torch.channels_last),
+        "matrix": draw(4, 8),
+        "vector": draw(8),
+    }
+    return params, {k: draw(*p.shape) for k, p in params.items()}
+
+
+def train(transform, steps: int, params=None, state=None, first: int = 0):
+    """(params, state, weights) after each step of a quadratic around drifting targets."""
+    start, targets = problem()
+    params = start if params is None else params
+    state = transform.init(params) if state is None else state
+
+    def loss(w: dict[str, Tensor], t: int) -> Tensor:
+        return sum(
+            0.5 * (w[k] - (1 + 0.1 * t) * x.to(w[k].dtype)).square().sum()
+            for k, x in targets.items()
+        )
+
+    step = pf.value_and_grad(loss, transform)
+    for t in range(first, first + steps):
+        _, grads = step(params, state, t)
+        updates, state = transform.update(grads, state, params)
+        params = pf.apply_updates(params, updates)
+        yield params, state, transform.weights(state, params)
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_weights_are_the_map_of_the_latent(kind: str) -> None:
+    """Law 4: bit for bit, with the schedule of the step, levels of the last refit."""
+    prox = link(kind, period=2, granularity=pf.per_channel())
+    transform = pf.chain(pf.sgd(RATE, momentum=0.9), prox)
+    cut = pf.per_channel()
+    for t, (params, state, weights) in enumerate(train(transform, 14)):
+        for k, latent in params.items():
+            expected = latent
+            if t >= prox.begins:
+                levels = pf.read(state, "levels")[k]
+                rows = prox.proxmap(cut.rows(latent), levels, prox.coefficient(torch.tensor(t)))
+                expected = rows.reshape(latent.shape)
+            assert torch.equal(weights[k], expected)
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_before_annealing_it_is_the_base_optimizer_alone(kind: str) -> None:
+    """Law 2: bit-identical params, and w = u."""
+    options = {"warmup": 3} if kind == "hard" else {}
+    base = pf.adamw(RATE)
+    together = train(pf.chain(base, link(kind, **options)), 3)
+    for (params, _, weights), (alone, _, _) in zip(together, train(base, 3), strict=True):
+        for k in params:
+            assert torch.equal(params[k], alone[k])
+            assert torch.equal(weights[k], alone[k])
+
+
+@pytest.mark.parametrize("base", [pf.sgd(RATE), pf.sgd(RATE, momentum=0.9), pf.adamw(RATE)])
+def test_hard_map_is_the_straight_through_estimator(base) -> None:
+    """Law 3: gradient at the rounded weights, applied to the latent; written out by hand."""
+    params, targets = problem()
+    quantizer, cut = pf.lsbq(1), pf.per_channel()
+    steps = train(pf.chain(base, pf.hard_prox(quantizer, period=1, granularity=cut)), 8)
+    state = base.init(params)
+    w = params
+    for t, (latent, _, weights) in enumerate(steps):
+        grads = {k: w[k] - (1 + 0.1 * t) * targets[k] for k in w}
+        updates, state = base.update(grads, state, params)
+        params = pf.apply_updates(params, updates)
+        w = {}
+        for k, p in params.items():
+            rows = p.reshape(1, -1) if p.dim() == 1 else p.reshape(p.shape[0], -1)
+            scale = rows.abs().mean(-1, keepdim=True)
+            w[k] = torch.where(rows > 0, scale, -scale).reshape(p.shape)
+            torch.testing.assert_close(latent[k], p, rtol=0, atol=1e-12)
+            torch.testing.assert_close(weights[k], w[k], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("period", "warmup"), [(1, 0), (3, 0), (4, 2), (1000, 1)])
+def test_levels_change_on_refit_steps_only(period: int, warmup: int) -> None:
+    """Law 7; the first quantized step always fits."""
+    transform = pf.chain(pf.sgd(RATE), link("parq", period=period, warmup=warmup))
+    before = {k: torch.zeros(1, 4) for k in problem()[0]}
+    for t, (params, state, _) in enumerate(train(transform, 10)):
+        levels = pf.read(state, "levels")
+        due = t >= warmup and (t - warmup) % period == 0
+        for k in params:
+            expected = pf.lsbq(2)(params[k].reshape(1, -1)) if due else before[k]
+            assert torch.equal(levels[k], expected.to(levels[k].dtype))
+        before = levels
+
+
+@pytest.mark.parametrize("kind", MAPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "cut", [pf.per_tensor(), pf.per_channel(), pf.per_block(4)], ids=lambda c: repr(c)
+)
+def test_after_annealing_weights_are_bit_equal_to_levels(kind, dtype, cut) -> None:
+    """Law 6, on irregular levels that drift at every step."""
+    params, _ = problem(dtype)
+    if isinstance(cut, pf.per_block):
+        del params["conv"]
+    quantizer = pf.lloyd_max(2, symmetric=False)
+    transform = pf.chain(pf.sgd(RATE), link(kind, quantizer, period=1, granularity=cut))
+    grads = {k: torch.ones_like(p) for k, p in params.items()}
+    state = transform.init(params)
+    for t in range(13):
+        updates, state = transform.update(grads, state, params)
+        params = pf.apply_updates(params, updates)
+        if t < 9:
+            continue
+        weights = transform.weights(state, params)
+        for k, w in weights.items():
+            levels = pf.read(state, "levels")[k]
+            assert w.dtype == levels.dtype == dtype
+            assert w.stride() == params[k].stride()
+            rows = cut.rows(w)
+            assert bool((rows[..., None] == levels[:, None]).any(-1).all())
+            assert all(row.unique().numel() <= 4 for row in rows)
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_no_gradient_no_motion(kind: str) -> None:
+    """Law 5: latents constant, and after annealing nothing changes any more."""
+    params, _ = problem()
+    transform = pf.chain(pf.sgd(RATE, momentum=0.9), link(kind, period=2))
+    zeros = {k: torch.zeros_like(p) for k, p in params.items()}
+    state, seen = transform.init(params), None
+    for t in range(15):
+        updates, state = transform.update(zeros, state, params)
+        moved = pf.apply_updates(params, updates)
+        assert all(torch.equal(moved[k], params[k]) for k in params)
+        weights = transform.weights(state, params)
+        if t > 9:
+            assert all(torch.equal(weights[k], seen[k]) for k in params)
+        seen = weights
+
+
+@pytest.mark.parametrize("kind", MAPS)
+@pytest.mark.parametrize("at", [1, 4, 10])
+def test_resuming_from_a_saved_state_changes_no_bit(kind: str, at: int, tmp_path) -> None:
+    """Law 8, with every quantity that a state may hold."""
+    transform = pf.chain(
+        pf.adamw(RATE), link(kind, period=3, warmup=1, shrink=True, learning_rate=RATE)
+    )
+    whole = list(train(transform, 14))
+    torch.save(whole[at][:2], tmp_path / "checkpoint.pt")
+    with torch.serialization.safe_globals([pf.ProxState]):
+        params, state = torch.load(tmp_path / "checkpoint.pt", weights_only=False)
+    resumed = train(transform, 13 - at, params, state, first=at + 1)
+    for a, b in zip(whole[at + 1 :], resumed, strict=True):
+        for k in params:
+            assert torch.equal(a[0][k], b[0][k])
+            assert torch.equal(a[2][k], b[2][k])
+            assert torch.equal(pf.read(a[1], "levels")[k], pf.read(b[1], "levels")[k])
+
+
+def test_normal_map_with_gamma_lr_is_proximal_sgd() -> None:
+    """Law 9: w <- prox(w - lr g), the latent being w before its prox."""
+    kwargs = {"period": 1, "normal_map": RATE, "learning_rate": RATE}
+    transform = pf.chain(pf.sgd(RATE), link("parq", start=0, end=8, **kwargs))
+    params, targets = problem()
+    prox = link("parq", start=0, end=8)
+    w = params
+    for t, (_, _, weights) in enumerate(train(transform, 12)):
+        u = {k: w[k] - RATE * (w[k] - (1 + 0.1 * t) * targets[k]) for k in w}
+        slope = prox.coefficient(torch.tensor(t))
+        w = {
+            k: proxmaps.parq(
+                v.reshape(1, -1), pf.lsbq(2)(v.reshape(1, -1)), slope
+            ).reshape(v.shape)
+            for k, v in u.items()
+        }  # fmt: skip
+        for k in w:
+            torch.testing.assert_close(weights[k], w[k], rtol=0, atol=1e-12)
+
+
+def test_normal_map_with_infinite_gamma_is_aprox() -> None:
+    far = {"normal_map": 1e18, "learning_rate": RATE}
+    plain = train(pf.chain(pf.sgd(RATE), link("parq")), 12)
+    pulled = train(pf.chain(pf.sgd(RATE), link("parq", **far)), 12)
+    for a, b in zip(plain, pulled, strict=True):
+        for k in a[0]:
+            torch.testing.assert_close(a[0][k], b[0][k], rtol=0, atol=1e-12)
+
+
+def test_shrink_divides_what_map_and_quantizer_see() -> None:
+    rate = schedules.linear(1.0, 0.5, 0, 10)
+    transform = pf.chain(
+        pf.sgd(0.01), link("parq", start=0, period=1, shrink=True, learning_rate=rate)
+    )
+    total = 0.0
+    for t, (params, state, weights) in enumerate(train(transform, 8)):
+        total += float(rate(t))
+        assert float(pf.read(state, "lr_sum")) == pytest.approx(total)
+        for k, u in params.items():
+            seen = u.reshape(1, -1) / max(1.0, total)
+            levels = pf.lsbq(2)(seen)
+            expected = proxmaps.parq(seen, levels, pf.read(state, "slope")).reshape(u.shape)
+            torch.testing.assert_close(weights[k], expected, rtol=0, atol=1e-12)
+
+
+def test_a_learning_rate_given_to_update_stands_in() -> None:
+    params, _ = problem()
+    prox = link("parq", shrink=True)
+    with pytest.raises(ValueError, match="shrink and normal_map need the learning rate"):
+        prox.update(params, prox.init(params), params)
+    _, state = prox.update(params, prox.init(params), params, learning_rate=0.25)
+    assert state.lr_sum == 0.25
+
+
+def test_clipped_start_holds_weights_to_the_range_from_the_beginning() -> None:
+    transform = pf.chain(pf.sgd(RATE), pf.parq_prox(
+        pf.lsbq(1), anneal_start=5, anneal_end=9, warmup=1, period=1, clipped_start=True
+    ))  # fmt: skip
+    for t, (params, state, weights) in enumerate(train(transform, 5)):
+        for k, u in params.items():
+            levels = pf.read(state, "levels")[k]
+            expected = u if t < 1 else proxmaps.clip(u.reshape(1, -1), levels).reshape(u.shape)
+            assert torch.equal(weights[k], expected)
+
+
+def test_nan_latents_stay_in_their_row() -> None:
+    """Their weights are NaN, the levels finite, and other rows as if nothing had happened."""
+    transform = pf.chain(
+        pf.sgd(1.0), pf.hard_prox(pf.lsbq(2), period=1, granularity=pf.per_channel())
+    )
+    params = {"w": torch.randn(3, 6, generator=torch.Generator().manual_seed(0))}
+    grads = {"w": torch.ones(3, 6)}
+    _, state = transform.update(grads, transform.init(params), params)
+    poisoned = {"w": grads["w"].clone()}
+    poisoned["w"][1, 2] = torch.nan
+    results = []
+    for g in (grads, poisoned):
+        updates, after = transform.update(g, state, params)
+        results.append((after, transform.weights(after, pf.apply_updates(params, updates))["w"]))
+    (_, clean), (after, dirty) = results
+    assert torch.equal(pf.read(after, "levels")["w"][1], pf.read(state, "levels")["w"][1])
+    assert bool(pf.read(after, "levels")["w"].isfinite().all())
+    assert bool(dirty[1, 2].isnan())
+    assert torch.equal(clean[[0, 2]], dirty[[0, 2]])
+
+
+def test_nothing_is_half_changed_by_an_error() -> None:
+    params, _ = problem()
+    transform = pf.chain(pf.sgd(RATE, momentum=0.9), link("parq"))
+    state = transform.init(params)
+    kept = copy.deepcopy((params, state))
+    with pytest.raises(ValueError, match="trees differ in structure"):
+        transform.update({"conv": params["conv"]}, state, params)
+    torch.testing.assert_close((params, state), kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: link("parq", start=5, end=5), ValueError, "anneal_start must come before"),
+        (lambda: pf.parq_prox(pf.lsbq, anneal_start=0, anneal_end=1), TypeError, "such as lsbq"),
+        (lambda: pf.hard_prox(2), TypeError, r"expected a quantizer such as lsbq\(2\), got 2"),
+        (lambda: link("hard", granularity=pf.per_channel), TypeError, "such as per_channel"),
+        (lambda: link("hard", period=0), ValueError, "period must be a whole number >= 1, got 0"),
+        (lambda: link("hard", warmup=-1), ValueError, "warmup must be a whole number >= 0"),
+        (lambda: link("hard", normal_map=0.0), ValueError, "normal_map must be positive"),
+        (lambda: pf.parq_prox(pf.lsbq(1), anneal_start=0, anneal_end=1, steepness=0),
+         ValueError, "steepness must be positive, got 0"),
+        (lambda: pf.parq_prox(quantiser=pf.lsbq(1), anneal_start=0, anneal_end=1),
+         TypeError, "quantiser"),
+        (lambda: pf.proxquant_prox(pf.lsbq(1), anneal_start=0, anneal_end=1, strength=-1.0),
+         ValueError, "strength must not be negative"),
+    ],
+)  # fmt: skip
+def test_bad_settings(build, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("params", "options", "error", "message"),
+    [
+        ({"a": torch.zeros(2, 6)}, {"granularity": pf.per_block(4)}, ValueError,
+         "parq_prox: parameter 'a': block size 4 does not divide"),
+        ({"a": torch.zeros(2, 6, 1)}, {"granularity": pf.per_block(1)}, ValueError,
+         "parameter 'a': per_block"),
+        ({"a": torch.zeros(2, dtype=torch.int32)}, {}, TypeError,
+         "parq_prox: parameter 'a' has dtype torch.int32"),
+        ({"a": torch.tensor([1.0, torch.nan])}, {}, ValueError,
+         "parameter 'a' holds NaN or infinities"),
+    ],
+)  # fmt: skip
+def test_bad_params_are_named(params, options, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        link("parq", **options).init(params)

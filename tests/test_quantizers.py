@@ -1,0 +1,292 @@
+"""Quantizers against brute force and on rows that break naive formulas."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import parq_fn as pf
+from parq_fn.quantizers.lsbq import greedy
+
+ALL = [
+    *(pf.uniform(b, scale, center=c) for b in (1, 2, 4, 8) for scale in ("mean", "max")
+      for c in (False, True)),
+    *(pf.max_uniform(b, center=c) for b in (2, 3, 8) for c in (False, True)),
+    *(pf.asymmetric(b) for b in (1, 2, 8)),
+    *(pf.ternary_uniform(center=c) for c in (False, True)),
+    *(pf.lsbq(b, center=c) for b in (0, 1, 2, 3, 8) for c in (False, True)),
+    *(pf.lsbq(b, "optimal", center=c) for b in (0, 1, 2) for c in (False, True)),
+    *(pf.lsbq(b, "alternating", center=c) for b in (0, 1, 2, 3, 8) for c in (False, True)),
+    *(pf.lloyd_max(b, symmetric=s) for b in (1, 2, 3, 8) for s in (False, True)),
+]  # fmt: skip
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+every = pytest.mark.parametrize("quantizer", ALL, ids=repr)
+
+finite = st.floats(-10, 10, allow_subnormal=False).map(lambda v: round(v, 3))
+small_rows = st.lists(finite, min_size=1, max_size=12)
+
+
+def error(x: Tensor, levels: Tensor) -> float:
+    return float((x - pf.proxmaps.hard(x, levels)).square().sum())
+
+
+def brute_force(values: list[float], cells: int, pinned: bool = False) -> float:
+    """Least squared error over all ways to cut the sorted values into runs, each at its mean;
+    pinned puts the first run at 0."""
+    ordered, n = sorted(values), len(values)
+    best = math.inf
+    for cuts in itertools.combinations_with_replacement(range(n + 1), cells - 1):
+        edges = (0, *cuts, n)
+        total = 0.0
+        for i, (a, b) in enumerate(itertools.pairwise(edges)):
+            run = ordered[a:b]
+            mean = 0.0 if (pinned and i == 0) or not run else math.fsum(run) / len(run)
+            total += math.fsum((v - mean) ** 2 for v in run)
+        best = min(best, total)
+    return best
+
+
+@given(small_rows)
+@pytest.mark.parametrize("bits", [0, 1, 2])
+def test_lsbq_optimal_is_the_best_partition_of_the_magnitudes(bits: int, values) -> None:
+    x = torch.tensor([values], dtype=torch.float64)
+    got = error(x, pf.lsbq(bits, "optimal")(x))
+    cells = {0: 2, 1: 1, 2: 2}[bits]
+    best = brute_force([abs(v) for v in values], cells, pinned=bits == 0)
+    assert got == pytest.approx(best, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [100, 1000])
+@pytest.mark.parametrize("bits", [0, 2])
+def test_lsbq_optimal_on_rows_of_hundreds(bits: int, n: int) -> None:
+    """All n splits tried one by one, in plain sums."""
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(3, n, dtype=torch.float64, generator=generator)
+    levels = pf.lsbq(bits, "optimal")(x)
+    for row, own in zip(x, levels, strict=True):
+        a = row.abs().sort().values
+        best = min(
+            (a[:j] - (0.0 if bits == 0 or j == 0 else a[:j].mean())).square().sum()
+            + (a[j:] - a[j:].mean()).square().sum()
+            for j in range(n)
+        )
+        assert error(row[None], own[None]) == pytest.approx(float(best), rel=1e-12)
+
+
+@given(small_rows)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_lloyd_max_is_the_best_partition(bits: int, symmetric: bool, values) -> None:
+    x = torch.tensor([values], dtype=torch.float64)
+    levels = pf.lloyd_max(bits, symmetric)(x)
+    magnitudes = [abs(v) for v in values] if symmetric else values
+    best = brute_force(magnitudes, 2**bits // (2 if symmetric else 1))
+    assert error(x, levels) == pytest.approx(best, rel=1e-9, abs=1e-9)
+
+
+@given(st.lists(finite, min_size=1, max_size=60), st.integers(1, 5))
+def test_alternating_is_never_worse_than_greedy(values, bits: int) -> None:
+    x = torch.tensor([values], dtype=torch.float64)
+    ours = error(x, pf.lsbq(bits, "alternating")(x))
+    assert ours <= error(x, pf.lsbq(bits)(x)) * (1 + 1e-12) + 1e-12
+
+
+def test_alternating_improves_on_greedy_where_there_is_room() -> None:
+    x = torch.randn(1, 20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 3, 4):
+        greedy_error, alternating_error, best = (
+            error(x, q(x)) / x.numel()
+            for q in (pf.lsbq(bits), pf.lsbq(bits, "alternating"), pf.lloyd_max(bits))
+        )
+        assert best <= alternating_error < 0.95 * greedy_error
+
+
+@pytest.mark.parametrize("bits", [0, 2, 3])
+def test_alternating_ends_where_refitting_its_signs_gains_nothing(bits: int) -> None:
+    x = torch.randn(1, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    levels = pf.lsbq(bits, "alternating")(x)
+    codes = list(itertools.product((-1.0, 1.0), repeat=bits)) if bits else [(-1,), (0,), (1,)]
+    codes = torch.tensor(codes, dtype=torch.float64)
+    # the v behind the levels: least squares of all levels on their sign patterns, in some order
+    top = levels[0].abs().max()
+    halves = [top - level for level in levels[0]]
+    v = torch.tensor(sorted({round(float(h) / 2, 12) for h in halves})[1:], dtype=torch.float64)
+    v = levels[0, 2:] if bits == 0 else _basis(v, levels, bits)
+    order = (codes @ v).argsort()
+    torch.testing.assert_close((codes @ v)[order], levels[0], rtol=1e-9, atol=1e-9)
+    index = (pf.proxmaps.hard(x, levels)[..., None] == levels[:, None]).double().argmax(-1)[0]
+    design = codes[order][index]
+    refit = design @ torch.linalg.lstsq(design, x[0]).solution
+    assert error(x, levels) <= float((x[0] - refit).square().sum()) * (1 + 1e-4)
+
+
+def _basis(candidates: Tensor, levels: Tensor, bits: int) -> Tensor:
+    """The v among half differences to the top level whose sums of +-v are the levels."""
+    for v in itertools.combinations(candidates.tolist(), bits):
+        signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=bits)), dtype=levels.dtype)
+        sums = (signs @ torch.tensor(v, dtype=levels.dtype)).sort().values
+        if torch.allclose(sums, levels[0], atol=1e-9):
+            return torch.tensor(v, dtype=levels.dtype)
+    raise AssertionError(f"levels {levels} are no sums of +-v")
+
+
+@given(small_rows)
+def test_greedy_energy(values) -> None:
+    """|r_{i+1}|^2 = |r_i|^2 - n v_i^2."""
+    x = torch.tensor([values], dtype=torch.float64)
+    rest = x
+    for v in greedy(x, 3):
+        after = torch.where(rest >= 0, rest - v, rest + v)
+        left = rest.square().sum() - rest.numel() * v.square().sum()
+        torch.testing.assert_close(after.square().sum(), left, rtol=1e-9, atol=1e-9)
+        rest = after
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_levels_in_every_dtype(quantizer, dtype) -> None:
+    """Declared number, sorted, finite, in the dtype; narrow ones are float32's, rounded."""
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = x.clone()
+    levels = quantizer(x)
+    assert levels.shape == (3, quantizer.num_levels)
+    assert levels.dtype == dtype
+    assert bool(levels.isfinite().all())
+    assert bool((levels.diff() >= 0).all())
+    assert torch.equal(x, before)
+    if dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(levels, quantizer(x.float()).to(dtype))
+    hard = quantizer.nearest(x, levels)
+    assert hard.dtype == dtype
+    assert bool((hard[..., None] == levels[:, None]).any(-1).all())
+    gap = (x.double() - hard.double()).abs()
+    nearest = (x.double()[..., None] - levels.double()[:, None]).abs().amin(-1)
+    torch.testing.assert_close(gap, nearest, rtol=0, atol=1e-6)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_extreme_rows(quantizer, dtype) -> None:
+    """Zeros, one weight, ties, the largest and the smallest numbers: finite, sorted, no error."""
+    top, tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+    rows = [[0.0] * 5, [1.0] * 5, [-2.0, 2.0] * 3, [top, -top, top / 2], [tiny, -tiny, 0.0], [3.0]]
+    for row in rows:
+        x = torch.tensor([row], dtype=dtype)
+        levels = quantizer(x)
+        assert bool(levels.isfinite().all()), row
+        assert bool((levels.diff() >= 0).all()), row
+        if not any(row):
+            assert not bool(levels.any())
+    assert quantizer(torch.zeros(2, 0, dtype=dtype)).tolist() == [[0.0] * quantizer.num_levels] * 2
+    assert quantizer(torch.zeros(0, 4, dtype=dtype)).shape == (0, quantizer.num_levels)
+
+
+@every
+@pytest.mark.parametrize("exponent", [-90, -1, 7, 90])
+def test_powers_of_two_scale_bit_for_bit(quantizer, exponent: int) -> None:
+    x = torch.randn(2, 17, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(quantizer(x * 2.0**exponent), quantizer(x) * 2.0**exponent)
+
+
+@every
+def test_rows_are_their_own(quantizer) -> None:
+    x = torch.randn(4, 23, generator=torch.Generator().manual_seed(0))
+    x[1, 3] = torch.nan
+    x[2, 5] = torch.inf
+    levels = quantizer.fit(x)
+    assert bool(levels[1].isnan().all())
+    assert bool(levels[2].isnan().all())
+    for i in (0, 3):
+        assert torch.equal(levels[i], quantizer.fit(x[i : i + 1])[0])
+
+
+@every
+def test_vmap_is_the_loop(quantizer) -> None:
+    x = torch.randn(3, 2, 19, generator=torch.Generator().manual_seed(0))
+    together = torch.vmap(quantizer)(x)
+    for rows, levels in zip(x, together, strict=True):
+        torch.testing.assert_close(levels, quantizer(rows), rtol=1e-6, atol=1e-6)
+
+
+@given(small_rows)
+def test_least_squares_orders(values) -> None:
+    x = torch.tensor([values], dtype=torch.float64)
+    two = error(x, pf.lsbq(2, "optimal")(x)) - 1e-9
+    assert two <= error(x, pf.lsbq(0, "optimal")(x))
+    assert two <= error(x, pf.lsbq(2)(x))
+    assert two <= error(x, pf.lsbq(1)(x))
+    assert error(x, pf.lloyd_max(2, symmetric=False)(x)) - 1e-9 <= two + 1e-9
+
+
+@given(small_rows)
+@pytest.mark.parametrize(
+    "quantizer",
+    [pf.lsbq(1), pf.lsbq(0, "optimal"), pf.lsbq(2, "optimal"), pf.lloyd_max(2), pf.lloyd_max(1)],
+    ids=repr,
+)
+def test_quantizing_a_quantized_row_gives_it_back(quantizer, values) -> None:
+    x = torch.tensor([values], dtype=torch.float64)
+    assume(float(x.abs().max()) > 0)
+    once = quantizer.nearest(x, quantizer(x))
+    twice = quantizer.nearest(once, quantizer(once))
+    torch.testing.assert_close(twice, once, rtol=1e-9, atol=1e-9)
+
+
+def test_asymmetric_has_an_exact_zero() -> None:
+    x = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
+    x[:, 0], x[:, 1] = -x[:, 0].abs(), x[:, 1].abs()
+    assert bool((pf.asymmetric(3)(x) == 0).any(-1).all())
+
+
+def test_error_on_gaussian_rows() -> None:
+    """Mean squared error on N(0, 1), against the known optima of the Gaussian source."""
+    x = torch.randn(1, 400_000, generator=torch.Generator().manual_seed(0)).double()
+    for quantizer, expected in [
+        (pf.lsbq(2), 0.1304), (pf.lsbq(3), 0.0584), (pf.lsbq(4), 0.0316),
+        (pf.lloyd_max(1), 0.3634), (pf.lloyd_max(2), 0.1175), (pf.lloyd_max(3), 0.03454),
+        (pf.lloyd_max(4), 0.009497), (pf.lsbq(2, "optimal"), 0.1175),
+        (pf.lsbq(0, "optimal"), 0.1902),
+    ]:  # fmt: skip
+        assert error(x, quantizer(x)) / x.numel() == pytest.approx(expected, rel=0.02), quantizer
+
+
+def test_published_faults_of_optimal_are_absent() -> None:
+    """Relative error on Gaussian rows: .19 ternary and below greedy's .128 per channel."""
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).double()
+    power = float(x.square().sum())
+    assert error(x, pf.lsbq(0, "optimal")(x)) / power < 0.20
+    assert error(x, pf.lsbq(2, "optimal")(x)) / power < error(x, pf.lsbq(2)(x)) / power < 0.14
+
+
+@pytest.mark.parametrize(
+    ("build", "error_type", "message"),
+    [
+        (lambda: pf.lsbq(9), ValueError, r"lsbq: bits must lie in 0..8 \(0 is ternary\), got 9"),
+        (lambda: pf.lsbq(-1), ValueError, "got -1"),
+        (lambda: pf.uniform(0), ValueError, "uniform: bits must lie in 1..8, got 0"),
+        (lambda: pf.max_uniform(1), ValueError, "max_uniform: bits must lie in 2..8, got 1"),
+        (lambda: pf.asymmetric(2.0), TypeError, "bits must be a whole number, got 2.0"),
+        (lambda: pf.lloyd_max(True), TypeError, "bits must be a whole number, got True"),
+        (lambda: pf.lsbq(3, "optimal"), ValueError, "takes bits 0, 1 and 2, got 3; use"),
+        (lambda: pf.lsbq(2, "best"), ValueError, "method must be 'greedy', 'optimal'"),
+        (lambda: pf.lsbq(0, multiplier=0.0), ValueError, "multiplier must be positive"),
+        (lambda: pf.uniform(2, "median"), ValueError, "scale must be 'mean' or 'max'"),
+        (lambda: pf.lsbq(2)(torch.ones(3)), ValueError, r"takes rows \[r, n\], got shape \(3,\)"),
+        (lambda: pf.lsbq(2)(torch.ones(1, 3, dtype=torch.int32)), TypeError, "torch.int32"),
+        (lambda: pf.lsbq(2)([[1.0]]), TypeError, "takes rows of a floating dtype, got list"),
+        (
+            lambda: pf.lsbq(2)(torch.tensor([[1.0], [torch.nan], [torch.inf]])),
+            ValueError,
+            r"lsbq\(2\) takes finite rows, got NaN or infinity in 2 row\(s\)",
+        ),
+    ],
+)
+def test_bad_input(build, error_type, message: str) -> None:
+    with pytest.raises(error_type, match=message):
+        build()

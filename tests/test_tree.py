@@ -1,0 +1,127 @@
+"""Maps that skip None, names, masks, labels, and reading state by name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import parq_fn as pf
+from parq_fn import tree
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+PARAMS = {
+    "layer1": [{"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}],
+    "head": Pair(torch.zeros(3), {"weight": torch.zeros(1), "none": None}),
+}
+NAMES = ["head.left", "head.right.weight", "layer1.0.bias", "layer1.0.weight"]
+
+
+def test_names_follow_keys_positions_and_fields() -> None:
+    assert tree.tree_leaves(tree.tree_names(PARAMS)) == NAMES
+    assert tree.tree_names(PARAMS)["head"].right == {"weight": "head.right.weight", "none": None}
+
+
+def test_a_bare_leaf_is_a_tree() -> None:
+    assert tree.tree_leaves(tree.tree_names(torch.zeros(1))) == [""]
+    optimizer = pf.sgd(1.0)
+    updates, _ = optimizer.update(torch.ones(1), optimizer.init(torch.zeros(1)), torch.zeros(1))
+    assert torch.equal(updates, -torch.ones(1))
+
+
+def chosen(mask: Any, params: Any = PARAMS) -> list[str]:
+    picked = tree.pick(tree.resolve_mask(mask, params), tree.tree_names(params))
+    return tree.tree_leaves(picked)
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ("*.weight", ["head.right.weight", "layer1.0.weight"]),
+        ("head", ["head.left", "head.right.weight"]),
+        (["layer1.0.bias", "head.left"], ["head.left", "layer1.0.bias"]),
+        (re.compile(r"layer\d"), ["layer1.0.bias", "layer1.0.weight"]),
+        (lambda name, leaf: leaf.dim() == 2, ["layer1.0.weight"]),
+        ({"layer1": True, "head": False}, ["layer1.0.bias", "layer1.0.weight"]),
+        ({"layer1": [{"weight": True, "bias": False}], "head": Pair(False, True)},
+         ["head.right.weight", "layer1.0.weight"]),
+    ],
+)  # fmt: skip
+def test_masks(mask: Any, expected: list[str]) -> None:
+    assert chosen(mask) == expected
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        ("heads", ValueError, "mask pattern 'heads' matches no parameter; .* head.left"),
+        (["head", "laye1.*"], ValueError, "mask pattern 'laye1.\\*' matches no parameter"),
+        ({"layer1": True}, ValueError, "parameters it leaves out: .*head"),
+        ({"layer1": True, "hed": False}, ValueError, "names no parameter has: .'hed'."),
+        ({"layer1": "yes", "head": False}, TypeError, "entry 'layer1' is a str, expected bool"),
+    ],
+)
+def test_masks_that_fit_nothing(mask: Any, error: type, message: str) -> None:
+    link = pf.masked(pf.freeze(), mask)
+    with pytest.raises(error, match=message):
+        link.init(PARAMS)
+
+
+def test_labels_take_the_first_pattern_that_fits() -> None:
+    labels = tree.resolve_labels({"*.bias": "b", "layer1": "l", "*": "rest"}, PARAMS)
+    assert tree.tree_leaves(labels) == ["rest", "rest", "b", "l"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"layer1": "a"}, "parameter 'head.left' fits no label pattern"),
+        ({"nothing": "a", "*": "a"}, "label pattern 'nothing' matches no parameter"),
+        ({"*": "c"}, r"labels without a transformation: \['c'\]; .* for: \['a', 'b'\]"),
+        (lambda name, leaf: name, "labels without a transformation"),
+    ],
+)
+def test_labels_that_fit_nothing(labels: Any, message: str) -> None:
+    link = pf.partition({"a": pf.identity(), "b": pf.freeze()}, labels)
+    with pytest.raises(ValueError, match=message):
+        link.init(PARAMS)
+
+
+def test_read_by_field_kind_key_and_position() -> None:
+    prox = pf.parq_prox(pf.lsbq(1), anneal_start=1, anneal_end=3)
+    params = {"w": torch.ones(2, 3), "count": torch.ones(1)}
+    state = pf.named_chain(clip=pf.clip(1.0), opt=pf.adam(), prox=prox).init(params)
+    assert pf.read(state, "slope") == 1
+    assert set(pf.read(state, "levels")) == {"w", "count"}
+    assert pf.read(state, "opt.adam.count") == 0
+    assert pf.read(state, "prox.count") is state["prox"].count
+    with pytest.raises(KeyError, match=r"3 states are named 'count': .*opt\.0\.adam\.count"):
+        pf.read(state, "count")
+    with pytest.raises(KeyError, match=r"no state is named 'slopes'; there are: .*slope"):
+        pf.read(state, "slopes")
+    only = pf.chain(pf.clip(1.0), prox).init(params)
+    assert pf.read(only, "count") == 0
+
+
+@pytest.mark.parametrize("suffix", ["opt.0.adam.count", "opt.1.count.count", "prox.prox.count"])
+def test_every_name_that_read_offers_is_unique(suffix: str) -> None:
+    prox = pf.hard_prox(pf.lsbq(1))
+    state = pf.named_chain(opt=pf.adam(), prox=prox).init({"w": torch.ones(2)})
+    assert pf.read(state, suffix) == 0
+
+
+def test_updates_of_another_shape_or_structure_name_the_leaf() -> None:
+    params = {"a": torch.zeros(2, 1), "b": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"update of 'a' has shape \(2,\), its parameter \(2, 1\)"):
+        pf.apply_updates(params, {"a": torch.zeros(2), "b": torch.zeros(1)})
+    with pytest.raises(
+        ValueError, match=r"trees differ in structure: leaves of the first alone: \['b'\]"
+    ):
+        pf.apply_updates(params, {"a": torch.zeros(2, 1)})
