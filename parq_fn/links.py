@@ -193,7 +193,7 @@ class AdamState(NamedTuple):
     count: Tensor  # type: ignore[assignment] # (hides tuple.count) [], int64: updates so far
     first: PyTree  # like params: running mean of the updates
     second: PyTree  # like params: running mean of their squares
-    largest: PyTree  # like params: the largest `second` so far with amsgrad, else None
+    largest: PyTree  # like params: the largest `second` so far with amsgrad, else ()
 
 
 @value
@@ -218,8 +218,9 @@ class scale_by_adam(Link):
     def init(self, params: PyTree) -> AdamState:
         """Zeros."""
         check_floating(params, "scale_by_adam")
-        zeros = tree_map(torch.zeros_like, params)
-        return AdamState(new_count(), zeros, zeros, zeros if self.amsgrad else None)
+        # trees of their own: one tree in two places would make a compiled step compile again
+        first, second, largest = (tree_map(torch.zeros_like, params) for _ in range(3))
+        return AdamState(new_count(), first, second, largest if self.amsgrad else ())
 
     def update(
         self, updates: PyTree, state: AdamState, params: PyTree, **extra: Any
@@ -238,7 +239,7 @@ class scale_by_adam(Link):
 
         first = tree_map(mean, state.first, updates)
         second = tree_map(square, state.second, updates)
-        largest = tree_map(torch.maximum, state.largest, second) if self.amsgrad else None
+        largest = tree_map(torch.maximum, state.largest, second) if self.amsgrad else ()
 
         def direction(u: Tensor, m: Tensor, v: Tensor) -> Tensor:
             v = (v / to_device(two, v)).to(v.dtype)

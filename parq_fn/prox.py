@@ -38,6 +38,14 @@ class ProxState(NamedTuple):
     levels: PyTree  # [r, k] for each param, in its dtype; zeros until a step has fitted them
 
 
+_PER_TENSOR = per_tensor()
+
+
+def _whole() -> Granularity:
+    """per_tensor(), as a global: a compiler that traces a link being built can reach it."""
+    return _PER_TENSOR
+
+
 @value
 class Prox(Link):
     """Base of the prox links, and their options.
@@ -63,7 +71,7 @@ class Prox(Link):
     """
 
     quantizer: Quantizer
-    granularity: Granularity = field(default=per_tensor(), kw_only=True)
+    granularity: Granularity = field(default_factory=_whole, kw_only=True)
     period: int = field(default=10, kw_only=True)
     warmup: int = field(default=0, kw_only=True)
     learning_rate: Scalar | None = field(default=None, kw_only=True)

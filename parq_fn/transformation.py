@@ -29,7 +29,6 @@ from parq_fn.tree import (
     pick,
     resolve_labels,
     resolve_mask,
-    tree_leaves,
     tree_map,
 )
 from parq_fn.value import Value, show, value
@@ -266,7 +265,7 @@ class masked(Link):
 
     The mask is a name pattern or several ("*.weight", "layer1", a compiled regular expression),
     a predicate of (name, leaf), or a tree of bools, possibly a prefix of the params. The inner
-    transformation sees None where the mask does not hold.
+    transformation sees the leafless node `tree.Masked()` where the mask does not hold.
 
     Raises ValueError for a pattern or name that no parameter has.
 
@@ -285,21 +284,24 @@ class masked(Link):
         check_transformation(self.inner, "the inner transformation of masked")
 
     def init(self, params: PyTree) -> PyTree:
-        """The inner state, with None for leaves outside the mask."""
-        return self.inner.init(pick(resolve_mask(self.mask, params), params))
+        """The inner state, without leaves outside the mask."""
+        return self.inner.init(pick(resolve_mask(self.mask, params), params, params))
 
     def update(
         self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         """The inner update on the mask, the updates as they came elsewhere."""
         mask = resolve_mask(self.mask, params)
-        chosen, state = self.inner.update(pick(mask, updates), state, pick(mask, params), **extra)
-        return merge(mask, chosen, updates), state
+        chosen, state = self.inner.update(
+            pick(mask, params, updates), state, pick(mask, params, params), **extra
+        )
+        return merge(mask, params, chosen, updates), state
 
     def weights(self, state: PyTree, params: PyTree) -> PyTree:
         """The inner weights on the mask, the params elsewhere."""
         mask = resolve_mask(self.mask, params)
-        return merge(mask, self.inner.weights(state, pick(mask, params)), params)
+        own = self.inner.weights(state, pick(mask, params, params))
+        return merge(mask, params, own, params)
 
 
 @value
@@ -326,23 +328,20 @@ class partition(Link):
         for label, link in self.transforms.items():
             check_transformation(link, f"the transformation of label {label!r}")
 
-    def _masks(self, params: PyTree) -> dict[str, PyTree]:
+    def _masks(self, params: PyTree) -> dict[str, list[bool]]:
         labels = resolve_labels(self.labels, params)
-        unknown = set(tree_leaves(labels)) - set(self.transforms)
+        unknown = sorted({label for label in labels if label not in self.transforms})
         if unknown:
             raise ValueError(
-                f"labels without a transformation: {sorted(unknown)}; there are transformations "
+                f"labels without a transformation: {unknown}; there are transformations "
                 f"for: {sorted(self.transforms)}"
             )
-        return {
-            name: tree_map(lambda label, name=name: label == name, labels)
-            for name in self.transforms
-        }
+        return {name: [label == name for label in labels] for name in self.transforms}
 
     def init(self, params: PyTree) -> PyTree:
         """The inner states, a dict by label."""
         return {
-            label: self.transforms[label].init(pick(mask, params))
+            label: self.transforms[label].init(pick(mask, params, params))
             for label, mask in self._masks(params).items()
         }
 
@@ -353,17 +352,17 @@ class partition(Link):
         states, out = {}, updates
         for label, mask in self._masks(params).items():
             chosen, states[label] = self.transforms[label].update(
-                pick(mask, updates), state[label], pick(mask, params), **extra
+                pick(mask, params, updates), state[label], pick(mask, params, params), **extra
             )
-            out = merge(mask, chosen, out)
+            out = merge(mask, params, chosen, out)
         return out, states
 
     def weights(self, state: PyTree, params: PyTree) -> PyTree:
         """Every label's weights on its own leaves."""
         out = params
         for label, mask in self._masks(params).items():
-            own = self.transforms[label].weights(state[label], pick(mask, params))
-            out = merge(mask, own, out)
+            own = self.transforms[label].weights(state[label], pick(mask, params, params))
+            out = merge(mask, params, own, out)
         return out
 
 

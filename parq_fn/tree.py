@@ -1,7 +1,7 @@
 """Pytrees, on optree: maps that skip None, names of leaves, masks, labels, reading state.
 
 A pytree is any nesting of dicts, lists, tuples and NamedTuples. None stands for a leaf that is
-not there: a parameter without a gradient, or one outside a mask.
+not there, such as the gradient of a parameter that has none.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import optree
 import torch
@@ -27,24 +27,29 @@ def tree_map(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
 
     None in the first tree gives None; None in a later one is passed to `f`. So a map that makes
     updates takes the gradients first, and one that makes state takes the state first.
+    Raises ValueError, with the names of the leaves, where the structures differ.
 
     >>> tree_map(lambda g, p: g + p, {"a": 1, "b": None}, {"a": 10, "b": 20})
     {'a': 11, 'b': None}
     """
-
-    leaves, spec = optree.tree_flatten(tree, none_is_leaf=True)
-    try:
-        columns = [spec.flatten_up_to(other) for other in rest]
-    except ValueError:
-        raise ValueError(_difference(tree, rest)) from None
+    spec, leaves, *columns = columns_of(tree, *rest, none_is_leaf=True)
     rows = zip(leaves, *columns, strict=True)
     return optree.tree_unflatten(spec, [None if r[0] is None else f(*r) for r in rows])
 
 
+def columns_of(tree: PyTree, *rest: PyTree, none_is_leaf: bool = False) -> tuple[Any, ...]:
+    """(structure, leaves of the tree, what stands in their places in each of the rest)."""
+    leaves, spec = optree.tree_flatten(tree, none_is_leaf=none_is_leaf)
+    try:
+        return spec, leaves, *(spec.flatten_up_to(other) for other in rest)
+    except ValueError:
+        raise ValueError(_difference(tree, rest)) from None
+
+
 def _difference(tree: PyTree, rest: tuple[PyTree, ...]) -> str:
-    own = set(tree_leaves(tree_names(tree)))
+    own = set(names_of(tree))
     for other in rest:
-        names = set(tree_leaves(tree_names(other)))
+        names = set(names_of(other))
         if own != names:
             return (
                 f"trees differ in structure: leaves of the first alone: {sorted(own - names)}, "
@@ -59,34 +64,25 @@ def tree_leaves(tree: PyTree) -> list[Any]:
     return optree.tree_leaves(tree)
 
 
-def tree_unzip(tree: PyTree, results: PyTree, width: int) -> tuple[PyTree, ...]:
-    """Splits a tree whose leaves are `width`-tuples (in the structure of `tree`) into trees.
+def names_of(tree: PyTree) -> list[str]:
+    """The names of the leaves, in the order of `tree_leaves`.
 
-    >>> tree_unzip({"a": 0, "b": None}, {"a": (1, 2), "b": None}, 2)
-    ({'a': 1, 'b': None}, {'a': 2, 'b': None})
+    >>> names_of({"layer": [{"weight": 1.0}, {"weight": 2.0}], "none": None})
+    ['layer.0.weight', 'layer.1.weight']
     """
-    return tuple(
-        optree.tree_map(
-            lambda leaf, result, i=i: None if leaf is None else result[i],
-            tree,
-            results,
-            none_is_leaf=True,
-        )
-        for i in range(width)
-    )
+    return [
+        ".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor)
+        for accessor in optree.tree_accessors(tree)
+    ]
 
 
 def tree_names(tree: PyTree) -> PyTree:
     """The tree of its leaves' names.
 
-    >>> tree_names({"layer": [{"weight": 1.0}, {"weight": 2.0}], "none": None})
-    {'layer': [{'weight': 'layer.0.weight'}, {'weight': 'layer.1.weight'}], 'none': None}
+    >>> tree_names({"layer": [{"weight": 1.0}], "none": None})
+    {'layer': [{'weight': 'layer.0.weight'}], 'none': None}
     """
-    names = [
-        ".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor)
-        for accessor in optree.tree_accessors(tree)
-    ]
-    return optree.tree_unflatten(optree.tree_structure(tree), names)
+    return optree.tree_unflatten(optree.tree_structure(tree), names_of(tree))
 
 
 def select(condition: Tensor, new: PyTree, old: PyTree) -> PyTree:
@@ -101,7 +97,7 @@ def select(condition: Tensor, new: PyTree, old: PyTree) -> PyTree:
 
 def check_floating(params: PyTree, what: str) -> None:
     """Raises TypeError, with the leaf's name, unless every leaf is a real floating tensor."""
-    for name, leaf in zip(tree_leaves(tree_names(params)), tree_leaves(params), strict=True):
+    for name, leaf in zip(names_of(params), tree_leaves(params), strict=True):
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"{what}: parameter {name!r} is a {type(leaf).__name__}, expected a tensor"
@@ -126,9 +122,11 @@ def check_match(updates: PyTree, params: PyTree, what: str) -> None:
     tree_map(check, tree_names(params), updates, params)
 
 
-# Masks and labels
+# Masks and labels: lists along the leaves of the params, for a compiler traces lists of
+# constants, and trees of them it does not.
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # torch's own
 def matches(pattern: str | re.Pattern[str], name: str) -> bool:
     """Whether a leaf's name fits a pattern.
 
@@ -154,81 +152,91 @@ def _unmatched(what: str, pattern: Any, names: list[str]) -> NoReturn:
     raise ValueError(f"{what} {pattern!r} matches no parameter; the parameters are: {shown}")
 
 
-def resolve_mask(mask: Mask, params: PyTree) -> PyTree:
-    """The mask as a tree of bools in the structure of `params`.
+def resolve_mask(mask: Mask, params: PyTree) -> list[bool]:
+    """Whether the mask holds, for each leaf of `params`.
 
     Raises ValueError for a pattern that matches nothing and for a tree that does not fit,
     TypeError for a tree with leaves other than bools.
 
     >>> resolve_mask("*.weight", {"a": {"weight": 1.0, "bias": 2.0}})
-    {'a': {'weight': True, 'bias': False}}
+    [False, True]
     """
-    names = tree_names(params)
+    names = names_of(params)
     patterns: Any = (mask,) if isinstance(mask, str | re.Pattern) else mask
     if _is_patterns(patterns):
-        flat = tree_leaves(names)
         for pattern in patterns:
-            if not any(matches(pattern, name) for name in flat):
-                _unmatched("mask pattern", pattern, flat)
-        return tree_map(lambda name: any(matches(p, name) for p in patterns), names)
+            if not any(matches(pattern, name) for name in names):
+                _unmatched("mask pattern", pattern, names)
+        return [any(matches(p, name) for p in patterns) for name in names]
     if callable(mask):
-        return tree_map(lambda name, leaf: bool(mask(name, leaf)), names, params)
-    return _broadcast(mask, params, bool, "mask")
+        return [bool(mask(n, leaf)) for n, leaf in zip(names, tree_leaves(params), strict=True)]
+    return _broadcast(mask, names, bool, "mask")
 
 
-def resolve_labels(labels: Labels, params: PyTree) -> PyTree:
-    """The labels as a tree of strings in the structure of `params`.
+def resolve_labels(labels: Labels, params: PyTree) -> list[str]:
+    """The label of each leaf of `params`.
 
     In a flat dict of patterns the first that matches a leaf's name decides.
 
     >>> resolve_labels({"*.bias": "rest", "*": "quantized"}, {"a": {"weight": 1.0, "bias": 2.0}})
-    {'a': {'weight': 'quantized', 'bias': 'rest'}}
+    ['rest', 'quantized']
     """
-    names = tree_names(params)
+    names = names_of(params)
     if isinstance(labels, Mapping) and all(isinstance(v, str) for v in labels.values()):
-        flat = tree_leaves(names)
         for pattern in labels:
-            if pattern != "*" and not any(matches(pattern, name) for name in flat):
-                _unmatched("label pattern", pattern, flat)
-
-        def first(name: str) -> str:
-            for pattern, label in labels.items():
-                if matches(pattern, name):
-                    return str(label)
-            raise ValueError(f"parameter {name!r} fits no label pattern of {list(labels)}")
-
-        return tree_map(first, names)
+            if pattern != "*" and not any(matches(pattern, name) for name in names):
+                _unmatched("label pattern", pattern, names)
+        return [_first(labels, name) for name in names]
     if callable(labels):
-        return tree_map(labels, names, params)
-    return _broadcast(labels, params, str, "labels")
+        return [labels(n, leaf) for n, leaf in zip(names, tree_leaves(params), strict=True)]
+    return _broadcast(labels, names, str, "labels")
 
 
-def _broadcast(prefix: PyTree, params: PyTree, kind: type, what: str) -> PyTree:
-    for name, leaf in zip(tree_leaves(tree_names(prefix)), tree_leaves(prefix), strict=True):
+def _first(labels: Mapping[str, str], name: str) -> str:
+    for pattern, label in labels.items():
+        if matches(pattern, name):
+            return label
+    raise ValueError(f"parameter {name!r} fits no label pattern of {list(labels)}")
+
+
+def _broadcast(prefix: PyTree, names: list[str], kind: type, what: str) -> list[Any]:
+    """For each name the leaf of `prefix` that stands at it or above it."""
+    given = dict(zip(names_of(prefix), tree_leaves(prefix), strict=True))
+    for entry, leaf in given.items():
         if not isinstance(leaf, kind):
             raise TypeError(
-                f"{what}: entry {name!r} is a {type(leaf).__name__}, expected {kind.__name__}"
+                f"{what}: entry {entry!r} is a {type(leaf).__name__}, expected {kind.__name__}"
             )
-    try:
-        return optree.tree_broadcast_prefix(prefix, params)
-    except ValueError as error:
-        known, given = set(tree_leaves(tree_names(params))), tree_leaves(tree_names(prefix))
-        unknown = sorted(n for n in given if not any(matches(n, k) for k in known))
-        missing = sorted(n for n in known if not any(matches(g, n) for g in given))
+    found = [[e for e in given if e in ("", n) or n.startswith(f"{e}.")] for n in names]
+    missing = [n for n, above in zip(names, found, strict=True) if not above]
+    unknown = [e for e in given if not any(e in above for above in found)]
+    if missing or unknown:
         raise ValueError(
             f"{what} does not fit the parameters: names no parameter has: {unknown or 'none'}; "
-            f"parameters it leaves out: {missing or 'none'} ({error})"
-        ) from None
+            f"parameters it leaves out: {missing or 'none'}"
+        )
+    return [given[above[0]] for above in found]
 
 
-def pick(mask: PyTree, tree: PyTree) -> PyTree:
-    """The tree with None where the mask (a tree of bools) does not hold."""
-    return tree_map(lambda chosen, leaf: leaf if chosen else None, mask, tree)
+class Masked(NamedTuple):
+    """Stands for a leaf outside a mask: a node without leaves.
+
+    Not None, which torch's own pytrees take for a leaf and `vmap` refuses to return.
+    """
 
 
-def merge(mask: PyTree, chosen: PyTree, rest: PyTree) -> PyTree:
-    """`chosen` where the mask (a tree of bools) holds, else `rest`."""
-    return tree_map(lambda take, c, r: c if take else r, mask, chosen, rest)
+def pick(mask: list[bool], params: PyTree, tree: PyTree) -> PyTree:
+    """The tree, in the structure of `params`, with `Masked()` where the mask does not hold."""
+    spec, _, leaves = columns_of(params, tree)
+    kept = [leaf if take else Masked() for take, leaf in zip(mask, leaves, strict=True)]
+    return optree.tree_unflatten(spec, kept)
+
+
+def merge(mask: list[bool], params: PyTree, chosen: PyTree, rest: PyTree) -> PyTree:
+    """`chosen` where the mask holds, else `rest`, in the structure of `params`."""
+    spec, _, one, other = columns_of(params, chosen, rest)
+    merged = [c if take else r for take, c, r in zip(mask, one, other, strict=True)]
+    return optree.tree_unflatten(spec, merged)
 
 
 # Reading state

@@ -1,0 +1,80 @@
+"""Modules as functions, and the mask of what to quantize."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import parq_fn as pf
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.embed = nn.Embedding(10, 4)
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.norm = nn.LayerNorm((4, 4))
+        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+        self.rnn = nn.GRU(4, 4)
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.tied = nn.Linear(4, 10, bias=False)
+        self.tied.weight = self.embed.weight
+        self.head = nn.Linear(4, 3)
+
+
+def quantized(mask: dict[str, bool]) -> list[str]:
+    return [name for name, chosen in mask.items() if chosen]
+
+
+def test_weight_mask_picks_matrices_and_kernels() -> None:
+    everything = [
+        "conv.weight", "attention.in_proj_weight", "attention.out_proj.weight",
+        "rnn.weight_ih_l0", "rnn.weight_hh_l0", "body.0.weight", "head.weight",
+    ]  # fmt: skip
+    module = Small()
+    assert quantized(pf.weight_mask(module)) == everything
+    assert quantized(pf.weight_mask(module, "head")) == everything[:-1]
+    assert quantized(pf.weight_mask(module, ["head", "rnn", "conv"])) == [
+        n for n in everything if n.partition(".")[0] not in ("head", "rnn", "conv")
+    ]
+    assert set(pf.weight_mask(module)) == {name for name, _ in module.named_parameters()}
+
+
+def test_weight_mask_refuses_names_that_are_none() -> None:
+    with pytest.raises(ValueError, match="exclude pattern 'heads' matches no parameter"):
+        pf.weight_mask(Small(), "heads")
+
+
+def test_functional_is_the_module_and_leaves_it_alone() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+    apply, params = pf.functional(module)
+    x = torch.randn(5, 1, 4, 4)
+    assert torch.equal(apply(params, x), module(x))
+    mask = pf.weight_mask(module)
+    transform = pf.chain(pf.sgd(0.1), pf.masked(pf.hard_prox(pf.lsbq(1)), mask))
+    state = transform.init(params)
+    before = {k: v.clone() for k, v in module.named_parameters()}
+    _, grads = pf.value_and_grad(lambda w: apply(w, x).square().mean(), transform)(params, state)
+    updates, state = transform.update(grads, state, params)
+    params = pf.apply_updates(params, updates)
+    weights = transform.weights(state, params)
+    assert weights["0.weight"].unique().numel() == 2
+    assert torch.equal(weights["0.bias"], params["0.bias"])
+    assert all(torch.equal(v, before[k]) for k, v in module.named_parameters())
+    assert not any(p.requires_grad for p in params.values())
+
+
+def test_a_module_sharded_by_fully_shard_is_refused() -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    class Sharded(FSDPModule, nn.Linear):
+        """What fully_shard makes of a Linear's class, without a process group."""
+
+        def __new__(cls, *args, **kwargs):
+            return nn.Linear.__new__(cls)
+
+    module = nn.Sequential(Sharded(2, 2))
+    with pytest.raises(TypeError, match="module '0' is sharded by fully_shard"):
+        pf.functional(module)
