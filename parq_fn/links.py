@@ -17,10 +17,10 @@ from parq_fn.tree import PyTree, check_floating, select, tree_leaves, tree_map
 from parq_fn.value import value
 
 
-class CountState(NamedTuple):
+class StepState(NamedTuple):
     """State of a link whose hyperparameter may be a schedule."""
 
-    count: Tensor  # type: ignore[assignment] # (hides tuple.count) [], int64: updates so far
+    step: Tensor  # [], int64: updates so far
 
 
 def times(leaf: Tensor, scalar: Tensor) -> Tensor:
@@ -67,17 +67,17 @@ class scale_by_schedule(Link):
 
     schedule: Scalar
 
-    def init(self, params: PyTree) -> CountState:
+    def init(self, params: PyTree) -> StepState:
         """A count of 0."""
         del params
-        return CountState(new_count())
+        return StepState(new_count())
 
     def update(
-        self, updates: PyTree, state: CountState, params: PyTree, **extra: Any
-    ) -> tuple[PyTree, CountState]:
+        self, updates: PyTree, state: StepState, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, StepState]:
         del params, extra
-        factor = at(self.schedule, state.count)
-        return tree_map(lambda u: times(u, factor), updates), CountState(state.count + 1)
+        factor = at(self.schedule, state.step)
+        return tree_map(lambda u: times(u, factor), updates), StepState(state.step + 1)
 
 
 @value
@@ -92,24 +92,24 @@ class scale_by_learning_rate(Link):
     def __post_init__(self) -> None:
         check_not_negative("scale_by_learning_rate", learning_rate=self.learning_rate)
 
-    def init(self, params: PyTree) -> CountState:
+    def init(self, params: PyTree) -> StepState:
         """A count of 0."""
         del params
-        return CountState(new_count())
+        return StepState(new_count())
 
     def update(
         self,
         updates: PyTree,
-        state: CountState,
+        state: StepState,
         params: PyTree,
         *,
         learning_rate: Scalar | None = None,
         **extra: Any,
-    ) -> tuple[PyTree, CountState]:
+    ) -> tuple[PyTree, StepState]:
         del params, extra
         own = self.learning_rate if learning_rate is None else learning_rate
-        rate = -at(own, state.count)
-        return tree_map(lambda u: times(u, rate), updates), CountState(state.count + 1)
+        rate = -at(own, state.step)
+        return tree_map(lambda u: times(u, rate), updates), StepState(state.step + 1)
 
 
 @value
@@ -125,24 +125,24 @@ class add_decayed_weights(Link):
     def __post_init__(self) -> None:
         check_not_negative("add_decayed_weights", weight_decay=self.weight_decay)
 
-    def init(self, params: PyTree) -> CountState:
+    def init(self, params: PyTree) -> StepState:
         """A count of 0."""
         del params
-        return CountState(new_count())
+        return StepState(new_count())
 
     def update(
-        self, updates: PyTree, state: CountState, params: PyTree, **extra: Any
-    ) -> tuple[PyTree, CountState]:
+        self, updates: PyTree, state: StepState, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, StepState]:
         del extra
-        decay = at(self.weight_decay, state.count)
+        decay = at(self.weight_decay, state.step)
         out = tree_map(lambda u, p: u + times(p, decay).to(u.dtype), updates, params)
-        return out, CountState(state.count + 1)
+        return out, StepState(state.step + 1)
 
 
 class TraceState(NamedTuple):
     """State of `trace`."""
 
-    count: Tensor  # type: ignore[assignment] # (hides tuple.count) [], int64: updates so far
+    step: Tensor  # [], int64: updates so far
     trace: PyTree  # like params: the accumulated updates
 
 
@@ -173,8 +173,8 @@ class trace(Link):
         self, updates: PyTree, state: TraceState, params: PyTree, **extra: Any
     ) -> tuple[PyTree, TraceState]:
         del params, extra
-        decay = at(self.decay, state.count)
-        share = torch.where(state.count == 0, 1.0, 1.0 - at(self.dampening, state.count))
+        decay = at(self.decay, state.step)
+        share = torch.where(state.step == 0, 1.0, 1.0 - at(self.dampening, state.step))
 
         def accumulate(m: Tensor, u: Tensor | None) -> Tensor:
             return m if u is None else times(m, decay) + times(u, share).to(m.dtype)
@@ -184,13 +184,13 @@ class trace(Link):
             out = tree_map(lambda u, m: u + times(m, decay).to(u.dtype), updates, traced)
         else:
             out = tree_map(lambda u, m: m.to(u.dtype), updates, traced)
-        return out, TraceState(state.count + 1, traced)
+        return out, TraceState(state.step + 1, traced)
 
 
 class AdamState(NamedTuple):
     """State of `scale_by_adam`."""
 
-    count: Tensor  # type: ignore[assignment] # (hides tuple.count) [], int64: updates so far
+    step: Tensor  # [], int64: updates so far
     first: PyTree  # like params: running mean of the updates
     second: PyTree  # like params: running mean of their squares
     largest: PyTree  # like params: the largest `second` so far with amsgrad, else ()
@@ -226,7 +226,7 @@ class scale_by_adam(Link):
         self, updates: PyTree, state: AdamState, params: PyTree, **extra: Any
     ) -> tuple[PyTree, AdamState]:
         del params, extra
-        count = state.count + 1
+        count = state.step + 1
         b1, b2, eps = (at(c, count) for c in (self.b1, self.b2, self.eps))
         one = 1.0 - b1**count
         two = 1.0 - b2**count
@@ -316,7 +316,7 @@ class clip_by_global_norm(Link):
 class AccumulateState(NamedTuple):
     """State of `accumulate`."""
 
-    count: Tensor  # type: ignore[assignment] # (hides tuple.count) [], int64: calls since the last one that updated
+    waiting: Tensor  # [], int64: calls since the last one that updated
     total: PyTree  # like params: sum of the updates since then
     inner: PyTree  # the inner state
 
@@ -357,7 +357,7 @@ class accumulate(Link):
     def update(
         self, updates: PyTree, state: AccumulateState, params: PyTree, **extra: Any
     ) -> tuple[PyTree, AccumulateState]:
-        count = state.count + 1
+        count = state.waiting + 1
         due = count >= self.steps
         total = tree_map(lambda t, u: t if u is None else t + u.to(t.dtype), state.total, updates)
         zeros = tree_map(torch.zeros_like, total)

@@ -97,24 +97,37 @@ def test_labels_that_fit_nothing(labels: Any, message: str) -> None:
 def test_read_by_field_kind_key_and_position() -> None:
     prox = pf.parq_prox(pf.lsbq(1), anneal_start=1, anneal_end=3)
     params = {"w": torch.ones(2, 3), "count": torch.ones(1)}
-    state = pf.named_chain(clip=pf.clip(1.0), opt=pf.adam(), prox=prox).init(params)
+    base = pf.chain(pf.clip(1.0), pf.adamw())
+    state = pf.named_chain(base=base, prox=prox).init(params)
     assert pf.read(state, "slope") == 1
     assert set(pf.read(state, "levels")) == {"w", "count"}
-    assert pf.read(state, "opt.adam.count") == 0
-    assert pf.read(state, "prox.count") is state["prox"].count
-    with pytest.raises(KeyError, match=r"3 states are named 'count': .*opt\.0\.adam\.count"):
-        pf.read(state, "count")
+    assert pf.read(state, "count") is state["prox"].count
+    assert pf.read(state, "prox.levels") is state["prox"].levels
+    assert pf.read(state, "adam.step") == 0
+    with pytest.raises(KeyError, match=r"3 states are named 'step': .*base\.1\.0\.adam\.step"):
+        pf.read(state, "step")
     with pytest.raises(KeyError, match=r"no state is named 'slopes'; there are: .*slope"):
         pf.read(state, "slopes")
-    only = pf.chain(pf.clip(1.0), prox).init(params)
-    assert pf.read(only, "count") == 0
 
 
-@pytest.mark.parametrize("suffix", ["opt.0.adam.count", "opt.1.count.count", "prox.prox.count"])
-def test_every_name_that_read_offers_is_unique(suffix: str) -> None:
-    prox = pf.hard_prox(pf.lsbq(1))
-    state = pf.named_chain(opt=pf.adam(), prox=prox).init({"w": torch.ones(2)})
-    assert pf.read(state, suffix) == 0
+@pytest.mark.parametrize("name", ["base.1.0.adam.step", "base.1.1.step.step", "base.1.2.step.step"])
+def test_every_name_that_read_offers_is_unique(name: str) -> None:
+    base = pf.chain(pf.clip(1.0), pf.adamw())
+    state = pf.named_chain(base=base).init({"w": torch.ones(2)})
+    with pytest.raises(KeyError) as error:
+        pf.read(state, "step")
+    assert name in str(error.value)
+    assert pf.read(state, name) == 0
+
+
+@pytest.mark.parametrize("base", [pf.sgd(0.1, momentum=0.9, weight_decay=0.1), pf.adamw()])
+def test_the_names_of_a_prox_link_are_its_own(base) -> None:
+    prox = pf.parq_prox(pf.lsbq(1), anneal_start=1, anneal_end=3)
+    for transform in (pf.chain(base, prox), pf.accumulate(pf.chain(base, prox), 2)):
+        state = transform.init({"w": torch.ones(2)})
+        assert pf.read(state, "count") == 0
+        assert pf.read(state, "slope") == 1
+        assert pf.read(state, "levels")["w"].shape == (1, 2)
 
 
 def test_updates_of_another_shape_or_structure_name_the_leaf() -> None:

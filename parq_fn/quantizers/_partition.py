@@ -43,7 +43,9 @@ def least_squares_levels(x: Tensor, num_levels: int, *, exact_up_to: int = 4096)
     per_row = (n + 1) * (num_levels + 64 if exact else 20)
     rows = max(1, min(_CHUNK // n, _DOUBLES // per_row))
     m = n if exact else candidates
-    return torch.cat([_solve(part, num_levels, m) for part in x.split(rows)])
+    return torch.cat(
+        [_solve(x[i : i + rows], num_levels, m) for i in range(0, max(1, x.shape[0]), rows)]
+    )
 
 
 def _solve(x: Tensor, k: int, m: int) -> Tensor:
@@ -90,7 +92,8 @@ def _best_cuts(table: Tensor, k: int) -> Tensor:
 
     Cuts are integers and have no derivative; the levels made from them have theirs.
     """
-    return _cuts_op(table.detach(), k)
+    cuts: Tensor = _cuts_op(table.detach(), k)
+    return cuts
 
 
 @torch.library.custom_op("parq_fn::best_cuts", mutates_args=())

@@ -1,0 +1,39 @@
+"""The README runs as written, and its commands are those of pyproject and CI."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_code_runs_from_top_to_bottom() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 4
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_the_commands_are_ci_s_word_for_word() -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    commands = re.findall(r"^    (pip install .*)$", README, re.MULTILINE)
+    assert len(commands) >= 3
+    assert all(command in ci for command in commands)
+
+
+def test_every_extra_that_is_installed_exists() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\n", project, re.DOTALL)
+    assert extras is not None
+    named = {line.partition(" = ")[0] for line in extras[1].splitlines()}
+    assert {"test", "examples", "notebooks", "dev"} <= named
+    assert set(re.findall(r"pip install -e '\.\[(\w+)\]'", README)) <= named
+
+
+def test_every_test_that_the_readme_names_exists() -> None:
+    faults = (ROOT / "tests" / "test_published_faults.py").read_text()
+    for name in re.findall(r"`(test_\w+)`$", README, re.MULTILINE):
+        assert re.search(rf"def {name}_", faults), name
