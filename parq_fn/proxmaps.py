@@ -13,12 +13,43 @@ map(u) = argmin_w (w - u)^2 / 2 + penalty(w).
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
 from parq_fn.levels import between, cell, midpoint, nearer, nearest, prepare, search
+from parq_fn.traits import Interval, ProxTraits, Slopes, declares, unchanged
+
+#: What every map here but `par` declares besides its own.
+_follows_levels = functools.partial(
+    ProxTraits,
+    fixes_levels=True,
+    keeps_side=True,
+    between=True,
+    odd=unchanged,
+    scales=unchanged,
+    shifts=True,
+    widens=True,
+)
 
 
+@declares(
+    _follows_levels(
+        in_range=True,
+        fixes_midpoints=True,
+        continuous=True,
+        lipschitz=lambda _: 1.0,
+        lipschitz_attained=True,
+        firmly_nonexpansive=True,
+        cocoercive=lambda _: 1.0,
+        regularizer=lambda w, q, _: clip_regularizer(w, q),
+        growth=lambda _: 0.5,
+        convex_function=lambda w, q, _: clip_regularizer(w, q),
+        idempotent=True,
+    )
+)
 def clip(u: Tensor, levels: Tensor) -> Tensor:
     """argmin_w (w - u)^2 / 2 over q_1 <= w <= q_k: the weight held to the levels' range.
 
@@ -36,6 +67,15 @@ def clip_regularizer(w: Tensor, levels: Tensor) -> Tensor:
     return torch.where(outside, torch.inf, torch.zeros_like(x)).to(w.dtype)
 
 
+@declares(
+    _follows_levels(
+        in_range=True,
+        onto_levels=True,
+        jump=lambda _, width: width,
+        regularizer=lambda w, q, _: hard_regularizer(w, q),
+        idempotent=True,
+    )
+)
 def hard(u: Tensor, levels: Tensor) -> Tensor:
     """argmin_w |w - u| over w in Q: the nearest level, the lower one in a tie.
 
@@ -54,6 +94,28 @@ def hard_regularizer(w: Tensor, levels: Tensor) -> Tensor:
     return torch.where((x == lo) | (x == hi), torch.zeros_like(x), torch.inf).to(w.dtype)
 
 
+@declares(
+    _follows_levels(
+        coefficients=Interval(0.0, 1.0, open_low=True),
+        in_range=True,
+        fixes_midpoints=True,
+        continuous=True,
+        lipschitz=lambda s: 1 / s,
+        lipschitz_attained=True,
+        cocoercive=lambda s: s,
+        regularizer=lambda w, q, s: parq_regularizer(w, q, s),
+        growth=lambda s: s / 2,
+        convex_function=lambda w, q, s: (
+            clip_regularizer(w, q) + (1 - s) / s * interpolant(clip(w, q), q)
+        ),
+        convex_argument=lambda u, s: u / s,
+        semigroup=lambda s, t: s * t,
+        sharp=0.0,
+        soft=1.0,
+        soft_map=clip,
+        share=lambda s: 1 - s,
+    )
+)
 def parq(u: Tensor, levels: Tensor, inverse_slope: float | Tensor) -> Tensor:
     """argmin_w (w - u)^2 / 2 + h_s(w), h_s(w) = (1 - s) / 2 * (w - q_i) (q_{i+1} - w) on each
     cell, infinite outside [q_1, q_k]; s the inverse slope in (0, 1].
@@ -104,6 +166,19 @@ def interpolant(w: Tensor, levels: Tensor) -> Tensor:
     return torch.where((x < lo) | (x > hi), torch.inf, line).to(w.dtype)
 
 
+@declares(
+    _follows_levels(
+        coefficients=Interval(0.0, math.inf, open_high=True),
+        in_range=True,
+        fixes_midpoints=True,
+        continuous=True,
+        lipschitz=lambda t: t / 4 / math.tanh(t / 4) if t > 0 else 1.0,
+        lipschitz_attained=True,
+        sharp=math.inf,
+        soft=0.0,
+        soft_map=clip,
+    )
+)
 def soft(u: Tensor, levels: Tensor, temperature: float | Tensor) -> Tensor:
     """c_i + (q_{i+1} - q_i) / 2 * (sigma(T (x - 1/2)) - 1/2) / (sigma(T / 2) - 1/2) in a cell,
     x = (u - q_i) / (q_{i+1} - q_i), sigma(z) = 1 / (1 + exp(-z)); the end level outside.
@@ -132,6 +207,17 @@ def soft(u: Tensor, levels: Tensor, temperature: float | Tensor) -> Tensor:
     return w.to(u.dtype)
 
 
+@declares(
+    _follows_levels(
+        coefficients=Interval(0.0, 1.0),
+        jump=lambda theta, width: theta * width,
+        regularizer=lambda w, q, theta: binary_relax_regularizer(w, q, theta),
+        semigroup=lambda a, b: 1 - (1 - a) * (1 - b),
+        sharp=1.0,
+        soft=0.0,
+        soft_map=unchanged,
+    )
+)
 def binary_relax(u: Tensor, levels: Tensor, theta: float | Tensor) -> Tensor:
     """argmin_w (w - u)^2 / 2 + lam / 2 * dist(w, Q)^2, theta = lam / (1 + lam) in [0, 1]:
     (1 - theta) u + theta * nearest level.
@@ -161,6 +247,18 @@ def binary_relax_regularizer(w: Tensor, levels: Tensor, theta: float | Tensor) -
     return torch.where(theta < 1, relaxed, off).to(w.dtype)
 
 
+@declares(
+    _follows_levels(
+        coefficients=Interval(0.0, math.inf, open_high=True),
+        jump=lambda lam, width: min(2 * lam, width),
+        regularizer=lambda w, q, lam: proxquant_regularizer(w, q, lam),
+        semigroup=lambda a, b: a + b,
+        sharp=math.inf,
+        soft=0.0,
+        soft_map=unchanged,
+        scales=lambda lam, a: lam * a,
+    )
+)
 def proxquant(u: Tensor, levels: Tensor, strength: float | Tensor) -> Tensor:
     """argmin_w (w - u)^2 / 2 + lam * dist(w, Q): u moved toward its nearest level by at most
     lam >= 0.
@@ -186,6 +284,23 @@ def proxquant_regularizer(w: Tensor, levels: Tensor, strength: float | Tensor) -
     return (lam * (x - nearer(x, *cell(x, q))).abs()).to(w.dtype)
 
 
+@declares(
+    ProxTraits(
+        coefficients=Slopes(),
+        in_range=True,
+        continuous=True,
+        lipschitz=lambda _: 1.0,
+        firmly_nonexpansive=True,
+        cocoercive=lambda _: 1.0,
+        regularizer=lambda w, q, a: par_regularizer(w, q, a),
+        growth=lambda _: 0.5,
+        convex_function=lambda w, q, a: par_regularizer(w, q, a),
+        odd=lambda a: -a.flip(-1),
+        scales=lambda a, factor: a * factor,
+        shifts=True,
+        widens=True,
+    )
+)
 def par(u: Tensor, levels: Tensor, slopes: Tensor) -> Tensor:
     """argmin_w (w - u)^2 / 2 + Psi(w), Psi convex and piecewise affine with its kinks at the
     levels: slope a_i on the cell [q_i, q_{i+1}].

@@ -10,11 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from parq_fn.scalar import Scalar, as_scalar, at, is_number
+from parq_fn.traits import ScheduleTraits
 from parq_fn.value import Value, value
 
 Number = float | Tensor
@@ -41,9 +44,36 @@ def check_range(start: Number, end: Number, names: tuple[str, str]) -> None:
         )
 
 
+_UNDECLARED = ScheduleTraits(low=None, high=None, first=None, last=None, monotone=None)
+
+
+def _path(path: Any, **more: Any) -> ScheduleTraits:
+    """What a schedule from init at start_step to end at end_step declares, fields permitting."""
+    fields = path.init, path.end, path.start_step, path.end_step
+    if not all(map(is_number, fields)):
+        return _UNDECLARED
+    first, last, start, end = map(float, fields)
+    return ScheduleTraits(
+        start=start,
+        end=end,
+        low=min(first, last),
+        high=max(first, last),
+        first=first,
+        last=last,
+        monotone="nonincreasing" if first >= last else "nondecreasing",
+        moved=lambda start, end: replace(path, start_step=start, end_step=end),
+        **more,
+    )
+
+
 @value
 class Schedule(Value):
     """Base of the schedules; any function of a step tensor will do where one is expected."""
+
+    @property
+    def traits(self) -> ScheduleTraits:
+        """What it declares, for `parq_fn.testing`: of the base nothing."""
+        return _UNDECLARED
 
     def __call__(self, step: int | Tensor) -> Tensor:
         """The value at the step: float64, of the step's shape."""
@@ -59,6 +89,13 @@ class constant(Schedule):
     """
 
     value: Number
+
+    @property
+    def traits(self) -> ScheduleTraits:
+        if not is_number(self.value):
+            return _UNDECLARED
+        level = float(self.value)
+        return ScheduleTraits(low=level, high=level, first=level, last=level)
 
     def __call__(self, step: int | Tensor) -> Tensor:
         return as_scalar(self.value) + torch.zeros_like(_steps(step))
@@ -82,6 +119,10 @@ class linear(Schedule):
     def __post_init__(self) -> None:
         check_range(self.start_step, self.end_step, ("start_step", "end_step"))
 
+    @property
+    def traits(self) -> ScheduleTraits:
+        return _path(self, antisymmetric=True)
+
     def __call__(self, step: int | Tensor) -> Tensor:
         x = progress(step, self.start_step, self.end_step)
         return (1 - x) * self.init + x * self.end
@@ -104,6 +145,10 @@ class cosine(Schedule):
 
     def __post_init__(self) -> None:
         check_range(self.start_step, self.end_step, ("start_step", "end_step"))
+
+    @property
+    def traits(self) -> ScheduleTraits:
+        return _path(self, antisymmetric=True)
 
     def __call__(self, step: int | Tensor) -> Tensor:
         x = progress(step, self.start_step, self.end_step)
@@ -133,6 +178,10 @@ class exponential(Schedule):
                 "init and end of an exponential schedule must have one sign and not be 0, "
                 f"got init={self.init}, end={self.end}"
             )
+
+    @property
+    def traits(self) -> ScheduleTraits:
+        return _path(self)
 
     def __call__(self, step: int | Tensor) -> Tensor:
         x = progress(step, self.start_step, self.end_step)
@@ -250,6 +299,21 @@ class inverse_slope(Schedule):
         if is_number(self.steepness) and not self.steepness > 0:
             raise ValueError(f"steepness must be positive, got {self.steepness}")
 
+    @property
+    def traits(self) -> ScheduleTraits:
+        fields = self.anneal_start, self.anneal_end, self.steepness, self.center
+        if not all(map(is_number, fields)):
+            return _UNDECLARED
+        return ScheduleTraits(
+            start=float(self.anneal_start),
+            end=float(self.anneal_end),
+            antisymmetric=bool(self.center == 0.5),
+            moved=lambda start, end: replace(self, anneal_start=start, anneal_end=end),
+            line=replace(self, steepness=1e-7),
+            step=replace(self, steepness=1e5),
+            step_at=float(self.center),
+        )
+
     def __call__(self, step: int | Tensor) -> Tensor:
         # With sigma(a) - sigma(b) = sinh((a-b)/2) / (2 cosh(a/2) cosh(b/2)),
         #     s = sinh(a) cosh(b0) / (sinh(a0) cosh(b)),
@@ -290,6 +354,10 @@ class polynomial(Schedule):
         check_range(self.start_step, self.end_step, ("start_step", "end_step"))
         if is_number(self.power) and not self.power > 0:
             raise ValueError(f"power must be positive, got {self.power}")
+
+    @property
+    def traits(self) -> ScheduleTraits:
+        return _path(self)
 
     def __call__(self, step: int | Tensor) -> Tensor:
         x = progress(step, self.start_step, self.end_step) ** self.power

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from parq_fn.levels import nearest
 from parq_fn.scalar import concrete
+from parq_fn.traits import QuantizerTraits
 from parq_fn.value import Value, value
 
 
@@ -34,6 +35,11 @@ class Quantizer(Value):
     def num_levels(self) -> int:
         """k, the number of levels of every row."""
         raise NotImplementedError(f"{type(self).__name__} must define num_levels")
+
+    @property
+    def traits(self) -> QuantizerTraits:
+        """What it declares, for `parq_fn.testing`: here what the base sees to."""
+        return QuantizerTraits(scale_exact=True, widens=True)
 
     def levels(self, x: Tensor) -> Tensor:
         """Prepared rows [r, n] -> levels [r, k]; see the class."""

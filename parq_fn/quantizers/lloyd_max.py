@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from parq_fn.quantizers._partition import least_squares_levels
 from parq_fn.quantizers.base import Quantizer, check_bits, mirror
+from parq_fn.quantizers.lsbq import lsbq
+from parq_fn.traits import QuantizerTraits
 from parq_fn.value import value
 
 
@@ -38,6 +42,24 @@ class lloyd_max(Quantizer):
     @property
     def num_levels(self) -> int:
         return int(2**self.bits)
+
+    @property
+    def traits(self) -> QuantizerTraits:
+        other = lsbq(self.bits) if self.symmetric else replace(self, symmetric=True)
+        return replace(
+            super().traits,
+            symmetric=self.symmetric,
+            optimal="symmetric" if self.symmetric else "free",
+            levels_are_means=True,
+            ambiguous=True,
+            exact_on_constants=True,
+            idempotent=True,
+            scale=True,
+            sign=True,
+            shift=not self.symmetric,
+            repetition=True,
+            no_worse_than=(other,),
+        )
 
     def levels(self, x: Tensor) -> Tensor:
         if self.symmetric:

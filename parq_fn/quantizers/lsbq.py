@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from parq_fn.quantizers.base import Quantizer, check_bits, mirror, with_zero
 from parq_fn.quantizers.uniform import around_mean
 from parq_fn.scalar import is_number
+from parq_fn.traits import QuantizerTraits
 from parq_fn.value import value
 
 _SWEEPS = 30  # of the alternating method; each costs O(k log n) a row after one sort
@@ -66,6 +68,34 @@ class lsbq(Quantizer):
     @property
     def num_levels(self) -> int:
         return int(2**self.bits) if self.bits else 3
+
+    @property
+    def traits(self) -> QuantizerTraits:
+        plain, ternary = not self.center, self.bits == 0
+        method = "optimal" if self.bits == 1 else self.method
+        best, own = method == "optimal" and plain, method != "alternating"
+        worse: list[lsbq] = []
+        if method == "alternating" or (method == "optimal" and self.bits == 2):
+            worse.append(replace(self, method="greedy"))
+        if method == "optimal" and self.bits == 2:
+            worse += [replace(self, bits=0), replace(self, bits=1)]
+        sums = plain and self.method == "greedy" and not ternary
+        return replace(
+            super().traits,
+            symmetric=plain,
+            includes_zero=plain and ternary,
+            optimal=("ternary" if ternary else "symmetric") if best else None,
+            levels_are_means=best,
+            ambiguous=method == "optimal",
+            exact_on_constants=method != "greedy" or not ternary,
+            idempotent=best,
+            scale=own,
+            sign=own,
+            shift=own and self.center,
+            repetition=own,
+            parts=(lambda x: greedy(x, self.bits)) if sums else None,
+            no_worse_than=tuple(worse),
+        )
 
     def levels(self, x: Tensor) -> Tensor:
         return around_mean(x, self.center, self._levels)

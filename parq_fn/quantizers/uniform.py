@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from parq_fn.quantizers.base import Quantizer, check_bits, with_zero
+from parq_fn.traits import QuantizerTraits
 from parq_fn.value import value
 
 
@@ -55,6 +57,19 @@ class uniform(Quantizer):
     def num_levels(self) -> int:
         return int(2**self.bits)
 
+    @property
+    def traits(self) -> QuantizerTraits:
+        return replace(
+            super().traits,
+            symmetric=not self.center,
+            scale=True,
+            sign=True,
+            shift=self.center,
+            repetition=True,
+            exact_on_constants=True,
+            idempotent=self.scale == "max" and not self.center,
+        )
+
     def levels(self, x: Tensor) -> Tensor:
         return around_mean(x, self.center, self._levels)
 
@@ -91,11 +106,25 @@ class max_uniform(Quantizer):
     def num_levels(self) -> int:
         return int(2**self.bits - 1)
 
+    @property
+    def traits(self) -> QuantizerTraits:
+        return replace(
+            super().traits,
+            symmetric=not self.center,
+            scale=True,
+            sign=True,
+            shift=self.center,
+            repetition=True,
+            includes_zero=not self.center,
+            exact_on_constants=True,
+            idempotent=not self.center,
+        )
+
     def levels(self, x: Tensor) -> Tensor:
         return around_mean(x, self.center, self._levels)
 
     def _levels(self, x: Tensor) -> Tensor:
-        top = 2 ** (self.bits - 1) - 1
+        top = self.num_levels // 2
         return spaced(x, -top, top) * (x.abs().amax(-1, keepdim=True) / top)
 
 
@@ -122,6 +151,15 @@ class asymmetric(Quantizer):
     @property
     def num_levels(self) -> int:
         return int(2**self.bits)
+
+    @property
+    def traits(self) -> QuantizerTraits:
+        return replace(
+            super().traits,
+            includes_zero="only_if_spanned",
+            exact_on_constants=True,
+            repetition=True,
+        )
 
     def levels(self, x: Tensor) -> Tensor:
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
@@ -151,6 +189,18 @@ class ternary_uniform(Quantizer):
     @property
     def num_levels(self) -> int:
         return 3
+
+    @property
+    def traits(self) -> QuantizerTraits:
+        return replace(
+            super().traits,
+            symmetric=not self.center,
+            scale=True,
+            sign=True,
+            shift=self.center,
+            repetition=True,
+            includes_zero=not self.center,
+        )
 
     def levels(self, x: Tensor) -> Tensor:
         return around_mean(x, self.center, self._levels)

@@ -1,0 +1,1 @@
+"""Complete programs on real data; run each with python -m."""

@@ -1,0 +1,230 @@
+"""A law as a value: its name, statement, formula and tolerance, and the claims it makes.
+
+The claims of a law are a function of the operator and of the inputs it names as parameters
+(see `parq_fn.testing.cases` for the inputs there are), giving one `Claim` or several.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+from parq_fn.value import Value, value
+
+
+class Claim(NamedTuple):
+    """left == right, or left <= right, element by element, within the law's tolerance.
+
+    Tensors and trees of them are compared; anything else by ==. The tolerance is taken relative
+    to the sides where they are larger than 1.
+    """
+
+    left: Any
+    relation: str
+    right: Any
+
+
+def equal(left: Any, right: Any) -> Claim:
+    """left == right; NaN equals NaN."""
+    return Claim(left, "==", right)
+
+
+def at_most(left: Any, right: Any) -> Claim:
+    """left <= right."""
+    return Claim(left, "<=", right)
+
+
+class Violation(AssertionError):
+    """A law that does not hold: `law`, `inputs`, `left` and `right`; `others` broken too."""
+
+    def __init__(self, law: Law, inputs: dict[str, Any], claim: Claim, operator: Any = None):
+        self.law, self.inputs, self.operator = law, inputs, operator
+        self.left, self.relation, self.right = claim
+        self.others: tuple[str, ...] = ()
+        super().__init__(law.name)
+
+    def __str__(self) -> str:
+        law = self.law
+        who = f"{_name(self.operator)} breaks" if self.operator is not None else "broken:"
+        lines = [
+            f"{who} the law {law.name!r}",
+            "",
+            f"    {law.statement}",
+            f"    {law.formula}",
+            f"    (held to {law.tolerance:g}: {law.reason})",
+            "",
+            "counterexample",
+            *(f"    {name} = {show_tree(got)}" for name, got in self.inputs.items()),
+            *_sides(Claim(self.left, self.relation, self.right), law.tolerance),
+        ]
+        if self.others:
+            lines += ["", f"also broken: {', '.join(self.others)}"]
+        return "\n".join(lines)
+
+
+@value
+class Law(Value):
+    """A law of one kind of operator.
+
+    kind: "proxmap", "quantizer", "schedule" or "transformation".
+    statement: one line. formula: plain text.
+    tolerance, reason: what both sides may differ by, relative where they exceed 1, and why.
+    applies: traits -> whether an operator that declares them is held to it.
+    claims: (operator, inputs ...) -> claims.
+    """
+
+    kind: str
+    name: str
+    statement: str
+    formula: str
+    tolerance: float
+    reason: str
+    applies: Callable[[Any], bool]
+    claims: Callable[..., Claim | Iterable[Claim]]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the inputs that the law is checked on."""
+        return tuple(inspect.signature(self.claims).parameters)[1:]
+
+    def check(self, operator: Any, /, **inputs: Any) -> None:
+        """Raises Violation unless the law holds for the operator on these inputs."""
+        got = self.claims(operator, **inputs)
+        for claim in [got] if isinstance(got, Claim) else got:
+            if not holds(claim, self.tolerance):
+                shown = {k: v for k, v in inputs.items() if k != "traits" and v is not None}
+                raise Violation(self, shown, claim, operator)
+
+
+def _always(traits: Any) -> bool:
+    del traits
+    return True
+
+
+class Collection(list[Law]):
+    """The laws of a kind, in the order of their definition; a decorator adds one."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def law(
+        self,
+        statement: str,
+        formula: str,
+        *,
+        applies: Callable[[Any], bool] = _always,
+        tolerance: float = 0.0,
+        reason: str = "the same values: bit for bit",
+    ) -> Callable[[Callable[..., Any]], Law]:
+        """Decorator: makes the claims a law by the function's name, and adds it."""
+
+        def add(claims: Callable[..., Any]) -> Law:
+            name = claims.__name__
+            made = Law(self.kind, name, statement, formula, tolerance, reason, applies, claims)
+            self.append(made)
+            return made
+
+        return add
+
+
+# Comparing and printing
+
+
+def holds(claim: Claim, tolerance: float) -> bool:
+    """Whether the claim holds within the tolerance.
+
+    >>> holds(equal(torch.tensor(1.0), torch.tensor(1.0 + 1e-6)), 1e-3)
+    True
+    """
+    left, relation, right = claim
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return _tensors_hold(left, relation, right, tolerance)
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return _tensors_hold(torch.as_tensor(left), relation, torch.as_tensor(right), tolerance)
+    if _is_tree(left) and _is_tree(right):
+        (a, spec), (b, other) = (optree.tree_flatten(t, none_is_leaf=True) for t in (left, right))
+        if spec != other:
+            return False
+        return all(holds(Claim(x, relation, y), tolerance) for x, y in zip(a, b, strict=True))
+    if relation == "<=":
+        return bool(left <= right + tolerance * max(1.0, abs(left), abs(right)))
+    if isinstance(left, float) and isinstance(right, float):
+        both_nan = left != left and right != right
+        return both_nan or abs(left - right) <= tolerance * max(1.0, abs(left), abs(right))
+    return bool(left == right)
+
+
+def _is_tree(got: Any) -> bool:
+    return isinstance(got, dict | list | tuple)
+
+
+def _tensors_hold(left: Tensor, relation: str, right: Tensor, tolerance: float) -> bool:
+    if left.shape != right.shape or (left.dtype != right.dtype and tolerance == 0):
+        return False
+    a, b = left.double(), right.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    slack = tolerance * torch.maximum(a.abs(), b.abs()).clamp(min=1.0)
+    near = a - b <= slack if relation == "<=" else (a - b).abs() <= slack
+    finite = a.isfinite() & b.isfinite()
+    if relation == "<=":
+        return bool((same | (near & finite) | (a <= b)).all())
+    return bool((same | (near & finite)).all())
+
+
+def _sides(claim: Claim, tolerance: float) -> list[str]:
+    """Both sides and their difference: of long tensors the entry, of trees the leaf, that
+    breaks the claim most."""
+    left, relation, right = claim
+    where = ""
+    if _is_tree(left) and _is_tree(right):
+        (a, spec), (b, other) = (optree.tree_flatten(t, none_is_leaf=True) for t in (left, right))
+        if spec == other:
+            names = optree.tree_paths(left, none_is_leaf=True)
+            for name, x, y in zip(names, a, b, strict=True):
+                if not holds(Claim(x, relation, y), tolerance):
+                    left, right, where = x, y, f" of leaf {'.'.join(map(str, name))}"
+                    break
+    gap = None
+    if isinstance(left, Tensor) and isinstance(right, Tensor) and left.shape == right.shape:
+        if left.numel() > 6 and left.dtype == right.dtype:
+            slots = zip(left.flatten(), right.flatten(), strict=True)
+            bad = [not holds(Claim(x, relation, y), tolerance) for x, y in slots]
+            index = torch.tensor(bad).reshape(left.shape).nonzero()[0].tolist()
+            left, right = left[tuple(index)], right[tuple(index)]
+            where += f" at {index}"
+        gap = left.double() - right.double()
+    elif isinstance(left, float) and isinstance(right, float):
+        gap = torch.tensor(left - right)
+    lines = [f"    left side{where}  = {show_tree(left)}"]
+    lines.append(f"    right side{where} = {show_tree(right)}")
+    return lines if gap is None else [*lines, f"    difference = {show_tree(gap)}"]
+
+
+def show_tree(got: Any) -> str:
+    """A tensor as nested lists with all its digits, and its dtype unless float64.
+
+    >>> show_tree({"w": torch.tensor([1.0, 0.5])})
+    "{'w': [1.0, 0.5] (float32)}"
+    """
+    if isinstance(got, Tensor):
+        if got.dtype in (torch.float64, torch.int64, torch.bool):
+            return repr(got.tolist())
+        return f"{got.tolist()!r} ({str(got.dtype).removeprefix('torch.')})"
+    if isinstance(got, dict):
+        return "{" + ", ".join(f"{k!r}: {show_tree(v)}" for k, v in got.items()) + "}"
+    if isinstance(got, list | tuple):
+        inner = ", ".join(map(show_tree, got))
+        if hasattr(got, "_fields"):
+            return f"{type(got).__name__}({inner})"
+        return f"[{inner}]" if isinstance(got, list) else f"({inner})"
+    return repr(got)
+
+
+def _name(operator: Any) -> str:
+    return str(getattr(operator, "__name__", None) or repr(operator))

@@ -1,0 +1,131 @@
+"""The laws, as values: all of a kind, those that an operator declares, or one by name.
+
+>>> from parq_fn import proxmaps
+>>> named("proxmap", "cocoercive").formula
+'(f(u) - f(v)) (u - v) >= g(c) (f(u) - f(v))^2'
+>>> {law.name for law in for_proxmap(proxmaps.parq)} >= {"cocoercive", "semigroup"}
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from parq_fn.links import accumulate
+from parq_fn.prox import Prox
+from parq_fn.testing.law import Law
+from parq_fn.testing.laws import prox_links as _prox_links
+from parq_fn.testing.laws import proximal as _proximal
+from parq_fn.testing.laws import proxmaps, quantizers, schedules, transformations
+from parq_fn.traits import (
+    ProxTraits,
+    QuantizerTraits,
+    ScheduleTraits,
+    TransformationTraits,
+    traits_of,
+)
+
+del _proximal, _prox_links  # imported for the laws that they add
+
+#: All laws, by kind.
+ALL: dict[str, tuple[Law, ...]] = {
+    "proxmap": tuple(proxmaps.LAWS),
+    "quantizer": tuple(quantizers.LAWS),
+    "schedule": tuple(schedules.LAWS),
+    "transformation": tuple(transformations.LAWS),
+}
+
+
+def named(kind: str, name: str) -> Law:
+    """The law of that kind and name; ValueError with the names there are."""
+    for law in ALL[kind]:
+        if law.name == name:
+            return law
+    known = ", ".join(law.name for law in ALL[kind])
+    raise ValueError(f"no {kind} law is named {name!r}; there are: {known}")
+
+
+def chosen(kind: str, traits: Any, laws: Iterable[str | Law] | None) -> tuple[Law, ...]:
+    """What `laws=` means: None all that apply, otherwise those named or given.
+
+    Raises ValueError for an unknown name and for a law of another kind.
+    """
+    if laws is None:
+        return tuple(law for law in ALL[kind] if law.applies(traits))
+    if isinstance(laws, str | Law):
+        laws = (laws,)
+    out = []
+    for law in laws:
+        if isinstance(law, str):
+            law = named(kind, law)
+        if law.kind != kind:
+            raise ValueError(f"{law.name!r} is a law of a {law.kind}, not of a {kind}")
+        out.append(law)
+    order = {law.name: i for i, law in enumerate(ALL[kind])}
+    return tuple(sorted(out, key=lambda law: order.get(law.name, len(order))))
+
+
+def proxmap_traits(map: Any) -> ProxTraits:
+    """What the map declares, or what every map must keep to."""
+    return traits_of(map) or ProxTraits()
+
+
+def quantizer_traits(quantizer: Any) -> QuantizerTraits:
+    """What the quantizer declares, or what every quantizer must keep to."""
+    return traits_of(quantizer) or QuantizerTraits()
+
+
+def schedule_traits(
+    schedule: Any, start: float | None = None, end: float | None = None
+) -> ScheduleTraits:
+    """What the schedule declares, or an annealing's traits; start and end as given."""
+    traits: ScheduleTraits = traits_of(schedule) or ScheduleTraits()
+    if start is not None:
+        traits = replace(traits, start=start)
+    return traits if end is None else replace(traits, end=end)
+
+
+def transformation_traits(transformation: Any) -> TransformationTraits:
+    """What the transformation declares, or what is known of this library's links."""
+    declared = traits_of(transformation)
+    if isinstance(declared, TransformationTraits):
+        return declared
+    if isinstance(transformation, Prox):
+        passes = transformation.normal_map is None
+        return TransformationTraits(passes_updates=passes, leafwise=True, prox=True)
+    return TransformationTraits(keeps_none=not _holds(transformation, accumulate))
+
+
+def _holds(value: Any, kind: type) -> bool:
+    """Whether a value of that kind stands in it, however deep."""
+    if isinstance(value, kind):
+        return True
+    if isinstance(value, tuple | list):
+        return any(_holds(item, kind) for item in value)
+    if isinstance(value, dict):
+        return any(_holds(item, kind) for item in value.values())
+    if is_dataclass(value):
+        return any(_holds(getattr(value, f.name), kind) for f in fields(value))
+    return False
+
+
+def for_proxmap(map: Any) -> tuple[Law, ...]:
+    """The laws that the map declares, and those of every map."""
+    return chosen("proxmap", proxmap_traits(map), None)
+
+
+def for_quantizer(quantizer: Any) -> tuple[Law, ...]:
+    """The laws that the quantizer declares, and those of every quantizer."""
+    return chosen("quantizer", quantizer_traits(quantizer), None)
+
+
+def for_schedule(schedule: Any) -> tuple[Law, ...]:
+    """The laws that the schedule declares, or an annealing's."""
+    return chosen("schedule", schedule_traits(schedule), None)
+
+
+def for_transformation(transformation: Any) -> tuple[Law, ...]:
+    """The laws of every transformation, and of a prox link those of its kind."""
+    return chosen("transformation", transformation_traits(transformation), None)

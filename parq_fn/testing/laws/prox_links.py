@@ -1,0 +1,122 @@
+"""The laws of prox links: when levels are fitted, and what the weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parq_fn.prox import Prox, ProxState
+from parq_fn.scalar import is_number
+from parq_fn.testing.law import Claim, equal
+from parq_fn.testing.laws.transformations import Steps, last, law, train
+from parq_fn.tree import PyTree, tree_leaves, tree_map
+
+
+def prox(traits: Any) -> bool:
+    """Whether the laws here apply."""
+    return bool(traits.prox)
+
+
+def to_dtype(tree: PyTree, dtype: torch.dtype) -> PyTree:
+    """The tree in another dtype."""
+    return tree_map(lambda x: x.to(dtype), tree)
+
+
+def annealed(link: Prox, params: PyTree) -> ProxState | None:
+    """A state just before a refit after the annealing; None where its end is not a number."""
+    end = getattr(link, "anneal_end", 0)
+    if not (is_number(end) and is_number(link.warmup) and is_number(link.period)):
+        return None
+    periods = -(-max(0, int(end) + 1 - link.warmup) // link.period)
+    count = torch.tensor(link.warmup + periods * link.period)
+    return link.init(params)._replace(count=count)
+
+
+@law(
+    "Until warmup and the annealing's start the weights are the params, bit for bit.",
+    "t < max(warmup, start)  =>  w = u",
+    applies=prox,
+)
+def waits(t: Prox, params: PyTree, steps: Steps) -> Iterator[Claim]:
+    for i, here in enumerate(train(t, params, steps)):
+        if i == 0 or i - 1 < max(float(t.warmup), float(t.begins)):
+            yield equal(t.weights(here.state, here.params), here.params)
+
+
+@law(
+    "Weights are the map of the latent rows, their levels and the coefficient, bit for bit.",
+    "w = f(u; Q, coefficient(t))  from warmup and the annealing's start on",
+    applies=prox,
+)
+def weights_are_mapped(t: Prox, params: PyTree, steps: Steps) -> Iterator[Claim]:
+    if t.shrink:
+        return
+    for i, here in enumerate(train(t, params, steps)):
+        if i and i - 1 >= max(float(t.warmup), float(t.begins)):
+            step = torch.tensor(i - 1)
+
+            def weight(u: Tensor, q: Tensor, step: Tensor = step) -> Tensor:
+                rows = t.proxmap(t.granularity.rows(u), q, t.coefficient(step))
+                return rows.reshape(u.shape).to(u.dtype)
+
+            yield equal(
+                t.weights(here.state, here.params), tree_map(weight, here.params, here.state.levels)
+            )
+
+
+@law(
+    "Levels change on refits only, and are then the quantizer's of the latent as it will be.",
+    "Q_t = quantizer(u_t) where t >= warmup and (t - warmup) % period = 0, else Q_{t-1}",
+    applies=prox,
+)
+def refits_when_due(t: Prox, plain: PyTree, steps: Steps) -> Iterator[Claim]:
+    if t.shrink:
+        return
+    for first in (0, max(0, t.warmup - 1), t.warmup + t.period - 1):
+        state = t.init(plain)._replace(count=torch.tensor(first))
+        old, *rest = train(t, plain, steps, state)
+        for i, here in enumerate(rest, first):
+            fitted = tree_map(lambda u: t.quantizer(t.granularity.rows(u)), here.params)
+            due = i >= t.warmup and (i - t.warmup) % t.period == 0
+            yield equal(here.state.levels, fitted if due else old.state.levels)
+            old = here
+
+
+@law(
+    "After the annealing every weight is one of its own levels, bit for bit, in every dtype.",
+    "t >= end  =>  w in Q",
+    applies=prox,
+)
+def hard_in_the_end(t: Prox, plain: PyTree, steps: Steps, dtype: torch.dtype) -> Iterator[Claim]:
+    params = to_dtype(plain, dtype)
+    state = annealed(t, params)
+    if state is None:
+        return
+    _, *rest = train(t, params, [to_dtype(g, dtype) for g in steps], state)
+    for here in rest:
+        weights = tree_leaves(t.weights(here.state, here.params))
+        for w, q in zip(weights, tree_leaves(here.state.levels), strict=True):
+            rows = t.granularity.rows(w)
+            on_level = (rows.unsqueeze(-1) == q.unsqueeze(-2)).any(-1)
+            yield equal(on_level, torch.ones_like(on_level))
+
+
+@law(
+    "Without updates nothing moves after the annealing: latents, levels and weights stand.",
+    "g = 0, t >= end  =>  (u, Q, w)_{t+1} = (u, Q, w)_t",
+    applies=prox,
+)
+def settles(t: Prox, plain: PyTree, steps: Steps) -> Iterator[Claim]:
+    state = annealed(t, plain)
+    if state is None or t.normal_map is not None or t.shrink:
+        return
+    zeros = tree_map(torch.zeros_like, plain)
+    once = last(t, plain, [zeros], state)
+    later = last(t, plain, [zeros] * (1 + len(steps) + t.period), state)
+    yield equal(
+        (later.params, later.state.levels, t.weights(later.state, later.params)),
+        (once.params, once.state.levels, t.weights(once.state, once.params)),
+    )

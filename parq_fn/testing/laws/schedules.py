@@ -1,0 +1,189 @@
+"""The laws of schedules s(t), between a start and an end; x = (t - start) / (end - start)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parq_fn.testing.law import Claim, Collection, at_most, equal
+from parq_fn.traits import ScheduleTraits
+
+LAWS = Collection("schedule")
+law = LAWS.law
+
+ROUNDING = "float64 rounding of the formula"
+
+
+def at(schedule: Any, step: float) -> Tensor:
+    """The value at a step given as a float64 tensor."""
+    value: Tensor = schedule(torch.tensor(step, dtype=torch.float64))
+    return value
+
+
+def number(value: float) -> Tensor:
+    """A float64 tensor."""
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@law("A schedule gives a finite float64 value of the step's shape.", "|s(t)| < inf")
+def finite(schedule: Any, whole: int, step: float) -> Iterator[Claim]:
+    steps = torch.tensor([[whole, 0, 2**40]])
+    for given in (torch.tensor(whole), steps, torch.tensor(step, dtype=torch.float64)):
+        got = schedule(given)
+        yield equal((str(got.dtype), tuple(got.shape)), ("torch.float64", tuple(given.shape)))
+        yield equal(got.isfinite(), torch.ones_like(got, dtype=torch.bool))
+
+
+@law("Whole, tensor, batched and vmapped steps give the same values.", "s(t) = s([t])_0")
+def same_for_all_steps(schedule: Any, whole: int) -> Iterator[Claim]:
+    alone = schedule(torch.tensor(whole))
+    batch = torch.tensor([whole, 0, whole + 1])
+    looped = torch.stack([schedule(t) for t in batch])
+    yield equal(torch.as_tensor(schedule(whole)), alone)
+    yield equal(alone, at(schedule, float(whole)))
+    yield Claim(schedule(batch).round(decimals=14), "==", looped.round(decimals=14))
+    yield Claim(torch.vmap(schedule)(batch).round(decimals=14), "==", looped.round(decimals=14))
+
+
+@law("The step is not changed, and the same step gives the same bits.", "s(t) = s(t)")
+def pure(schedule: Any, whole: int) -> Iterator[Claim]:
+    step = torch.tensor(whole)
+    first = schedule(step).clone()
+    yield equal(step, torch.tensor(whole))
+    yield equal(schedule(step), first)
+
+
+@law(
+    "Values keep to their range.",
+    "low <= s(t) <= high",
+    applies=lambda t: t.low is not None and t.high is not None,
+    tolerance=1e-14,
+    reason=ROUNDING,
+)
+def in_range(schedule: Any, step: float, traits: ScheduleTraits) -> Iterator[Claim]:
+    assert traits.low is not None
+    assert traits.high is not None
+    value = at(schedule, step)
+    yield at_most(number(traits.low), value)
+    yield at_most(value, number(traits.high))
+
+
+@law(
+    "Up to the start the schedule has its first value, exactly.",
+    "s(t) = first  for t <= start",
+    applies=lambda t: t.first is not None,
+)
+def starts(schedule: Any, start: float, offset: float, traits: ScheduleTraits) -> Iterator[Claim]:
+    assert traits.first is not None
+    for step in (start, start * offset):
+        yield equal(at(schedule, step), number(traits.first))
+
+
+@law(
+    "From the end on it has its last value, exactly.",
+    "s(t) = last  for t >= end",
+    applies=lambda t: t.last is not None,
+)
+def ends(schedule: Any, end: float, offset: float, traits: ScheduleTraits) -> Iterator[Claim]:
+    assert traits.last is not None
+    for step in (end, end + 100 * offset, 1e12):
+        yield equal(at(schedule, step), number(traits.last))
+
+
+@law(
+    "It tends to its last value as the step tends to the end.",
+    "s(end - d) -> last  as d -> 0",
+    applies=lambda t: t.last is not None and t.lands,
+    tolerance=1e-5,
+    reason="taken at d = 1e-9 (end - start)",
+)
+def lands(schedule: Any, start: float, end: float, traits: ScheduleTraits) -> Claim:
+    assert traits.last is not None
+    return equal(at(schedule, end - 1e-9 * (end - start)), number(traits.last))
+
+
+@law(
+    "It never turns back.",
+    "t <= t'  =>  s(t) >= s(t')   (or <=, as declared)",
+    applies=lambda t: t.monotone is not None,
+    tolerance=1e-14,
+    reason=ROUNDING,
+)
+def monotone(schedule: Any, step: float, later: float, traits: ScheduleTraits) -> Claim:
+    sides = at(schedule, step), at(schedule, later)
+    return at_most(*sides) if traits.monotone == "nondecreasing" else at_most(*reversed(sides))
+
+
+@law(
+    "What it has left at a distance from the start, it has lost at that distance from the end.",
+    "s(start + d) + s(end - d) = s(start) + s(end)",
+    applies=lambda t: t.antisymmetric,
+    tolerance=1e-9,
+    reason=ROUNDING,
+)
+def antisymmetric(schedule: Any, start: float, end: float, offset: float) -> Claim:
+    d = offset * (end - start)
+    inner = at(schedule, start + d) + at(schedule, end - d)
+    return equal(inner, at(schedule, start) + at(schedule, end))
+
+
+@law(
+    "It depends on progress only.",
+    "s(start + x (end - start)) = s'(start' + x (end' - start'))",
+    applies=lambda t: t.moved is not None,
+    tolerance=1e-6,
+    reason="the progress is rounded, and slopes go to 1e4",
+)
+def progress_only(
+    schedule: Any,
+    start: float,
+    end: float,
+    offset: float,
+    factor: float,
+    traits: ScheduleTraits,
+) -> Claim:
+    assert traits.moved is not None
+    moved = traits.moved(7.0, 7.0 + 50 * factor)
+    return equal(
+        at(moved, 7.0 + 50 * factor * offset), at(schedule, start + offset * (end - start))
+    )
+
+
+@law(
+    "The softest of its family is the straight line.",
+    "s(t) -> first + (last - first) x",
+    applies=lambda t: t.line is not None and t.first is not None and t.last is not None,
+    tolerance=1e-6,
+    reason="taken near the limit",
+)
+def soft_limit_is_line(
+    schedule: Any, start: float, end: float, offset: float, traits: ScheduleTraits
+) -> Claim:
+    del schedule
+    assert traits.line is not None
+    assert traits.first is not None
+    assert traits.last is not None
+    got = at(traits.line, start + offset * (end - start))
+    return equal(got, number(traits.first + (traits.last - traits.first) * offset))
+
+
+@law(
+    "The sharpest of its family is a step, at the declared progress.",
+    "s(t) -> first for x < step_at, last for x > step_at",
+    applies=lambda t: t.step is not None and t.first is not None and t.last is not None,
+    tolerance=1e-6,
+    reason="taken near the limit, and 1% away from the step",
+)
+def sharp_limit_is_step(
+    schedule: Any, start: float, end: float, offset: float, traits: ScheduleTraits
+) -> Claim:
+    del schedule
+    assert traits.step is not None
+    assert traits.first is not None
+    assert traits.last is not None
+    x = offset if abs(offset - traits.step_at) > 0.01 else (0.0 if traits.step_at > 0.5 else 1.0)
+    got = at(traits.step, start + x * (end - start))
+    return equal(got, number(traits.first if x < traits.step_at else traits.last))

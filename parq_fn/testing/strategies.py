@@ -1,0 +1,367 @@
+"""Hypothesis strategies: rows, levels, coefficients, operators, parameter trees, gradients.
+
+All shrink toward small integers and short rows. Numbers are finite and, but for `magnitudes`,
+of ordinary size, so that laws of exact arithmetic can be held to small tolerances in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import parq_fn as pq
+from parq_fn import proxmaps as maps
+from parq_fn import schedules as sched
+from parq_fn.traits import Interval, Slopes, traits_of
+
+Strategy = st.SearchStrategy
+Draw = st.DrawFn
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MIN_GAP = 1e-3
+
+
+@functools.cache
+def numbers(low: float = -8.0, high: float = 8.0) -> Strategy[float]:
+    """Floats from low to high, those below 1e-6 in magnitude rounded to 0."""
+    floats = st.floats(low, high, allow_nan=False, allow_infinity=False)
+    return floats.map(lambda x: x if abs(x) >= 1e-6 else 0.0)
+
+
+def dtypes() -> Strategy[torch.dtype]:
+    """float64, float32, bfloat16, float16."""
+    return st.sampled_from(FLOATING)
+
+
+# Rows and levels
+
+
+@functools.cache
+def _row(n: int) -> Strategy[tuple[str, list[float], list[int]]]:
+    floats, ints = (st.lists(x, min_size=n, max_size=n) for x in (numbers(), st.integers(-4, 4)))
+    return st.one_of(
+        st.tuples(st.sampled_from(("ties", "zeros")), st.just([0.0] * n), ints),
+        st.tuples(st.sampled_from(("free", "constant", "outlier")), floats, st.just([0] * n)),
+    )
+
+
+@st.composite
+def rows(
+    draw: Draw,
+    *,
+    count: int | tuple[int, int] = (1, 3),
+    length: tuple[int, int] = (1, 8),
+    dtype: torch.dtype = torch.float64,
+    magnitudes: Sequence[float] = (1.0,),
+) -> Tensor:
+    """Rows [r, n] of weights: arbitrary, tied, constant, zero, or with an outlier.
+
+    Every row is multiplied by one of the magnitudes.
+    """
+    low, high = (count, count) if isinstance(count, int) else count
+    n = draw(st.integers(*length))
+    made = []
+    for kind, floats, ints in draw(st.lists(_row(n), min_size=low, max_size=high)):
+        size = draw(st.sampled_from(tuple(magnitudes))) if len(magnitudes) > 1 else magnitudes[0]
+        row = {
+            "ties": [float(x) for x in ints],
+            "zeros": [0.0] * n,
+            "free": floats,
+            "constant": floats[:1] * n,
+            "outlier": [*floats[:-1], 1000.0],
+        }[kind]
+        made.append([size * x for x in row])
+    return torch.tensor(made, dtype=torch.float64).reshape(len(made), n).to(dtype)
+
+
+LEVEL_KINDS = ("irregular", "symmetric", "single")
+
+
+@functools.cache
+def _level_row(kind: str, k: int) -> Strategy[list[float]]:
+    gap = numbers(MIN_GAP, 4.0)
+    if kind == "symmetric":
+
+        def both_signs(steps: list[float]) -> list[float]:
+            half = list(itertools.accumulate(steps))
+            return [-x for x in reversed(half)] + [0.0] * (k % 2) + half
+
+        return st.lists(gap, min_size=k // 2, max_size=k // 2).map(both_signs)
+    gaps = st.one_of(st.just(0.0), gap) if kind == "duplicated" else gap
+    steps = st.lists(gaps, min_size=k - 1, max_size=k - 1)
+    return st.builds(
+        lambda first, steps: list(itertools.accumulate([first, *steps])), numbers(-4.0, 4.0), steps
+    )
+
+
+def _kind_and_count(draw: Draw, kinds: Sequence[str]) -> tuple[str, int]:
+    kind = draw(st.sampled_from(tuple(kinds)))
+    return kind, 1 if kind == "single" else draw(st.integers(2, 5))
+
+
+def _float64(rows: list[list[float]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), -1)
+
+
+@st.composite
+def levels(
+    draw: Draw,
+    *,
+    count: int | tuple[int, int] = (1, 3),
+    kinds: Sequence[str] = LEVEL_KINDS,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Sorted levels [r, k], k from 1 to 5, of one of the kinds.
+
+    "irregular": gaps from 1e-3 to 4. "symmetric": Q = -Q, with or without 0. "single": k = 1.
+    "duplicated": gaps that may be 0.
+    """
+    low, high = (count, count) if isinstance(count, int) else count
+    row = _level_row(*_kind_and_count(draw, kinds))
+    return _float64(draw(st.lists(row, min_size=low, max_size=high))).to(dtype)
+
+
+#: A weight: a number, or (which level or midpoint, how far beside it).
+_WEIGHT = st.one_of(
+    numbers(), st.tuples(st.integers(0, 8), st.sampled_from((0.0, 1e-6, -1e-6, 0.01, -0.01)))
+)
+
+
+def _placed(weights: list[Any], levels: list[float]) -> list[float]:
+    marks = levels + [0.5 * a + 0.5 * b for a, b in itertools.pairwise(levels)]
+    return [w if isinstance(w, float) else marks[w[0] % len(marks)] + w[1] for w in weights]
+
+
+@functools.cache
+def _weights(n: int) -> Strategy[list[Any]]:
+    return st.lists(_WEIGHT, min_size=n, max_size=n)
+
+
+@st.composite
+def latents(draw: Draw, levels: Tensor, *, length: int | None = None) -> Tensor:
+    """Weights [r, n], n from 1 to 4, for those levels [r, k]: anywhere, on a level, on a
+    midpoint, or a little beside either."""
+    n = length or draw(st.integers(1, 4))
+    return _float64([_placed(draw(_weights(n)), q) for q in levels.double().tolist()])
+
+
+@functools.cache
+def _problem(kind: str, k: int, n: int, count: int) -> Strategy[list[Any]]:
+    row = st.tuples(_level_row(kind, k), *[_weights(n)] * count)
+    return st.lists(row, min_size=1, max_size=3)
+
+
+@st.composite
+def problems(
+    draw: Draw, *, count: int = 1, kinds: Sequence[str] = LEVEL_KINDS
+) -> tuple[Tensor, ...]:
+    """(levels [r, k], weights [r, n], ...) with so many tensors of weights, as `levels` and
+    `latents` draw them; whole rows drop out as it shrinks."""
+    kind, k = _kind_and_count(draw, kinds)
+    made = draw(_problem(kind, k, draw(st.integers(1, 4)), count))
+    latent = ([_placed(row[i], row[0]) for row in made] for i in range(1, count + 1))
+    return _float64([row[0] for row in made]), *map(_float64, latent)
+
+
+@functools.cache
+def _in_interval(domain: Interval) -> Strategy[float]:
+    ends = [x for x in (domain.low, domain.high) if x in domain]
+    inside = numbers(max(domain.low + 1e-3, -1000.0), min(domain.high - 1e-3, 1000.0))
+    return st.one_of(inside, st.sampled_from(ends)) if ends else inside
+
+
+_SLOPE_STEP = st.one_of(st.just(0.0), numbers(0.0, 2.0))
+
+
+@st.composite
+def coefficients(draw: Draw, domain: Interval | Slopes | None, levels: Tensor) -> Any:
+    """A coefficient of the domain that a map declares, for those levels.
+
+    From an interval: an end that belongs to it, or a number at least 1e-3 from its ends and at
+    most 1,000. Slopes: [r, k-1], nondecreasing.
+    """
+    if domain is None:
+        return None
+    if isinstance(domain, Interval):
+        return draw(_in_interval(domain))
+    r, k = levels.shape
+    made = []
+    for _ in range(r if k > 1 else 0):
+        steps = draw(st.lists(_SLOPE_STEP, min_size=k - 2, max_size=k - 2))
+        made.append(list(itertools.accumulate([draw(numbers(-3.0, 3.0)), *steps])))
+    return torch.tensor(made, dtype=torch.float64).reshape(r, k - 1)
+
+
+# Operators
+
+
+def quantizers() -> Strategy[pq.Quantizer]:
+    """The quantizers of this library, with 1 to 4 bits where they take any."""
+    bits, center = st.integers(1, 4), st.booleans()
+    return st.one_of(
+        st.builds(pq.lsbq, st.integers(0, 4), center=center),
+        st.builds(pq.lsbq, st.integers(0, 2), st.just("optimal"), center),
+        st.builds(pq.lsbq, st.integers(0, 4), st.just("alternating")),
+        st.builds(pq.lloyd_max, bits, st.booleans()),
+        st.builds(pq.uniform, bits, st.sampled_from(("mean", "max")), center),
+        st.builds(pq.max_uniform, st.integers(2, 4), center),
+        st.builds(pq.asymmetric, bits),
+        st.builds(pq.ternary_uniform, center),
+    )
+
+
+MAPS = (maps.hard, maps.clip, maps.parq, maps.soft, maps.binary_relax, maps.proxquant, maps.par)
+
+
+@st.composite
+def proxmaps(draw: Draw) -> tuple[Any, Tensor, Any]:
+    """(map, levels [r, k], coefficient): a map of this library and what it takes."""
+    map_, q = draw(st.sampled_from(MAPS)), draw(levels())
+    return map_, q, draw(coefficients(traits_of(map_).coefficients, q))
+
+
+@st.composite
+def schedules(draw: Draw) -> sched.Schedule:
+    """Schedules from 1 to 0 (or nearly: exponential) between whole steps."""
+    start = draw(st.integers(0, 20))
+    end = start + draw(st.integers(1, 50))
+    steepness, center = draw(numbers(0.01, 200.0)), draw(numbers(0.0, 1.0))
+    return draw(
+        st.sampled_from(
+            (
+                sched.linear(1.0, 0.0, start, end),
+                sched.inverse_slope(start, end, steepness, center),
+                sched.cosine(1.0, 0.0, start, end),
+                sched.polynomial(1.0, 0.0, start, end, power=2.0),
+                sched.exponential(1.0, 0.001, start, end),
+            )
+        )
+    )
+
+
+def prox_links() -> Strategy[pq.Prox]:
+    """Prox links with short periods, warmups and annealings."""
+    options = {
+        "quantizer": st.sampled_from((pq.lsbq(1), pq.lsbq(2), pq.lsbq(0), pq.uniform(2))),
+        "granularity": st.sampled_from((pq.per_tensor(), pq.per_channel())),
+        "period": st.integers(1, 3),
+        "warmup": st.integers(0, 2),
+    }
+    span = {"anneal_start": st.integers(0, 2), "anneal_end": st.integers(3, 5)}
+    return st.one_of(
+        st.builds(pq.hard_prox, **options),
+        st.builds(pq.parq_prox, **options, **span, clipped_start=st.booleans()),
+        st.builds(pq.soft_prox, **options, **span),
+        st.builds(pq.binary_relax_prox, **options, **span),
+        st.builds(pq.proxquant_prox, **options, **span, strength=st.just(0.25)),
+    )
+
+
+@st.composite
+def transformations(draw: Draw, *, prox: bool = True) -> Any:
+    """A chain of random links, ending in a prox link half of the time unless prox=False."""
+    before = st.sampled_from(
+        (
+            pq.clip(1.0),
+            pq.clip_by_global_norm(1.0),
+            pq.add_decayed_weights(0.1),
+            pq.scale(0.5),
+            pq.trace(0.9),
+            pq.trace(0.5, nesterov=True),
+            pq.scale_by_adam(),
+        )
+    )
+    links = draw(st.lists(before, max_size=2))
+    links.append(pq.scale_by_learning_rate(draw(st.sampled_from((0.1, 1.0)))))
+    if prox and draw(st.booleans()):
+        links.append(draw(prox_links()))
+    whole = pq.chain(*links)
+    wrap = draw(st.sampled_from(("none", "masked", "apply_if_finite", "accumulate")))
+    if wrap == "masked":
+        return pq.masked(whole, lambda name, _: not name.endswith("1"))
+    if wrap == "apply_if_finite":
+        return pq.apply_if_finite(whole)
+    return pq.accumulate(whole, 2) if wrap == "accumulate" else whole
+
+
+# Parameters and gradients
+
+
+class Pair(NamedTuple):
+    """A node of random parameter trees."""
+
+    first: Any
+    second: Any
+
+
+SHAPES = ((2,), (), (3,), (2, 3), (1, 2), (2, 1, 3), (2, 2, 1, 2), (0,), (2, 0))
+
+
+def _laid_out(x: Tensor, how: str) -> Tensor:
+    if how == "channels_last" and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    if how == "transposed" and x.dim() >= 2:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if how == "strided" and x.dim() >= 1 and x.numel():
+        return torch.stack([x, x], -1)[..., 0]
+    return x
+
+
+@st.composite
+def leaves(draw: Draw, *, dtype: torch.dtype | None = None, tame: bool = False) -> Tensor:
+    """A parameter of 0 to 4 dimensions, every floating dtype and layout, perhaps empty, zero,
+    huge or tiny (within 2^+-10 for tame=True)."""
+    kind = dtype or draw(dtypes())
+    shape = draw(st.sampled_from(SHAPES))
+    pattern = draw(st.lists(numbers(-4.0, 4.0), min_size=1, max_size=6))
+    size = math.prod(shape)
+    values = torch.tensor((pattern * size)[:size], dtype=torch.float64).reshape(shape)
+    powers = (0, -10, 10) if tame or kind == torch.float16 else (0, -10, 10, -60, 60)
+    values = values * 2.0 ** draw(st.sampled_from(powers))
+    how = draw(st.sampled_from(("contiguous", "channels_last", "transposed", "strided")))
+    return _laid_out(values.to(kind), how)
+
+
+def params(leaf: Strategy[Tensor] | None = None) -> Strategy[Any]:
+    """Parameter trees: nested dicts, lists, tuples, NamedTuples and None, of 1 to 5 leaves."""
+    single = leaves() if leaf is None else leaf
+    nodes = st.recursive(
+        st.one_of(single, single, st.none()),
+        lambda inner: st.one_of(
+            st.lists(inner, min_size=1, max_size=2),
+            st.tuples(inner, inner),
+            st.builds(Pair, inner, inner),
+            st.dictionaries(st.sampled_from(("a", "b")), inner, min_size=1, max_size=2),
+        ),
+        max_leaves=4,
+    )
+    return st.builds(
+        lambda first, rest: {"w0": first} | rest,
+        single,
+        st.dictionaries(st.sampled_from(("w1", "w2")), nodes, max_size=2),
+    )
+
+
+@st.composite
+def training_steps(draw: Draw, params: Any, *, max_steps: int = 4, missing: bool = True) -> Any:
+    """A list of gradient trees for those params, leaves missing (None) here and there."""
+    steps = []
+    for _ in range(draw(st.integers(1, max_steps))):
+        pattern = draw(st.lists(numbers(-2.0, 2.0), min_size=1, max_size=4))
+
+        def gradient(param: Tensor, pattern: list[float] = pattern) -> Tensor | None:
+            if missing and draw(st.sampled_from((False, False, False, True))):
+                return None
+            n = param.numel()
+            values = torch.tensor((pattern * n)[:n], dtype=torch.float64)
+            return values.reshape(param.shape).to(param.dtype)
+
+        steps.append(pq.tree.tree_map(gradient, params))
+    return steps

@@ -1,0 +1,84 @@
+"""Which operator declares which law, as Markdown: `python -m parq_fn.testing.table`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import parq_fn as pq
+from parq_fn import proxmaps, schedules
+from parq_fn.testing import laws
+from parq_fn.value import show
+
+OPERATORS: dict[str, tuple[Any, ...]] = {
+    "proxmap": (
+        proxmaps.hard,
+        proxmaps.clip,
+        proxmaps.parq,
+        proxmaps.soft,
+        proxmaps.binary_relax,
+        proxmaps.proxquant,
+        proxmaps.par,
+    ),
+    "quantizer": (
+        pq.lsbq(0),
+        pq.lsbq(1),
+        pq.lsbq(2),
+        pq.lsbq(2, "optimal"),
+        pq.lsbq(3, "alternating"),
+        pq.lloyd_max(2),
+        pq.lloyd_max(2, symmetric=False),
+        pq.uniform(2),
+        pq.uniform(2, "max"),
+        pq.max_uniform(2),
+        pq.asymmetric(2),
+        pq.ternary_uniform(),
+    ),
+    "schedule": (
+        schedules.inverse_slope(0, 100),
+        schedules.linear(1.0, 0.0, 0, 100),
+        schedules.cosine(1.0, 0.0, 0, 100),
+        schedules.exponential(1.0, 0.01, 0, 100),
+        schedules.polynomial(1.0, 0.0, 0, 100, 2.0),
+        schedules.constant(1.0),
+    ),
+    "transformation": (
+        pq.sgd(0.1),
+        pq.accumulate(pq.sgd(0.1), 2),
+        pq.parq_prox(pq.lsbq(2), anneal_start=0, anneal_end=100),
+        pq.hard_prox(pq.lsbq(2)),
+    ),
+}
+
+_DECLARED = {
+    "proxmap": laws.for_proxmap,
+    "quantizer": laws.for_quantizer,
+    "schedule": laws.for_schedule,
+    "transformation": laws.for_transformation,
+}
+
+
+def table(kind: str, operators: tuple[Any, ...] | None = None) -> str:
+    """A Markdown table: laws down, operators across, a mark where it is declared.
+
+    >>> print(table("proxmap", (proxmaps.hard, proxmaps.parq)).splitlines()[2])
+    | `monotone` | u <= v  =>  f(u) <= f(v) | x | x |
+    """
+    across = OPERATORS[kind] if operators is None else operators
+    declared = [{law.name for law in _DECLARED[kind](op)} for op in across]
+    head = ["law", "formula", *(f"`{show(op)}`" for op in across)]
+    lines = [head, ["---"] * 2 + [":-:"] * len(across)]
+    for law in laws.ALL[kind]:
+        formula = law.formula.replace("|", "\\|")
+        marks = ["x" if law.name in names else "" for names in declared]
+        lines.append([f"`{law.name}`", formula, *marks])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Prints the tables of all kinds."""
+    for kind in laws.ALL:
+        print(f"### Laws of a {kind}\n\n{table(kind)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,431 @@
+"""Deliberately wrong operators: each is caught within seconds, by the law's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import parq_fn as pq
+from parq_fn import proxmaps as maps
+from parq_fn import schedules as sched
+from parq_fn.levels import between, cell, midpoint
+from parq_fn.quantizers import Quantizer
+from parq_fn.testing import (
+    Violation,
+    check_proxmap,
+    check_quantizer,
+    check_schedule,
+    check_transformation,
+    report,
+)
+from parq_fn.traits import QuantizerTraits, ScheduleTraits, declares, traits_of
+from parq_fn.tree import tree_map
+
+PARQ, HARD = traits_of(maps.parq), traits_of(maps.hard)
+
+
+@contextmanager
+def caught(*names: str) -> Iterator[None]:
+    """A violation that names one of these laws."""
+    with pytest.raises(Violation) as info:
+        yield
+    text = str(info.value)
+    assert {info.value.law.name, *info.value.others} & set(names), text
+    assert any(name in text for name in names)
+    assert f"breaks the law '{info.value.law.name}'" in text
+    assert "counterexample" in text
+
+
+# Prox maps
+
+
+@declares(HARD)
+def midpoints_off_by_one(u: Tensor, levels: Tensor) -> Tensor:
+    middle = 0.5 * levels[..., :-1] + 0.5 * levels[..., 1:]
+    shifted = torch.cat([middle[..., 1:], middle[..., -1:] + 1], -1)
+    return levels.gather(-1, torch.searchsorted(shifted.contiguous(), u.contiguous()))
+
+
+@declares(PARQ)
+def slope_inverted(u: Tensor, levels: Tensor, s: Any) -> Tensor:
+    lo, hi = cell(u, levels.to(u.dtype))
+    c = midpoint(lo, hi)
+    return between(c + (between(u, lo, hi) - c) * s, lo, hi)
+
+
+@declares(PARQ)
+def ends_not_clamped(u: Tensor, levels: Tensor, s: Any) -> Tensor:
+    return torch.where((u < levels[..., :1]) | (u > levels[..., -1:]), u, maps.parq(u, levels, s))
+
+
+@declares(HARD)
+def adds_the_step(u: Tensor, levels: Tensor) -> Tensor:
+    return u + (maps.hard(u, levels) - u)
+
+
+@declares(PARQ)
+def statistics_leak(u: Tensor, levels: Tensor, s: Any) -> Tensor:
+    pooled = levels if levels.shape[0] == 1 else levels.mean(0, keepdim=True).expand_as(levels)
+    return maps.parq(u, pooled.contiguous(), s)
+
+
+@declares(PARQ)
+def changes_its_input(u: Tensor, levels: Tensor, s: Any) -> Tensor:
+    u.clamp_(levels[..., :1], levels[..., -1:])
+    return maps.parq(u, levels, s)
+
+
+@declares(PARQ)
+def another_dtype(u: Tensor, levels: Tensor, s: Any) -> Tensor:
+    return maps.parq(u, levels, s).float()
+
+
+@declares(PARQ)
+def drops_nan(u: Tensor, levels: Tensor, s: Any) -> Tensor:
+    return maps.parq(u.nan_to_num(), levels, s)
+
+
+@declares(HARD)
+def ties_and_all_rounded_up(u: Tensor, levels: Tensor) -> Tensor:
+    return levels.gather(
+        -1, torch.searchsorted(levels, u.contiguous()).clamp(max=levels.shape[-1] - 1)
+    )
+
+
+@declares(PARQ)
+def raises(u: Tensor, levels: Tensor, s: Any) -> Tensor:
+    raise RuntimeError("no such thing")
+
+
+WRONG_MAPS = [
+    (midpoints_off_by_one, ("fixes_levels", "keeps_side", "in_range")),
+    (slope_inverted, ("lipschitz_attained", "fixes_levels", "between")),
+    (ends_not_clamped, ("in_range", "continuous")),
+    (adds_the_step, ("onto_levels", "fixes_levels", "idempotent", "in_range")),
+    (statistics_leak, ("rows_alone",)),
+    (changes_its_input, ("pure",)),
+    (another_dtype, ("keeps_dtype_and_shape", "pure")),
+    (drops_nan, ("nan_gives_nan",)),
+    (ties_and_all_rounded_up, ("nan_gives_nan", "keeps_side", "jump", "keeps_dtype_and_shape")),
+    (raises, ("pure",)),
+]
+
+
+@pytest.mark.parametrize(("wrong", "names"), WRONG_MAPS, ids=[m.__name__ for m, _ in WRONG_MAPS])
+def test_wrong_maps(wrong: Any, names: tuple[str, ...]) -> None:
+    with caught(*names):
+        check_proxmap(wrong, max_examples=100)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        (midpoints_off_by_one, "keeps_side"),
+        (slope_inverted, "lipschitz_attained"),
+        (ends_not_clamped, "in_range"),
+        (adds_the_step, "onto_levels"),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_wrong_maps_by_the_law_in_question(wrong: Any, name: str) -> None:
+    with caught(name):
+        check_proxmap(wrong, laws={name}, max_examples=100)
+
+
+# Quantizers
+
+
+class levels_unsorted(Quantizer):
+    num_levels = 2
+
+    def levels(self, x: Tensor) -> Tensor:
+        top = x.abs().amax(-1, keepdim=True)
+        return torch.cat([top, -top], -1)
+
+
+class one_level_too_many(Quantizer):
+    num_levels = 2
+
+    def levels(self, x: Tensor) -> Tensor:
+        top = x.abs().amax(-1, keepdim=True)
+        return torch.cat([-top, top, top], -1)
+
+
+class batch_statistics(Quantizer):
+    num_levels = 2
+
+    def levels(self, x: Tensor) -> Tensor:
+        top = x.abs().mean().expand(x.shape[0], 1)
+        return torch.cat([-top, top], -1)
+
+
+class not_optimal(Quantizer):
+    num_levels = 2
+
+    @property
+    def traits(self) -> QuantizerTraits:
+        return replace(super().traits, optimal="symmetric", levels_are_means=True)
+
+    def levels(self, x: Tensor) -> Tensor:
+        top = x.abs().median(-1, keepdim=True).values
+        return torch.cat([-top, top], -1)
+
+
+def sorts_in_place(rows: Tensor) -> Tensor:
+    rows.copy_(rows.sort(-1).values)
+    return torch.cat([rows[:, :1], rows[:, -1:]], -1)
+
+
+def half_in_half(rows: Tensor) -> Tensor:
+    v = rows.abs().cumsum(-1)[:, -1:] / rows.shape[-1]
+    return torch.cat([-v, v], -1)
+
+
+half_in_half.traits = QuantizerTraits(widens=True)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "names"),
+    [
+        (levels_unsorted(), ("levels_are_sorted",)),
+        (one_level_too_many(), ("levels_are_sorted",)),
+        (batch_statistics(), ("rows_alone",)),
+        (not_optimal(), ("least_squares", "pythagoras")),
+        (sorts_in_place, ("pure",)),
+        (half_in_half, ("refuses_non_finite", "levels_are_sorted", "widens")),
+    ],
+    ids=lambda x: getattr(x, "__name__", type(x).__name__),
+)
+def test_wrong_quantizers(wrong: Any, names: tuple[str, ...]) -> None:
+    with caught(*names):
+        check_quantizer(wrong, max_examples=100)
+
+
+def test_wrong_quantizers_by_the_law_in_question() -> None:
+    with caught("least_squares"):
+        check_quantizer(not_optimal(), laws={"least_squares"}, max_examples=100)
+    with caught("widens"):
+        check_quantizer(half_in_half, laws={"widens"}, max_examples=300)
+
+
+# Schedules
+
+
+def stops_short(step: Any) -> Tensor:
+    return 1 - (torch.as_tensor(step).double() / 10).clamp(0, 0.999)
+
+
+def jumps_at_the_end(step: Any) -> Tensor:
+    t = torch.as_tensor(step).double()
+    return torch.where(t < 10, 1 - 0.5 * (t / 10).clamp(0, 1), 0.0)
+
+
+def turns_back(step: Any) -> Tensor:
+    x = (torch.as_tensor(step).double() / 10).clamp(0, 1)
+    return (1 - x) * (1 - 0.9 * torch.sin(3 * torch.pi * x).clamp(min=0))
+
+
+def python_numbers_only(step: Any) -> Tensor:
+    return torch.tensor(1.0 if step <= 0 else 0.0 if step >= 10 else 1 - step / 10).double()
+
+
+def published_slope(step: Any) -> Tensor:
+    """Normalised by the values for the center 1/2, at another one: it ends elsewhere."""
+    x = (torch.as_tensor(step).double() / 10).clamp(0, 1)
+    h = torch.sigmoid(-10 * (torch.stack([x, x * 0, x * 0 + 1]) - 0.5))
+    return (torch.sigmoid(-10 * (x - 0.3)) - h[2]) / (h[1] - h[2])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "names"),
+    [
+        (stops_short, ("ends", "lands")),
+        (jumps_at_the_end, ("lands",)),
+        (turns_back, ("monotone",)),
+        (python_numbers_only, ("finite", "same_for_all_steps")),
+        (published_slope, ("starts", "ends", "in_range")),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_wrong_schedules(wrong: Any, names: tuple[str, ...]) -> None:
+    with caught(*names):
+        check_schedule(wrong, start=0, end=10, max_examples=100)
+
+
+def test_a_schedule_that_does_not_reach_0() -> None:
+    with caught("ends"):
+        check_schedule(stops_short, start=0, end=10, laws={"ends"})
+    check_schedule(sched.linear(1.0, 0.5, 0, 10))
+    with caught("ends"):
+        halfway = sched.linear(1.0, 0.5, 0, 10)
+        check_schedule(lambda step: halfway(step), start=0, end=10, laws={"ends"})
+    assert traits_of(halfway) != ScheduleTraits()
+
+
+# Transformations
+
+
+class Sum(NamedTuple):
+    total: Any
+
+
+class mutates_its_state(pq.Link):
+    def init(self, params: Any) -> Sum:
+        return Sum(tree_map(torch.zeros_like, params))
+
+    def update(self, updates: Any, state: Sum, params: Any, **extra: Any) -> Any:
+        tree_map(lambda t, u: t if u is None else t.add_(u), state.total, updates)
+        return updates, state
+
+
+class mutates_its_updates(pq.Link):
+    def update(self, updates: Any, state: Any, params: Any, **extra: Any) -> Any:
+        return tree_map(lambda u: u.mul_(0.5), updates), state
+
+
+class weights_count_calls(pq.Link):
+    """A hidden counter: every third look at the weights is of something else."""
+
+    calls: ClassVar = [0]
+
+    def weights(self, state: Any, params: Any) -> Any:
+        self.calls[0] += 1
+        return tree_map(lambda p: p + 1 if self.calls[0] % 3 == 0 else p, params)
+
+
+class remembers_the_params(pq.Link):
+    """`weights` gives the params of the last update of whatever training."""
+
+    seen: ClassVar = [None]
+
+    def update(self, updates: Any, state: Any, params: Any, **extra: Any) -> Any:
+        self.seen[0] = params
+        return updates, state
+
+    def weights(self, state: Any, params: Any) -> Any:
+        return params if self.seen[0] is None else self.seen[0]
+
+
+class scheduled_by_looks(pq.Link):
+    """An update that grows with how often the weights were asked for."""
+
+    looks: ClassVar = [0.0]
+
+    def init(self, params: Any) -> Any:
+        self.looks[0] = 0.0
+        return super().init(params)
+
+    def update(self, updates: Any, state: Any, params: Any, **extra: Any) -> Any:
+        return tree_map(lambda u: u * (1 + self.looks[0]), updates), state
+
+    def weights(self, state: Any, params: Any) -> Any:
+        self.looks[0] += 1.0
+        return params
+
+
+class state_grows(pq.Link):
+    def init(self, params: Any) -> Any:
+        return ()
+
+    def update(self, updates: Any, state: Any, params: Any, **extra: Any) -> Any:
+        return updates, (*state, torch.zeros(()))
+
+
+class float32_everywhere(pq.Link):
+    def update(self, updates: Any, state: Any, params: Any, **extra: Any) -> Any:
+        return tree_map(lambda u: u.float(), updates), state
+
+
+class fills_missing_gradients(pq.Link):
+    def update(self, updates: Any, state: Any, params: Any, **extra: Any) -> Any:
+        full = tree_map(lambda p, u: torch.zeros_like(p) if u is None else u, params, updates)
+        return full, state
+
+
+class delta_prox(pq.Link):
+    """Weights as params + (levels - params): off their levels by a rounding."""
+
+    def weights(self, state: Any, params: Any) -> Any:
+        return tree_map(lambda p: p + (p.round() - p) * 1.1, params).popitem()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "names"),
+    [
+        (mutates_its_state(), ("update_is_pure",)),
+        (mutates_its_updates(), ("update_is_pure",)),
+        (weights_count_calls(), ("weights_are_pure", "call_order")),
+        (remembers_the_params(), ("call_order", "gradient_at_weights", "weights_fit_params")),
+        (scheduled_by_looks(), ("call_order",)),
+        (state_grows(), ("state_keeps_form",)),
+        (float32_everywhere(), ("updates_fit_params",)),
+        (fills_missing_gradients(), ("none_stays_none",)),
+        (delta_prox(), ("weights_fit_params", "call_order")),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_wrong_transformations(wrong: Any, names: tuple[str, ...]) -> None:
+    remembers_the_params.seen[0] = None
+    with caught(*names):
+        check_transformation(wrong, laws=names, max_examples=50)
+    with caught(*[law.name for law in pq_laws(wrong)]):
+        check_transformation(wrong, max_examples=50)
+
+
+def pq_laws(transformation: Any) -> Any:
+    from parq_fn.testing import laws
+
+    return laws.for_transformation(transformation)
+
+
+def test_a_hidden_counter_in_weights_is_caught_by_call_order() -> None:
+    with caught("call_order"):
+        check_transformation(weights_count_calls(), laws={"call_order"}, max_examples=50)
+
+
+class refits_every_step(pq.hard_prox):
+    """A prox link with a period that its update does not keep to."""
+
+    def update(self, updates: Any, state: Any, params: Any, **extra: Any) -> Any:
+        return (
+            replace(self, period=1)
+            .__class__.__mro__[1]
+            .update(replace(self, period=1), updates, state, params, **extra)
+        )
+
+
+class weights_of_the_delta(pq.hard_prox):
+    """w = u + (q - u)."""
+
+    def weights(self, state: Any, params: Any) -> Any:
+        hard = super().weights(state, params)
+        return tree_map(lambda w, p: p + (w - p), hard, params)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "names"),
+    [
+        (refits_every_step(pq.lsbq(2), period=2), ("refits_when_due",)),
+        (weights_of_the_delta(pq.lsbq(2), period=1), ("hard_in_the_end", "weights_are_mapped")),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_wrong_prox_links(wrong: Any, names: tuple[str, ...]) -> None:
+    with caught(*names):
+        check_transformation(wrong, max_examples=50)
+
+
+def test_the_report_names_what_is_broken() -> None:
+    made = report(ends_not_clamped, max_examples=50)
+    broken = {row.law.name for row in made.rows if row.counterexample}
+    assert "in_range" in broken
+    assert "pure" not in broken
+    assert not made.passed
+    assert "FAIL  in_range" in repr(made)
+    assert "<b>FAIL</b>" in made._repr_html_()

@@ -1,0 +1,68 @@
+"""Transformations: the laws of all, of prox links, and of random chains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+
+import parq_fn as pq
+from parq_fn.testing import check_transformation, laws, strategies
+
+#: Names of the laws that random chains are held to, each on a few trainings.
+GENERAL = [law.name for law in laws.for_transformation(pq.identity())]
+
+SPAN: dict[str, Any] = {"anneal_start": 1, "anneal_end": 3}
+
+PROX_LINKS = [
+    pq.hard_prox(pq.lsbq(2), period=2, warmup=1),
+    pq.hard_prox(
+        pq.lsbq(1), period=1, granularity=pq.per_channel(), normal_map=1.0, learning_rate=0.1
+    ),
+    pq.hard_prox(pq.lsbq(0), period=1, shrink=True, learning_rate=2.0),
+    pq.parq_prox(pq.lsbq(2), **SPAN, period=2),
+    pq.parq_prox(pq.lsbq(0), **SPAN, period=1, warmup=1, clipped_start=True),
+    pq.soft_prox(pq.uniform(2), **SPAN, period=1, granularity=pq.per_channel()),
+    pq.binary_relax_prox(pq.lloyd_max(2), **SPAN, period=3),
+    pq.proxquant_prox(pq.lsbq(1), **SPAN, period=1, strength=0.1),
+]
+
+
+@pytest.mark.parametrize("link", PROX_LINKS, ids=repr)
+def test_prox_links(link: Any) -> None:
+    check_transformation(link, max_examples=15)
+
+
+LINKS = [
+    pq.identity(),
+    pq.freeze(),
+    pq.sgd(0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
+    pq.adam(0.1, amsgrad=True),
+    pq.adamw(0.1),
+    pq.chain(pq.clip_by_global_norm(1.0), pq.clip(0.5), pq.sgd(0.1)),
+    pq.accumulate(pq.chain(pq.sgd(0.1, 0.9), pq.hard_prox(pq.lsbq(1), period=1)), 2),
+    pq.apply_if_finite(pq.chain(pq.adam(0.1), pq.hard_prox(pq.lsbq(1), period=1))),
+    pq.named_chain(base=pq.sgd(0.1), prox=pq.parq_prox(pq.lsbq(2), **SPAN, period=1)),
+    pq.partition({"a": pq.adam(0.1), "b": pq.freeze()}, lambda n, _: "a" if n == "w0" else "b"),
+    pq.masked(pq.hard_prox(pq.lsbq(1), period=1), lambda name, _: name == "w0"),
+]
+
+
+@pytest.mark.parametrize("link", LINKS, ids=lambda link: type(link).__name__)
+def test_links(link: Any) -> None:
+    check_transformation(link, max_examples=10)
+
+
+@given(strategies.transformations())
+def test_random_chains(transform: Any) -> None:
+    check_transformation(transform, max_examples=1)
+
+
+def test_blocks() -> None:
+    """A granularity that cannot cut every leaf: the params are given."""
+    link = pq.hard_prox(pq.lsbq(1), granularity=pq.per_block(2), period=1)
+    leaf = strategies.numbers().map(lambda x: torch.tensor([[x, 1.0], [2.0, -x]]).double())
+    params = leaf.map(lambda w: {"w0": w})
+    check_transformation(link, params=params, max_examples=15)

@@ -1,0 +1,128 @@
+"""The simple example: its table, its files, its flags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.qat_simple import main, packed_bytes, parse, share_on_levels
+from parq_fn import per_channel, per_tensor
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small operations: on a busy machine threads waiting for each other dominate."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def short(folder: Path, flags: str = "") -> list[str]:
+    """A run of two epochs, unless the flags say otherwise."""
+    return ["--epochs", "2", "--batch-size", "128", "--save-dir", str(folder), *flags.split()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code_bits"),
+    [
+        ("--quant-bits 2 0 --quant-per-channel --quant-lsbq-optimal", [2, 1.6]),
+        ("--quant-bits 3 --quant-proxmap soft --quant-lsbq-optimal", [3]),
+        ("--quant-bits 1 --quant-proxmap hard --quant-warmup-steps 5", [1]),
+        ("--quant-bits 0 --quant-method uniform --quant-proxmap binaryrelax", [1.6]),
+        ("--quant-bits 4 --quant-method uniform --quant-block-size 16 --quant-shrink", [4]),
+        ("--quant-bits 2 --anneal-start 0 --anneal-end 0.5 --quant-period 3", [2]),
+    ],
+)
+def test_ends_on_levels(flags: str, code_bits: list[float], tmp_path: Path) -> None:
+    full, *quantized = main(short(tmp_path, flags))
+    assert [row.bits for row in quantized] == code_bits
+    assert [row.on_levels for row in quantized] == [1.0] * len(quantized)
+    assert full.on_levels is None
+    assert full.packed == full.float32
+    assert full.test_accuracy > 30  # chance: 10
+    assert all(row.packed < row.float32 / 4 for row in quantized)
+
+
+def test_same_seed_same_table_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(1)
+    rows = main(short(tmp_path / "a", "--quant-bits 2 1 --epochs 1"))
+    first = capsys.readouterr()
+    torch.manual_seed(2)
+    main(short(tmp_path / "b", "--quant-bits 2 1 --epochs 1"))
+    assert capsys.readouterr().out == first.out
+    assert len(first.err.splitlines()) == 1  # no bars: no terminal
+
+    # a row does not depend on the rows before it
+    assert main(short(tmp_path / "c", "--quant-bits 1 --epochs 1"))[-1] == rows[-1]
+    assert main(short(tmp_path / "d", "--quant-bits 1 --epochs 1 --seed 1"))[-1] != rows[-1]
+
+    tables = [json.loads((tmp_path / name / "table.json").read_text())["table"] for name in "ab"]
+    assert tables[0] == tables[1] == [row._asdict() for row in rows]
+    for name in "ab":
+        assert (tmp_path / name / "weights.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_packed_bytes_by_hand() -> None:
+    params = {"kernel": torch.zeros(2, 11), "bias": torch.zeros(3)}
+    levels = {"kernel": torch.zeros(2, 4)}
+    assert packed_bytes(params, levels, 2) == 6 + 2 * 4 * 4 + 3 * 4  # 44 bits: 6 bytes
+    assert packed_bytes(params, {"kernel": torch.zeros(1, 3)}, 0) == 5 + 3 * 4 + 3 * 4
+    assert packed_bytes(params, {"kernel": torch.zeros(1, 2)}, 1) == 3 + 2 * 4 + 3 * 4
+    assert packed_bytes(params, {}, 0) == (22 + 3) * 4
+
+
+def test_share_on_levels_looks_at_the_bits() -> None:
+    weights = {"head": torch.tensor([[1.0, -1.0], [2.0, 0.1 + 0.2]]), "bias": torch.ones(1)}
+    levels = {"head": torch.tensor([[-1.0, 1.0], [0.3, 2.0]])}
+    above = torch.nextafter(torch.tensor(0.3), torch.tensor(1.0))
+    for value, share in ((torch.tensor(0.3), 1.0), (above, 0.75)):
+        weights["head"][1, 1] = value
+        assert share_on_levels(weights, levels, {"matrix": per_channel()}) == share
+    assert share_on_levels(weights, {"head": levels["head"][:1]}, {"matrix": per_tensor()}) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--quant-bits 9", "--quant-bits: invalid choice: 9"),
+        ("--quant-bits two", "--quant-bits: invalid int value"),
+        ("--quant-method best", "--quant-method: invalid choice"),
+        ("--quant-proxmap best", "--quant-proxmap: invalid choice"),
+        ("--quant-block-size 7", "--quant-block-size: block size 7 does not divide"),
+        ("--quant-block-size 0", "--quant-block-size: expected a whole number from 1 on, got '0'"),
+        ("--quant-period 0", "--quant-period: expected a whole number from 1 on, got '0'"),
+        ("--quant-warmup-steps -1", "--quant-warmup-steps"),
+        ("--quant-warmup-steps 5000", "--quant-warmup-steps must be below 1050, got 5000"),
+        ("--anneal-start 9 --anneal-end 9", "--anneal-start must be below --anneal-end, got 9"),
+        ("--anneal-end 50", "--anneal-end must be below --epochs, got 50 and 50"),
+        ("--anneal-steepness 0", "--anneal-steepness: expected a number"),
+        ("--epochs 0", "--epochs: expected a whole number from 1 on, got '0'"),
+        ("--epochs 1.5", "--epochs: expected a whole number"),
+        ("--batch-size 5000", "--batch-size must be at most 1347, got 5000"),
+        ("--lr nan", "--lr: expected a number from 0 on, got 'nan'"),
+        ("--weight-decay inf", "--weight-decay: expected a number"),
+        ("--seed -1", "--seed"),
+    ],
+)
+def test_bad_flags_end_the_program(
+    flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(flags.split())
+    assert error.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("python -m examples.qat_simple: error: ")
+    assert message in last
+
+
+def test_help_gives_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        parse(["--help"])
+    assert error.value.code == 0
+    text = capsys.readouterr().out
+    assert text.count("\n  --") == text.count("(default:") == 20

@@ -1,0 +1,90 @@
+"""Levels of one row x (a list of floats), from their definitions."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise, product
+
+
+def mean(x: list[float]) -> float:
+    """The arithmetic mean."""
+    return sum(x) / len(x)
+
+
+def lsbq_greedy(x: list[float], bits: int) -> list[float]:
+    """All sums of +-v_i, v_i the mean magnitude of what is left; ternary for bits = 0."""
+    if bits == 0:
+        v = 1.1 * mean([abs(a) for a in x])
+        return [-v, 0.0, v]
+    rest, parts = list(x), []
+    for _ in range(bits):
+        v = mean([abs(a) for a in rest])
+        rest = [a - v if a >= 0 else a + v for a in rest]
+        parts.append(v)
+    signs = product((-1.0, 1.0), repeat=bits)
+    return sorted(sum(s * v for s, v in zip(row, parts, strict=True)) for row in signs)
+
+
+def uniform(x: list[float], bits: int, scale: str) -> list[float]:
+    """(j + 1/2) * step, j = -2^(b-1) .. 2^(b-1) - 1."""
+    q_max = max(map(abs, x))
+    if scale == "mean":
+        q_max = min(bits * mean([abs(a) for a in x]), q_max)
+    half = 2 ** (bits - 1)
+    return [(j + 0.5) * q_max / (half - 0.5) for j in range(-half, half)]
+
+
+def max_uniform(x: list[float], bits: int) -> list[float]:
+    """j * step, |j| < 2^(b-1), the ends at +-max|x|."""
+    top = 2 ** (bits - 1) - 1
+    return [j * max(map(abs, x)) / top for j in range(-top, top + 1)]
+
+
+def asymmetric(x: list[float], bits: int) -> list[float]:
+    """(j - z) * scale from min to max, z an integer."""
+    low, high, count = min(x), max(x), 2**bits
+    if low == high:
+        return [low] * count
+    scale = (high - low) / (count - 1)
+    z = round(-low / scale)
+    return [(j - z) * scale for j in range(count)]
+
+
+def ternary_uniform(x: list[float]) -> list[float]:
+    """-step, 0, step with step = max|x| / 1.5."""
+    step = max(map(abs, x)) / 1.5
+    return [-step, 0.0, step]
+
+
+def error(x: list[float], q: list[float]) -> float:
+    """Squared distance to the nearest levels."""
+    return sum(min((a - level) ** 2 for level in q) for a in x)
+
+
+def best_error(x: list[float], runs: int, *, zero: bool = False) -> float:
+    """The least squared error of that many levels, over all partitions of the sorted row; with
+    `zero`, one more level stands at 0."""
+    values, least = sorted(x), float("inf")
+    n = len(values)
+    for m in range(1, min(runs + zero, n) + 1):
+        for cuts in combinations(range(1, n), m - 1):
+            parts = [values[a:b] for a, b in pairwise((0, *cuts, n))]
+            own = [sum((a - mean(p)) ** 2 for a in p) for p in parts]
+            if not zero:
+                least = min(least, sum(own))
+                continue
+            if m <= runs:
+                least = min(least, sum(own))
+            for i, part in enumerate(parts):  # the run that the level 0 takes
+                at_zero = sum(a * a for a in part)
+                least = min(least, sum(own) - own[i] + at_zero)
+    return least
+
+
+def optimal_ternary_error(x: list[float]) -> float:
+    """The least squared error of -v, 0, v."""
+    return best_error([abs(a) for a in x], 1, zero=True)
+
+
+def symmetric_error(x: list[float], levels: int) -> float:
+    """The least squared error of levels in pairs of opposite sign."""
+    return best_error([abs(a) for a in x], levels // 2)
