@@ -1,6 +1,8 @@
 """Quantization-aware training as composable, pure gradient transformations for PyTorch."""
 
-from parq_fn import modules, proxmaps, quantizers, schedules, tree
+import torch
+
+from parq_fn import links, modules, proxmaps, quantizers, schedules, tree
 from parq_fn.granularity import Granularity, per_block, per_channel, per_tensor
 from parq_fn.links import (
     accumulate,
@@ -56,6 +58,20 @@ from parq_fn.transformation import (
 from parq_fn.tree import read
 
 __version__ = "0.1.0"
+
+# States are tuples of tensors: torch.load's safe default may read them.
+torch.serialization.add_safe_globals(
+    [
+        EmptyState,
+        ProxState,
+        links.AccumulateState,
+        links.AdamState,
+        links.FiniteState,
+        links.StepState,
+        links.TraceState,
+        tree.Masked,
+    ]
+)
 
 __all__ = [
     "Composite",

@@ -28,6 +28,8 @@ class Granularity(Value):
     def restore(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Rows [r, n] in the shape and memory format of `weight`."""
         whole = rows.reshape(weight.shape)
+        if weight.is_contiguous():
+            return whole
         strides = weight.stride()
         order = sorted(range(weight.dim()), key=lambda d: -strides[d])
         if order == list(range(weight.dim())):

@@ -68,7 +68,8 @@ def midpoint(lo: Tensor, hi: Tensor) -> Tensor:
 
 def nearer(u: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     """The nearer end of the cell, the lower one in a tie; NaN for NaN."""
-    return torch.where(u.isnan(), u, torch.where(u > midpoint(lo, hi), hi, lo))
+    upper = (u > midpoint(lo, hi)) | (u >= hi)  # neighbouring floats: the midpoint rounds to hi
+    return torch.where(u.isnan(), u, torch.where(upper, hi, lo))
 
 
 def nearest(rows: Tensor, levels: Tensor) -> Tensor:

@@ -313,11 +313,15 @@ class clip_by_global_norm(Link):
 # Links around others
 
 
+def _wide(leaf: Tensor) -> torch.dtype:
+    return torch.promote_types(leaf.dtype, torch.float32)
+
+
 class AccumulateState(NamedTuple):
     """State of `accumulate`."""
 
     waiting: Tensor  # [], int64: calls since the last one that updated
-    total: PyTree  # like params: sum of the updates since then
+    total: PyTree  # like params, in float32 or better: sum of the updates since then
     inner: PyTree  # the inner state
 
 
@@ -351,7 +355,7 @@ class accumulate(Link):
     def init(self, params: PyTree) -> AccumulateState:
         """Zeros and the inner state."""
         check_floating(params, "accumulate")
-        zeros = tree_map(torch.zeros_like, params)
+        zeros = tree_map(lambda p: torch.zeros_like(p, dtype=_wide(p)), params)
         return AccumulateState(new_count(), zeros, self.inner.init(params))
 
     def update(
@@ -360,14 +364,14 @@ class accumulate(Link):
         count = state.waiting + 1
         due = count >= self.steps
         total = tree_map(lambda t, u: t if u is None else t + u.to(t.dtype), state.total, updates)
-        zeros = tree_map(torch.zeros_like, total)
+        zeros = tree_map(torch.zeros_like, params)
         if concrete(due) is False:  # the work of a step that would be thrown away
             return zeros, AccumulateState(count, total, state.inner)
-        mean = tree_map(lambda t: t / self.steps, total)
+        mean = tree_map(lambda t, p: (t / self.steps).to(p.dtype), total, params)
         out, inner = self.inner.update(mean, state.inner, params, **extra)
         return select(due, out, zeros), AccumulateState(
             torch.where(due, 0, count),
-            select(due, zeros, total),
+            select(due, tree_map(torch.zeros_like, total), total),
             select(due, inner, state.inner),
         )
 
@@ -406,8 +410,8 @@ class apply_if_finite(Link):
         finite = torch.ones((), dtype=torch.bool)
         for leaf in tree_leaves(updates):
             finite = to_device(finite, leaf) & leaf.isfinite().all()
-        zeros = tree_map(torch.zeros_like, updates)
         out, inner = self.inner.update(updates, state.inner, params, **extra)
+        zeros = tree_map(torch.zeros_like, out)
         skipped = state.skipped + to_device((~finite).to(torch.int64), state.skipped)
         return select(finite, out, zeros), FiniteState(skipped, select(finite, inner, state.inner))
 

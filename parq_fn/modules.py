@@ -18,8 +18,9 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
     """(apply, params): apply(weights, *inputs) calls the module with those weights.
 
     params is a dict by name of detached copies, so that training them leaves the module alone;
-    apply takes a dict with the same names, in the module's train or eval mode, and buffers
-    (running statistics) are the module's own. Tied parameters appear once.
+    apply takes a dict with the same names, in the module's train or eval mode; buffers are the
+    module's own. Tied parameters appear once. apply raises ValueError for missing or unknown
+    names, and for running statistics in train mode, which would change in place.
 
     Raises TypeError for a module under FSDP2, which ignores tensors it is given in this way.
 
@@ -35,7 +36,22 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
                 "ignore the weights it is called with; train it with a torch.optim adapter"
             )
 
+    names = {name for name, _ in module.named_parameters()}
+
     def apply(weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if weights.keys() != names:
+            missing, unknown = sorted(names - weights.keys()), sorted(weights.keys() - names)
+            raise ValueError(
+                f"functional: weights without {missing or 'none'} of the module's parameters, "
+                f"with {unknown or 'none'} unknown to it"
+            )
+        for name, part in module.named_modules():
+            if part.training and getattr(part, "running_mean", None) is not None:
+                raise ValueError(
+                    f"functional: {name!r} ({type(part).__name__}) would change its running "
+                    "statistics in place; call eval() on it, use a norm without them, or see "
+                    "torch.func.replace_all_batch_norm_modules_"
+                )
         return torch.func.functional_call(module, weights, args, kwargs)
 
     return apply, {name: p.detach().clone() for name, p in module.named_parameters()}

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import field
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from parq_fn.links import check_not_negative, times
 from parq_fn.quantizers import Quantizer
 from parq_fn.scalar import Scalar, as_scalar, at, concrete, is_number, new_count, to_device
 from parq_fn.transformation import Link, apply_updates
-from parq_fn.tree import PyTree, check_floating, tree_map, tree_names
+from parq_fn.tree import PyTree, check_floating, names_of, tree_map
 from parq_fn.value import value
 
 
@@ -129,7 +130,9 @@ class Prox(Link):
             return param.new_zeros((rows, self.quantizer.num_levels))
 
         count = new_count()
-        levels = tree_map(empty, params, tree_names(params))
+        leaves, spec = optree.tree_flatten(params)
+        named = zip(leaves, names_of(params), strict=True)
+        levels = optree.tree_unflatten(spec, [empty(param, name) for param, name in named])
         return ProxState(count, self._coefficient(count), count.to(torch.float64), levels)
 
     def update(

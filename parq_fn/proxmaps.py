@@ -134,7 +134,8 @@ def parq(u: Tensor, levels: Tensor, inverse_slope: float | Tensor) -> Tensor:
     # c + (v - c)/s = v + (v - c)(1 - s)/s, written so that v = c and s = 1 give v itself;
     # v is u held to the cell first, for infinities.
     v = between(x, lo, hi)
-    safe = torch.where(s > 0, s, 1.0)  # the branch not taken must not spoil a gradient
+    # the branch not taken must not spoil a gradient, nor a subnormal s overflow to inf * 0
+    safe = torch.where(s > 0, s, 1.0).clamp(min=torch.finfo(x.dtype).tiny)
     steep = v + (v - midpoint(lo, hi)) * ((1 - safe) / safe)
     w = between(steep, lo, hi)
     return torch.where(s > 0, w, nearer(x, lo, hi)).to(u.dtype)

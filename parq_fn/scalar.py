@@ -7,6 +7,7 @@ costs no device synchronisation, and a device count is what a CUDA graph capture
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -35,12 +36,12 @@ def at(value: Scalar, count: Tensor) -> Tensor:
     >>> at(0.5, new_count())
     tensor(0.5000, dtype=torch.float64)
     """
-    return value(count) if callable(value) else as_scalar(value, count)
+    return as_scalar(value(count) if callable(value) else value, count)
 
 
 def is_number(value: Any) -> bool:
     """Whether the value is a plain Python number, known when a link is built."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def concrete(tensor: Tensor) -> Any:

@@ -29,6 +29,7 @@ from parq_fn.tree import (
     pick,
     resolve_labels,
     resolve_mask,
+    tree_leaves,
     tree_map,
 )
 from parq_fn.value import Value, show, value
@@ -200,7 +201,12 @@ class Chain(Value):
     def update(
         self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        """Every link's update in turn, each seeing the updates of the one before it."""
+        """Every link's update in turn, each seeing the updates of the one before it.
+
+        Raises ValueError for updates of another structure or shape than the params.
+        """
+        if params is not None:
+            check_match(updates, params, "chain" if self.names is None else "named_chain")
         states = []
         for link, old in zip(self.links, self._states(state), strict=True):
             updates, new = link.update(updates, old, params, **extra)
@@ -412,8 +418,17 @@ class value_and_grad(Value):
     def __post_init__(self) -> None:
         check_transformation(self.transform, "the transformation of value_and_grad")
 
-    def __call__(self, params: PyTree, state: PyTree, *args: Any, **kwargs: Any) -> Any:
-        """((loss or (loss, aux)), grads); grads in the structure of params."""
+    def __call__(self, params: PyTree, state: PyTree, /, *args: Any, **kwargs: Any) -> Any:
+        """((loss or (loss, aux)), grads); grads in the structure of params.
+
+        Raises TypeError for an nn.Parameter among the params: its graph would grow.
+        """
+        for leaf in tree_leaves(params):
+            if isinstance(leaf, torch.nn.Parameter):
+                raise TypeError(
+                    "value_and_grad takes plain tensors, got an nn.Parameter; "
+                    "use functional(module), or detach it"
+                )
         weights = self.transform.weights(state, params)
         leaves, spec = optree.tree_flatten(weights)
         moves = [isinstance(w, Tensor) and w.is_floating_point() for w in leaves]

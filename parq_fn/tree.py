@@ -102,6 +102,11 @@ def check_floating(params: PyTree, what: str) -> None:
             raise TypeError(
                 f"{what}: parameter {name!r} is a {type(leaf).__name__}, expected a tensor"
             )
+        if isinstance(leaf, torch.nn.Parameter):
+            raise TypeError(
+                f"{what}: parameter {name!r} is an nn.Parameter, whose graph would grow with "
+                "every step; use functional(module), or detach it"
+            )
         if not leaf.is_floating_point():
             raise TypeError(
                 f"{what}: parameter {name!r} has dtype {leaf.dtype}, expected a floating one; "
@@ -111,15 +116,13 @@ def check_floating(params: PyTree, what: str) -> None:
 
 def check_match(updates: PyTree, params: PyTree, what: str) -> None:
     """Raises ValueError, with the leaf's name, unless shapes agree where updates are given."""
-
-    def check(name: str, update: Any, param: Any) -> None:
-        if update is not None and update.shape != param.shape:
+    _, leaves, given = columns_of(params, updates)
+    for i, (param, update) in enumerate(zip(leaves, given, strict=True)):
+        if isinstance(update, Tensor) and update.shape != param.shape:
             raise ValueError(
-                f"{what}: the update of {name!r} has shape {tuple(update.shape)}, "
-                f"its parameter {tuple(param.shape)}"
+                f"{what}: the update of {names_of(params)[i]!r} has shape "
+                f"{tuple(update.shape)}, its parameter {tuple(param.shape)}"
             )
-
-    tree_map(check, tree_names(params), updates, params)
 
 
 # Masks and labels: lists along the leaves of the params, for a compiler traces lists of
@@ -164,12 +167,17 @@ def resolve_mask(mask: Mask, params: PyTree) -> list[bool]:
     names = names_of(params)
     patterns: Any = (mask,) if isinstance(mask, str | re.Pattern) else mask
     if _is_patterns(patterns):
+        if not patterns:
+            raise ValueError("an empty mask picks no parameter; leave the masked link out instead")
         for pattern in patterns:
             if not any(matches(pattern, name) for name in names):
                 _unmatched("mask pattern", pattern, names)
         return [any(matches(p, name) for p in patterns) for name in names]
     if callable(mask):
-        return [bool(mask(n, leaf)) for n, leaf in zip(names, tree_leaves(params), strict=True)]
+        chosen = [bool(mask(n, x)) for n, x in zip(names, tree_leaves(params), strict=True)]
+        if names and not any(chosen):
+            _unmatched("mask predicate", mask, names)
+        return chosen
     return _broadcast(mask, names, bool, "mask")
 
 
@@ -201,7 +209,10 @@ def _first(labels: Mapping[str, str], name: str) -> str:
 
 def _broadcast(prefix: PyTree, names: list[str], kind: type, what: str) -> list[Any]:
     """For each name the leaf of `prefix` that stands at it or above it."""
-    given = dict(zip(names_of(prefix), tree_leaves(prefix), strict=True))
+    entries = _entries(prefix, "")
+    given = dict(entries)
+    if len(given) < len(entries) or len(set(names)) < len(names):
+        raise ValueError(f"{what}: two leaves have one name; keys with dots collide with paths")
     for entry, leaf in given.items():
         if not isinstance(leaf, kind):
             raise TypeError(
@@ -215,7 +226,22 @@ def _broadcast(prefix: PyTree, names: list[str], kind: type, what: str) -> list[
             f"{what} does not fit the parameters: names no parameter has: {unknown or 'none'}; "
             f"parameters it leaves out: {missing or 'none'}"
         )
-    return [given[above[0]] for above in found]
+    return [given[max(above, key=len)] for above in found]
+
+
+def _entries(tree: PyTree, name: str) -> list[tuple[str, Any]]:
+    """(name, leaf) of a tree of constants, in plain Python, which a compiler traces."""
+    if isinstance(tree, dict):
+        children = [(str(key), child) for key, child in tree.items()]
+    elif isinstance(tree, list | tuple):
+        keys = getattr(tree, "_fields", range(len(tree)))
+        children = [(str(key), child) for key, child in zip(keys, tree, strict=True)]
+    else:
+        return [] if tree is None else [(name, tree)]
+    made: list[tuple[str, Any]] = []
+    for key, child in children:
+        made.extend(_entries(child, f"{name}.{key}" if name else key))
+    return made
 
 
 class Masked(NamedTuple):

@@ -153,8 +153,9 @@ def latents(draw: Draw, levels: Tensor, *, length: int | None = None) -> Tensor:
 
 
 @functools.cache
-def _problem(kind: str, k: int, n: int, count: int) -> Strategy[list[Any]]:
-    row = st.tuples(_level_row(kind, k), *[_weights(n)] * count)
+def _problem(kind: str, k: int, count: int) -> Strategy[list[Any]]:
+    column = st.tuples(*[_WEIGHT] * count)
+    row = st.tuples(_level_row(kind, k), st.lists(column, min_size=1, max_size=4))
     return st.lists(row, min_size=1, max_size=3)
 
 
@@ -163,11 +164,14 @@ def problems(
     draw: Draw, *, count: int = 1, kinds: Sequence[str] = LEVEL_KINDS
 ) -> tuple[Tensor, ...]:
     """(levels [r, k], weights [r, n], ...) with so many tensors of weights, as `levels` and
-    `latents` draw them; whole rows drop out as it shrinks."""
-    kind, k = _kind_and_count(draw, kinds)
-    made = draw(_problem(kind, k, draw(st.integers(1, 4)), count))
-    latent = ([_placed(row[i], row[0]) for row in made] for i in range(1, count + 1))
-    return _float64([row[0] for row in made]), *map(_float64, latent)
+    `latents` draw them; whole rows and columns drop out as it shrinks."""
+    made = draw(_problem(*_kind_and_count(draw, kinds), count))
+    n = min(len(columns) for _, columns in made)
+    latent = (
+        [_placed([column[i] for column in columns[:n]], q) for q, columns in made]
+        for i in range(count)
+    )
+    return _float64([q for q, _ in made]), *map(_float64, latent)
 
 
 @functools.cache

@@ -61,7 +61,7 @@ def table(kind: str, operators: tuple[Any, ...] | None = None) -> str:
     """A Markdown table: laws down, operators across, a mark where it is declared.
 
     >>> print(table("proxmap", (proxmaps.hard, proxmaps.parq)).splitlines()[2])
-    | `monotone` | u <= v  =>  f(u) <= f(v) | x | x |
+    | `pure` | f(u) = f(u) | x | x |
     """
     across = OPERATORS[kind] if operators is None else operators
     declared = [{law.name for law in _DECLARED[kind](op)} for op in across]

@@ -255,7 +255,7 @@ def published_slope(step: Any) -> Tensor:
 )
 def test_wrong_schedules(wrong: Any, names: tuple[str, ...]) -> None:
     with caught(*names):
-        check_schedule(wrong, start=0, end=10, max_examples=100)
+        check_schedule(wrong, start=0, end=10, max_examples=1000)
 
 
 def test_a_schedule_that_does_not_reach_0() -> None:
