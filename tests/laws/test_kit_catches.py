@@ -228,7 +228,8 @@ def jumps_at_the_end(step: Any) -> Tensor:
 
 def turns_back(step: Any) -> Tensor:
     x = (torch.as_tensor(step).double() / 10).clamp(0, 1)
-    return (1 - x) * (1 - 0.9 * torch.sin(3 * torch.pi * x).clamp(min=0))
+    rising = 0.1 + (x - 0.3) * 8 / 3
+    return torch.where(x < 0.3, 1 - 3 * x, torch.where(x < 0.6, rising, 0.9 * (1 - x) / 0.4))
 
 
 def python_numbers_only(step: Any) -> Tensor:
@@ -255,7 +256,7 @@ def published_slope(step: Any) -> Tensor:
 )
 def test_wrong_schedules(wrong: Any, names: tuple[str, ...]) -> None:
     with caught(*names):
-        check_schedule(wrong, start=0, end=10, max_examples=1000)
+        check_schedule(wrong, start=0, end=10, max_examples=100)
 
 
 def test_a_schedule_that_does_not_reach_0() -> None:
