@@ -14,7 +14,7 @@ from torch import Tensor
 
 _CHUNK = 1 << 17  # sorted values per chunk: amortises the calls, stays near the cache
 _DOUBLES = 1 << 25  # 256 MB of float64, the bound on one chunk's temporaries
-_CANDIDATES = 1024  # least number of candidate cuts of a long row
+_CANDIDATES = 4096  # least number of candidate cuts of a long row
 _LLOYD = 12  # polishing steps of a long row
 
 
@@ -26,8 +26,8 @@ def least_squares_levels(x: Tensor, num_levels: int, *, exact_up_to: int = 4096)
     Sums are taken in float64.
 
     An optimal partition cuts the sorted row into ``k`` runs, each level being its run's mean.
-    For ``n <= max(exact_up_to, 1024, 8 k)`` the cuts are globally optimal, up to float64 rounding
-    (about ``1e-15 * n * max|x|^2`` of error). Beyond, they are optimal among ``max(1024, 8 k)``
+    For ``n <= max(exact_up_to, 4096)`` the cuts are globally optimal, up to float64 rounding
+    (about ``1e-15 * n * max|x|^2`` of error). Beyond, they are optimal among ``4096``
     candidate cuts per row and are then polished by Lloyd's iteration on the whole row, which
     keeps the error within 0.5% of the least.
 

@@ -9,10 +9,8 @@ import torch
 from hypothesis import given
 
 import parq_fn as pq
-from parq_fn.testing import check_transformation, laws, strategies
-
-#: Names of the laws that random chains are held to, each on a few trainings.
-GENERAL = [law.name for law in laws.for_transformation(pq.identity())]
+from parq_fn.testing import check_transformation, strategies
+from tests.laws import some
 
 SPAN: dict[str, Any] = {"anneal_start": 1, "anneal_end": 3}
 
@@ -32,7 +30,7 @@ PROX_LINKS = [
 
 @pytest.mark.parametrize("link", PROX_LINKS, ids=repr)
 def test_prox_links(link: Any) -> None:
-    check_transformation(link, max_examples=15)
+    check_transformation(link, max_examples=some(15))
 
 
 LINKS = [
@@ -52,7 +50,7 @@ LINKS = [
 
 @pytest.mark.parametrize("link", LINKS, ids=lambda link: type(link).__name__)
 def test_links(link: Any) -> None:
-    check_transformation(link, max_examples=10)
+    check_transformation(link, max_examples=some(10))
 
 
 @given(strategies.transformations())
@@ -65,4 +63,4 @@ def test_blocks() -> None:
     link = pq.hard_prox(pq.lsbq(1), granularity=pq.per_block(2), period=1)
     leaf = strategies.numbers().map(lambda x: torch.tensor([[x, 1.0], [2.0, -x]]).double())
     params = leaf.map(lambda w: {"w0": w})
-    check_transformation(link, params=params, max_examples=15)
+    check_transformation(link, params=params, max_examples=some(15))

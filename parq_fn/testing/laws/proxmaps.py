@@ -328,8 +328,10 @@ def lipschitz(
     f: Map, u: Tensor, v: Tensor, levels: Tensor, c: Coefficient, traits: ProxTraits
 ) -> Claim:
     assert traits.lipschitz is not None
-    moved = (f(u, levels, c) - f(v, levels, c)).abs()
-    return at_most(moved, traits.lipschitz(c) * (u - v).abs())
+    at = torch.cat([u, u, midpoints(levels)], -1)
+    other = torch.cat([v, u + 1e-6, midpoints(levels) + 1e-6], -1)
+    moved = (f(at, levels, c) - f(other, levels, c)).abs()
+    return at_most(moved, traits.lipschitz(c) * (at - other).abs())
 
 
 @law(
