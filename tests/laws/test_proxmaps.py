@@ -204,7 +204,7 @@ def test_what_must_not_hold_does_not(law: str, map_: Any, claims: dict[str, Any]
 
     claimed.traits = replace(traits_of(map_), **claims)  # type: ignore[attr-defined]
     wanted, called = laws.named("proxmap", law), check.Applied(claimed)
-    found = check.search([wanted], called, check.proxmap_inputs(claimed), 400, shrink=False)
+    found = check.search([wanted], called, check.proxmap_inputs(claimed), 4000, shrink=False)
     assert found is not None
     assert f"claimed breaks the law '{law}'" in str(found)
 
