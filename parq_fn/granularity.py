@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from parq_fn.scalar import is_number
+from parq_fn.checks import check_whole
 from parq_fn.value import Value, value
 
 
@@ -30,12 +30,25 @@ class Granularity(Value):
         whole = rows.reshape(weight.shape)
         if weight.is_contiguous():
             return whole
-        strides = weight.stride()
-        order = sorted(range(weight.dim()), key=lambda d: -strides[d])
+        order = _by_stride(weight.stride())
         if order == list(range(weight.dim())):
             return whole
         back = sorted(range(weight.dim()), key=lambda d: order[d])
         return whole.permute(order).contiguous().permute(back)
+
+
+def _by_stride(strides: tuple[int, ...]) -> list[int]:
+    """The dimensions from the largest stride to the smallest; of equals the first comes first.
+
+    Inserted one by one, for a compiler compares symbolic strides but does not sort by them.
+    """
+    order: list[int] = []
+    for d, stride in enumerate(strides):
+        place = len(order)
+        while place > 0 and strides[order[place - 1]] < stride:
+            place -= 1
+        order.insert(place, d)
+    return order
 
 
 @value
@@ -83,8 +96,7 @@ class per_block(Granularity):
     size: int
 
     def __post_init__(self) -> None:
-        if not is_number(self.size) or self.size != int(self.size) or self.size < 1:
-            raise ValueError(f"block size must be a whole number from 1 on, got {self.size!r}")
+        check_whole("per_block", 1, size=self.size)
 
     def shape(self, weight: Tensor) -> tuple[int, int]:
         if weight.dim() not in (1, 2):

@@ -6,11 +6,14 @@ without a gradient (None) keeps its state. State has each leaf's dtype and shape
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from parq_fn.checks import DECAY, NOT_NEGATIVE, check_numbers, check_whole
+from parq_fn.interval import Interval
 from parq_fn.scalar import Scalar, at, concrete, is_number, new_count, to_device
 from parq_fn.transformation import Link, Transformation, check_transformation
 from parq_fn.tree import PyTree, check_floating, select, tree_leaves, tree_map
@@ -28,20 +31,6 @@ def times(leaf: Tensor, scalar: Tensor) -> Tensor:
     return (leaf * to_device(scalar, leaf)).to(leaf.dtype)
 
 
-def check_not_negative(who: str, **fields: Any) -> None:
-    """Raises ValueError for a plain number below 0."""
-    for name, got in fields.items():
-        if is_number(got) and not got >= 0:
-            raise ValueError(f"{who}: {name} must not be negative, got {got}")
-
-
-def check_share(who: str, **fields: Any) -> None:
-    """Raises ValueError for a plain number outside [0, 1)."""
-    for name, got in fields.items():
-        if is_number(got) and not 0 <= got < 1:
-            raise ValueError(f"{who}: {name} must lie in [0, 1), got {got}")
-
-
 @value
 class scale(Link):
     """updates -> factor * updates.
@@ -52,6 +41,9 @@ class scale(Link):
     """
 
     factor: float | Tensor
+
+    def __post_init__(self) -> None:
+        check_numbers("scale", factor=self.factor)
 
     def update(
         self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
@@ -66,6 +58,9 @@ class scale_by_schedule(Link):
     """updates -> schedule(count) * updates, count the updates before this one."""
 
     schedule: Scalar
+
+    def __post_init__(self) -> None:
+        check_numbers("scale_by_schedule", schedules=True, schedule=self.schedule)
 
     def init(self, params: PyTree) -> StepState:
         """A count of 0."""
@@ -90,7 +85,8 @@ class scale_by_learning_rate(Link):
     learning_rate: Scalar
 
     def __post_init__(self) -> None:
-        check_not_negative("scale_by_learning_rate", learning_rate=self.learning_rate)
+        rate = {"learning_rate": self.learning_rate}
+        check_numbers("scale_by_learning_rate", NOT_NEGATIVE, schedules=True, **rate)
 
     def init(self, params: PyTree) -> StepState:
         """A count of 0."""
@@ -123,7 +119,8 @@ class add_decayed_weights(Link):
     weight_decay: Scalar
 
     def __post_init__(self) -> None:
-        check_not_negative("add_decayed_weights", weight_decay=self.weight_decay)
+        decay = {"weight_decay": self.weight_decay}
+        check_numbers("add_decayed_weights", NOT_NEGATIVE, schedules=True, **decay)
 
     def init(self, params: PyTree) -> StepState:
         """A count of 0."""
@@ -153,12 +150,13 @@ class trace(Link):
     As in torch.optim.SGD the first update fills m undampened: m = u.
     """
 
-    decay: float | Tensor
-    dampening: float | Tensor = 0.0
+    decay: Scalar
+    dampening: Scalar = 0.0
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        check_not_negative("trace", decay=self.decay)
+        check_numbers("trace", NOT_NEGATIVE, schedules=True, decay=self.decay)
+        check_numbers("trace", schedules=True, dampening=self.dampening)
         if self.nesterov and is_number(self.dampening) and self.dampening != 0:
             raise ValueError(
                 f"trace: nesterov momentum takes no dampening, got dampening={self.dampening}"
@@ -206,14 +204,14 @@ class scale_by_adam(Link):
     Source: Kingma and Ba, Adam, arXiv 1412.6980; Reddi et al., AMSGrad, arXiv 1904.09237.
     """
 
-    b1: float | Tensor = 0.9
-    b2: float | Tensor = 0.999
-    eps: float | Tensor = 1e-8
+    b1: Scalar = 0.9
+    b2: Scalar = 0.999
+    eps: Scalar = 1e-8
     amsgrad: bool = False
 
     def __post_init__(self) -> None:
-        check_share("scale_by_adam", b1=self.b1, b2=self.b2)
-        check_not_negative("scale_by_adam", eps=self.eps)
+        check_numbers("scale_by_adam", DECAY, schedules=True, b1=self.b1, b2=self.b2)
+        check_numbers("scale_by_adam", NOT_NEGATIVE, schedules=True, eps=self.eps)
 
     def init(self, params: PyTree) -> AdamState:
         """Zeros."""
@@ -251,6 +249,9 @@ class scale_by_adam(Link):
         return out, AdamState(count, first, second, largest)
 
 
+_BOUND = Interval(0.0, math.inf)  # infinity: no clipping
+
+
 @value
 class clip(Link):
     """updates -> clamp(updates, -max_abs, max_abs), element by element."""
@@ -258,7 +259,7 @@ class clip(Link):
     max_abs: float | Tensor
 
     def __post_init__(self) -> None:
-        check_not_negative("clip", max_abs=self.max_abs)
+        check_numbers("clip", _BOUND, max_abs=self.max_abs)
 
     def update(
         self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
@@ -299,7 +300,7 @@ class clip_by_global_norm(Link):
     max_norm: float | Tensor
 
     def __post_init__(self) -> None:
-        check_not_negative("clip_by_global_norm", max_norm=self.max_norm)
+        check_numbers("clip_by_global_norm", _BOUND, max_norm=self.max_norm)
 
     def update(
         self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
@@ -330,7 +331,8 @@ class accumulate(Link):
     """Gradient accumulation: one inner update with the mean of every `steps` updates.
 
     On the calls between, updates are zeros and the inner state stands still, so the schedule,
-    the warmup and the period of a prox link inside count inner updates. Wrap the whole chain.
+    the warmup and the period of a prox link inside count inner updates. A missing gradient
+    (None) counts as zeros. Wrap the whole chain.
 
     Raises ValueError unless steps is a whole number from 1 on.
 
@@ -349,8 +351,7 @@ class accumulate(Link):
 
     def __post_init__(self) -> None:
         check_transformation(self.inner, "the inner transformation of accumulate")
-        if is_number(self.steps) and (self.steps < 1 or self.steps != int(self.steps)):
-            raise ValueError(f"accumulate: steps must be a whole number >= 1, got {self.steps}")
+        check_whole("accumulate", 1, steps=self.steps)
 
     def init(self, params: PyTree) -> AccumulateState:
         """Zeros and the inner state."""

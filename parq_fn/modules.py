@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,12 +58,15 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
     return apply, {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
-def weight_mask(module: nn.Module, exclude: str | Sequence[str] = ()) -> dict[str, bool]:
+def weight_mask(
+    module: nn.Module, exclude: str | re.Pattern[str] | Sequence[str | re.Pattern[str]] = ()
+) -> dict[str, bool]:
     """The params to quantize, by name: weight matrices and conv kernels.
 
-    Biases, norms, embeddings (also where a layer's weight is tied to one), and parameters that
-    are no layer's weight (class tokens, position embeddings) are left alone, and so is what
-    `exclude` names: patterns for names or their parents, such as "head".
+    They are the parameters of two or more dimensions with "weight" in their own name. Biases,
+    norms, embeddings (also where a layer's weight is tied to one), and other parameters (class
+    tokens, position embeddings) are left alone, and so is what `exclude` names: patterns for
+    names or their parents, such as "head", or compiled regular expressions.
 
     Raises ValueError for a pattern that matches no parameter.
 
@@ -70,13 +74,16 @@ def weight_mask(module: nn.Module, exclude: str | Sequence[str] = ()) -> dict[st
     >>> [name for name, quantized in weight_mask(net, exclude="3").items() if quantized]
     ['0.weight']
     """
-    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    names = [name for name, _ in module.named_parameters()]
+    patterns = (exclude,) if isinstance(exclude, str | re.Pattern) else tuple(exclude)
+    names: dict[int, list[str]] = {}  # a tied parameter has several
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    every = [name for tied in names.values() for name in tied]
     for pattern in patterns:
-        if not any(matches(pattern, name) for name in names):
+        if not any(matches(pattern, name) for name in every):
             raise ValueError(
                 f"exclude pattern {pattern!r} matches no parameter of the module; they are: "
-                f"{', '.join(names)}"
+                f"{', '.join(every)}"
             )
     looked_up = {id(p) for m in module.modules() if isinstance(m, _LOOKUPS) for p in m.parameters()}
     mask = {}
@@ -88,6 +95,6 @@ def weight_mask(module: nn.Module, exclude: str | Sequence[str] = ()) -> dict[st
             and "weight" in local
             and id(parameter) not in looked_up
             and not isinstance(module.get_submodule(parent), _NORMS)
-            and not any(matches(pattern, name) for pattern in patterns)
+            and not any(matches(p, tied) for p in patterns for tied in names[id(parameter)])
         )
     return mask

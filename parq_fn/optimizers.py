@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from parq_fn.checks import DECAY, NOT_NEGATIVE, check_numbers
 from parq_fn.links import (
     add_decayed_weights,
-    check_not_negative,
-    check_share,
     scale_by_adam,
     scale_by_learning_rate,
     trace,
@@ -37,18 +36,21 @@ class sgd(Composite):
     """
 
     learning_rate: Scalar
-    momentum: float = 0.0
-    dampening: float = 0.0
+    momentum: Scalar = 0.0
+    dampening: Scalar = 0.0
     weight_decay: Scalar = 0.0
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        check_not_negative(
+        check_numbers(
             "sgd",
+            NOT_NEGATIVE,
+            schedules=True,
             learning_rate=self.learning_rate,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
         )
+        check_numbers("sgd", schedules=True, dampening=self.dampening)
         if self.nesterov and (_off(self.momentum) or not _off(self.dampening)):
             raise ValueError(
                 "sgd: nesterov takes a momentum and no dampening, got "
@@ -72,9 +74,9 @@ class adam(Composite):
     """
 
     learning_rate: Scalar = 1e-3
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    b1: Scalar = 0.9
+    b2: Scalar = 0.999
+    eps: Scalar = 1e-8
     weight_decay: Scalar = 0.0
     amsgrad: bool = False
 
@@ -99,9 +101,9 @@ class adamw(Composite):
     """
 
     learning_rate: Scalar = 1e-3
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    b1: Scalar = 0.9
+    b2: Scalar = 0.999
+    eps: Scalar = 1e-8
     weight_decay: Scalar = 1e-2
     amsgrad: bool = False
 
@@ -117,7 +119,6 @@ class adamw(Composite):
 
 def _check_adam(self: adam | adamw) -> None:
     who = type(self).__name__
-    check_share(who, b1=self.b1, b2=self.b2)
-    check_not_negative(
-        who, learning_rate=self.learning_rate, eps=self.eps, weight_decay=self.weight_decay
-    )
+    check_numbers(who, DECAY, schedules=True, b1=self.b1, b2=self.b2)
+    rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+    check_numbers(who, NOT_NEGATIVE, schedules=True, eps=self.eps, **rates)

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from parq_fn import proxmaps, schedules
+from parq_fn.checks import NOT_NEGATIVE, POSITIVE, check_before, check_numbers, check_whole
 from parq_fn.granularity import Granularity, per_tensor
-from parq_fn.links import check_not_negative, times
+from parq_fn.links import times
 from parq_fn.quantizers import Quantizer
-from parq_fn.scalar import Scalar, as_scalar, at, concrete, is_number, new_count, to_device
+from parq_fn.scalar import Scalar, as_scalar, at, concrete, new_count, to_device
 from parq_fn.transformation import Link, apply_updates
 from parq_fn.tree import PyTree, check_floating, names_of, tree_map
 from parq_fn.value import value
@@ -64,8 +65,9 @@ class Prox(Link):
 
     `init` raises TypeError for a leaf that is not floating, ValueError for one that the
     granularity cannot cut or that holds NaN or infinities (where values can be read), each with
-    the leaf's name. `update` never looks at values: a row that turns NaN keeps its old levels,
-    its weights are NaN, and the other rows are left alone.
+    the leaf's name. `update` never looks at values: a row that holds NaN keeps the levels it
+    had, and the other rows are left alone; at its very first fit it gets NaN for levels, and
+    so for weights, until a fit finds it finite again.
 
     Source: Jin et al., PARQ, arXiv 2503.15748, algorithm 1 (AProx); normal map: Qiu, Jiang,
     Milzarek, arXiv 2305.05828.
@@ -90,13 +92,12 @@ class Prox(Link):
             raise TypeError(
                 f"{who}: expected a granularity such as per_channel(), got {self.granularity!r}"
             )
-        for name, low in (("period", 1), ("warmup", 0)):
-            got = getattr(self, name)
-            if is_number(got) and (got < low or got != int(got)):
-                raise ValueError(f"{who}: {name} must be a whole number >= {low}, got {got}")
-        check_not_negative(who, learning_rate=self.learning_rate)
-        if is_number(self.normal_map) and not self.normal_map > 0:  # type: ignore[operator]
-            raise ValueError(f"{who}: normal_map must be positive, got {self.normal_map}")
+        check_whole(who, 1, period=self.period)
+        check_whole(who, 0, warmup=self.warmup)
+        if self.learning_rate is not None:
+            check_numbers(who, NOT_NEGATIVE, schedules=True, learning_rate=self.learning_rate)
+        if self.normal_map is not None:
+            check_numbers(who, POSITIVE, normal_map=self.normal_map)
 
     # What each kind of prox link gives.
 
@@ -164,8 +165,8 @@ class Prox(Link):
 
         def fit(old: Tensor, latent: Tensor) -> Tensor:
             new = self.quantizer.fit(self._rows(latent, state)).to(old.dtype)
-            take = to_device(due, old) & new.isfinite().all(-1, keepdim=True)
-            return torch.where(take, new, old)
+            take = new.isfinite().all(-1, keepdim=True) | to_device(step == self.warmup, old)
+            return torch.where(to_device(due, old) & take, new, old)
 
         levels = tree_map(fit, state.levels, apply_updates(params, updates))
         return updates, state._replace(levels=levels)
@@ -239,7 +240,8 @@ class _Annealed(Prox):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        schedules.check_range(self.anneal_start, self.anneal_end, ("anneal_start", "anneal_end"))
+        who = type(self).__name__
+        check_before(who, anneal_start=self.anneal_start, anneal_end=self.anneal_end)
 
     @property
     def begins(self) -> float | Tensor:
@@ -306,6 +308,12 @@ class soft_prox(_Annealed):
     end_temperature: float | Tensor = field(default=1000.0, kw_only=True)
     power: float | Tensor = field(default=1.0, kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers("soft_prox", NOT_NEGATIVE, temperature=self.temperature)
+        check_numbers("soft_prox", NOT_NEGATIVE, end_temperature=self.end_temperature)
+        check_numbers("soft_prox", POSITIVE, power=self.power)
+
     def coefficient(self, step: Tensor) -> Tensor:
         x = self._progress(step) ** self.power
         relaxed = (1 - x) * self.temperature + x * self.end_temperature
@@ -356,7 +364,7 @@ class proxquant_prox(_Annealed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_not_negative("proxquant_prox", strength=self.strength)
+        check_numbers("proxquant_prox", NOT_NEGATIVE, strength=self.strength)
 
     def coefficient(self, step: Tensor) -> Tensor:
         relaxed = self._progress(step) * self.strength

@@ -19,8 +19,9 @@ import math
 import torch
 from torch import Tensor
 
+from parq_fn.interval import Interval
 from parq_fn.levels import between, cell, midpoint, nearer, nearest, prepare, search
-from parq_fn.traits import Interval, ProxTraits, Slopes, declares, unchanged
+from parq_fn.traits import ProxTraits, Slopes, declares, unchanged
 
 #: What every map here but `par` declares besides its own.
 _follows_levels = functools.partial(
@@ -196,12 +197,12 @@ def soft(u: Tensor, levels: Tensor, temperature: float | Tensor) -> Tensor:
     lo, hi = cell(x, q)
     v = between(x, lo, hi)
     # sigma(z) - 1/2 = tanh(z/2) / 2, odd and without cancellation.
-    width = hi - lo
-    offset = (v - lo) / torch.where(width > 0, width, 1.0) - 0.5
+    half = 0.5 * hi - 0.5 * lo  # of the width, which may overflow
+    offset = (0.5 * v - 0.5 * lo) / torch.where(half > 0, half, 1.0) - 0.5
     usable = (t > 0) & t.isfinite()
-    safe = torch.where(usable, t, 1.0)
+    safe = torch.where(usable, t, 1.0).clamp(min=1e-9)  # below, tanh(z) = z to every digit
     share = torch.tanh(safe * offset / 2) / torch.tanh(safe / 4)
-    w = midpoint(lo, hi) + 0.5 * width * share
+    w = midpoint(lo, hi) + half * share
     w = torch.where(share <= -1, lo, torch.where(share >= 1, hi, w))  # saturated: a level
     w = between(w, lo, hi)
     w = torch.where(usable, w, torch.where(t > 0, nearer(x, lo, hi), v))
@@ -344,9 +345,13 @@ def par_regularizer(w: Tensor, levels: Tensor, slopes: Tensor) -> Tensor:
     for i in range(q.shape[-1] - 1):
         lo, hi = q[..., i : i + 1], q[..., i + 1 : i + 2]
         inner = inner + a[..., i + 1 : i + 2] * (between(x, lo, hi) - lo)
-    zero = torch.zeros_like(x)
-    total = inner + torch.where(below < 0, a[..., :1] * below, zero)
-    return (total + torch.where(above > 0, a[..., -1:] * above, zero)).to(w.dtype)
+
+    def outer(slope: Tensor, distance: Tensor) -> Tensor:  # 0 * inf counts as 0
+        flat = (distance == 0) | (slope == 0)
+        return torch.where(flat, torch.zeros_like(x), slope * distance)
+
+    total = inner + outer(a[..., :1], below) + outer(a[..., -1:], above)
+    return torch.where(x.isnan(), x, total).to(w.dtype)
 
 
 def symmetric_slopes(magnitudes: Tensor, *, zero_level: bool = True) -> Tensor:

@@ -20,14 +20,14 @@ Scalar = float | Tensor | Callable[[Tensor], Tensor]
 
 def new_count() -> Tensor:
     """A step count of 0."""
-    return torch.zeros((), dtype=torch.int64)
+    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 def as_scalar(value: float | Tensor, like: Tensor | None = None) -> Tensor:
     """The value as a tensor: numbers become float64 on the device of `like`."""
     if isinstance(value, Tensor):
         return value
-    return torch.tensor(value, dtype=torch.float64, device=None if like is None else like.device)
+    return torch.tensor(value, dtype=torch.float64, device="cpu" if like is None else like.device)
 
 
 def at(value: Scalar, count: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parq_fn.checks import POSITIVE, SHARE, check_before, check_numbers, readable
 from parq_fn.scalar import Scalar, as_scalar, at, is_number
 from parq_fn.traits import ScheduleTraits
 from parq_fn.value import Value, value
@@ -34,14 +35,6 @@ def progress(step: int | Tensor, start: Number, end: Number) -> Tensor:
     tensor(0.5000, dtype=torch.float64)
     """
     return ((_steps(step) - start) / (end - start)).clamp(0.0, 1.0)
-
-
-def check_range(start: Number, end: Number, names: tuple[str, str]) -> None:
-    """Raises ValueError unless start < end, where both are plain numbers."""
-    if is_number(start) and is_number(end) and not start < end:
-        raise ValueError(
-            f"{names[0]} must come before {names[1]}, got {names[0]}={start}, {names[1]}={end}"
-        )
 
 
 _UNDECLARED = ScheduleTraits(low=None, high=None, first=None, last=None, monotone=None)
@@ -90,6 +83,9 @@ class constant(Schedule):
 
     value: Number
 
+    def __post_init__(self) -> None:
+        check_numbers("constant", value=self.value)
+
     @property
     def traits(self) -> ScheduleTraits:
         if not is_number(self.value):
@@ -99,6 +95,13 @@ class constant(Schedule):
 
     def __call__(self, step: int | Tensor) -> Tensor:
         return as_scalar(self.value) + torch.zeros_like(_steps(step))
+
+
+def _check_path(path: Any) -> None:
+    """Raises ValueError unless init and end are finite and start_step < end_step."""
+    who = type(path).__name__
+    check_numbers(who, init=path.init, end=path.end)
+    check_before(who, start_step=path.start_step, end_step=path.end_step)
 
 
 @value
@@ -117,7 +120,7 @@ class linear(Schedule):
     end_step: Number
 
     def __post_init__(self) -> None:
-        check_range(self.start_step, self.end_step, ("start_step", "end_step"))
+        _check_path(self)
 
     @property
     def traits(self) -> ScheduleTraits:
@@ -144,7 +147,7 @@ class cosine(Schedule):
     end_step: Number
 
     def __post_init__(self) -> None:
-        check_range(self.start_step, self.end_step, ("start_step", "end_step"))
+        _check_path(self)
 
     @property
     def traits(self) -> ScheduleTraits:
@@ -172,11 +175,16 @@ class exponential(Schedule):
     end_step: Number
 
     def __post_init__(self) -> None:
-        check_range(self.start_step, self.end_step, ("start_step", "end_step"))
-        if is_number(self.init) and is_number(self.end) and not self.init * self.end > 0:
+        _check_path(self)
+        init, end = readable(self.init), readable(self.end)
+        if (
+            init is not None
+            and end is not None
+            and (init == 0 or end == 0 or (init < 0) != (end < 0))
+        ):
             raise ValueError(
-                "init and end of an exponential schedule must have one sign and not be 0, "
-                f"got init={self.init}, end={self.end}"
+                "exponential: init and end must have one sign and not be 0, "
+                f"got init={init}, end={end}"
             )
 
     @property
@@ -252,7 +260,8 @@ class warmup(Schedule):
     init: Number = 0.0
 
     def __post_init__(self) -> None:
-        check_range(0, self.steps, ("0", "steps"))
+        check_numbers("warmup", POSITIVE, steps=self.steps)
+        check_numbers("warmup", init=self.init)
 
     def __call__(self, step: int | Tensor) -> Tensor:
         steps = _steps(step)
@@ -268,7 +277,7 @@ def _check_boundaries(what: str, count: int, boundaries: Sequence[Number]) -> No
             f"expected one more of {what} than of boundaries, got {count} {what} and "
             f"{len(boundaries)} boundaries"
         )
-    known = [b for b in boundaries if is_number(b)]
+    known = [b for b in map(readable, boundaries) if b is not None]
     if any(not a < b for a, b in itertools.pairwise(known)):
         raise ValueError(f"boundaries must increase, got {tuple(boundaries)}")
 
@@ -295,9 +304,10 @@ class inverse_slope(Schedule):
     center: Number = 0.5
 
     def __post_init__(self) -> None:
-        check_range(self.anneal_start, self.anneal_end, ("anneal_start", "anneal_end"))
-        if is_number(self.steepness) and not self.steepness > 0:
-            raise ValueError(f"steepness must be positive, got {self.steepness}")
+        who = "inverse_slope"
+        check_before(who, anneal_start=self.anneal_start, anneal_end=self.anneal_end)
+        check_numbers(who, POSITIVE, steepness=self.steepness)
+        check_numbers(who, center=self.center)
 
     @property
     def traits(self) -> ScheduleTraits:
@@ -351,9 +361,8 @@ class polynomial(Schedule):
     power: Number = 1.0
 
     def __post_init__(self) -> None:
-        check_range(self.start_step, self.end_step, ("start_step", "end_step"))
-        if is_number(self.power) and not self.power > 0:
-            raise ValueError(f"power must be positive, got {self.power}")
+        _check_path(self)
+        check_numbers("polynomial", POSITIVE, power=self.power)
 
     @property
     def traits(self) -> ScheduleTraits:
@@ -381,8 +390,8 @@ class anneal_decay(Schedule):
     fraction: Number
 
     def __post_init__(self) -> None:
-        if is_number(self.fraction) and not 0 <= self.fraction <= 1:
-            raise ValueError(f"fraction must lie in [0, 1], got {self.fraction}")
+        check_numbers("anneal_decay", SHARE, fraction=self.fraction)
+        check_numbers("anneal_decay", schedules=True, weight_decay=self.weight_decay)
 
     def __call__(self, step: int | Tensor) -> Tensor:
         steps = _steps(step)

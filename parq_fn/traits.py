@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
+from parq_fn.interval import Interval
 from parq_fn.value import Value, value
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -23,25 +24,6 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 Coefficient = Any
 #: (w, levels, coefficient) -> penalty.
 Penalty = Callable[[Tensor, Tensor, Coefficient], Tensor]
-
-
-@value
-class Interval(Value):
-    """The numbers from low to high, each end among them unless `open_low` or `open_high`.
-
-    >>> 0.0 in Interval(0.0, 1.0), 0.0 in Interval(0.0, 1.0, open_low=True)
-    (True, False)
-    """
-
-    low: float
-    high: float
-    open_low: bool = False
-    open_high: bool = False
-
-    def __contains__(self, number: float) -> bool:
-        above = number > self.low if self.open_low else number >= self.low
-        below = number < self.high if self.open_high else number <= self.high
-        return above and below
 
 
 @value

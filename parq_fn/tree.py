@@ -96,7 +96,7 @@ def select(condition: Tensor, new: PyTree, old: PyTree) -> PyTree:
 
 
 def check_floating(params: PyTree, what: str) -> None:
-    """Raises TypeError, with the leaf's name, unless every leaf is a real floating tensor."""
+    """Raises TypeError, with the leaf's name, unless every leaf is a dense floating tensor."""
     for name, leaf in zip(names_of(params), tree_leaves(params), strict=True):
         if not isinstance(leaf, Tensor):
             raise TypeError(
@@ -111,6 +111,11 @@ def check_floating(params: PyTree, what: str) -> None:
             raise TypeError(
                 f"{what}: parameter {name!r} has dtype {leaf.dtype}, expected a floating one; "
                 "leave it out with masked(...)"
+            )
+        if leaf.dtype.itemsize < 2 or leaf.layout != torch.strided:
+            raise TypeError(
+                f"{what}: parameter {name!r} is {leaf.dtype} and {leaf.layout}, expected 16 bits "
+                "or more, and dense; leave it out with masked(...)"
             )
 
 

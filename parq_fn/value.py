@@ -37,6 +37,8 @@ def _fields(self: Any) -> tuple[dataclasses.Field[Any], ...]:
 class Value:
     """Base of everything that is its hyperparameters and nothing else."""
 
+    # Attributes that are no fields are those of a subclass that has an __init__ of its own.
+
     def __repr__(self) -> str:
         parts = []
         for field in sorted(_fields(self), key=_optional):
@@ -45,19 +47,24 @@ class Value:
                 parts.append(show(got))
             elif not _optional(field) or not same(got, _default(field)):
                 parts.append(f"{field.name}={show(got)}")
+        known = {field.name for field in _fields(self)}
+        parts += [f"{name}={show(got)}" for name, got in vars(self).items() if name not in known]
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in _fields(self))
+        return same(vars(self), vars(other))
 
     def __hash__(self) -> int:
-        fields = {f.name: getattr(self, f.name) for f in _fields(self)}
-        for name, got in fields.items():
-            if isinstance(got, Tensor):  # equal tensors hash apart
-                raise TypeError(f"unhashable {type(self).__name__}: field {name!r} is a tensor")
-        return hash((type(self).__name__, *fields.values()))
+        for name, got in vars(self).items():
+            if _holds_tensor(got):  # equal tensors hash apart
+                raise TypeError(f"unhashable {type(self).__name__}: field {name!r} holds a tensor")
+        return hash((type(self).__name__, *sorted(vars(self).items(), key=lambda item: item[0])))
+
+
+def _holds_tensor(got: Any) -> bool:
+    return isinstance(got, Tensor) or (isinstance(got, tuple) and any(map(_holds_tensor, got)))
 
 
 def _optional(field: dataclasses.Field[Any]) -> bool:

@@ -172,3 +172,149 @@ def test_long_rows_of_ties_are_within_half_a_percent() -> None:
     ours, best = (least_squares_levels(x, 128, exact_up_to=n) for n in (4096, x.shape[1]))
     errors = [float((x - pf.proxmaps.hard(x, q)).square().sum()) for q in (ours, best)]
     assert errors[0] <= 1.005 * errors[1]
+
+
+def test_a_row_that_holds_nan_at_its_first_fit_gives_nan_not_zero() -> None:
+    link = pf.hard_prox(pf.lsbq(1), granularity=pf.per_channel(), period=2)
+    params = {"w": torch.ones(2, 4)}
+    broken = {"w": torch.tensor([[0.0, torch.nan, 0.0, 0.0], [0.0] * 4])}
+    _, state = link.update(broken, link.init(params), params)
+    assert bool(link.weights(state, params)["w"][0].isnan().all())
+    assert link.weights(state, params)["w"][1].tolist() == [1.0] * 4
+    for _ in range(2):
+        _, state = link.update({"w": torch.zeros(2, 4)}, state, params)
+    assert link.weights(state, params)["w"].tolist() == [[1.0] * 4] * 2
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: pf.sgd(torch.tensor(-0.1)), r"learning_rate must lie in \[0, inf\), got -0.1"),
+        (lambda: pf.sgd(torch.ones(3)), r"0-d tensor, got shape \(3,\); vmap over it"),
+        (lambda: pf.sgd(float("inf")), r"learning_rate must lie in \[0, inf\), got inf"),
+        (lambda: pf.adam(float("nan")), r"learning_rate must lie in \[0, inf\), got nan"),
+        (
+            lambda: pf.parq_prox(pf.lsbq(1), anneal_start=torch.tensor(9), anneal_end=3),
+            "parq_prox: anneal_start must come before anneal_end, got anneal_start=9, anneal_end=3",
+        ),
+        (
+            lambda: pf.parq_prox(pf.lsbq(1), anneal_start=0, anneal_end=1, steepness=float("inf")),
+            r"steepness must lie in \(0, inf\), got inf",
+        ),
+        (lambda: pf.schedules.exponential(1e-300, -1e-300, 0, 1), "one sign"),
+        (lambda: pf.schedules.constant(float("nan")), "constant: value must lie in"),
+    ],
+)
+def test_what_can_be_read_of_a_hyperparameter_is_checked(build, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: pf.sgd("0.1"),
+        lambda: pf.sgd(None),
+        lambda: pf.adamw(True),
+        lambda: pf.clip(None),
+        lambda: pf.hard_prox(pf.lsbq(1), period=float("nan")),
+        lambda: pf.hard_prox(pf.lsbq(1), period="3"),
+        lambda: pf.hard_prox(pf.lsbq(1), period=None),
+        lambda: pf.per_block("32"),
+        lambda: pf.per_block(32.0),
+        lambda: pf.accumulate(pf.sgd(1.0), True),
+    ],
+)
+def test_what_is_no_number_is_named(build) -> None:
+    with pytest.raises(TypeError, match=r"must be a (whole )?number.*, got"):
+        build()
+
+
+def test_small_exponential_paths_do_not_underflow_in_the_check() -> None:
+    path = pf.schedules.exponential(1e-200, 1e-300, 0, 2)
+    assert float(path(1)) == pytest.approx(1e-250)
+
+
+def test_numpy_bits_are_whole_numbers() -> None:
+    assert pf.lsbq(np.int64(2)) == pf.lsbq(2)
+
+
+def test_a_quantizer_with_another_number_of_levels_is_named() -> None:
+    class three(pf.Quantizer):
+        num_levels = 2
+
+        def levels(self, x):
+            return x[..., :3]
+
+    with pytest.raises(ValueError, match=r"three\(\): levels\(x\) has shape \(1, 3\), .*\(1, 2\)"):
+        three()(torch.ones(1, 5))
+
+
+def test_a_subclass_with_an_init_of_its_own_compares_by_its_attributes() -> None:
+    class shifted(pf.Link):
+        def __init__(self, by):
+            self.by = by
+
+    assert shifted(1) != shifted(2)
+    assert shifted(1) == shifted(1)
+    assert hash(shifted(1)) == hash(shifted(1))
+    assert repr(shifted(1)) == "shifted(by=1)"
+
+
+def test_values_that_hold_tensors_anywhere_are_unhashable() -> None:
+    schedule = pf.schedules.piecewise((torch.tensor(1.0), 0.5), (3,))
+    with pytest.raises(TypeError, match="field 'values' holds a tensor"):
+        hash(schedule)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-9, 3.0, 1e4])
+def test_soft_is_finite_on_cells_as_wide_as_the_dtype(temperature: float) -> None:
+    top = torch.finfo(torch.float32).max
+    u = torch.tensor([[-torch.inf, -top, -1.0, 0.0, 1.0, top / 2, top, torch.inf]])
+    w = pf.proxmaps.soft(u, torch.tensor([[-top, top]]), temperature)
+    assert bool(w.isfinite().all())
+    assert bool((w.diff() >= 0).all())
+    assert w[0, 3] == 0
+    if temperature <= 1e-9:
+        exact = pf.proxmaps.clip(u, torch.tensor([[-top, top]]))
+        torch.testing.assert_close(w, exact, rtol=1e-6, atol=1e-6 * top)
+
+
+def test_par_regularizer_at_infinity() -> None:
+    w, q = torch.tensor([[-torch.inf, 0.0, torch.inf, torch.nan]]), torch.tensor([[-1.0, 1.0]])
+    bounded = pf.proxmaps.par_regularizer(w, q, torch.tensor([[0.0]]))
+    flat = pf.proxmaps.par_regularizer(w, q, torch.tensor([[0.0, 1.0, 0.0]]))
+    assert bounded[0, :3].tolist() == [torch.inf, 0.0, torch.inf]
+    assert flat[0, :3].tolist() == [0.0, 1.0, 2.0]
+    assert bool(bounded[0, 3].isnan() & flat[0, 3].isnan())
+
+
+@pytest.mark.parametrize("leaf", [torch.ones(4).to(torch.float8_e4m3fn), torch.eye(4).to_sparse()])
+def test_narrow_and_sparse_leaves_are_named(leaf) -> None:
+    with pytest.raises(TypeError, match=r"hard_prox: parameter 'w' is torch.float.* and dense"):
+        pf.hard_prox(pf.lsbq(1)).init({"w": leaf})
+
+
+def test_counts_stay_on_the_cpu_under_another_default_device() -> None:
+    with torch.device("meta"):
+        state = pf.chain(pf.sgd(0.1, 0.9), pf.hard_prox(pf.lsbq(1))).init({"w": torch.ones(2, 2)})
+    assert tree.read(state, "count").device.type == "cpu"
+    assert tree.read(state, "slope").device.type == "cpu"
+
+
+def test_permuted_weights_keep_their_strides_under_dynamic_shapes() -> None:
+    torch.compiler.reset()
+    link = pf.hard_prox(pf.lsbq(1), granularity=pf.per_channel())
+    image = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    params = {"conv": image, "linear": torch.randn(6, 4).t()}
+    _, state = link.update(params, link.init(params), params)
+    compiled = torch.compile(link.weights, fullgraph=True, backend="eager", dynamic=True)
+    for name, weight in compiled(state, params).items():
+        assert torch.equal(weight, link.weights(state, params)[name])
+        assert weight.stride() == params[name].stride()
+
+
+def test_a_tied_weight_is_excluded_by_either_name() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    assert pf.weight_mask(net, exclude="1")["0.weight"] is False

@@ -94,7 +94,7 @@ class TestValue:
             with pytest.raises(TypeError, match="unhashable"):
                 hash(made)
         elif isinstance(made, pf.sgd) and isinstance(made.learning_rate, torch.Tensor):
-            with pytest.raises(TypeError, match="field 'learning_rate' is a tensor"):
+            with pytest.raises(TypeError, match="field 'learning_rate' holds a tensor"):
                 hash(made)
         else:
             assert hash(made) == hash(pickle.loads(pickle.dumps(made)))
@@ -112,13 +112,13 @@ def test_the_printed_form_of_the_design() -> None:
 
 
 def test_replace_is_checked() -> None:
-    with pytest.raises(ValueError, match=r"bits must lie in 0..8 \(0 is ternary\), got 9"):
+    with pytest.raises(ValueError, match=r"bits must lie in 0\.\.8, got 9"):
         dataclasses.replace(pf.lsbq(2), bits=9)
 
 
 def test_equality_of_tensor_fields() -> None:
-    assert pf.sgd(torch.tensor([0.1, 0.2])) == pf.sgd(torch.tensor([0.1, 0.2]))
-    assert pf.sgd(torch.tensor([0.1, 0.2])) != pf.sgd(torch.tensor([0.1, 0.3]))
+    assert pf.sgd(torch.tensor(0.1)) == pf.sgd(torch.tensor(0.1))
+    assert pf.sgd(torch.tensor(0.1)) != pf.sgd(torch.tensor(0.2))
     assert pf.sgd(torch.tensor(0.5)) != pf.sgd(0.5)
 
 

@@ -57,7 +57,13 @@ class Quantizer(Value):
         finite = x.isfinite().all(-1, keepdim=True)
         x = torch.where(finite, x, 0.0)
         scale = power_of_two(x)
-        levels = self.levels(x / scale) * scale
+        levels = self.levels(x / scale)
+        if levels.shape != (*x.shape[:-1], self.num_levels):
+            raise ValueError(
+                f"{self!r}: levels(x) has shape {tuple(levels.shape)}, expected "
+                f"{(*x.shape[:-1], self.num_levels)}: [r, num_levels]"
+            )
+        levels = levels * scale
         largest = torch.finfo(rows.dtype).max
         return torch.where(finite, levels.clamp(-largest, largest), torch.nan).to(rows.dtype)
 
@@ -98,15 +104,6 @@ def power_of_two(x: Tensor) -> Tensor:
         bits, mask, low, high = torch.int32, 0x7F800000, 2.0**-120, 2.0**126
     power = (top.view(bits) & mask).view(x.dtype).clamp(low, high)
     return torch.where(top > 0, power, 1.0)
-
-
-def check_bits(bits: object, low: int, high: int, who: str) -> None:
-    """Raises TypeError or ValueError unless bits is a whole number from low to high."""
-    if not isinstance(bits, int) or isinstance(bits, bool):
-        raise TypeError(f"{who}: bits must be a whole number, got {bits!r}")
-    if not low <= bits <= high:
-        zero = " (0 is ternary)" if low == 0 else ""
-        raise ValueError(f"{who}: bits must lie in {low}..{high}{zero}, got {bits}")
 
 
 def mirror(positive: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from parq_fn.checks import check_whole
 from parq_fn.quantizers._partition import least_squares_levels
-from parq_fn.quantizers.base import Quantizer, check_bits, mirror
+from parq_fn.quantizers.base import Quantizer, mirror
 from parq_fn.quantizers.lsbq import lsbq
 from parq_fn.traits import QuantizerTraits
 from parq_fn.value import value
@@ -37,7 +38,7 @@ class lloyd_max(Quantizer):
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        check_bits(self.bits, 1, 8, "lloyd_max")
+        check_whole("lloyd_max", 1, 8, bits=self.bits)
 
     @property
     def num_levels(self) -> int:

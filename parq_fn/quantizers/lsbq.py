@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from parq_fn.quantizers.base import Quantizer, check_bits, mirror, with_zero
+from parq_fn.checks import POSITIVE, check_numbers, check_whole
+from parq_fn.quantizers.base import Quantizer, mirror, with_zero
 from parq_fn.quantizers.uniform import around_mean
-from parq_fn.scalar import is_number
 from parq_fn.traits import QuantizerTraits
 from parq_fn.value import value
 
@@ -52,7 +52,7 @@ class lsbq(Quantizer):
     multiplier: float = 1.1
 
     def __post_init__(self) -> None:
-        check_bits(self.bits, 0, 8, "lsbq")
+        check_whole("lsbq", 0, 8, bits=self.bits)
         if self.method not in ("greedy", "optimal", "alternating"):
             raise ValueError(
                 f"lsbq: method must be 'greedy', 'optimal' or 'alternating', got {self.method!r}"
@@ -62,8 +62,7 @@ class lsbq(Quantizer):
                 f"lsbq: method 'optimal' takes bits 0, 1 and 2, got {self.bits}; "
                 "use 'alternating', or lloyd_max for the best levels of any form"
             )
-        if is_number(self.multiplier) and not self.multiplier > 0:
-            raise ValueError(f"lsbq: multiplier must be positive, got {self.multiplier}")
+        check_numbers("lsbq", POSITIVE, multiplier=self.multiplier)
 
     @property
     def num_levels(self) -> int:

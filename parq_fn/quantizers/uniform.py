@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from parq_fn.quantizers.base import Quantizer, check_bits, with_zero
+from parq_fn.checks import check_whole
+from parq_fn.quantizers.base import Quantizer, with_zero
 from parq_fn.traits import QuantizerTraits
 from parq_fn.value import value
 
@@ -49,7 +50,7 @@ class uniform(Quantizer):
     center: bool = False
 
     def __post_init__(self) -> None:
-        check_bits(self.bits, 1, 8, "uniform")
+        check_whole("uniform", 1, 8, bits=self.bits)
         if self.scale not in ("mean", "max"):
             raise ValueError(f"uniform: scale must be 'mean' or 'max', got {self.scale!r}")
 
@@ -100,7 +101,7 @@ class max_uniform(Quantizer):
     center: bool = False
 
     def __post_init__(self) -> None:
-        check_bits(self.bits, 2, 8, "max_uniform")
+        check_whole("max_uniform", 2, 8, bits=self.bits)
 
     @property
     def num_levels(self) -> int:
@@ -146,7 +147,7 @@ class asymmetric(Quantizer):
     bits: int
 
     def __post_init__(self) -> None:
-        check_bits(self.bits, 1, 8, "asymmetric")
+        check_whole("asymmetric", 1, 8, bits=self.bits)
 
     @property
     def num_levels(self) -> int:

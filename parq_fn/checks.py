@@ -1,0 +1,88 @@
+"""Checks of hyperparameters, made where a link, quantizer or schedule is built.
+
+Checked is what can be read: a number, or a 0-d tensor on the CPU outside of any trace. A
+schedule, a tensor batched by `vmap` and one traced by a compiler pass.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+from torch import Tensor
+
+from parq_fn.interval import Interval
+from parq_fn.scalar import concrete, is_number
+
+FINITE = Interval(-math.inf, math.inf, open_low=True, open_high=True)
+NOT_NEGATIVE = Interval(0.0, math.inf, open_high=True)
+POSITIVE = Interval(0.0, math.inf, open_low=True, open_high=True)
+SHARE = Interval(0.0, 1.0)
+DECAY = Interval(0.0, 1.0, open_high=True)
+
+
+def readable(hyperparameter: Any) -> Any:
+    """The number that a hyperparameter is or holds; None where there is none to be had."""
+    if isinstance(hyperparameter, Tensor):
+        return concrete(hyperparameter) if hyperparameter.dim() == 0 else None
+    return hyperparameter if is_number(hyperparameter) else None
+
+
+def check_numbers(
+    who: str, within: Interval = FINITE, *, schedules: bool = False, **fields: Any
+) -> None:
+    """Raises TypeError unless every field is a number or a tensor, or with `schedules` a
+    function of the step; ValueError unless it is 0-d and lies within the interval.
+
+    >>> check_numbers("sgd", NOT_NEGATIVE, learning_rate=-0.1)
+    Traceback (most recent call last):
+    ValueError: sgd: learning_rate must lie in [0, inf), got -0.1
+    """
+    for name, got in fields.items():
+        if schedules and callable(got) and not isinstance(got, type):
+            continue
+        if not (is_number(got) or isinstance(got, Tensor)):
+            allowed = "a number, a 0-d tensor" + (" or a schedule" if schedules else "")
+            raise TypeError(f"{who}: {name} must be {allowed}, got {got!r}")
+        if isinstance(got, Tensor) and got.dim() > 0:
+            raise ValueError(
+                f"{who}: {name} must be a number or a 0-d tensor, got shape {tuple(got.shape)}; "
+                "vmap over it to try several"
+            )
+        number = readable(got)
+        if number is not None and number not in within:
+            raise ValueError(f"{who}: {name} must lie in {within}, got {number}")
+
+
+def check_whole(who: str, low: int, high: float = math.inf, **fields: Any) -> None:
+    """Raises TypeError unless every field is a whole number or a tensor, ValueError unless it
+    lies in low..high.
+
+    >>> check_whole("lsbq", 0, 8, bits=9)
+    Traceback (most recent call last):
+    ValueError: lsbq: bits must lie in 0..8, got 9
+    """
+    for name, got in fields.items():
+        whole = isinstance(got, numbers.Integral) and not isinstance(got, bool)
+        if not (whole or isinstance(got, Tensor)):
+            raise TypeError(f"{who}: {name} must be a whole number, got {got!r}")
+        number = readable(got)
+        if number is not None and not low <= number <= high:
+            bounds = f"lie in {low}..{high}" if high < math.inf else f"be {low} or more"
+            raise ValueError(f"{who}: {name} must {bounds}, got {number}")
+
+
+def check_before(who: str, **fields: Any) -> None:
+    """Raises ValueError unless the first of two fields is less than the second.
+
+    >>> check_before("linear", start_step=5, end_step=5)
+    Traceback (most recent call last):
+    ValueError: linear: start_step must come before end_step, got start_step=5, end_step=5
+    """
+    check_numbers(who, **fields)
+    (first, start), (last, end) = ((name, readable(got)) for name, got in fields.items())
+    if start is not None and end is not None and not start < end:
+        raise ValueError(
+            f"{who}: {first} must come before {last}, got {first}={start}, {last}={end}"
+        )
