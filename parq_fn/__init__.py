@@ -2,12 +2,10 @@
 
 import torch
 
-from parq_fn import links, modules, proxmaps, quantizers, schedules, tree
+from parq_fn import links, modules, proxmaps, quantizers, schedules, tree, wrappers
 from parq_fn.granularity import Granularity, per_block, per_channel, per_tensor
 from parq_fn.links import (
-    accumulate,
     add_decayed_weights,
-    apply_if_finite,
     clip,
     clip_by_global_norm,
     global_norm,
@@ -56,6 +54,7 @@ from parq_fn.transformation import (
     value_and_grad,
 )
 from parq_fn.tree import read
+from parq_fn.wrappers import accumulate, apply_if_finite
 
 __version__ = "0.1.0"
 
@@ -64,9 +63,9 @@ torch.serialization.add_safe_globals(
     [
         EmptyState,
         ProxState,
-        links.AccumulateState,
+        wrappers.AccumulateState,
         links.AdamState,
-        links.FiniteState,
+        wrappers.FiniteState,
         links.StepState,
         links.TraceState,
         tree.Masked,

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parq_fn.checks import DECAY, NOT_NEGATIVE, check_numbers, check_whole
+from parq_fn.checks import DECAY, NOT_NEGATIVE, check_numbers
 from parq_fn.interval import Interval
-from parq_fn.scalar import Scalar, at, concrete, is_number, new_count, to_device
-from parq_fn.transformation import Link, Transformation, check_transformation
-from parq_fn.tree import PyTree, check_floating, select, tree_leaves, tree_map
+from parq_fn.scalar import Scalar, at, is_number, new_count, to_device
+from parq_fn.traits import PER_LEAF, TransformationTraits
+from parq_fn.transformation import Link
+from parq_fn.tree import PyTree, check_floating, tree_leaves, tree_map
 from parq_fn.value import value
 
 
@@ -41,6 +42,7 @@ class scale(Link):
     """
 
     factor: float | Tensor
+    traits = PER_LEAF
 
     def __post_init__(self) -> None:
         check_numbers("scale", factor=self.factor)
@@ -58,6 +60,7 @@ class scale_by_schedule(Link):
     """updates -> schedule(count) * updates, count the updates before this one."""
 
     schedule: Scalar
+    traits = PER_LEAF
 
     def __post_init__(self) -> None:
         check_numbers("scale_by_schedule", schedules=True, schedule=self.schedule)
@@ -83,6 +86,7 @@ class scale_by_learning_rate(Link):
     """
 
     learning_rate: Scalar
+    traits = PER_LEAF
 
     def __post_init__(self) -> None:
         rate = {"learning_rate": self.learning_rate}
@@ -117,6 +121,7 @@ class add_decayed_weights(Link):
     """
 
     weight_decay: Scalar
+    traits = PER_LEAF
 
     def __post_init__(self) -> None:
         decay = {"weight_decay": self.weight_decay}
@@ -153,6 +158,7 @@ class trace(Link):
     decay: Scalar
     dampening: Scalar = 0.0
     nesterov: bool = False
+    traits = PER_LEAF
 
     def __post_init__(self) -> None:
         check_numbers("trace", NOT_NEGATIVE, schedules=True, decay=self.decay)
@@ -208,6 +214,7 @@ class scale_by_adam(Link):
     b2: Scalar = 0.999
     eps: Scalar = 1e-8
     amsgrad: bool = False
+    traits = PER_LEAF
 
     def __post_init__(self) -> None:
         check_numbers("scale_by_adam", DECAY, schedules=True, b1=self.b1, b2=self.b2)
@@ -257,6 +264,7 @@ class clip(Link):
     """updates -> clamp(updates, -max_abs, max_abs), element by element."""
 
     max_abs: float | Tensor
+    traits = PER_LEAF
 
     def __post_init__(self) -> None:
         check_numbers("clip", _BOUND, max_abs=self.max_abs)
@@ -298,6 +306,7 @@ class clip_by_global_norm(Link):
     """
 
     max_norm: float | Tensor
+    traits = TransformationTraits(plain_weights=True)
 
     def __post_init__(self) -> None:
         check_numbers("clip_by_global_norm", _BOUND, max_norm=self.max_norm)
@@ -309,113 +318,3 @@ class clip_by_global_norm(Link):
         norm = global_norm(updates)
         factor = (to_device(at(self.max_norm, new_count()), norm) / (norm + 1e-6)).clamp(max=1.0)
         return tree_map(lambda u: times(u, factor), updates), state
-
-
-# Links around others
-
-
-def _wide(leaf: Tensor) -> torch.dtype:
-    return torch.promote_types(leaf.dtype, torch.float32)
-
-
-class AccumulateState(NamedTuple):
-    """State of `accumulate`."""
-
-    waiting: Tensor  # [], int64: calls since the last one that updated
-    total: PyTree  # like params, in float32 or better: sum of the updates since then
-    inner: PyTree  # the inner state
-
-
-@value
-class accumulate(Link):
-    """Gradient accumulation: one inner update with the mean of every `steps` updates.
-
-    On the calls between, updates are zeros and the inner state stands still, so the schedule,
-    the warmup and the period of a prox link inside count inner updates. A missing gradient
-    (None) counts as zeros. Wrap the whole chain.
-
-    Raises ValueError unless steps is a whole number from 1 on.
-
-    >>> import torch
-    >>> from parq_fn import accumulate, sgd
-    >>> transform, params = accumulate(sgd(1.0), 2), {"w": torch.zeros(1)}
-    >>> state = transform.init(params)
-    >>> first, state = transform.update({"w": torch.tensor([1.0])}, state, params)
-    >>> second, state = transform.update({"w": torch.tensor([3.0])}, state, params)
-    >>> first, second
-    ({'w': tensor([0.])}, {'w': tensor([-2.])})
-    """
-
-    inner: Transformation
-    steps: int
-
-    def __post_init__(self) -> None:
-        check_transformation(self.inner, "the inner transformation of accumulate")
-        check_whole("accumulate", 1, steps=self.steps)
-
-    def init(self, params: PyTree) -> AccumulateState:
-        """Zeros and the inner state."""
-        check_floating(params, "accumulate")
-        zeros = tree_map(lambda p: torch.zeros_like(p, dtype=_wide(p)), params)
-        return AccumulateState(new_count(), zeros, self.inner.init(params))
-
-    def update(
-        self, updates: PyTree, state: AccumulateState, params: PyTree, **extra: Any
-    ) -> tuple[PyTree, AccumulateState]:
-        count = state.waiting + 1
-        due = count >= self.steps
-        total = tree_map(lambda t, u: t if u is None else t + u.to(t.dtype), state.total, updates)
-        zeros = tree_map(torch.zeros_like, params)
-        if concrete(due) is False:  # the work of a step that would be thrown away
-            return zeros, AccumulateState(count, total, state.inner)
-        mean = tree_map(lambda t, p: (t / self.steps).to(p.dtype), total, params)
-        out, inner = self.inner.update(mean, state.inner, params, **extra)
-        return select(due, out, zeros), AccumulateState(
-            torch.where(due, 0, count),
-            select(due, tree_map(torch.zeros_like, total), total),
-            select(due, inner, state.inner),
-        )
-
-    def weights(self, state: AccumulateState, params: PyTree) -> PyTree:
-        """The inner weights."""
-        return self.inner.weights(state.inner, params)
-
-
-class FiniteState(NamedTuple):
-    """State of `apply_if_finite`."""
-
-    skipped: Tensor  # [], int64: calls skipped so far
-    inner: PyTree  # the inner state
-
-
-@value
-class apply_if_finite(Link):
-    """The inner update where every element of the updates is finite; otherwise zeros.
-
-    A skipped call leaves the inner state as it was, levels and counts of a prox link included,
-    and is counted in `skipped`. Wrap the whole chain.
-    """
-
-    inner: Transformation
-
-    def __post_init__(self) -> None:
-        check_transformation(self.inner, "the inner transformation of apply_if_finite")
-
-    def init(self, params: PyTree) -> FiniteState:
-        """The inner state, nothing skipped."""
-        return FiniteState(new_count(), self.inner.init(params))
-
-    def update(
-        self, updates: PyTree, state: FiniteState, params: PyTree, **extra: Any
-    ) -> tuple[PyTree, FiniteState]:
-        finite = torch.ones((), dtype=torch.bool)
-        for leaf in tree_leaves(updates):
-            finite = to_device(finite, leaf) & leaf.isfinite().all()
-        out, inner = self.inner.update(updates, state.inner, params, **extra)
-        zeros = tree_map(torch.zeros_like, out)
-        skipped = state.skipped + to_device((~finite).to(torch.int64), state.skipped)
-        return select(finite, out, zeros), FiniteState(skipped, select(finite, inner, state.inner))
-
-    def weights(self, state: FiniteState, params: PyTree) -> PyTree:
-        """The inner weights."""
-        return self.inner.weights(state.inner, params)

@@ -26,6 +26,7 @@ from parq_fn.granularity import Granularity, per_tensor
 from parq_fn.links import times
 from parq_fn.quantizers import Quantizer
 from parq_fn.scalar import Scalar, as_scalar, at, concrete, new_count, to_device
+from parq_fn.traits import TransformationTraits
 from parq_fn.transformation import Link, apply_updates
 from parq_fn.tree import PyTree, check_floating, names_of, tree_map
 from parq_fn.value import value
@@ -98,6 +99,11 @@ class Prox(Link):
             check_numbers(who, NOT_NEGATIVE, schedules=True, learning_rate=self.learning_rate)
         if self.normal_map is not None:
             check_numbers(who, POSITIVE, normal_map=self.normal_map)
+
+    @property
+    def traits(self) -> TransformationTraits:
+        passes = self.normal_map is None
+        return TransformationTraits(passes_updates=passes, leafwise=True, prox=True)
 
     # What each kind of prox link gives.
 

@@ -10,7 +10,8 @@ levels and H the nearest level.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor
@@ -192,6 +193,22 @@ class TransformationTraits(Value):
     batches: bool = True
     #: It is a prox link of `parq_fn.prox`, with its state's fields.
     prox: bool = False
+
+
+#: Of a link that treats every leaf alike and alone, and leaves weights to be the params.
+PER_LEAF = TransformationTraits(leafwise=True, plain_weights=True)
+
+
+def shared(transformations: Iterable[Any]) -> TransformationTraits:
+    """What a composition declares: what every one of its parts does.
+
+    >>> from parq_fn import clip, clip_by_global_norm
+    >>> shared([clip(1.0), clip_by_global_norm(1.0)])
+    TransformationTraits(plain_weights=True)
+    """
+    parts = [traits_of(t) or TransformationTraits() for t in transformations]
+    names = [f.name for f in fields(TransformationTraits) if f.name != "prox"]
+    return TransformationTraits(**{n: all(getattr(p, n) for p in parts) for n in names})
 
 
 def traits_of(operator: Any) -> Any:

@@ -14,12 +14,14 @@ are frozen dataclasses; states are NamedTuples of tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import optree
 import torch
 from torch import Tensor
 
+from parq_fn.traits import PER_LEAF, TransformationTraits, shared
 from parq_fn.tree import (
     Labels,
     Mask,
@@ -68,6 +70,11 @@ class Link(Value):
     ({'w': tensor([-1.])}, EmptyState())
     """
 
+    @property
+    def traits(self) -> TransformationTraits:
+        """What it declares, for `parq_fn.testing`: of the base what every transformation must."""
+        return TransformationTraits()
+
     def init(self, params: PyTree) -> PyTree:
         """The empty state."""
         del params
@@ -94,6 +101,8 @@ class identity(Link):
     identity()
     """
 
+    traits = replace(PER_LEAF, passes_updates=True)
+
 
 @value
 class freeze(Link):
@@ -103,6 +112,8 @@ class freeze(Link):
     >>> freeze().update({"w": torch.ones(1)}, EmptyState(), None)[0]
     {'w': tensor([0.])}
     """
+
+    traits = PER_LEAF
 
     def update(
         self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
@@ -122,6 +133,7 @@ class stateless(Link):
     """
 
     function: Callable[[PyTree, PyTree], PyTree]
+    traits = TransformationTraits(plain_weights=True)
 
     def update(
         self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
@@ -182,6 +194,11 @@ class Chain(Value):
             return f"chain({', '.join(map(repr, self.links))})"
         named = zip(self.names, self.links, strict=True)
         return f"named_chain({', '.join(f'{name}={link!r}' for name, link in named)})"
+
+    @property
+    def traits(self) -> TransformationTraits:
+        """What all its links declare."""
+        return shared(self.links)
 
     def _states(self, state: PyTree) -> list[PyTree]:
         if len(state) != len(self.links):
@@ -250,6 +267,11 @@ class Composite(Link):
         """The chain that this is short for."""
         raise NotImplementedError(f"{type(self).__name__} must define expand")
 
+    @property
+    def traits(self) -> TransformationTraits:
+        """What the chain declares."""
+        return shared([self.expand()])
+
     def init(self, params: PyTree) -> PyTree:
         """The state of the chain."""
         return self.expand().init(params)
@@ -288,6 +310,11 @@ class masked(Link):
 
     def __post_init__(self) -> None:
         check_transformation(self.inner, "the inner transformation of masked")
+
+    @property
+    def traits(self) -> TransformationTraits:
+        """What the inner transformation declares."""
+        return shared([self.inner])
 
     def init(self, params: PyTree) -> PyTree:
         """The inner state, without leaves outside the mask."""
@@ -333,6 +360,11 @@ class partition(Link):
     def __post_init__(self) -> None:
         for label, link in self.transforms.items():
             check_transformation(link, f"the transformation of label {label!r}")
+
+    @property
+    def traits(self) -> TransformationTraits:
+        """What all its transformations declare."""
+        return shared(self.transforms.values())
 
     def _masks(self, params: PyTree) -> dict[str, list[bool]]:
         labels = resolve_labels(self.labels, params)

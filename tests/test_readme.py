@@ -5,16 +5,29 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
+from parq_fn.testing import table
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_code_runs_from_top_to_bottom() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 4
+KIT = (ROOT / "parq_fn" / "testing" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", [README, KIT], ids=["library", "kit"])
+def test_the_code_runs_from_top_to_bottom(text: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 2
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
+
+
+def test_the_tables_of_laws_are_those_of_the_traits() -> None:
+    """Mend with: python -m parq_fn.testing.table, for all from the first table on."""
+    assert KIT.rstrip().endswith(table.document())
 
 
 def test_the_commands_are_ci_s_word_for_word() -> None:

@@ -1,4 +1,7 @@
-"""Which operator declares which law, as Markdown: `python -m parq_fn.testing.table`."""
+"""Which operator declares which law, as Markdown: `python -m parq_fn.testing.table`.
+
+The second half of this folder's README is what it prints.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 import parq_fn as pq
 from parq_fn import proxmaps, schedules
 from parq_fn.testing import laws
+from parq_fn.testing.law import Law
 from parq_fn.value import show
 
 OPERATORS: dict[str, tuple[Any, ...]] = {
@@ -40,12 +44,21 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
         schedules.exponential(1.0, 0.01, 0, 100),
         schedules.polynomial(1.0, 0.0, 0, 100, 2.0),
         schedules.constant(1.0),
+        schedules.warmup(schedules.constant(1.0), 10),
     ),
     "transformation": (
+        pq.scale(0.5),
         pq.sgd(0.1),
+        pq.adamw(0.1),
+        pq.clip_by_global_norm(1.0),
         pq.accumulate(pq.sgd(0.1), 2),
-        pq.parq_prox(pq.lsbq(2), anneal_start=0, anneal_end=100),
+        pq.apply_if_finite(pq.sgd(0.1)),
+        pq.chain(pq.sgd(0.1), pq.hard_prox(pq.lsbq(2))),
         pq.hard_prox(pq.lsbq(2)),
+        pq.parq_prox(pq.lsbq(2), anneal_start=0, anneal_end=100),
+        pq.soft_prox(pq.lsbq(2), anneal_start=0, anneal_end=100),
+        pq.binary_relax_prox(pq.lsbq(2), anneal_start=0, anneal_end=100),
+        pq.proxquant_prox(pq.lsbq(2), anneal_start=0, anneal_end=100, strength=0.1),
     ),
 }
 
@@ -74,11 +87,18 @@ def table(kind: str, operators: tuple[Any, ...] | None = None) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> None:
-    """Prints the tables of all kinds."""
-    for kind in laws.ALL:
-        print(f"### Laws of a {kind}\n\n{table(kind)}\n")
+def document() -> str:
+    """The tables of all kinds, with what each law says below."""
+    parts = []
+    for kind, all_ in laws.ALL.items():
+        says = [f"- `{law.name}`: {law.statement} {_held_to(law)}".rstrip() for law in all_]
+        parts.append("\n".join([f"## Laws of a {kind}", "", table(kind), "", *says]))
+    return "\n\n".join(parts)
+
+
+def _held_to(law: Law) -> str:
+    return f"To {law.tolerance:g}: {law.reason}." if law.tolerance else ""
 
 
 if __name__ == "__main__":
-    main()
+    print(document())

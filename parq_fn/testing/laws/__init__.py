@@ -10,11 +10,9 @@ True
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from parq_fn.links import accumulate
-from parq_fn.prox import Prox
 from parq_fn.testing.law import Law
 from parq_fn.testing.laws import prox_links as _prox_links
 from parq_fn.testing.laws import proximal as _proximal
@@ -88,27 +86,8 @@ def schedule_traits(
 
 
 def transformation_traits(transformation: Any) -> TransformationTraits:
-    """What the transformation declares, or what is known of this library's links."""
-    declared = traits_of(transformation)
-    if isinstance(declared, TransformationTraits):
-        return declared
-    if isinstance(transformation, Prox):
-        passes = transformation.normal_map is None
-        return TransformationTraits(passes_updates=passes, leafwise=True, prox=True)
-    return TransformationTraits(keeps_none=not _holds(transformation, accumulate))
-
-
-def _holds(value: Any, kind: type) -> bool:
-    """Whether a value of that kind stands in it, however deep."""
-    if isinstance(value, kind):
-        return True
-    if isinstance(value, tuple | list):
-        return any(_holds(item, kind) for item in value)
-    if isinstance(value, dict):
-        return any(_holds(item, kind) for item in value.values())
-    if is_dataclass(value):
-        return any(_holds(getattr(value, f.name), kind) for f in fields(value))
-    return False
+    """What the transformation declares, or what every transformation must keep to."""
+    return traits_of(transformation) or TransformationTraits()
 
 
 def for_proxmap(map: Any) -> tuple[Law, ...]:

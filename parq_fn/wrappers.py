@@ -1,0 +1,137 @@
+"""Links around a whole transformation, which decide whether it updates at all.
+
+The prox link inside stands still with the rest: its count, slope and levels are those of the
+updates that were made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from parq_fn.checks import check_whole
+from parq_fn.scalar import concrete, new_count, to_device
+from parq_fn.traits import TransformationTraits, shared
+from parq_fn.transformation import Link, Transformation, check_transformation
+from parq_fn.tree import PyTree, check_floating, select, tree_leaves, tree_map
+from parq_fn.value import value
+
+
+def _wide(leaf: Tensor) -> torch.dtype:
+    return torch.promote_types(leaf.dtype, torch.float32)
+
+
+class AccumulateState(NamedTuple):
+    """State of `accumulate`."""
+
+    waiting: Tensor  # [], int64: calls since the last one that updated
+    total: PyTree  # like params, in float32 or better: sum of the updates since then
+    inner: PyTree  # the inner state
+
+
+@value
+class accumulate(Link):
+    """Gradient accumulation: one inner update with the mean of every `steps` updates.
+
+    On the calls between, updates are zeros and the inner state stands still, so the schedule,
+    the warmup and the period of a prox link inside count inner updates. A missing gradient
+    (None) counts as zeros. Wrap the whole chain.
+
+    Raises ValueError unless steps is a whole number from 1 on.
+
+    >>> import torch
+    >>> from parq_fn import accumulate, sgd
+    >>> transform, params = accumulate(sgd(1.0), 2), {"w": torch.zeros(1)}
+    >>> state = transform.init(params)
+    >>> first, state = transform.update({"w": torch.tensor([1.0])}, state, params)
+    >>> second, state = transform.update({"w": torch.tensor([3.0])}, state, params)
+    >>> first, second
+    ({'w': tensor([0.])}, {'w': tensor([-2.])})
+    """
+
+    inner: Transformation
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_transformation(self.inner, "the inner transformation of accumulate")
+        check_whole("accumulate", 1, steps=self.steps)
+
+    @property
+    def traits(self) -> TransformationTraits:
+        """Those of the inner transformation, but that updates wait and None counts as zeros."""
+        return replace(shared([self.inner]), passes_updates=False, keeps_none=False)
+
+    def init(self, params: PyTree) -> AccumulateState:
+        """Zeros and the inner state."""
+        check_floating(params, "accumulate")
+        zeros = tree_map(lambda p: torch.zeros_like(p, dtype=_wide(p)), params)
+        return AccumulateState(new_count(), zeros, self.inner.init(params))
+
+    def update(
+        self, updates: PyTree, state: AccumulateState, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, AccumulateState]:
+        count = state.waiting + 1
+        due = count >= self.steps
+        total = tree_map(lambda t, u: t if u is None else t + u.to(t.dtype), state.total, updates)
+        zeros = tree_map(torch.zeros_like, params)
+        if concrete(due) is False:  # the work of a step that would be thrown away
+            return zeros, AccumulateState(count, total, state.inner)
+        mean = tree_map(lambda t, p: (t / self.steps).to(p.dtype), total, params)
+        out, inner = self.inner.update(mean, state.inner, params, **extra)
+        return select(due, out, zeros), AccumulateState(
+            torch.where(due, 0, count),
+            select(due, tree_map(torch.zeros_like, total), total),
+            select(due, inner, state.inner),
+        )
+
+    def weights(self, state: AccumulateState, params: PyTree) -> PyTree:
+        """The inner weights."""
+        return self.inner.weights(state.inner, params)
+
+
+class FiniteState(NamedTuple):
+    """State of `apply_if_finite`."""
+
+    skipped: Tensor  # [], int64: calls skipped so far
+    inner: PyTree  # the inner state
+
+
+@value
+class apply_if_finite(Link):
+    """The inner update where every element of the updates is finite; otherwise zeros.
+
+    A skipped call leaves the inner state as it was, levels and counts of a prox link included,
+    and is counted in `skipped`. Wrap the whole chain.
+    """
+
+    inner: Transformation
+
+    def __post_init__(self) -> None:
+        check_transformation(self.inner, "the inner transformation of apply_if_finite")
+
+    @property
+    def traits(self) -> TransformationTraits:
+        """Those of the inner transformation, but that one leaf holds up the others."""
+        return replace(shared([self.inner]), passes_updates=False, leafwise=False)
+
+    def init(self, params: PyTree) -> FiniteState:
+        """The inner state, nothing skipped."""
+        return FiniteState(new_count(), self.inner.init(params))
+
+    def update(
+        self, updates: PyTree, state: FiniteState, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, FiniteState]:
+        finite = torch.ones((), dtype=torch.bool)
+        for leaf in tree_leaves(updates):
+            finite = to_device(finite, leaf) & leaf.isfinite().all()
+        out, inner = self.inner.update(updates, state.inner, params, **extra)
+        zeros = tree_map(torch.zeros_like, out)
+        skipped = state.skipped + to_device((~finite).to(torch.int64), state.skipped)
+        return select(finite, out, zeros), FiniteState(skipped, select(finite, inner, state.inner))
+
+    def weights(self, state: FiniteState, params: PyTree) -> PyTree:
+        """The inner weights."""
+        return self.inner.weights(state.inner, params)
