@@ -18,6 +18,7 @@ from tests.twins import proxmaps as twins
 
 
 @pytest.mark.parametrize("map_", strategies.MAPS, ids=lambda m: m.__name__)
+@pytest.mark.laws
 def test_every_declared_law(map_: Any) -> None:
     check_proxmap(map_)
 

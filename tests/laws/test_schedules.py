@@ -37,6 +37,7 @@ OPERATORS = [
 
 
 @pytest.mark.parametrize("schedule", OPERATORS, ids=repr)
+@pytest.mark.laws
 def test_every_declared_law(schedule: Any) -> None:
     check_schedule(schedule)
 

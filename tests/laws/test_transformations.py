@@ -29,8 +29,9 @@ PROX_LINKS = [
 
 
 @pytest.mark.parametrize("link", PROX_LINKS, ids=repr)
+@pytest.mark.laws
 def test_prox_links(link: Any) -> None:
-    check_transformation(link, max_examples=some(15))
+    check_transformation(link, max_examples=some(8))
 
 
 LINKS = [
@@ -49,8 +50,9 @@ LINKS = [
 
 
 @pytest.mark.parametrize("link", LINKS, ids=lambda link: type(link).__name__)
+@pytest.mark.laws
 def test_links(link: Any) -> None:
-    check_transformation(link, max_examples=some(10))
+    check_transformation(link, max_examples=some(6))
 
 
 @given(strategies.transformations())
@@ -58,9 +60,10 @@ def test_random_chains(transform: Any) -> None:
     check_transformation(transform, max_examples=1)
 
 
+@pytest.mark.laws
 def test_blocks() -> None:
     """A granularity that cannot cut every leaf: the params are given."""
     link = pq.hard_prox(pq.lsbq(1), granularity=pq.per_block(2), period=1)
     leaf = strategies.numbers().map(lambda x: torch.tensor([[x, 1.0], [2.0, -x]]).double())
     params = leaf.map(lambda w: {"w0": w})
-    check_transformation(link, params=params, max_examples=some(15))
+    check_transformation(link, params=params, max_examples=some(8))
