@@ -12,7 +12,7 @@ Prints the test accuracy of each network, the bits of a quantized weight (ternar
 a byte), the share of quantized weights that are bit-equal to one of their levels, and the bytes
 of the whole network, in which levels and all that is not quantized take float32. Writes that
 table as JSON, and a figure of the weights before, during and after annealing. A seed gives the
-same table again on the same machine and number of threads.
+same table again on the same machine and number of threads (one, unless --threads says more).
 """
 
 from __future__ import annotations
@@ -260,6 +260,8 @@ def run(args: argparse.Namespace, bits: int | None) -> tuple[Row, list[Snapshot]
     state, kept = transform.init(params), []
     name = "full precision" if bits is None else title(bits)
     disable = args.no_progress or None  # None: where stderr is no terminal
+    if not sys.stderr.isatty():
+        print(f"training: {name}", file=sys.stderr)
     with tqdm(range(1, args.epochs + 1), name, disable=disable) as progress:
         for epoch in progress:
             for images, labels in batches(data, args.batch_size, generator):
@@ -321,7 +323,8 @@ def draw(args: argparse.Namespace, name: str, kept: Sequence[Snapshot]) -> Figur
         line[0].set_ylabel(f"{layer}\nshare of weights (%)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"Distribution of weights: {name}, {args.quant_method}, {args.quant_proxmap}")
+    setting = f"{name}, {args.quant_method}, {args.quant_proxmap}"
+    figure.suptitle(f"Weights of two of the quantized layers: {setting}")
     return figure
 
 
@@ -379,6 +382,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--weight-decay", 5e-4, "L2 penalty on the latent weights", **number)
     flag("--seed", 0, "of the split, the start and the batches", **steps)
     flag("--save-dir", Path("runs/qat_simple"), "folder for figure and table", type=Path)
+    text = "CPU threads; with one, results do not depend on the machine's number of cores, "
+    text += "and so small a network takes as long"
+    flag("--threads", 1, text, **count)
     flag("--no-progress", False, "no progress bars")
     args = parser.parse_args(argv)
 
@@ -405,6 +411,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Trains every row, prints the table, and writes it and the figure."""
     args = parse(argv)
+    torch.set_num_threads(args.threads)
     start = time.perf_counter()
     widths = dict.fromkeys(args.quant_bits)
     results = {bits: run(args, bits) for bits in (None, *widths)}

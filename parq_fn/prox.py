@@ -103,7 +103,7 @@ class Prox(Link):
     @property
     def traits(self) -> TransformationTraits:
         passes = self.normal_map is None
-        return TransformationTraits(passes_updates=passes, leafwise=True, prox=True)
+        return TransformationTraits(passes_updates=passes, leafwise=True, last=True, prox=True)
 
     # What each kind of prox link gives.
 
@@ -111,6 +111,11 @@ class Prox(Link):
     def begins(self) -> float | Tensor:
         """The first step whose weights the map makes, warmup aside."""
         return 0
+
+    @property
+    def ends(self) -> float | Tensor | None:
+        """The step from which weights are levels, bit for bit; None where that is not known."""
+        return None
 
     def coefficient(self, step: Tensor) -> Tensor:
         """The map's coefficient at a step."""
@@ -229,6 +234,10 @@ class hard_prox(Prox):
     {'w': tensor([ 2., -2.])}
     """
 
+    @property
+    def ends(self) -> float | Tensor:
+        return 0
+
     def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
         del coefficient
         return proxmaps.hard(u, levels)
@@ -252,6 +261,10 @@ class _Annealed(Prox):
     @property
     def begins(self) -> float | Tensor:
         return self.anneal_start
+
+    @property
+    def ends(self) -> float | Tensor:
+        return self.anneal_end
 
     def _progress(self, step: Tensor) -> Tensor:
         return schedules.progress(step, self.anneal_start, self.anneal_end)

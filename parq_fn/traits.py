@@ -11,7 +11,6 @@ levels and H the nearest level.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor
@@ -191,6 +190,8 @@ class TransformationTraits(Value):
     keeps_none: bool = True
     #: It can be run under torch.vmap.
     batches: bool = True
+    #: It looks at params + updates: what stands behind it in a chain must let updates pass.
+    last: bool = False
     #: It is a prox link of `parq_fn.prox`, with its state's fields.
     prox: bool = False
 
@@ -207,8 +208,14 @@ def shared(transformations: Iterable[Any]) -> TransformationTraits:
     TransformationTraits(plain_weights=True)
     """
     parts = [traits_of(t) or TransformationTraits() for t in transformations]
-    names = [f.name for f in fields(TransformationTraits) if f.name != "prox"]
-    return TransformationTraits(**{n: all(getattr(p, n) for p in parts) for n in names})
+    return TransformationTraits(
+        passes_updates=all(p.passes_updates for p in parts),
+        leafwise=all(p.leafwise for p in parts),
+        plain_weights=all(p.plain_weights for p in parts),
+        keeps_none=all(p.keeps_none for p in parts),
+        batches=all(p.batches for p in parts),
+        last=any(p.last for p in parts),
+    )
 
 
 def traits_of(operator: Any) -> Any:

@@ -21,7 +21,7 @@ import optree
 import torch
 from torch import Tensor
 
-from parq_fn.traits import PER_LEAF, TransformationTraits, shared
+from parq_fn.traits import PER_LEAF, TransformationTraits, shared, traits_of
 from parq_fn.tree import (
     Labels,
     Mask,
@@ -63,9 +63,10 @@ class Link(Value):
 
     >>> import torch
     >>> from parq_fn import Link
+    >>> from parq_fn.tree import tree_map
     >>> class flip(Link):
     ...     def update(self, updates, state, params, **extra):
-    ...         return {k: -u for k, u in updates.items()}, state
+    ...         return tree_map(torch.neg, updates), state  # a missing gradient, None, stays one
     >>> flip().update({"w": torch.ones(1)}, flip().init({"w": torch.ones(1)}), None)
     ({'w': tensor([-1.])}, EmptyState())
     """
@@ -83,12 +84,12 @@ class Link(Value):
     def update(
         self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        """The updates as they came."""
+        """(updates, state) after this link; of the base as they came."""
         del params, extra
         return updates, state
 
     def weights(self, state: PyTree, params: PyTree) -> PyTree:
-        """The params themselves."""
+        """The weights the model computes with; of the base the params."""
         del state
         return params
 
@@ -188,6 +189,16 @@ class Chain(Value):
     def __post_init__(self) -> None:
         for i, link in enumerate(self.links):
             check_transformation(link, f"link {self.names[i] if self.names else i}")
+        traits = [traits_of(link) or TransformationTraits() for link in self.links]
+        fits = None  # the last link so far that does
+        for link, own in zip(self.links, traits, strict=True):
+            if fits is not None and not (own.passes_updates or own.last):
+                raise ValueError(
+                    f"{fits!r} fits its levels to params + updates as they reach it, and {link!r} "
+                    "behind it may change them; put it last (a link that lets updates pass says "
+                    "so in its traits: passes_updates=True)"
+                )
+            fits = link if own.last else fits
 
     def __repr__(self) -> str:
         if self.names is None:
@@ -240,7 +251,8 @@ class Chain(Value):
 def chain(*links: Transformation) -> Chain:
     """Applies links in order: updates run through them from left to right.
 
-    Raises TypeError for a link without init, update and weights.
+    Raises TypeError for a link without init, update and weights, ValueError for a prox link in
+    front of one that may change its updates.
 
     >>> from parq_fn import chain, clip, sgd
     >>> chain(clip(1.0), sgd(0.1))

@@ -55,7 +55,9 @@ def test_same_seed_same_table_and_files(tmp_path: Path, capsys: pytest.CaptureFi
     torch.manual_seed(2)
     main(short(tmp_path / "b", "--quant-bits 2 1 --epochs 1"))
     assert capsys.readouterr().out == first.out
-    assert len(first.err.splitlines()) == 1  # no bars: no terminal
+    *trained, saved = first.err.splitlines()  # no bars: no terminal
+    assert trained == [f"training: {name}" for name in ("full precision", "2 bits", "1 bit")]
+    assert "saved in" in saved
 
     # a row does not depend on the rows before it
     assert main(short(tmp_path / "c", "--quant-bits 1 --epochs 1"))[-1] == rows[-1]
@@ -125,4 +127,4 @@ def test_help_gives_every_default(capsys: pytest.CaptureFixture[str]) -> None:
         parse(["--help"])
     assert error.value.code == 0
     text = capsys.readouterr().out
-    assert text.count("\n  --") == text.count("(default:") == 20
+    assert text.count("\n  --") == text.count("(default:") == 21

@@ -290,3 +290,15 @@ def test_published_faults_of_optimal_are_absent() -> None:
 def test_bad_input(build, error_type, message: str) -> None:
     with pytest.raises(error_type, match=message):
         build()
+
+
+@pytest.mark.parametrize("bits", [0, 2])
+@pytest.mark.parametrize("n", [3, 7, 100])
+def test_optimal_levels_of_equal_weights_are_the_weight(bits: int, n: int) -> None:
+    """Sums of equal weights round: their mean must not leave the weight, nor unsort the levels."""
+    weight = 1 + torch.rand(
+        1000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    levels = pf.lsbq(bits, "optimal")(weight.expand(1000, n))
+    assert torch.equal(levels[:, -1:], weight)
+    assert bool((levels.diff() >= 0).all())

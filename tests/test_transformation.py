@@ -259,3 +259,27 @@ def test_integer_leaves_are_named(link) -> None:
         link.init({"a": [torch.ones(1), torch.ones(1, dtype=torch.int64)]})
     with pytest.raises(TypeError, match="parameter 'b' is a float, expected a tensor"):
         link.init({"b": 1.0})
+
+
+def test_a_prox_link_in_front_of_what_moves_its_params_is_refused() -> None:
+    prox = pf.hard_prox(pf.lsbq(2))
+    with pytest.raises(ValueError, match=r"hard_prox\(lsbq\(2\)\) fits its levels .* put it last"):
+        pf.chain(prox, pf.sgd(0.1))
+    with pytest.raises(ValueError, match="put it last"):
+        pf.named_chain(prox=pf.masked(prox, "*"), still=pf.identity(), base=pf.sgd(0.1))
+    pf.chain(pf.sgd(0.1), pf.masked(prox, "a"), pf.masked(prox, "b"), pf.identity())
+
+
+@pytest.mark.parametrize(
+    ("links", "declared"),
+    [
+        ((pf.clip(1.0), pf.sgd(0.1)), {"leafwise", "plain_weights", "keeps_none", "batches"}),
+        ((pf.clip_by_global_norm(1.0),), {"plain_weights", "keeps_none", "batches"}),
+        ((pf.sgd(0.1), pf.hard_prox(pf.lsbq(1))), {"leafwise", "keeps_none", "batches", "last"}),
+        ((pf.accumulate(pf.sgd(0.1), 2),), {"leafwise", "plain_weights", "batches"}),
+        ((pf.apply_if_finite(pf.sgd(0.1)),), {"plain_weights", "keeps_none", "batches"}),
+    ],
+)
+def test_a_composition_declares_what_its_parts_do(links, declared) -> None:
+    traits = pf.chain(*links).traits
+    assert {name for name, got in vars(traits).items() if got} == declared

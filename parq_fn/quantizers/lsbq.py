@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from parq_fn.checks import POSITIVE, check_numbers, check_whole
+from parq_fn.levels import between
 from parq_fn.quantizers.base import Quantizer, mirror, with_zero
 from parq_fn.quantizers.uniform import around_mean
 from parq_fn.traits import QuantizerTraits
@@ -43,7 +44,7 @@ class lsbq(Quantizer):
     tensor([[-4.0000, -1.3333,  1.3333,  4.0000]])
 
     Source: Pouransari, Tu, Tuzel, arXiv 2001.02786; the exact O(n log n) search is derived
-    below.
+    in `optimal_levels`, of the same file.
     """
 
     bits: int
@@ -145,7 +146,8 @@ def optimal_levels(x: Tensor, bits: int) -> Tensor:
     if bits == 1:
         return mirror(_mean(magnitude))
     n = x.shape[-1]
-    total = magnitude.sort(-1).values.cumsum(-1, dtype=torch.float64)
+    data = magnitude.sort(-1).values.to(torch.float64)
+    total = data.cumsum(-1)
     below = torch.cat([torch.zeros_like(total[..., :1]), total[..., :-1]], -1)  # S_j, j < n
     above = total[..., -1:] - below
     j = torch.arange(n, dtype=torch.float64, device=x.device)
@@ -153,10 +155,13 @@ def optimal_levels(x: Tensor, bits: int) -> Tensor:
     if bits == 2:
         gain = gain + below.square() / j.clamp(min=1)
     best = gain.argmax(-1, keepdim=True)
-    hi = (above / (n - j)).gather(-1, best)
+    # means held to their cluster, past which rounding may carry them
+    hi = between((above / (n - j)).gather(-1, best), data.gather(-1, best), data[..., -1:])
     if bits == 0:
         return with_zero(hi.to(x.dtype))
-    lo = torch.where(best == 0, hi, (below / j.clamp(min=1)).gather(-1, best))
+    end = data.gather(-1, (best - 1).clamp(min=0))
+    lo = between((below / j.clamp(min=1)).gather(-1, best), data[..., :1], end)
+    lo = torch.where(best == 0, hi, lo)
     return mirror(torch.cat([lo, hi], -1).to(x.dtype))
 
 

@@ -20,7 +20,7 @@ from hypothesis.errors import HypothesisException
 
 from parq_fn.testing import cases
 from parq_fn.testing import laws as all_laws
-from parq_fn.testing.law import Law, Violation, equal
+from parq_fn.testing.law import Law, Violation
 from parq_fn.value import show
 
 Laws = Iterable[str | Law] | None
@@ -48,9 +48,7 @@ def search(
             except HypothesisException:
                 raise
             except Exception as error:
-                shown = {k: v for k, v in own.items() if k != "traits" and v is not None}
-                raised = f"{type(error).__name__}: {error}"
-                seen.append(Violation(law, shown, equal(raised, "a value"), operator))
+                seen.append(Violation(law, own, None, operator, error))
             raise seen[-1]
 
     options = {} if max_examples is None else {"max_examples": max_examples}
@@ -106,7 +104,8 @@ def _check(operator: Any, laws: Iterable[Law], inputs: Inputs, max_examples: int
     found = broken(laws, operator, inputs, max_examples)
     if found:
         first = shrunk(found[0], inputs, max_examples)
-        first.others = tuple(violation.law.name for violation in found[1:])
+        if first.error is None:  # else they only tell the same again
+            first.others = tuple(violation.law.name for violation in found[1:])
         raise first from None
 
 

@@ -7,7 +7,8 @@ The claims of a law are a function of the operator and of the inputs it names as
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import optree
@@ -27,32 +28,50 @@ class Claim(NamedTuple):
     left: Any
     relation: str
     right: Any
+    inputs: Mapping[str, Any] = MappingProxyType({})  # made from those that the law was given
 
 
-def equal(left: Any, right: Any) -> Claim:
+def equal(left: Any, right: Any, **inputs: Any) -> Claim:
     """left == right; NaN equals NaN."""
-    return Claim(left, "==", right)
+    return Claim(left, "==", right, inputs)
 
 
-def at_most(left: Any, right: Any) -> Claim:
+def at_most(left: Any, right: Any, **inputs: Any) -> Claim:
     """left <= right."""
-    return Claim(left, "<=", right)
+    return Claim(left, "<=", right, inputs)
 
 
 class Violation(AssertionError):
-    """A law that does not hold: `law`, `inputs`, `left` and `right`; `others` broken too."""
+    """A law that does not hold: `law`, `inputs`, `left` and `right`; `others` broken too.
 
-    def __init__(self, law: Law, inputs: dict[str, Any], claim: Claim, operator: Any = None):
-        self.law, self.inputs, self.operator = law, inputs, operator
-        self.left, self.relation, self.right = claim
+    Where the operator raised instead, that is its `error`, and there are no sides.
+    """
+
+    def __init__(
+        self,
+        law: Law,
+        inputs: Mapping[str, Any],
+        claim: Claim | None,
+        operator: Any = None,
+        error: Exception | None = None,
+    ):
+        self.law, self.operator, self.error = law, operator, error
+        self.left, self.relation, self.right, own = claim or Claim(None, "==", None)
+        shown = {**inputs, **own}
+        self.inputs = {k: v for k, v in shown.items() if k != "traits" and v is not None}
         self.others: tuple[str, ...] = ()
         super().__init__(law.name)
 
     def __str__(self) -> str:
         law = self.law
-        who = f"{_name(self.operator)} breaks" if self.operator is not None else "broken:"
+        who = _name(self.operator) if self.operator is not None else "it"
+        head = f"{who} breaks the law {law.name!r}"
+        sides = _sides(Claim(self.left, self.relation, self.right), law.tolerance)
+        if self.error is not None:
+            raised = f"{type(self.error).__name__}: {self.error}"
+            head, sides = f"{who} raised {raised}\n\non input of the law {law.name!r}", []
         lines = [
-            f"{who} the law {law.name!r}",
+            head,
             "",
             f"    {law.statement}",
             f"    {law.formula}",
@@ -60,7 +79,7 @@ class Violation(AssertionError):
             "",
             "counterexample",
             *(f"    {name} = {show_tree(got)}" for name, got in self.inputs.items()),
-            *_sides(Claim(self.left, self.relation, self.right), law.tolerance),
+            *sides,
         ]
         if self.others:
             lines += ["", f"also broken: {', '.join(self.others)}"]
@@ -74,7 +93,8 @@ class Law(Value):
     kind: "proxmap", "quantizer", "schedule" or "transformation".
     statement: one line. formula: plain text.
     tolerance, reason: what both sides may differ by, relative where they exceed 1, and why.
-    applies: traits -> whether an operator that declares them is held to it.
+    needs: the traits that it is made from.
+    applies: traits -> whether an operator that declares those and these is held to it.
     claims: (operator, inputs ...) -> claims.
     """
 
@@ -84,6 +104,7 @@ class Law(Value):
     formula: str
     tolerance: float
     reason: str
+    needs: tuple[str, ...]
     applies: Callable[[Any], bool]
     claims: Callable[..., Claim | Iterable[Claim]]
 
@@ -92,13 +113,17 @@ class Law(Value):
         """The names of the inputs that the law is checked on."""
         return tuple(inspect.signature(self.claims).parameters)[1:]
 
+    def missing(self, traits: Any) -> list[str]:
+        """The traits that the law needs and the operator does not declare."""
+        declared = ((name, getattr(traits, name)) for name in self.needs)
+        return [name for name, got in declared if got is None or got is False]
+
     def check(self, operator: Any, /, **inputs: Any) -> None:
         """Raises Violation unless the law holds for the operator on these inputs."""
         got = self.claims(operator, **inputs)
         for claim in [got] if isinstance(got, Claim) else got:
             if not holds(claim, self.tolerance):
-                shown = {k: v for k, v in inputs.items() if k != "traits" and v is not None}
-                raise Violation(self, shown, claim, operator)
+                raise Violation(self, inputs, claim, operator)
 
 
 def _always(traits: Any) -> bool:
@@ -118,6 +143,7 @@ class Collection(list[Law]):
         statement: str,
         formula: str,
         *,
+        needs: tuple[str, ...] = (),
         applies: Callable[[Any], bool] = _always,
         tolerance: float = 0.0,
         reason: str = "the same values: bit for bit",
@@ -126,7 +152,9 @@ class Collection(list[Law]):
 
         def add(claims: Callable[..., Any]) -> Law:
             name = claims.__name__
-            made = Law(self.kind, name, statement, formula, tolerance, reason, applies, claims)
+            made = Law(
+                self.kind, name, statement, formula, tolerance, reason, needs, applies, claims
+            )
             self.append(made)
             return made
 
@@ -142,7 +170,7 @@ def holds(claim: Claim, tolerance: float) -> bool:
     >>> holds(equal(torch.tensor(1.0), torch.tensor(1.0 + 1e-6)), 1e-3)
     True
     """
-    left, relation, right = claim
+    left, relation, right, _ = claim
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return _tensors_hold(left, relation, right, tolerance)
     if isinstance(left, Tensor) or isinstance(right, Tensor):
@@ -180,7 +208,7 @@ def _tensors_hold(left: Tensor, relation: str, right: Tensor, tolerance: float) 
 def _sides(claim: Claim, tolerance: float) -> list[str]:
     """Both sides and their difference: of long tensors the entry, of trees the leaf, that
     breaks the claim most."""
-    left, relation, right = claim
+    left, relation, right, _ = claim
     where = ""
     if _is_tree(left) and _is_tree(right):
         (a, spec), (b, other) = (optree.tree_flatten(t, none_is_leaf=True) for t in (left, right))

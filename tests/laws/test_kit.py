@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import parq_fn as pq
 from parq_fn import proxmaps as maps
@@ -260,3 +261,47 @@ def test_they_shrink_to_something_readable() -> None:
 def test_traits_pickle_with_their_operators() -> None:
     assert pickle.loads(pickle.dumps(maps.parq)) is maps.parq
     assert pickle.loads(pickle.dumps(pq.lsbq(2))).traits.symmetric
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        pq.custom_prox(pq.lsbq(2), maps.binary_relax, pq.schedules.linear(0.0, 1.0, 1, 4)),
+        pq.custom_prox(pq.lsbq(2), maps.binary_relax, 0.5, start=2),
+    ],
+)
+def test_a_prox_link_that_may_never_be_hard_is_not_held_to_an_end(link: Any) -> None:
+    check_transformation(link, max_examples=10)
+
+
+@pytest.mark.parametrize("name", ["is_prox", "semigroup", "share", "sharp_limit", "scale"])
+def test_a_law_made_from_a_trait_asks_for_it(name: str) -> None:
+    def undeclared(u: Tensor, levels: Tensor, s: Any) -> Tensor:
+        return maps.parq(u, levels, s)
+
+    with pytest.raises(ValueError, match=rf"'{name}' is made from what the proxmap declares"):
+        check_proxmap(undeclared, laws={name}, coefficient=0.3)
+
+
+@pytest.mark.parametrize(
+    ("check", "operator", "message"),
+    [
+        (check_quantizer, pq.lsbq, r"expected a quantizer, got the class lsbq; call it"),
+        (check_transformation, pq.sgd, r"expected a transformation, got the class sgd"),
+        (check_schedule, pq.schedules.linear, r"expected a schedule, got the class linear"),
+        (check_proxmap, pq.lsbq(2), r"expected a prox map, got lsbq\(2\), which has Quantizer"),
+        (check_quantizer, maps.hard, r"expected a quantizer, got hard, which has ProxTraits"),
+    ],
+)
+def test_operators_of_another_kind_are_named(check: Any, operator: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        check(operator)
+
+
+def test_a_counterexample_shows_the_input_that_was_used() -> None:
+    @declares(ProxTraits())
+    def drops_nan(u: Tensor, levels: Tensor) -> Tensor:
+        return maps.hard(u.nan_to_num(), levels)
+
+    with pytest.raises(Violation, match=r"u = \[\[nan, 0.0\]\]"):
+        check_proxmap(drops_nan, laws={"nan_gives_nan"})

@@ -44,8 +44,8 @@ OPERATORS = [
 @pytest.mark.parametrize("quantizer", OPERATORS, ids=repr)
 @pytest.mark.laws
 def test_every_declared_law(quantizer: Any) -> None:
-    slow = isinstance(quantizer, pq.lsbq) and quantizer.method == "alternating"
-    check_quantizer(quantizer, max_examples=some(10) if slow else some(20))
+    slow = getattr(quantizer, "method", "") == "alternating"
+    check_quantizer(quantizer, max_examples=some(4) if slow else some(15))
 
 
 def row_of(twin: Any, x: Tensor, *args: Any) -> Tensor:

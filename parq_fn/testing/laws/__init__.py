@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from parq_fn.testing.law import Law
 from parq_fn.testing.laws import prox_links as _prox_links
@@ -24,6 +24,7 @@ from parq_fn.traits import (
     TransformationTraits,
     traits_of,
 )
+from parq_fn.value import show
 
 del _proximal, _prox_links  # imported for the laws that they add
 
@@ -48,10 +49,11 @@ def named(kind: str, name: str) -> Law:
 def chosen(kind: str, traits: Any, laws: Iterable[str | Law] | None) -> tuple[Law, ...]:
     """What `laws=` means: None all that apply, otherwise those named or given.
 
-    Raises ValueError for an unknown name and for a law of another kind.
+    Raises ValueError for an unknown name, a law of another kind, and one made from a trait that
+    is not declared.
     """
     if laws is None:
-        return tuple(law for law in ALL[kind] if law.applies(traits))
+        return tuple(w for w in ALL[kind] if not w.missing(traits) and w.applies(traits))
     if isinstance(laws, str | Law):
         laws = (laws,)
     out = []
@@ -60,26 +62,48 @@ def chosen(kind: str, traits: Any, laws: Iterable[str | Law] | None) -> tuple[La
             law = named(kind, law)
         if law.kind != kind:
             raise ValueError(f"{law.name!r} is a law of a {law.kind}, not of a {kind}")
+        if missing := law.missing(traits):
+            raise ValueError(
+                f"the law {law.name!r} is made from what the {kind} declares, and these of its "
+                f"traits are missing: {', '.join(missing)}; see {type(traits).__name__}"
+            )
         out.append(law)
     order = {law.name: i for i, law in enumerate(ALL[kind])}
     return tuple(sorted(out, key=lambda law: order.get(law.name, len(order))))
 
 
+_Traits = TypeVar("_Traits")
+
+
+def _declared(operator: Any, kind: str, traits: type[_Traits]) -> _Traits:
+    """What the operator declares, or what all of its kind must keep to; TypeError where it is
+    of another kind."""
+    if isinstance(operator, type):
+        name = operator.__name__
+        raise TypeError(f"expected a {kind}, got the class {name}; call it: {name}(...)")
+    got = traits_of(operator)
+    if got is None:
+        return traits()
+    if not isinstance(got, traits):
+        raise TypeError(f"expected a {kind}, got {show(operator)}, which has {type(got).__name__}")
+    return got
+
+
 def proxmap_traits(map: Any) -> ProxTraits:
     """What the map declares, or what every map must keep to."""
-    return traits_of(map) or ProxTraits()
+    return _declared(map, "prox map", ProxTraits)
 
 
 def quantizer_traits(quantizer: Any) -> QuantizerTraits:
     """What the quantizer declares, or what every quantizer must keep to."""
-    return traits_of(quantizer) or QuantizerTraits()
+    return _declared(quantizer, "quantizer", QuantizerTraits)
 
 
 def schedule_traits(
     schedule: Any, start: float | None = None, end: float | None = None
 ) -> ScheduleTraits:
     """What the schedule declares, or an annealing's traits; start and end as given."""
-    traits: ScheduleTraits = traits_of(schedule) or ScheduleTraits()
+    traits = _declared(schedule, "schedule", ScheduleTraits)
     if start is not None:
         traits = replace(traits, start=start)
     return traits if end is None else replace(traits, end=end)
@@ -87,7 +111,7 @@ def schedule_traits(
 
 def transformation_traits(transformation: Any) -> TransformationTraits:
     """What the transformation declares, or what every transformation must keep to."""
-    return traits_of(transformation) or TransformationTraits()
+    return _declared(transformation, "transformation", TransformationTraits)
 
 
 def for_proxmap(map: Any) -> tuple[Law, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,20 +14,15 @@ from parq_fn.testing.laws.transformations import Steps, last, law, train
 from parq_fn.tree import PyTree, tree_leaves, tree_map
 
 
-def prox(traits: Any) -> bool:
-    """Whether the laws here apply."""
-    return bool(traits.prox)
-
-
 def to_dtype(tree: PyTree, dtype: torch.dtype) -> PyTree:
     """The tree in another dtype."""
     return tree_map(lambda x: x.to(dtype), tree)
 
 
 def annealed(link: Prox, params: PyTree) -> ProxState | None:
-    """A state just before a refit after the annealing; None where its end is not a number."""
-    end = getattr(link, "anneal_end", 0)
-    if not (is_number(end) and is_number(link.warmup) and is_number(link.period)):
+    """A state just before a refit after the annealing; None where no number says when that is."""
+    end = link.ends
+    if end is None or not (is_number(end) and is_number(link.warmup) and is_number(link.period)):
         return None
     periods = -(-max(0, int(end) + 1 - link.warmup) // link.period)
     count = torch.tensor(link.warmup + periods * link.period)
@@ -38,7 +32,7 @@ def annealed(link: Prox, params: PyTree) -> ProxState | None:
 @law(
     "Until warmup and the annealing's start the weights are the params, bit for bit.",
     "t < max(warmup, start)  =>  w = u",
-    applies=prox,
+    needs=("prox",),
 )
 def waits(t: Prox, params: PyTree, steps: Steps) -> Iterator[Claim]:
     for i, here in enumerate(train(t, params, steps)):
@@ -49,7 +43,7 @@ def waits(t: Prox, params: PyTree, steps: Steps) -> Iterator[Claim]:
 @law(
     "Weights are the map of the latent rows, their levels and the coefficient, bit for bit.",
     "w = f(u; Q, coefficient(t))  from warmup and the annealing's start on",
-    applies=prox,
+    needs=("prox",),
 )
 def weights_are_mapped(t: Prox, params: PyTree, steps: Steps) -> Iterator[Claim]:
     if t.shrink:
@@ -70,7 +64,7 @@ def weights_are_mapped(t: Prox, params: PyTree, steps: Steps) -> Iterator[Claim]
 @law(
     "Levels change on refits only, and are then the quantizer's of the latent as it will be.",
     "Q_t = quantizer(u_t) where t >= warmup and (t - warmup) % period = 0, else Q_{t-1}",
-    applies=prox,
+    needs=("prox",),
 )
 def refits_when_due(t: Prox, plain: PyTree, steps: Steps) -> Iterator[Claim]:
     if t.shrink:
@@ -88,7 +82,7 @@ def refits_when_due(t: Prox, plain: PyTree, steps: Steps) -> Iterator[Claim]:
 @law(
     "After the annealing every weight is one of its own levels, bit for bit, in every dtype.",
     "t >= end  =>  w in Q",
-    applies=prox,
+    needs=("prox",),
 )
 def hard_in_the_end(t: Prox, plain: PyTree, steps: Steps, dtype: torch.dtype) -> Iterator[Claim]:
     params = to_dtype(plain, dtype)
@@ -107,7 +101,7 @@ def hard_in_the_end(t: Prox, plain: PyTree, steps: Steps, dtype: torch.dtype) ->
 @law(
     "Without updates nothing moves after the annealing: latents, levels and weights stand.",
     "g = 0, t >= end  =>  (u, Q, w)_{t+1} = (u, Q, w)_t",
-    applies=prox,
+    needs=("prox",),
 )
 def settles(t: Prox, plain: PyTree, steps: Steps) -> Iterator[Claim]:
     state = annealed(t, plain)

@@ -38,7 +38,7 @@ def beaten_by_none(
 @law(
     "The weight is the argmin of its objective, which grows quadratically around it.",
     "J(z) - J(f(u)) >= g(c) (z - f(u))^2  for all z",
-    applies=lambda t: t.regularizer is not None,
+    needs=("regularizer", "growth"),
     tolerance=1e-9,
     reason="float64 rounding of J, relative to its size",
 )
@@ -54,7 +54,7 @@ def is_prox(
 @law(
     "The map is the prox of a convex function, at a rescaled latent.",
     "f(u) = argmin_w (w - a)^2 / 2 + phi(w),  a = a(u, c)",
-    applies=lambda t: t.convex_function is not None,
+    needs=("convex_function",),
     tolerance=1e-9,
     reason="float64 rounding of the objective, relative to its size",
 )
@@ -69,7 +69,7 @@ def is_convex_prox(
 @law(
     "Moreau: what the prox leaves is the prox of the conjugate.",
     "a = prox_phi(a) + prox_phi*(a),  phi*(y) = max_j (q_j y - phi(q_j))",
-    applies=lambda t: t.convex_function is not None,
+    needs=("convex_function",),
     tolerance=1e-9,
     reason="float64 rounding of the objective, relative to its size",
 )
@@ -91,7 +91,7 @@ def moreau(
 @law(
     "Maps compose to a map of the same family.",
     "f_c(f_d(u)) = f_{c*d}(u),  c*d the declared composition",
-    applies=lambda t: t.semigroup is not None,
+    needs=("semigroup",),
     tolerance=1e-8,
     reason="float64 rounding, magnified by slopes to 1e6",
 )
@@ -107,7 +107,7 @@ def semigroup(
 @law(
     "Reflecting latent and levels reflects the weight (off ties): odd where Q = -Q.",
     "f(-u; -Q) = -f(u; Q)",
-    applies=lambda t: t.odd is not None,
+    needs=("odd",),
     tolerance=1e-9,
     reason=ROUNDING,
 )
@@ -120,7 +120,7 @@ def odd(f: Map, u: Tensor, levels: Tensor, c: Coefficient, traits: ProxTraits) -
 @law(
     "Scaling latent and levels scales the weight: by a power of two bit for bit.",
     "f(a u; a Q) = a f(u; Q)",
-    applies=lambda t: t.scales is not None,
+    needs=("scales",),
 )
 def scale_exact(
     f: Map, u: Tensor, levels: Tensor, c: Coefficient, power: float, traits: ProxTraits
@@ -133,7 +133,7 @@ def scale_exact(
 @law(
     "Scaling latent and levels scales the weight (off ties).",
     "f(a u; a Q) = a f(u; Q)",
-    applies=lambda t: t.scales is not None,
+    needs=("scales",),
     tolerance=1e-9,
     reason=ROUNDING,
 )

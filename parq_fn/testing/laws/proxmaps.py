@@ -97,8 +97,9 @@ def keeps_dtype_and_shape(
 @law("NaN gives NaN, and leaves the other weights alone.", "f(NaN) = NaN")
 def nan_gives_nan(f: Map, u: Tensor, levels: Tensor, c: Coefficient) -> Claim:
     nan = torch.full_like(u[..., :1], torch.nan)
+    spoilt = torch.cat([nan, u], -1)
     expected = torch.cat([nan, f(u, levels, c)], -1)
-    return equal(f(torch.cat([nan, u], -1), levels, c), expected)
+    return equal(f(spoilt, levels, c), expected, u=spoilt)
 
 
 @law(
@@ -162,7 +163,7 @@ def in_range(f: Map, u: Tensor, any_levels: Tensor, c: Coefficient) -> Iterator[
     yield at_most(low.expand_as(w), w)
     yield at_most(w, high.expand_as(w))
     infinities = torch.tensor([[-torch.inf, torch.inf]], dtype=q.dtype).expand(q.shape[0], 2)
-    yield equal(f(infinities, q, c), torch.cat([low, high], -1))
+    yield equal(f(infinities, q, c), torch.cat([low, high], -1), u=infinities)
 
 
 @law(
@@ -233,7 +234,8 @@ def between(f: Map, u: Tensor, levels: Tensor, c: Coefficient) -> Iterator[Claim
 @law(
     "Within the range, the sharper of two coefficients puts the weight nearer to its level.",
     "|f_c(u) - H(u)| <= |f_d(u) - H(u)|  for c sharper than d, q_1 <= u <= q_k",
-    applies=lambda t: t.between and t.sharp is not None and t.soft is not None,
+    applies=lambda t: t.between,
+    needs=("sharp", "soft"),
     tolerance=1e-9,
     reason=ROUNDING,
 )
@@ -250,7 +252,7 @@ def sharper_is_nearer(
 @law(
     "The sharp limit is the nearest level (off ties).",
     "f(u; Q, sharpest) = H(u)",
-    applies=lambda t: t.sharp is not None,
+    needs=("sharp",),
 )
 def sharp_limit(f: Map, u: Tensor, levels: Tensor, traits: ProxTraits) -> Claim:
     sharp = f(u, levels, traits.sharp)
@@ -260,7 +262,7 @@ def sharp_limit(f: Map, u: Tensor, levels: Tensor, traits: ProxTraits) -> Claim:
 @law(
     "The soft limit is the declared map: clipping to the range, or the identity.",
     "f(u; Q, softest) = C(u) or u",
-    applies=lambda t: t.soft is not None and t.soft_map is not None,
+    needs=("soft", "soft_map"),
     tolerance=1e-12,
     reason="float64 rounding of a value up to 20",
 )
@@ -272,7 +274,7 @@ def soft_limit(f: Map, u: Tensor, levels: Tensor, traits: ProxTraits) -> Claim:
 @law(
     "Of the latents of a cell, the declared share lands on a level.",
     "|{u in cell: f(u) in {q_i, q_{i+1}}}| / (q_{i+1} - q_i) = share(c)",
-    applies=lambda t: t.share is not None,
+    needs=("share",),
     tolerance=4e-3,
     reason="counted on 1,000 points of the cell",
 )
@@ -305,7 +307,7 @@ def continuous(f: Map, u: Tensor, levels: Tensor, c: Coefficient) -> Claim:
 @law(
     "At a midpoint the map jumps by the declared width.",
     "f(c_i + 0) - f(c_i - 0) = jump(c, q_{i+1} - q_i)",
-    applies=lambda t: t.jump is not None,
+    needs=("jump",),
     tolerance=1e-6,
     reason="taken 1e-9 to either side",
 )
@@ -320,7 +322,7 @@ def jump(f: Map, levels: Tensor, c: Coefficient, traits: ProxTraits) -> Claim:
 @law(
     "The map has the declared Lipschitz constant.",
     "|f(u) - f(v)| <= L(c) |u - v|",
-    applies=lambda t: t.lipschitz is not None,
+    needs=("lipschitz",),
     tolerance=1e-9,
     reason=ROUNDING,
 )
@@ -337,7 +339,8 @@ def lipschitz(
 @law(
     "No smaller Lipschitz constant will do: it is the slope at the middle of every cell.",
     "f'(c_i) = L(c)",
-    applies=lambda t: t.lipschitz_attained and t.lipschitz is not None,
+    applies=lambda t: t.lipschitz_attained,
+    needs=("lipschitz",),
     tolerance=1e-4,
     reason="a difference quotient over 2e-6 of the cell, relative to the slope",
 )
@@ -364,7 +367,7 @@ def firmly_nonexpansive(f: Map, u: Tensor, v: Tensor, levels: Tensor, c: Coeffic
 @law(
     "The map is cocoercive with the declared constant.",
     "(f(u) - f(v)) (u - v) >= g(c) (f(u) - f(v))^2",
-    applies=lambda t: t.cocoercive is not None,
+    needs=("cocoercive",),
     tolerance=1e-9,
     reason=ROUNDING,
 )

@@ -173,7 +173,7 @@ def least_error(row: list[float], k: int, form: str) -> float:
 @law(
     "No partition of the sorted row does better, of levels of the declared form.",
     "|x - w(x)|^2 = min over partitions",
-    applies=lambda t: t.optimal is not None,
+    needs=("optimal",),
     tolerance=1e-9,
     reason="float64 rounding, relative to |x|^2",
 )
@@ -214,7 +214,7 @@ def pythagoras(quantizer: Any, x: Tensor) -> Claim:
 @law(
     "Each greedy part takes its energy out of the rest, and the levels are all their sums.",
     "|r_{i+1}|^2 = |r_i|^2 - n v_i^2,  Q = {+-v_1 ... +-v_b}",
-    applies=lambda t: t.parts is not None,
+    needs=("parts",),
     tolerance=1e-9,
     reason="float64 rounding, relative to |x|^2",
 )

@@ -59,7 +59,7 @@ def pure(schedule: Any, whole: int) -> Iterator[Claim]:
 @law(
     "Values keep to their range.",
     "low <= s(t) <= high",
-    applies=lambda t: t.low is not None and t.high is not None,
+    needs=("low", "high"),
     tolerance=1e-14,
     reason=ROUNDING,
 )
@@ -74,7 +74,7 @@ def in_range(schedule: Any, step: float, traits: ScheduleTraits) -> Iterator[Cla
 @law(
     "Up to the start the schedule has its first value, exactly.",
     "s(t) = first  for t <= start",
-    applies=lambda t: t.first is not None,
+    needs=("first",),
 )
 def starts(schedule: Any, start: float, offset: float, traits: ScheduleTraits) -> Iterator[Claim]:
     assert traits.first is not None
@@ -85,7 +85,7 @@ def starts(schedule: Any, start: float, offset: float, traits: ScheduleTraits) -
 @law(
     "From the end on it has its last value, exactly.",
     "s(t) = last  for t >= end",
-    applies=lambda t: t.last is not None,
+    needs=("last",),
 )
 def ends(schedule: Any, end: float, offset: float, traits: ScheduleTraits) -> Iterator[Claim]:
     assert traits.last is not None
@@ -96,7 +96,8 @@ def ends(schedule: Any, end: float, offset: float, traits: ScheduleTraits) -> It
 @law(
     "It tends to its last value as the step tends to the end.",
     "s(end - d) -> last  as d -> 0",
-    applies=lambda t: t.last is not None and t.lands,
+    applies=lambda t: t.lands,
+    needs=("last",),
     tolerance=1e-5,
     reason="taken at d = 1e-9 (end - start)",
 )
@@ -108,7 +109,7 @@ def lands(schedule: Any, start: float, end: float, traits: ScheduleTraits) -> Cl
 @law(
     "It never turns back.",
     "t <= t'  =>  s(t) >= s(t')   (or <=, as declared)",
-    applies=lambda t: t.monotone is not None,
+    needs=("monotone",),
     tolerance=1e-14,
     reason=ROUNDING,
 )
@@ -133,7 +134,7 @@ def antisymmetric(schedule: Any, start: float, end: float, offset: float) -> Cla
 @law(
     "It depends on progress only.",
     "s(start + x (end - start)) = s'(start' + x (end' - start'))",
-    applies=lambda t: t.moved is not None,
+    needs=("moved",),
     tolerance=1e-6,
     reason="the progress is rounded, and slopes go to 1e4",
 )
@@ -155,7 +156,7 @@ def progress_only(
 @law(
     "The softest of its family is the straight line.",
     "s(t) -> first + (last - first) x",
-    applies=lambda t: t.line is not None and t.first is not None and t.last is not None,
+    needs=("line", "first", "last"),
     tolerance=1e-6,
     reason="taken near the limit",
 )
@@ -173,7 +174,7 @@ def soft_limit_is_line(
 @law(
     "The sharpest of its family is a step, at the declared progress.",
     "s(t) -> first for x < step_at, last for x > step_at",
-    applies=lambda t: t.step is not None and t.first is not None and t.last is not None,
+    needs=("step", "first", "last"),
     tolerance=1e-6,
     reason="taken near the limit, and 1% away from the step",
 )
