@@ -167,20 +167,33 @@ class Prox(Link):
                 return u - times(p - w, pull).to(u.dtype)
 
             updates = tree_map(pulled, updates, params, self.weights(state, params))
-        state = state._replace(
-            count=step + 1, slope=self._coefficient(step), lr_sum=state.lr_sum + rate
-        )
-        due = (step >= self.warmup) & ((step - self.warmup) % self.period == 0)
-        if concrete(due) is False:  # the fit would be thrown away
+        state = self.advance(state, rate)
+        if concrete(self.due(state)) is False:  # the fit would be thrown away
             return updates, state
+        return updates, self.refit(state, apply_updates(params, updates))
+
+    # The parts of an update, for adapters whose latents are moved by another hand.
+
+    def advance(self, state: ProxState, rate: Tensor) -> ProxState:
+        """The state with the count, coefficient and sum of learning rates of the next update."""
+        slope = self._coefficient(state.count)
+        return state._replace(count=state.count + 1, slope=slope, lr_sum=state.lr_sum + rate)
+
+    def due(self, state: ProxState) -> Tensor:
+        """Whether levels are due in the update that the state has advanced to."""
+        step = state.count - 1
+        return (step >= self.warmup) & ((step - self.warmup) % self.period == 0)
+
+    def refit(self, state: ProxState, latents: PyTree) -> ProxState:
+        """The state with levels fitted to the updated latents, where they are due."""
+        due, first = self.due(state), state.count - 1 == self.warmup
 
         def fit(old: Tensor, latent: Tensor) -> Tensor:
             new = self.quantizer.fit(self._rows(latent, state)).to(old.dtype)
-            take = new.isfinite().all(-1, keepdim=True) | to_device(step == self.warmup, old)
+            take = new.isfinite().all(-1, keepdim=True) | to_device(first, old)
             return torch.where(to_device(due, old) & take, new, old)
 
-        levels = tree_map(fit, state.levels, apply_updates(params, updates))
-        return updates, state._replace(levels=levels)
+        return state._replace(levels=tree_map(fit, state.levels, latents))
 
     def weights(self, state: ProxState, params: PyTree) -> PyTree:
         """map(params / shrink, levels, coefficient); the params before warmup and annealing."""
