@@ -105,6 +105,22 @@ def test_proxmap(case: dict) -> None:
     close(torch.where(tie, 0.0, w), torch.where(tie, 0.0, array(case, "w")))
 
 
+def prox_of(case: dict, published_soft: bool = False, **options) -> pf.Prox:
+    """The prox link of a trajectory."""
+    cut = pf.per_channel() if case["per_channel"] else pf.per_tensor()
+    return link(
+        case,
+        QUANTIZERS[case["quantizer"]](case["bits"], False),
+        published_soft,
+        granularity=pf.per_block(case["block"]) if case["block"] else cut,
+        period=case["period"],
+        warmup=case["warmup"],
+        shrink=case["shrink"],
+        normal_map=case["nm_gamma"] or None,
+        **options,
+    )
+
+
 def run(case: dict, published_soft: bool) -> None:
     tolerance = 1e-8 if case["prox"] == "soft" and not published_soft else TOLERANCE
     rate = 0.05 if case["base"].startswith("sgd") else 0.02
@@ -119,18 +135,7 @@ def run(case: dict, published_soft: bool) -> None:
         "adam": lambda wd: pf.adam(rate, weight_decay=wd),
         "adamw": lambda wd: pf.adamw(rate, weight_decay=wd),
     }[case["base"]]
-    cut = pf.per_channel() if case["per_channel"] else pf.per_tensor()
-    prox = link(
-        case,
-        QUANTIZERS[case["quantizer"]](case["bits"], False),
-        published_soft,
-        granularity=pf.per_block(case["block"]) if case["block"] else cut,
-        period=case["period"],
-        warmup=case["warmup"],
-        shrink=case["shrink"],
-        learning_rate=rate,
-        normal_map=case["nm_gamma"] or None,
-    )
+    prox = prox_of(case, published_soft, learning_rate=rate)
     transform = pf.chain(
         pf.partition({"W": base(decay), "bias": base(0.0)}, {"W": "W", "bias": "bias"}),
         pf.masked(prox, "W"),

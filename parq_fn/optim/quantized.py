@@ -1,0 +1,487 @@
+"""A torch.optim optimizer with a prox link behind it.
+
+The base optimizer moves the latents, which live in the state; between steps the parameters hold
+the weights. A step is
+
+    u <- base optimizer(u; gradient at w)  [- (lr / gamma) (u - w)]
+    Q <- quantizer(u / shrink)             where due
+    p <- map(u / shrink, Q, coefficient)
+
+with the last two lines those of the functional core. The latents stand in for the parameters in
+the base's groups only while it steps, so that groups are shared and no exception leaves a latent
+in the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from parq_fn.checks import SHARE, check_numbers
+from parq_fn.granularity import per_block
+from parq_fn.links import times
+from parq_fn.prox import Prox, ProxState, parq_prox
+from parq_fn.quantizers import ternary_uniform, uniform
+from parq_fn.scalar import as_scalar, concrete, new_count
+
+Group = dict[str, Any]
+
+#: The entries of a parameter's state that are ours; the others are the base optimizer's.
+_QUANTIZED = ("latent", "levels", "count", "slope", "lr_sum")
+_OWN = ("updates", *_QUANTIZED)
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _map(link: Prox, state: ProxState, latent: Tensor) -> Tensor:
+    weight: Tensor = link.weights(state, [latent])[0]
+    return weight
+
+
+def _refit_and_map(link: Prox, state: ProxState, latent: Tensor) -> tuple[Tensor, Tensor]:
+    state = link.refit(state, [latent])
+    return state.levels[0], _map(link, state, latent)
+
+
+class QuantOptimizer(Optimizer):
+    """A torch.optim optimizer whose quantized parameters hold map(latent, levels, coefficient).
+
+    base_optimizer: any but LBFGS. Of its groups those with "quant_bits" below 16 are quantized,
+    with the quantizer of `prox` at that many bits (0 is ternary) and, where they have a
+    "quant_block_size", per block; the others are the base optimizer's alone.
+    prox: a prox link. Its learning rate is the group's.
+    anneal_weight_decay: f in [0, 1]; a quantized group's weight decay is taken times
+    f * s + 1 - f, s the inverse slope that the step before left (parq_prox only).
+    compile: maps and fits under torch.compile.
+
+    `param_groups` are the base's own, so a learning-rate scheduler may be built on either. After
+    each step a quantized group shows "inverse_slope" (the map's coefficient) and "lr_sum" as
+    numbers. A parameter whose requires_grad is off is left alone, and its count of updates
+    stands still; one without a gradient is not moved by the base but goes on to be mapped.
+
+    State of a parameter, from construction on: the base's own entries; "updates" [], int64; and
+    where quantized "latent" (float32 or better, like the parameter), "levels" [r, k] in its
+    dtype, "count" [], int64, "slope" and "lr_sum" [], float64.
+
+    Raises TypeError for LBFGS, something else than a prox link, and FSDP1's flat parameters;
+    ValueError where no group has quant_bits, and as the quantizer and granularity do, with the
+    parameter's name.
+
+    >>> from parq_fn import lsbq, parq_prox
+    >>> from parq_fn.optim import QuantOptimizer
+    >>> net = torch.nn.Linear(4, 2)
+    >>> groups = [{"params": [net.weight], "quant_bits": 2}, {"params": [net.bias]}]
+    >>> base = torch.optim.AdamW(groups, lr=0.01)
+    >>> optimizer = QuantOptimizer(base, parq_prox(lsbq(2), anneal_start=0, anneal_end=5))
+    >>> for _ in range(7):
+    ...     optimizer.zero_grad()
+    ...     net(torch.ones(3, 4)).square().sum().backward()
+    ...     optimizer.step()
+    >>> net.weight.unique().numel() <= 4, optimizer.param_groups[0]["inverse_slope"]
+    (True, 0.0)
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        prox: Prox,
+        *,
+        anneal_weight_decay: float = 0.0,
+        compile: bool = False,
+    ):
+        given: Any = base_optimizer
+        if not isinstance(given, Optimizer) or isinstance(given, torch.optim.LBFGS):
+            raise TypeError(
+                "QuantOptimizer: expected a torch.optim optimizer other than LBFGS, got "
+                f"{type(base_optimizer).__name__}"
+            )
+        if not isinstance(prox, Prox):
+            raise TypeError(
+                "QuantOptimizer: expected a prox link such as parq_prox(lsbq(2), ...), got "
+                f"{prox!r}"
+            )
+        check_numbers("QuantOptimizer", SHARE, anneal_weight_decay=anneal_weight_decay)
+        if anneal_weight_decay and not isinstance(prox, parq_prox):
+            raise ValueError(
+                "QuantOptimizer: anneal_weight_decay follows an inverse slope, which parq_prox "
+                f"has and {type(prox).__name__} has not"
+            )
+        super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
+        self.base, self.prox = base_optimizer, prox
+        self.anneal_weight_decay, self.compile = anneal_weight_decay, compile
+        self.param_groups = base_optimizer.param_groups
+        self._links: dict[tuple[Any, Any], Prox] = {}
+        self._latents: dict[Tensor, Tensor] = {}
+        self._order: list[list[Tensor]] = []
+        self._build()
+        if not any(map(_is_quantized, self.param_groups)):
+            raise ValueError(
+                "QuantOptimizer: no group has quant_bits below 16; give one such as "
+                '{"params": ..., "quant_bits": 2}'
+            )
+        for i in range(len(self.param_groups)):
+            self._adopt(i)
+
+    def _build(self) -> None:
+        functions = (_map, _refit_and_map)
+        if self.compile:
+            functions = tuple(torch.compile(f, fullgraph=True) for f in functions)  # type: ignore[assignment]
+        self._map, self._refit_and_map = functions
+
+    # Groups and their parameters.
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group to the base optimizer, and its state."""
+        if not hasattr(self, "base"):  # called by Optimizer.__init__
+            super().add_param_group(param_group)
+            return
+        self.base.add_param_group(param_group)
+        try:
+            self._adopt(len(self.param_groups) - 1)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def link(self, group: Group) -> Prox:
+        """The prox link of a quantized group: `prox` with the group's bits and block size."""
+        key = group["quant_bits"], group.get("quant_block_size")
+        if key not in self._links:
+            bits, block = key
+            quantizer: Any = self.prox.quantizer
+            if bits == 0 and isinstance(quantizer, uniform):
+                quantizer = ternary_uniform(center=quantizer.center)
+            elif "bits" in {f.name for f in dataclasses.fields(quantizer)}:
+                quantizer = dataclasses.replace(quantizer, bits=bits)
+            elif not (bits == 0 and isinstance(quantizer, ternary_uniform)):
+                raise ValueError(
+                    f"QuantOptimizer: {quantizer!r} has no bits to be set to quant_bits={bits}"
+                )
+            granularity = self.prox.granularity if not block else per_block(block)
+            self._links[key] = dataclasses.replace(
+                self.prox, quantizer=quantizer, granularity=granularity
+            )
+        return self._links[key]
+
+    def _adopt(self, index: int) -> None:
+        """State for the parameters of a group, none of it half made."""
+        group = self.param_groups[index]
+        made = {}
+        for i, p in enumerate(group["params"]):
+            made[p] = self._begin(group, p, _name(group, index, i))
+        for p, (latent, entries) in made.items():
+            self._latents[p] = latent
+            self.state[p] = entries
+        self._order[index:] = [list(group["params"])]
+
+    def _begin(self, group: Group, p: Tensor, name: str) -> tuple[Tensor, dict[str, Any]]:
+        """What the base moves for a parameter, and the parameter's state before any step."""
+        if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
+            raise TypeError(
+                f"QuantOptimizer: parameter {name!r} is flattened by FSDP1, which loses its rows; "
+                "shard with torch.distributed.fsdp.fully_shard"
+            )
+        if not _is_quantized(group):
+            return p, {**_template(self.base, group, p), "updates": new_count()}
+        detached = p.detach()
+        state = self.link(group).init({name: detached})
+        latent = detached.clone().to(_wide(p)).requires_grad_()
+        return latent, {
+            **_template(self.base, group, latent),
+            "updates": new_count(),
+            "latent": latent.detach(),  # shares memory with what the base moves
+            "levels": state.levels[name],
+            **_scalars(state),
+        }
+
+    def _follow(self) -> None:
+        """Follows parameters that were exchanged in their groups, by position."""
+        for index, (group, known) in enumerate(zip(self.param_groups, self._order, strict=True)):
+            if len(known) != len(group["params"]):
+                raise ValueError(
+                    f"QuantOptimizer: group {index} had {len(known)} parameters and has "
+                    f"{len(group['params'])}; add parameters with add_param_group"
+                )
+            for i, (old, new) in enumerate(zip(known, group["params"], strict=True)):
+                if old is new:
+                    continue
+                latent, entries = self._begin(group, new, _name(group, index, i))
+                kept = self.state.pop(old)
+                self.base.state.pop(self._latents.pop(old), None)
+                self._latents[new], self.state[new] = latent, entries
+                if type(old) is type(new) and old.shape == new.shape:
+                    self._restore(new, kept)
+                known[i] = new
+
+    # The step.
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the base optimizer on the latents, then the map onto the parameters.
+
+        The closure, if any, runs first, at the weights; its value is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._follow()
+        with torch.no_grad():
+            pulls = self._pulls()
+            self._step_base()
+            for p, pull in pulls.items():
+                latent = self._latents[p]
+                latent.sub_(pull.to(latent.dtype))
+            for group in self.param_groups:
+                if _is_quantized(group):
+                    self._map_group(group)
+        return loss
+
+    def _pulls(self) -> dict[Tensor, Tensor]:
+        """The normal map's pull on each latent, from before the step."""
+        gamma = self.prox.normal_map
+        if gamma is None:
+            return {}
+        return {
+            p: times(self._latents[p] - p, _rate(group) / as_scalar(gamma))
+            for group in self.param_groups
+            if _is_quantized(group)
+            for p in group["params"]
+            if p.grad is not None
+        }
+
+    def _step_base(self) -> None:
+        """The base optimizer's step with latents for parameters.
+
+        Gradients of narrow parameters are widened for a few parameters at a time, no more
+        elements together than the largest parameter has.
+        """
+        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for chunk in _chunks(moved):
+            chosen = set(chunk)
+            for p in chunk:
+                latent = self._latents[p]
+                if latent is not p:
+                    latent.grad = p.grad.to(latent.dtype)  # type: ignore[union-attr]
+            try:
+                with self._latents_in_groups(chosen):
+                    self.base.step()
+            finally:
+                for p in chunk:
+                    if self._latents[p] is not p:
+                        self._latents[p].grad = None
+            for p in chunk:
+                self._merge(p)
+
+    @contextmanager
+    def _latents_in_groups(self, chosen: set[Tensor]) -> Iterator[None]:
+        kept = [(group["params"], group.get("weight_decay")) for group in self.param_groups]
+        f = self.anneal_weight_decay
+        try:
+            for group in self.param_groups:
+                params = group["params"]
+                group["params"] = [self._latents[p] for p in params if p in chosen]
+                if f and _is_quantized(group) and params and group.get("weight_decay"):
+                    slope = float(self.state[params[0]]["slope"])
+                    group["weight_decay"] = group["weight_decay"] * (f * slope + 1 - f)
+            yield
+        finally:
+            for group, (params, decay) in zip(self.param_groups, kept, strict=True):
+                group["params"] = params
+                if decay is not None:
+                    group["weight_decay"] = decay
+
+    def _merge(self, p: Tensor) -> None:
+        """One dict for a parameter's state, the base optimizer's and ours.
+
+        Until its first step the base has none, so that it begins as it would alone; what stands
+        in ours before that are placeholders.
+        """
+        latent, entries = self._latents[p], self.state[p]
+        entries["updates"] = entries["updates"] + 1
+        own = self.base.state.get(latent, {})
+        if own is not entries:
+            merged = {**own, **{key: entries[key] for key in _OWN if key in entries}}
+            self.state[p] = self.base.state[latent] = merged
+
+    def _map_group(self, group: Group) -> None:
+        link, rate = self.link(group), _rate(group)
+        advanced: dict[int, ProxState] = {}
+        for p in group["params"]:
+            if not p.requires_grad:
+                continue
+            entries = self.state[p]
+            key = int(entries["count"])
+            if key not in advanced:  # parameters that were never frozen share theirs
+                advanced[key] = link.advance(_prox_state(entries), rate)
+            state = advanced[key]._replace(levels=[entries["levels"]])
+            if concrete(link.due(state)) is False:
+                weight = self._map(link, state, entries["latent"])
+            else:
+                entries["levels"], weight = self._refit_and_map(link, state, entries["latent"])
+            p.copy_(weight)
+            entries.update(_scalars(state))
+        for state in advanced.values():
+            group["inverse_slope"], group["lr_sum"] = float(state.slope), float(state.lr_sum)
+
+    # Saving and loading.
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every torch.optim optimizer; latents, levels and counts among the state."""
+        self._follow()
+        got: dict[str, Any] = super().state_dict()
+        return got
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state, tensors in the dtypes they were saved in.
+
+        Parameters are matched by position. One without saved state keeps its own but for a
+        latent, which is taken from the parameter. The parameters themselves are the module's to
+        load. Raises ValueError, and changes nothing, where groups or shapes do not fit.
+        """
+        self._follow()
+        saved = state_dict["param_groups"]
+        if len(saved) != len(self.param_groups):
+            raise ValueError(
+                f"loaded state dict has {len(saved)} parameter groups, the optimizer "
+                f"{len(self.param_groups)}"
+            )
+        pairs = []
+        for index, (group, other) in enumerate(zip(self.param_groups, saved, strict=True)):
+            if len(group["params"]) != len(other["params"]):
+                raise ValueError(
+                    f"loaded state dict has {len(other['params'])} parameters in group {index}, "
+                    f"the optimizer {len(group['params'])}"
+                )
+            for key in ("quant_bits", "quant_block_size"):
+                if other.get(key) != group.get(key):
+                    raise ValueError(
+                        f"loaded state dict has {key}={other.get(key)} in group {index}, the "
+                        f"optimizer {group.get(key)}"
+                    )
+            for i, (p, name) in enumerate(zip(group["params"], other["params"], strict=True)):
+                entries = state_dict["state"].get(name)
+                self._check(p, entries, _name(group, index, i))
+                pairs.append((p, entries))
+        for group, other in zip(self.param_groups, saved, strict=True):
+            group.update({k: v for k, v in copy.deepcopy(other).items() if k != "params"})
+        for p, entries in pairs:
+            self._restore(p, entries)
+
+    def _check(self, p: Tensor, entries: dict[str, Any] | None, name: str) -> None:
+        for key in ("latent", "levels"):
+            mine = self.state[p].get(key)
+            got = None if entries is None else entries.get(key)
+            if isinstance(mine, Tensor) and isinstance(got, Tensor) and mine.shape != got.shape:
+                raise ValueError(
+                    f"loaded state dict has {key} {tuple(got.shape)} for parameter {name!r}, the "
+                    f"optimizer {tuple(mine.shape)}"
+                )
+
+    def _restore(self, p: Tensor, entries: dict[str, Any] | None) -> None:
+        latent, mine = self._latents[p], self.state[p]
+        with torch.no_grad():
+            if latent is not p:
+                given = None if entries is None else entries.get("latent")
+                latent.copy_(p if given is None else given)
+        if entries is None:
+            return
+        loaded = {key: _loaded(got, mine.get(key), p) for key, got in entries.items()}
+        loaded.setdefault("updates", torch.ones((), dtype=torch.int64))  # of a plain optimizer
+        if latent is not p:
+            loaded["latent"] = latent.detach()
+            for key in _QUANTIZED:
+                loaded.setdefault(key, mine[key])
+        self.state[p] = loaded
+        self.base.state.pop(latent, None)
+        if int(loaded["updates"]):
+            self.base.state[latent] = loaded
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = "defaults state param_groups base prox anneal_weight_decay compile _latents _order"
+        return {"_links": {}, **{name: self.__dict__[name] for name in names.split()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for p, latent in self._latents.items():
+            if latent is not p:
+                self.state[p]["latent"] = latent.detach()  # pickle parts what shared memory
+        self._build()
+
+
+def _is_quantized(group: Group) -> bool:
+    bits = group.get("quant_bits")
+    return bits is not None and bits < 16
+
+
+def _name(group: Group, index: int, i: int) -> str:
+    names = group.get("param_names")
+    return str(names[i]) if names else f"{i} of group {index}"
+
+
+def _rate(group: Group) -> Tensor:
+    rate = group["lr"]
+    return as_scalar(rate).detach().to(device="cpu", dtype=torch.float64)
+
+
+def _scalars(state: ProxState) -> dict[str, Tensor]:
+    return {"count": state.count, "slope": state.slope, "lr_sum": state.lr_sum}
+
+
+def _prox_state(entries: dict[str, Any]) -> ProxState:
+    return ProxState(entries["count"], entries["slope"], entries["lr_sum"], [entries["levels"]])
+
+
+def _chunks(params: list[Tensor]) -> list[list[Tensor]]:
+    """The parameters, narrow ones in runs of no more elements than the largest has."""
+    narrow = [p for p in params if p.dtype != _wide(p)]
+    whole = [p for p in params if p.dtype == _wide(p)]
+    chunks, bound, size = ([whole] if whole else []), max((p.numel() for p in narrow), default=0), 0
+    for i, p in enumerate(narrow):
+        if i == 0 or size + p.numel() > bound:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(p)
+        size += p.numel()
+    return chunks
+
+
+def _loaded(got: Any, mine: Any, p: Tensor) -> Any:
+    """A saved entry: a copy, on the device where the optimizer keeps its own."""
+    if not isinstance(got, Tensor):
+        return copy.deepcopy(got)
+    device = mine.device if isinstance(mine, Tensor) else p.device if got.dim() else got.device
+    return got.detach().to(device, copy=True)
+
+
+def _template(base: Optimizer, group: Group, like: Tensor) -> dict[str, Any]:
+    """The base optimizer's entries for a parameter, as after no step.
+
+    Optimizers make them in their first step, and a checkpoint is loaded into what is there
+    before: so a twin of the base steps on a stand-in without a gradient to speak of.
+    """
+    stand_in = torch.zeros_like(like.detach()).requires_grad_()
+    stand_in.grad = torch.zeros_like(stand_in)
+    twin = object.__new__(type(base))
+    twin.__dict__.update({k: v for k, v in base.__dict__.items() if k != "step"})
+    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        twin.__dict__[hooks] = OrderedDict()
+    shown = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
+    twin.param_groups = [{**shown, "params": [stand_in]}]
+    twin.state = defaultdict(dict)
+    twin.step()
+    entries: dict[str, Any] = {}
+    for key, got in twin.state.get(stand_in, {}).items():
+        if isinstance(got, Tensor):
+            entries[key] = torch.zeros_like(got)
+        elif got is not None:
+            entries[key] = type(got)(0) if isinstance(got, int | float) else got
+    return entries
