@@ -2,7 +2,7 @@
 
 import torch
 
-from parq_fn import links, modules, proxmaps, quantizers, schedules, tree, wrappers
+from parq_fn import links, modules, optim, proxmaps, quantizers, schedules, tree, wrappers
 from parq_fn.granularity import Granularity, per_block, per_channel, per_tensor
 from parq_fn.links import (
     add_decayed_weights,
@@ -107,6 +107,7 @@ __all__ = [
     "max_uniform",
     "modules",
     "named_chain",
+    "optim",
     "parq_prox",
     "partition",
     "per_block",

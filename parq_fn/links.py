@@ -7,6 +7,7 @@ without a gradient (None) keeps its state. State has each leaf's dtype and shape
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from parq_fn.interval import Interval
 from parq_fn.scalar import Scalar, at, is_number, new_count, to_device
 from parq_fn.traits import PER_LEAF, TransformationTraits
 from parq_fn.transformation import Link
-from parq_fn.tree import PyTree, check_floating, tree_leaves, tree_map
+from parq_fn.tree import PyTree, by_name, check_floating, tree_leaves, tree_map
 from parq_fn.value import value
 
 
@@ -82,7 +83,8 @@ class scale_by_schedule(Link):
 class scale_by_learning_rate(Link):
     """updates -> -learning_rate * updates, so that adding them descends.
 
-    An extra argument `learning_rate` of `update` stands in for the link's own.
+    An extra argument `learning_rate` of `update` stands in for the link's own: a scalar, or one
+    for each leaf's name.
     """
 
     learning_rate: Scalar
@@ -103,13 +105,18 @@ class scale_by_learning_rate(Link):
         state: StepState,
         params: PyTree,
         *,
-        learning_rate: Scalar | None = None,
+        learning_rate: Scalar | Mapping[str, Scalar] | None = None,
         **extra: Any,
     ) -> tuple[PyTree, StepState]:
-        del params, extra
+        del extra
         own = self.learning_rate if learning_rate is None else learning_rate
-        rate = -at(own, state.step)
-        return tree_map(lambda u: times(u, rate), updates), StepState(state.step + 1)
+        if isinstance(own, Mapping):
+            rates = by_name({name: -at(one, state.step) for name, one in own.items()}, params)
+            out = tree_map(times, updates, rates)
+        else:
+            rate = -at(own, state.step)
+            out = tree_map(lambda u: times(u, rate), updates)
+        return out, StepState(state.step + 1)
 
 
 @value
@@ -117,7 +124,8 @@ class add_decayed_weights(Link):
     """updates -> updates + weight_decay * params: the gradient of weight_decay / 2 |params|^2.
 
     Before the other links it is an L2 penalty (sgd, adam), after them decoupled decay (adamw).
-    It acts on the latent params.
+    It acts on the latent params. An extra argument `weight_decay` of `update` stands in for the
+    link's own: a scalar, or one for each leaf's name, None where it is the link's.
     """
 
     weight_decay: Scalar
@@ -133,11 +141,28 @@ class add_decayed_weights(Link):
         return StepState(new_count())
 
     def update(
-        self, updates: PyTree, state: StepState, params: PyTree, **extra: Any
+        self,
+        updates: PyTree,
+        state: StepState,
+        params: PyTree,
+        *,
+        weight_decay: Scalar | Mapping[str, Scalar | None] | None = None,
+        **extra: Any,
     ) -> tuple[PyTree, StepState]:
         del extra
-        decay = at(self.weight_decay, state.step)
-        out = tree_map(lambda u, p: u + times(p, decay).to(u.dtype), updates, params)
+
+        def add(u: Tensor, p: Tensor, decay: Tensor) -> Tensor:
+            return u + times(p, decay).to(u.dtype)
+
+        def decay(given: Scalar | None) -> Tensor:
+            return at(self.weight_decay if given is None else given, state.step)
+
+        if isinstance(weight_decay, Mapping):
+            decays = by_name({name: decay(one) for name, one in weight_decay.items()}, params)
+            out = tree_map(add, updates, params, decays)
+        else:
+            whole = decay(weight_decay)
+            out = tree_map(lambda u, p: add(u, p, whole), updates, params)
         return out, StepState(state.step + 1)
 
 

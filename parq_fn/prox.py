@@ -12,7 +12,7 @@ so it stands last of what moves its params.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from parq_fn.scalar import Scalar, as_scalar, at, concrete, new_count, to_device
 from parq_fn.traits import TransformationTraits
 from parq_fn.transformation import Link, apply_updates
 from parq_fn.tree import PyTree, check_floating, names_of, tree_map
-from parq_fn.value import value
+from parq_fn.value import same, value
 
 
 class ProxState(NamedTuple):
@@ -58,7 +58,8 @@ class Prox(Link):
     period: updates from one fit of the levels to the next.
     warmup: updates of the base optimizer alone, w = u, before the first fit.
     learning_rate: number, 0-d tensor or schedule; shrink and normal_map alone need it. An extra
-        argument `learning_rate` of `update` stands in for it.
+        argument `learning_rate` of `update` stands in for it: a scalar, or one for each leaf's
+        name.
     shrink: map and quantizer see u / max(1, sum of the learning rates), or with a normal map
         u / gamma; the latent itself stays as it is.
     normal_map: gamma > 0; the latent moves by -(lr / gamma) (u - w) besides. gamma = lr with
@@ -153,11 +154,13 @@ class Prox(Link):
         state: ProxState,
         params: PyTree,
         *,
-        learning_rate: Scalar | None = None,
+        learning_rate: Scalar | Mapping[str, Scalar] | None = None,
         **extra: Any,
     ) -> tuple[PyTree, ProxState]:
         """The updates, and the levels of params + updates where they are due."""
         del extra
+        if isinstance(learning_rate, Mapping):
+            learning_rate = self._common(learning_rate, params)
         step = state.count
         rate = self._rate(self.learning_rate if learning_rate is None else learning_rate, step)
         if self.normal_map is not None:
@@ -212,6 +215,18 @@ class Prox(Link):
 
     def _coefficient(self, step: Tensor) -> Tensor:
         return self.coefficient(step).to(torch.float64)
+
+    def _common(self, rates: Mapping[str, Scalar], params: PyTree) -> Scalar:
+        """The one learning rate of the params; 0 for several, where it is not needed."""
+        own = [rates[name] for name in names_of(params)]
+        if all(same(rate, own[0]) for rate in own[1:]):
+            return own[0] if own else 0.0
+        if self.shrink or self.normal_map is not None:
+            raise ValueError(
+                f"{type(self).__name__}: shrink and normal_map take one learning rate for all "
+                "parameters of the link; give parameters of another rate a link of their own"
+            )
+        return 0.0
 
     def _rate(self, learning_rate: Scalar | None, step: Tensor) -> Tensor:
         if learning_rate is not None:

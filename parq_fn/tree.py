@@ -85,6 +85,16 @@ def tree_names(tree: PyTree) -> PyTree:
     return optree.tree_unflatten(optree.tree_structure(tree), names_of(tree))
 
 
+def by_name(values: Mapping[str, Any], params: PyTree) -> PyTree:
+    """The tree of the values of its leaves' names.
+
+    >>> by_name({"a": 1, "b.0": 2, "c": 3}, {"a": 0.5, "b": [0.5]})
+    {'a': 1, 'b': [2]}
+    """
+    leaves = [values[name] for name in names_of(params)]
+    return optree.tree_unflatten(optree.tree_structure(params), leaves)
+
+
 def select(condition: Tensor, new: PyTree, old: PyTree) -> PyTree:
     """`new` where the 0-d condition holds, else `old`, leaf by leaf."""
 

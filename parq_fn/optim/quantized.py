@@ -14,7 +14,6 @@ in the model.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
@@ -28,19 +27,23 @@ from torch.optim import Optimizer
 from parq_fn.checks import SHARE, check_numbers
 from parq_fn.granularity import per_block
 from parq_fn.links import times
+from parq_fn.optim.state import (
+    Group,
+    check_shapes,
+    load_groups,
+    loaded,
+    matched,
+    name_of,
+    refuse_flat,
+    wide,
+)
 from parq_fn.prox import Prox, ProxState, parq_prox
 from parq_fn.quantizers import ternary_uniform, uniform
 from parq_fn.scalar import as_scalar, concrete, new_count
 
-Group = dict[str, Any]
-
 #: The entries of a parameter's state that are ours; the others are the base optimizer's.
 _QUANTIZED = ("latent", "levels", "count", "slope", "lr_sum")
 _OWN = ("updates", *_QUANTIZED)
-
-
-def _wide(p: Tensor) -> torch.dtype:
-    return torch.promote_types(p.dtype, torch.float32)
 
 
 def _map(link: Prox, state: ProxState, latent: Tensor) -> Tensor:
@@ -177,7 +180,7 @@ class QuantOptimizer(Optimizer):
         group = self.param_groups[index]
         made = {}
         for i, p in enumerate(group["params"]):
-            made[p] = self._begin(group, p, _name(group, index, i))
+            made[p] = self._begin(group, p, name_of(group, index, i))
         for p, (latent, entries) in made.items():
             self._latents[p] = latent
             self.state[p] = entries
@@ -185,16 +188,12 @@ class QuantOptimizer(Optimizer):
 
     def _begin(self, group: Group, p: Tensor, name: str) -> tuple[Tensor, dict[str, Any]]:
         """What the base moves for a parameter, and the parameter's state before any step."""
-        if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
-            raise TypeError(
-                f"QuantOptimizer: parameter {name!r} is flattened by FSDP1, which loses its rows; "
-                "shard with torch.distributed.fsdp.fully_shard"
-            )
+        refuse_flat("QuantOptimizer", p, name)
         if not _is_quantized(group):
             return p, {**_template(self.base, group, p), "updates": new_count()}
         detached = p.detach()
         state = self.link(group).init({name: detached})
-        latent = detached.clone().to(_wide(p)).requires_grad_()
+        latent = detached.clone().to(wide(p)).requires_grad_()
         return latent, {
             **_template(self.base, group, latent),
             "updates": new_count(),
@@ -214,7 +213,7 @@ class QuantOptimizer(Optimizer):
             for i, (old, new) in enumerate(zip(known, group["params"], strict=True)):
                 if old is new:
                     continue
-                latent, entries = self._begin(group, new, _name(group, index, i))
+                latent, entries = self._begin(group, new, name_of(group, index, i))
                 kept = self.state.pop(old)
                 self.base.state.pop(self._latents.pop(old), None)
                 self._latents[new], self.state[new] = latent, entries
@@ -348,43 +347,13 @@ class QuantOptimizer(Optimizer):
         load. Raises ValueError, and changes nothing, where groups or shapes do not fit.
         """
         self._follow()
-        saved = state_dict["param_groups"]
-        if len(saved) != len(self.param_groups):
-            raise ValueError(
-                f"loaded state dict has {len(saved)} parameter groups, the optimizer "
-                f"{len(self.param_groups)}"
-            )
-        pairs = []
-        for index, (group, other) in enumerate(zip(self.param_groups, saved, strict=True)):
-            if len(group["params"]) != len(other["params"]):
-                raise ValueError(
-                    f"loaded state dict has {len(other['params'])} parameters in group {index}, "
-                    f"the optimizer {len(group['params'])}"
-                )
-            for key in ("quant_bits", "quant_block_size"):
-                if other.get(key) != group.get(key):
-                    raise ValueError(
-                        f"loaded state dict has {key}={other.get(key)} in group {index}, the "
-                        f"optimizer {group.get(key)}"
-                    )
-            for i, (p, name) in enumerate(zip(group["params"], other["params"], strict=True)):
-                entries = state_dict["state"].get(name)
-                self._check(p, entries, _name(group, index, i))
-                pairs.append((p, entries))
-        for group, other in zip(self.param_groups, saved, strict=True):
-            group.update({k: v for k, v in copy.deepcopy(other).items() if k != "params"})
-        for p, entries in pairs:
+        rows = matched(self, state_dict, same=("quant_bits", "quant_block_size"))
+        for p, entries, name in rows:
+            own = {key: self.state[p][key] for key in _OWN if key in self.state[p]}
+            check_shapes(own, entries, name)
+        load_groups(self, state_dict)
+        for p, entries, _ in rows:
             self._restore(p, entries)
-
-    def _check(self, p: Tensor, entries: dict[str, Any] | None, name: str) -> None:
-        for key in ("latent", "levels"):
-            mine = self.state[p].get(key)
-            got = None if entries is None else entries.get(key)
-            if isinstance(mine, Tensor) and isinstance(got, Tensor) and mine.shape != got.shape:
-                raise ValueError(
-                    f"loaded state dict has {key} {tuple(got.shape)} for parameter {name!r}, the "
-                    f"optimizer {tuple(mine.shape)}"
-                )
 
     def _restore(self, p: Tensor, entries: dict[str, Any] | None) -> None:
         latent, mine = self._latents[p], self.state[p]
@@ -394,16 +363,16 @@ class QuantOptimizer(Optimizer):
                 latent.copy_(p if given is None else given)
         if entries is None:
             return
-        loaded = {key: _loaded(got, mine.get(key), p) for key, got in entries.items()}
-        loaded.setdefault("updates", torch.ones((), dtype=torch.int64))  # of a plain optimizer
+        new = {key: loaded(got, mine.get(key), p) for key, got in entries.items()}
+        new.setdefault("updates", torch.ones((), dtype=torch.int64))  # of a plain optimizer
         if latent is not p:
-            loaded["latent"] = latent.detach()
+            new["latent"] = latent.detach()
             for key in _QUANTIZED:
-                loaded.setdefault(key, mine[key])
-        self.state[p] = loaded
+                new.setdefault(key, mine[key])
+        self.state[p] = new
         self.base.state.pop(latent, None)
-        if int(loaded["updates"]):
-            self.base.state[latent] = loaded
+        if int(new["updates"]):
+            self.base.state[latent] = new
 
     def __getstate__(self) -> dict[str, Any]:
         names = "defaults state param_groups base prox anneal_weight_decay compile _latents _order"
@@ -422,11 +391,6 @@ def _is_quantized(group: Group) -> bool:
     return bits is not None and bits < 16
 
 
-def _name(group: Group, index: int, i: int) -> str:
-    names = group.get("param_names")
-    return str(names[i]) if names else f"{i} of group {index}"
-
-
 def _rate(group: Group) -> Tensor:
     rate = group["lr"]
     return as_scalar(rate).detach().to(device="cpu", dtype=torch.float64)
@@ -442,8 +406,8 @@ def _prox_state(entries: dict[str, Any]) -> ProxState:
 
 def _chunks(params: list[Tensor]) -> list[list[Tensor]]:
     """The parameters, narrow ones in runs of no more elements than the largest has."""
-    narrow = [p for p in params if p.dtype != _wide(p)]
-    whole = [p for p in params if p.dtype == _wide(p)]
+    narrow = [p for p in params if p.dtype != wide(p)]
+    whole = [p for p in params if p.dtype == wide(p)]
     chunks, bound, size = ([whole] if whole else []), max((p.numel() for p in narrow), default=0), 0
     for i, p in enumerate(narrow):
         if i == 0 or size + p.numel() > bound:
@@ -452,14 +416,6 @@ def _chunks(params: list[Tensor]) -> list[list[Tensor]]:
         chunks[-1].append(p)
         size += p.numel()
     return chunks
-
-
-def _loaded(got: Any, mine: Any, p: Tensor) -> Any:
-    """A saved entry: a copy, on the device where the optimizer keeps its own."""
-    if not isinstance(got, Tensor):
-        return copy.deepcopy(got)
-    device = mine.device if isinstance(mine, Tensor) else p.device if got.dim() else got.device
-    return got.detach().to(device, copy=True)
 
 
 def _template(base: Optimizer, group: Group, like: Tensor) -> dict[str, Any]:
