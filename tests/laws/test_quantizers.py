@@ -45,7 +45,7 @@ OPERATORS = [
 @pytest.mark.laws
 def test_every_declared_law(quantizer: Any) -> None:
     slow = getattr(quantizer, "method", "") == "alternating"
-    check_quantizer(quantizer, max_examples=some(4) if slow else some(15))
+    check_quantizer(quantizer, max_examples=some(4) if slow else some(10))
 
 
 def row_of(twin: Any, x: Tensor, *args: Any) -> Tensor:

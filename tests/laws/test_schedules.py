@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from parq_fn import schedules as sched
 from parq_fn.testing import Violation, check_schedule, laws, strategies
+from tests.laws import some
 from tests.twins import schedules as twins
 
 OPERATORS = [
@@ -39,7 +40,7 @@ OPERATORS = [
 @pytest.mark.parametrize("schedule", OPERATORS, ids=repr)
 @pytest.mark.laws
 def test_every_declared_law(schedule: Any) -> None:
-    check_schedule(schedule)
+    check_schedule(schedule, max_examples=some(10))
 
 
 @given(strategies.schedules())

@@ -31,7 +31,7 @@ PROX_LINKS = [
 @pytest.mark.parametrize("link", PROX_LINKS, ids=repr)
 @pytest.mark.laws
 def test_prox_links(link: Any) -> None:
-    check_transformation(link, max_examples=some(8))
+    check_transformation(link, max_examples=some(5))
 
 
 LINKS = [
@@ -52,7 +52,7 @@ LINKS = [
 @pytest.mark.parametrize("link", LINKS, ids=lambda link: type(link).__name__)
 @pytest.mark.laws
 def test_links(link: Any) -> None:
-    check_transformation(link, max_examples=some(6))
+    check_transformation(link, max_examples=some(5))
 
 
 @given(strategies.transformations())
@@ -66,4 +66,4 @@ def test_blocks() -> None:
     link = pq.hard_prox(pq.lsbq(1), granularity=pq.per_block(2), period=1)
     leaf = strategies.numbers().map(lambda x: torch.tensor([[x, 1.0], [2.0, -x]]).double())
     params = leaf.map(lambda w: {"w0": w})
-    check_transformation(link, params=params, max_examples=some(8))
+    check_transformation(link, params=params, max_examples=some(5))
