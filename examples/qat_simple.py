@@ -74,8 +74,20 @@ def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(channels // 8, channels)
+class Norm(nn.GroupNorm):
+    """GroupNorm written out: of the fused one torch.func and backward() round differently, and
+    the two engines are to give one table."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.reshape(len(x), self.num_groups, -1)
+        centered = groups - groups.mean(-1, keepdim=True)
+        variance = centered.square().mean(-1, keepdim=True)
+        normal = (centered * (variance + self.eps).rsqrt()).reshape(x.shape)
+        return normal * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def norm(channels: int) -> Norm:
+    return Norm(channels // 8, channels)
 
 
 class Block(nn.Module):
@@ -168,9 +180,13 @@ def quantization(
 
 
 def read_levels(state: Any) -> Params:
-    """The levels [r, k] of every quantized weight."""
-    parts = (pq.read(state, f"{label}.levels") for label in ("kernel", "matrix"))
-    return {name: q for part in parts for name, q in part.items() if isinstance(q, Tensor)}
+    """The levels [r, k] of every quantized weight; none in full precision."""
+    levels = {}
+    for label in ("kernel", "matrix"):
+        with contextlib.suppress(KeyError):
+            part = pq.read(state, f"{label}.levels")
+            levels |= {name: q for name, q in part.items() if isinstance(q, Tensor)}
+    return levels
 
 
 # Measurements.
@@ -227,7 +243,64 @@ def title(bits: int) -> str:
     return {0: "ternary", 1: "1 bit"}.get(bits, f"{bits} bits")
 
 
-# Training: one row of the table.
+# Training, by pure functions or by a torch optimizer: the same arithmetic.
+
+
+class Functional:
+    """The loop of pure functions."""
+
+    def __init__(self, net: nn.Module, transform: pq.Transformation) -> None:
+        apply, self.latent = pq.functional(net)
+        self.transform, self.state = transform, transform.init(self.latent)
+
+        def loss(weights: Params, images: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(apply(weights, images), labels)
+
+        self.loss_and_grads = pq.value_and_grad(loss, transform)  # at the weights
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        value, grads = self.loss_and_grads(self.latent, self.state, images, labels)
+        updates, self.state = self.transform.update(grads, self.state, self.latent)
+        self.latent = pq.apply_updates(self.latent, updates)
+        return value
+
+    def params(self) -> tuple[Params, Params, Params]:
+        """(latent, weights, levels of what is quantized), by name."""
+        weights = self.transform.weights(self.state, self.latent)
+        return self.latent, weights, read_levels(self.state)
+
+
+class Torch:
+    """The usual loop: the module holds its weights, the optimizer the rest."""
+
+    def __init__(self, net: nn.Module, transform: pq.Transformation) -> None:
+        self.net = net
+        self.optimizer = pq.optim.TransformOptimizer(net.named_parameters(), transform)
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        value = F.cross_entropy(self.net(images), labels)
+        value.backward()
+        self.optimizer.step()
+        return value.detach()
+
+    def params(self) -> tuple[Params, Params, Params]:
+        """(latent, weights, levels of what is quantized), by name."""
+        weights = {name: p.detach().clone() for name, p in self.net.named_parameters()}
+        latent, levels = dict(weights), {}
+        for name, p in self.net.named_parameters():
+            for key, got in self.optimizer.state[p].items():
+                if key == "latent":
+                    latent[name] = got.clone()
+                elif key.endswith(".levels"):
+                    levels[name] = got.clone()
+        return latent, weights, levels
+
+
+ENGINES = {"functional": Functional, "torch": Torch}
+
+
+# One row of the table.
 
 
 class Snapshot(NamedTuple):
@@ -244,20 +317,14 @@ def run(args: argparse.Namespace, bits: int | None) -> tuple[Row, list[Snapshot]
     generator = torch.Generator().manual_seed(args.seed)  # the same start for every row
     data, test = load_data(args.seed)
     net = ResNet(generator)
-    apply, params = pq.functional(net)
-
     steps_per_epoch = len(data.labels) // args.batch_size
     rate = pq.schedules.cosine(args.lr, 0.0, 0, args.epochs * steps_per_epoch)
     transform = pq.chain(
         pq.sgd(rate, momentum=0.9, nesterov=True, weight_decay=args.weight_decay),
         pq.masked(quantization(args, bits, steps_per_epoch, rate), pq.weight_mask(net)),
     )
-
-    def loss(weights: Params, images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(apply(weights, images), labels)
-
-    loss_and_grads = pq.value_and_grad(loss, transform)  # at transform.weights(state, params)
-    state, kept = transform.init(params), []
+    engine = ENGINES[args.engine](net, transform)
+    kept: list[Snapshot] = []
     name = "full precision" if bits is None else title(bits)
     disable = args.no_progress or None  # None: where stderr is no terminal
     if not sys.stderr.isatty():
@@ -265,18 +332,15 @@ def run(args: argparse.Namespace, bits: int | None) -> tuple[Row, list[Snapshot]
     with tqdm(range(1, args.epochs + 1), name, disable=disable) as progress:
         for epoch in progress:
             for images, labels in batches(data, args.batch_size, generator):
-                value, grads = loss_and_grads(params, state, images, labels)
-                updates, state = transform.update(grads, state, params)
-                params = pq.apply_updates(params, updates)
+                value = engine.step(images, labels)
             progress.set_postfix(loss=f"{value.item():.3f}")
             if bits is not None and epoch in moments(args):
-                weights = transform.weights(state, params)
-                kept.append(Snapshot(epoch, params, weights, read_levels(state)))
+                kept.append(Snapshot(epoch, *engine.params()))
 
-    weights = transform.weights(state, params)
+    params, weights, levels = engine.params()
     with torch.no_grad():
-        right = apply(weights, test.images).argmax(1) == test.labels
-    levels = {} if bits is None else read_levels(state)
+        scores = torch.func.functional_call(net, weights, (test.images,))
+    right = scores.argmax(1) == test.labels
     row = Row(
         weights=name,
         test_accuracy=100 * right.sum().item() / len(right),
@@ -385,6 +449,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "CPU threads; with one, results do not depend on the machine's number of cores, "
     text += "and so small a network takes as long"
     flag("--threads", 1, text, **count)
+    text = "train by pure functions, or by a torch optimizer around the same ones"
+    flag("--engine", "functional", text, choices=ENGINES)
     flag("--no-progress", False, "no progress bars")
     args = parser.parse_args(argv)
 

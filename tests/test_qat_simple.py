@@ -69,6 +69,19 @@ def test_same_seed_same_table_and_files(tmp_path: Path, capsys: pytest.CaptureFi
         assert (tmp_path / name / "weights.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_both_engines_give_the_same_table(tmp_path: Path) -> None:
+    options = "--quant-bits 2 0 --epochs 2 --quant-warmup-steps 3 --quant-shrink"
+    rows = [
+        main(short(tmp_path / engine, f"{options} --engine {engine}"))
+        for engine in ("functional", "torch")
+    ]
+    assert rows[0] == rows[1]
+    images = [
+        (tmp_path / engine / "weights.png").read_bytes() for engine in ("functional", "torch")
+    ]
+    assert images[0] == images[1]
+
+
 def test_packed_bytes_by_hand() -> None:
     params = {"kernel": torch.zeros(2, 11), "bias": torch.zeros(3)}
     levels = {"kernel": torch.zeros(2, 4)}
@@ -127,4 +140,4 @@ def test_help_gives_every_default(capsys: pytest.CaptureFixture[str]) -> None:
         parse(["--help"])
     assert error.value.code == 0
     text = capsys.readouterr().out
-    assert text.count("\n  --") == text.count("(default:") == 21
+    assert text.count("\n  --") == text.count("(default:") == 22
