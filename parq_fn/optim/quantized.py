@@ -34,7 +34,7 @@ from parq_fn.optim.state import (
     loaded,
     matched,
     name_of,
-    refuse_flat,
+    refuse_sharded,
     wide,
 )
 from parq_fn.prox import Prox, ProxState, parq_prox
@@ -188,7 +188,7 @@ class QuantOptimizer(Optimizer):
 
     def _begin(self, group: Group, p: Tensor, name: str) -> tuple[Tensor, dict[str, Any]]:
         """What the base moves for a parameter, and the parameter's state before any step."""
-        refuse_flat("QuantOptimizer", p, name)
+        refuse_sharded("QuantOptimizer", p, name)
         if not _is_quantized(group):
             return p, {**_template(self.base, group, p), "updates": new_count()}
         detached = p.detach()

@@ -20,7 +20,7 @@ from parq_fn.optim.state import (
     loaded,
     matched,
     name_of,
-    refuse_flat,
+    refuse_sharded,
     wide,
 )
 from parq_fn.scalar import is_number
@@ -92,7 +92,7 @@ class TransformOptimizer(Optimizer):
         """State for all parameters, as before any step."""
         for index, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
-                refuse_flat("TransformOptimizer", p, name_of(group, index, i))
+                refuse_sharded("TransformOptimizer", p, name_of(group, index, i))
             if group.get("weight_decay") and not any(_decays(self.transformation)):
                 raise ValueError(
                     f"TransformOptimizer: group {index} has weight_decay="

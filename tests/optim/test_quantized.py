@@ -534,3 +534,15 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="quant_bits=4 in group 0, the optimizer 2"):
         real.optimizer.load_state_dict(state)
     assert equal(real.tensors(), before)
+
+
+def test_flattened_and_sharded_parameters_are_refused() -> None:
+    flat, sharded = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    flat._is_flat_param = True  # what FSDP1 sets
+    sharded.device_mesh = object()  # what a DTensor has
+    for p, message in ((flat, "shard with .*fully_shard"), (sharded, "not supported yet")):
+        base = torch.optim.SGD([{"params": [p], "quant_bits": 1}], lr=0.1)
+        with pytest.raises(TypeError, match=rf"'0 of group 0' is .*{message}"):
+            QuantOptimizer(base, pf.hard_prox(pf.lsbq(1)))
+        with pytest.raises(TypeError, match=rf"'0 of group 0' is .*{message}"):
+            pf.optim.TransformOptimizer([p], pf.sgd(0.1))
