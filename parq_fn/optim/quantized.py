@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from parq_fn.checks import SHARE, check_numbers
 from parq_fn.granularity import per_block
 from parq_fn.links import times
+from parq_fn.optim.sharded import gathered, local, part_of
 from parq_fn.optim.state import (
     Group,
     check_shapes,
@@ -34,7 +35,7 @@ from parq_fn.optim.state import (
     loaded,
     matched,
     name_of,
-    refuse_sharded,
+    refuse_flat,
     wide,
 )
 from parq_fn.prox import Prox, ProxState, parq_prox
@@ -51,9 +52,9 @@ def _map(link: Prox, state: ProxState, latent: Tensor) -> Tensor:
     return weight
 
 
-def _refit_and_map(link: Prox, state: ProxState, latent: Tensor) -> tuple[Tensor, Tensor]:
-    state = link.refit(state, [latent])
-    return state.levels[0], _map(link, state, latent)
+def _refit(link: Prox, state: ProxState, latent: Tensor) -> Tensor:
+    levels: Tensor = link.refit(state, [latent]).levels[0]
+    return levels
 
 
 class QuantOptimizer(Optimizer):
@@ -136,10 +137,10 @@ class QuantOptimizer(Optimizer):
             self._adopt(i)
 
     def _build(self) -> None:
-        functions = (_map, _refit_and_map)
+        self._map, self._refit = _map, _refit
         if self.compile:
-            functions = tuple(torch.compile(f, fullgraph=True) for f in functions)  # type: ignore[assignment]
-        self._map, self._refit_and_map = functions
+            self._map = torch.compile(_map, fullgraph=True)
+            self._refit = torch.compile(_refit, fullgraph=True)
 
     # Groups and their parameters.
 
@@ -188,12 +189,15 @@ class QuantOptimizer(Optimizer):
 
     def _begin(self, group: Group, p: Tensor, name: str) -> tuple[Tensor, dict[str, Any]]:
         """What the base moves for a parameter, and the parameter's state before any step."""
-        refuse_sharded("QuantOptimizer", p, name)
+        refuse_flat("QuantOptimizer", p, name)
         if not _is_quantized(group):
             return p, {**_template(self.base, group, p), "updates": new_count()}
-        detached = p.detach()
-        state = self.link(group).init({name: detached})
-        latent = detached.clone().to(wide(p)).requires_grad_()
+        link = self.link(group)
+        part_of(p, link.granularity, name)
+        # of a sharded parameter the shape alone is looked at, which is what state depends on
+        shape = p.detach() if local(p) is p else local(p).new_zeros(()).expand(p.shape)
+        state = link.init({name: shape})
+        latent = p.detach().clone().to(wide(p)).requires_grad_()
         return latent, {
             **_template(self.base, group, latent),
             "updates": new_count(),
@@ -237,7 +241,7 @@ class QuantOptimizer(Optimizer):
             pulls = self._pulls()
             self._step_base()
             for p, pull in pulls.items():
-                latent = self._latents[p]
+                latent = local(self._latents[p])
                 latent.sub_(pull.to(latent.dtype))
             for group in self.param_groups:
                 if _is_quantized(group):
@@ -250,7 +254,7 @@ class QuantOptimizer(Optimizer):
         if gamma is None:
             return {}
         return {
-            p: times(self._latents[p] - p, _rate(group) / as_scalar(gamma))
+            p: times(local(self._latents[p]) - local(p), _rate(group) / as_scalar(gamma))
             for group in self.param_groups
             if _is_quantized(group)
             for p in group["params"]
@@ -322,11 +326,15 @@ class QuantOptimizer(Optimizer):
             if key not in advanced:  # parameters that were never frozen share theirs
                 advanced[key] = link.advance(_prox_state(entries), rate)
             state = advanced[key]._replace(levels=[entries["levels"]])
-            if concrete(link.due(state)) is False:
-                weight = self._map(link, state, entries["latent"])
-            else:
-                entries["levels"], weight = self._refit_and_map(link, state, entries["latent"])
-            p.copy_(weight)
+            if concrete(link.due(state)) is not False:
+                entries["levels"] = self._refit(link, state, gathered(entries["latent"]))
+            mine, part = local(p), part_of(p, link.granularity, "of a quantized group")
+            if mine.numel():
+                own = link
+                if part.granularity is not link.granularity:
+                    own = dataclasses.replace(link, granularity=part.granularity)
+                state = state._replace(levels=[entries["levels"][part.rows]])
+                mine.copy_(self._map(own, state, local(entries["latent"])))
             entries.update(_scalars(state))
         for state in advanced.values():
             group["inverse_slope"], group["lr_sum"] = float(state.slope), float(state.lr_sum)

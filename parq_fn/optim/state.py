@@ -24,15 +24,13 @@ def name_of(group: Group, index: int, i: int) -> str:
     return str(names[i]) if names else f"{i} of group {index}"
 
 
-def refuse_sharded(who: str, p: Tensor, name: str) -> None:
-    """Raises TypeError for a parameter of FSDP1, and for a DTensor, which is not supported yet."""
+def refuse_flat(who: str, p: Tensor, name: str) -> None:
+    """Raises TypeError for a parameter of FSDP1."""
     if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
         raise TypeError(
             f"{who}: parameter {name!r} is flattened by FSDP1, which loses its rows; "
             "shard with torch.distributed.fsdp.fully_shard"
         )
-    if hasattr(p, "device_mesh"):
-        raise TypeError(f"{who}: parameter {name!r} is sharded, which is not supported yet")
 
 
 def matched(

@@ -9,6 +9,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from parq_fn.links import add_decayed_weights
@@ -20,7 +21,7 @@ from parq_fn.optim.state import (
     loaded,
     matched,
     name_of,
-    refuse_sharded,
+    refuse_flat,
     wide,
 )
 from parq_fn.scalar import is_number
@@ -92,7 +93,12 @@ class TransformOptimizer(Optimizer):
         """State for all parameters, as before any step."""
         for index, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
-                refuse_sharded("TransformOptimizer", p, name_of(group, index, i))
+                refuse_flat("TransformOptimizer", p, name_of(group, index, i))
+                if isinstance(p, DTensor):
+                    raise TypeError(
+                        f"TransformOptimizer: parameter {name_of(group, index, i)!r} is sharded, "
+                        "which is not supported yet; QuantOptimizer takes it"
+                    )
             if group.get("weight_decay") and not any(_decays(self.transformation)):
                 raise ValueError(
                     f"TransformOptimizer: group {index} has weight_decay="
