@@ -68,9 +68,9 @@ class QuantOptimizer(Optimizer):
     f * s + 1 - f, s the inverse slope that the step before left (parq_prox only).
     compile: maps and fits under torch.compile.
 
-    `param_groups` are the base's own, so a learning-rate scheduler may be built on either. After
-    each step a quantized group shows "inverse_slope" (the map's coefficient) and "lr_sum" as
-    numbers. A parameter whose requires_grad is off is left alone, and its count of updates
+    `param_groups` are the base's own, so a learning-rate scheduler may be built on either. A
+    quantized group shows "inverse_slope" (the map's coefficient) and "lr_sum" as numbers, of the
+    last step. A parameter whose requires_grad is off is left alone, and its count of updates
     stands still; one without a gradient is not moved by the base but goes on to be mapped.
 
     State of a parameter, from construction on: the base's own entries; "updates" [], int64; and
@@ -186,6 +186,8 @@ class QuantOptimizer(Optimizer):
             self._latents[p] = latent
             self.state[p] = entries
         self._order[index:] = [list(group["params"])]
+        if _is_quantized(group) and group["params"]:
+            _show(group, _prox_state(self.state[group["params"][0]]))
 
     def _begin(self, group: Group, p: Tensor, name: str) -> tuple[Tensor, dict[str, Any]]:
         """What the base moves for a parameter, and the parameter's state before any step."""
@@ -337,7 +339,7 @@ class QuantOptimizer(Optimizer):
                 mine.copy_(self._map(own, state, local(entries["latent"])))
             entries.update(_scalars(state))
         for state in advanced.values():
-            group["inverse_slope"], group["lr_sum"] = float(state.slope), float(state.lr_sum)
+            _show(group, state)
 
     # Saving and loading.
 
@@ -402,6 +404,10 @@ def _is_quantized(group: Group) -> bool:
 def _rate(group: Group) -> Tensor:
     rate = group["lr"]
     return as_scalar(rate).detach().to(device="cpu", dtype=torch.float64)
+
+
+def _show(group: Group, state: ProxState) -> None:
+    group["inverse_slope"], group["lr_sum"] = float(state.slope), float(state.lr_sum)
 
 
 def _scalars(state: ProxState) -> dict[str, Tensor]:

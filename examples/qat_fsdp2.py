@@ -1,0 +1,237 @@
+"""Trains a small transformer on sharded parameters, with quantized matrices.
+
+    torchrun --nproc-per-node 2 -m examples.qat_fsdp2
+
+The text is at hand on every machine: the sources of Python's standard library, byte by byte.
+Matrices of the blocks are quantized per output channel, embeddings, norms and the head are not.
+AdamW is wrapped after `fully_shard`, and that is all that differs from a plain training script.
+
+Every `--save-every` steps parameters, latents, levels and moments are saved as a distributed
+checkpoint; the same command with `--resume`, on as many processes or others, goes on from the
+last whole one. On the same number of processes it goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sysconfig
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+import parq_fn as pq
+from parq_fn.optim import QuantOptimizer
+
+# Text, as bytes.
+
+
+def load_text() -> tuple[Tensor, Tensor]:
+    """(training, test) bytes of the standard library's modules, one file in ten for the test."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    if not files:
+        raise FileNotFoundError("this Python keeps no sources of its standard library")
+    parts = [bytearray(file.read_bytes()) for file in files]
+    both = (b"".join(p for i, p in enumerate(parts) if (i % 10 == 0) == test) for test in (0, 1))
+    train, test = (torch.frombuffer(bytearray(b), dtype=torch.uint8) for b in both)
+    return train, test
+
+
+def batch(text: Tensor, size: int, context: int, generator: torch.Generator) -> Tensor:
+    """[size, context + 1] bytes from places drawn at random."""
+    starts = torch.randint(len(text) - context, (size,), generator=generator)
+    return text[starts[:, None] + torch.arange(context + 1)].long()
+
+
+# The transformer.
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).reshape(n, t, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    def __init__(self, layers: int, width: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.bytes, self.places = nn.Embedding(256, width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.bytes(tokens) + self.places.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).flatten(0, 1))  # [places, 256], no view
+
+
+def loss_of(net: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean cross entropy of the next byte, in nats."""
+    return F.cross_entropy(net(tokens[:, :-1]), tokens[:, 1:].flatten())
+
+
+# Quantization and sharding.
+
+
+def shard(net: Transformer, mesh: DeviceMesh) -> None:
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+def wrap(net: nn.Module, args: argparse.Namespace) -> QuantOptimizer:
+    """AdamW with the matrices of the blocks quantized."""
+    mask = pq.weight_mask(net, exclude="head")
+    named = list(net.named_parameters())
+    groups = [
+        {"params": [(n, p) for n, p in named if mask[n]], "quant_bits": args.quant_bits},
+        {"params": [(n, p) for n, p in named if not mask[n]]},
+    ]
+    base = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    prox = pq.parq_prox(
+        pq.lsbq(2),
+        anneal_start=args.steps // 5,
+        anneal_end=4 * args.steps // 5,
+        granularity=pq.per_channel(),
+    )
+    return QuantOptimizer(base, prox)
+
+
+def share_on_levels(optimizer: QuantOptimizer) -> float:
+    """The share of quantized weights that are bit-equal to a level of their row."""
+    on = total = 0
+    for p in optimizer.param_groups[0]["params"]:
+        levels = optimizer.state[p]["levels"]
+        weight = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+        rows = weight.reshape(len(levels), -1)
+        on += int((rows.unsqueeze(-1) == levels.unsqueeze(-2)).any(-1).sum())
+        total += rows.numel()
+    return on / total
+
+
+# Checkpoints: a folder a step, whole once it has its name.
+
+
+def save(net: nn.Module, optimizer: QuantOptimizer, folder: Path, step: int) -> None:
+    model, state = get_state_dict(net, optimizer)
+    unfinished = folder / f"unfinished-{step}"
+    dcp.save({"model": model, "optimizer": state}, checkpoint_id=unfinished)
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder / f"step-{step:06d}", ignore_errors=True)
+        unfinished.rename(folder / f"step-{step:06d}")
+    dist.barrier()
+
+
+def resume(net: nn.Module, optimizer: QuantOptimizer, folder: Path) -> int:
+    """Loads the last whole checkpoint; the number of steps it was made after, 0 for none."""
+    whole = sorted(folder.glob("step-*"))
+    if not whole:
+        return 0
+    model, state = get_state_dict(net, optimizer)
+    saved = {"model": model, "optimizer": state}
+    dcp.load(saved, checkpoint_id=whole[-1])
+    set_state_dict(
+        net, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
+    )
+    return int(whole[-1].name.removeprefix("step-"))
+
+
+# The command line.
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "torchrun --nproc-per-node 2 -m examples.qat_fsdp2",
+        description="Trains a small transformer, sharded and quantized, on Python's own sources.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--quant-bits", type=int, default=2, help="bits of a weight; 0 is ternary")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the whole training")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences a process and step")
+    parser.add_argument("--context", type=int, default=64, help="bytes of a sequence")
+    parser.add_argument("--layers", type=int, default=2, help="blocks of the transformer")
+    parser.add_argument("--width", type=int, default=64, help="features of a byte")
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW")
+    parser.add_argument("--seed", type=int, default=0, help="of the start and the batches")
+    parser.add_argument("--save-dir", type=Path, default=Path("runs/qat_fsdp2"), help="checkpoints")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--stop-after", type=int, default=None, help="end the process early")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> float:
+    """Trains, saves and prints; the test loss in bits a byte."""
+    args = parse(argv)
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group("nccl" if gpu else "gloo")
+    device = "cuda" if gpu else "cpu"
+    rank, first = dist.get_rank(), dist.get_rank() == 0
+    torch.manual_seed(args.seed)
+    net = Transformer(args.layers, args.width, args.width // 16, args.context).to(device)
+    shard(net, init_device_mesh(device, (dist.get_world_size(),)))
+    optimizer = wrap(net, args)
+    train, test = load_text()
+
+    begin = time.perf_counter()
+    done = resume(net, optimizer, args.save_dir) if args.resume else 0
+    last = args.steps if args.stop_after is None else min(args.steps, args.stop_after)
+    with tqdm(range(done + 1, last + 1), "training", disable=None if first else True) as progress:
+        for step in progress:
+            own = torch.Generator().manual_seed((args.seed * 2**20 + step) * 2**12 + rank)
+            tokens = batch(train, args.batch_size, args.context, own).to(device)
+            optimizer.zero_grad()
+            loss = loss_of(net, tokens)
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            if step % args.save_every == 0 or step == last:
+                save(net, optimizer, args.save_dir, step)
+            if step % 10 == 0:
+                progress.set_postfix(loss=f"{loss.item():.3f}")
+
+    with torch.no_grad():
+        same = torch.Generator().manual_seed(args.seed)
+        tokens = batch(test, 64, args.context, same).to(device)
+        bits = loss_of(net, tokens).item() / torch.log(torch.tensor(2.0)).item()
+    on = share_on_levels(optimizer)
+    if first:
+        slope = optimizer.param_groups[0]["inverse_slope"]
+        print(
+            f"step {last}, {dist.get_world_size()} processes: test {bits:.4f} bits a byte, "
+            f"{args.quant_bits} bits a weight, inverse slope {slope:.4f}, on levels {on:.4f}, "
+            f"{time.perf_counter() - begin:.0f} s"
+        )
+    dist.destroy_process_group()
+    return bits
+
+
+if __name__ == "__main__":
+    main()
