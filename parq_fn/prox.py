@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from parq_fn import proxmaps, schedules
-from parq_fn.checks import NOT_NEGATIVE, POSITIVE, check_before, check_numbers, check_whole
+from parq_fn.checks import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    check_before,
+    check_numbers,
+    check_whole,
+    readable,
+)
 from parq_fn.granularity import Granularity, per_tensor
 from parq_fn.links import times
 from parq_fn.quantizers import Quantizer
@@ -104,7 +111,10 @@ class Prox(Link):
     @property
     def traits(self) -> TransformationTraits:
         passes = self.normal_map is None
-        return TransformationTraits(passes_updates=passes, leafwise=True, last=True, prox=True)
+        hardens = self.ends is not None and readable(self.ends) is not None
+        return TransformationTraits(
+            passes_updates=passes, leafwise=True, last=True, prox=True, hardens=hardens
+        )
 
     # What each kind of prox link gives.
 

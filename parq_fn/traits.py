@@ -194,6 +194,8 @@ class TransformationTraits(Value):
     last: bool = False
     #: It is a prox link of `parq_fn.prox`, with its state's fields.
     prox: bool = False
+    #: It is one whose weights are levels from a step on that is known.
+    hardens: bool = False
 
 
 #: Of a link that treats every leaf alike and alone, and leaves weights to be the params.

@@ -325,8 +325,8 @@ class masked(Link):
 
     @property
     def traits(self) -> TransformationTraits:
-        """What the inner transformation declares."""
-        return shared([self.inner])
+        """What the inner transformation declares, but that names count."""
+        return replace(shared([self.inner]), leafwise=False)
 
     def init(self, params: PyTree) -> PyTree:
         """The inner state, without leaves outside the mask."""
@@ -375,8 +375,8 @@ class partition(Link):
 
     @property
     def traits(self) -> TransformationTraits:
-        """What all its transformations declare."""
-        return shared(self.transforms.values())
+        """What all its transformations declare, but that names count."""
+        return replace(shared(self.transforms.values()), leafwise=False)
 
     def _masks(self, params: PyTree) -> dict[str, list[bool]]:
         labels = resolve_labels(self.labels, params)

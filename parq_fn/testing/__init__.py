@@ -11,7 +11,7 @@ as values, `strategies` the hypothesis strategies that they are checked on.
 >>> from parq_fn import proxmaps
 >>> check_proxmap(proxmaps.parq, laws={"cocoercive", "share"}, max_examples=5)
 >>> [law.name for law in laws.for_proxmap(proxmaps.hard)][:3]
-['pure', 'monotone', 'keeps_dtype_and_shape']
+['pure', 'finite', 'monotone']
 """
 
 try:

@@ -17,6 +17,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import HypothesisException
+from torch import Tensor
 
 from parq_fn.testing import cases
 from parq_fn.testing import laws as all_laws
@@ -116,7 +117,10 @@ class Applied:
         self.map, self.__name__ = map, show(map)
 
     def __call__(self, u: Any, levels: Any, c: Any) -> Any:
-        return self.map(u, levels) if c is None else self.map(u, levels, c)
+        got = self.map(u, levels) if c is None else self.map(u, levels, c)
+        if not isinstance(got, Tensor):
+            raise TypeError(f"a map gives a tensor, this one gave a {type(got).__name__}")
+        return got
 
 
 def proxmap_inputs(map: Any, coefficient: Any = None) -> Inputs:

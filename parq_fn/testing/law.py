@@ -120,7 +120,9 @@ class Law(Value):
 
     def check(self, operator: Any, /, **inputs: Any) -> None:
         """Raises Violation unless the law holds for the operator on these inputs."""
-        got = self.claims(operator, **inputs)
+        # tensors as copies, for an operator may change them
+        own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        got = self.claims(operator, **own)
         for claim in [got] if isinstance(got, Claim) else got:
             if not holds(claim, self.tolerance):
                 raise Violation(self, inputs, claim, operator)
@@ -184,7 +186,11 @@ def holds(claim: Claim, tolerance: float) -> bool:
         return bool(left <= right + tolerance * max(1.0, abs(left), abs(right)))
     if isinstance(left, float) and isinstance(right, float):
         both_nan = left != left and right != right
-        return both_nan or abs(left - right) <= tolerance * max(1.0, abs(left), abs(right))
+        return (
+            both_nan
+            or left == right
+            or abs(left - right) <= tolerance * max(1.0, abs(left), abs(right))
+        )
     return bool(left == right)
 
 

@@ -178,7 +178,10 @@ def problems(
 @functools.cache
 def _in_interval(domain: Interval) -> Strategy[float]:
     ends = [x for x in (domain.low, domain.high) if x in domain]
-    inside = numbers(max(domain.low + 1e-3, -1000.0), min(domain.high - 1e-3, 1000.0))
+    low = domain.low if math.isfinite(domain.low) else min(-1000.0, domain.high - 1000.0)
+    high = domain.high if math.isfinite(domain.high) else max(1000.0, domain.low + 1000.0)
+    margin = min(1e-3, (high - low) / 4)
+    inside = numbers(max(low + margin, low), min(high - margin, high))
     return st.one_of(inside, st.sampled_from(ends)) if ends else inside
 
 
@@ -189,8 +192,8 @@ _SLOPE_STEP = st.one_of(st.just(0.0), numbers(0.0, 2.0))
 def coefficients(draw: Draw, domain: Interval | Slopes | None, levels: Tensor) -> Any:
     """A coefficient of the domain that a map declares, for those levels.
 
-    From an interval: an end that belongs to it, or a number at least 1e-3 from its ends and at
-    most 1,000. Slopes: [r, k-1], nondecreasing.
+    From an interval: an end that belongs to it, or a number at least 1e-3 (or a quarter of its
+    length) from its ends, up to 1,000 where it has no end. Slopes: [r, k-1], nondecreasing.
     """
     if domain is None:
         return None
@@ -358,7 +361,8 @@ def params(leaf: Strategy[Tensor] | None = None) -> Strategy[Any]:
 def training_steps(draw: Draw, params: Any, *, max_steps: int = 4, missing: bool = True) -> Any:
     """A list of gradient trees for those params, leaves missing (None) here and there."""
     steps = []
-    for _ in range(draw(st.integers(1, max_steps))):
+    count = draw(st.integers(1, max_steps) | st.just(3 * max_steps))  # some things show late
+    for _ in range(count):
         pattern = draw(st.lists(numbers(-2.0, 2.0), min_size=1, max_size=4))
 
         def gradient(param: Tensor, pattern: list[float] = pattern) -> Tensor | None:

@@ -303,5 +303,5 @@ def test_a_counterexample_shows_the_input_that_was_used() -> None:
     def drops_nan(u: Tensor, levels: Tensor) -> Tensor:
         return maps.hard(u.nan_to_num(), levels)
 
-    with pytest.raises(Violation, match=r"u = \[\[nan, 0.0\]\]"):
+    with pytest.raises(Violation, match=r"u = \[\[nan"):
         check_proxmap(drops_nan, laws={"nan_gives_nan"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import Tensor
 import parq_fn as pq
 from parq_fn import proxmaps as maps
 from parq_fn import schedules as sched
+from parq_fn.interval import Interval
 from parq_fn.levels import between, cell, midpoint
 from parq_fn.quantizers import Quantizer
 from parq_fn.testing import (
@@ -24,7 +26,14 @@ from parq_fn.testing import (
     check_transformation,
     report,
 )
-from parq_fn.traits import QuantizerTraits, ScheduleTraits, declares, traits_of
+from parq_fn.traits import (
+    PER_LEAF,
+    ProxTraits,
+    QuantizerTraits,
+    ScheduleTraits,
+    declares,
+    traits_of,
+)
 from parq_fn.tree import tree_map
 
 PARQ, HARD = traits_of(maps.parq), traits_of(maps.hard)
@@ -436,3 +445,117 @@ def test_the_report_names_what_is_broken() -> None:
     assert not made.passed
     assert "FAIL  in_range" in repr(made)
     assert "<b>FAIL</b>" in made._repr_html_()
+
+
+# Found by attack: each passed once
+
+
+@declares(ProxTraits(in_range=True))
+def changes_single_precision(u: Tensor, levels: Tensor) -> Tensor:
+    x = u.to(torch.float32)  # u itself where it is float32
+    return maps.clip(x.clamp_(-0.5, 0.5), levels.to(x.dtype)).to(u.dtype)
+
+
+@declares(ProxTraits(monotone=False))
+def always_nan(u: Tensor, levels: Tensor) -> Tensor:
+    del levels
+    return torch.full_like(u, torch.nan)
+
+
+@declares(ProxTraits(monotone=False))
+def spoils_its_row(u: Tensor, levels: Tensor) -> Tensor:
+    return maps.hard(u, levels) + 0 * u[..., -1:]
+
+
+@declares(ProxTraits(continuous=True))
+def jumps_at_quarters(u: Tensor, levels: Tensor) -> Tensor:
+    lo, hi = cell(u, levels)
+    return torch.where((u - lo) / (hi - lo).clamp(min=1e-9) < 0.25, lo, 0.5 * lo + 0.5 * u)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        (changes_single_precision, "pure"),
+        (always_nan, "finite"),
+        (spoils_its_row, "nan_gives_nan"),
+        (jumps_at_quarters, "continuous"),
+    ],
+)
+def test_wrong_maps_that_once_passed(wrong: Any, name: str) -> None:
+    with caught(name):
+        check_proxmap(wrong, max_examples=100)
+
+
+class ends_at_a_half(sched.Schedule):
+    def __call__(self, step: Any) -> Tensor:
+        return 0.5 + 0.5 * (1 - torch.as_tensor(step).double() / 10).clamp(0, 1)
+
+
+@pytest.mark.parametrize("wrong", [ends_at_a_half(), sched.piecewise((1.0, 0.5), (10,))])
+def test_a_schedule_that_declares_nothing_is_held_to_the_span_it_is_given(wrong: Any) -> None:
+    with caught("ends"):
+        check_schedule(wrong, start=0, end=10, max_examples=50)
+
+
+class first_leaf_differs(pq.Link):
+    traits = PER_LEAF
+
+    def update(self, updates: Any, state: Any, params: Any, **extra: Any) -> Any:
+        rates = [-0.1, *[-0.2] * len(updates)]
+        pairs = zip(updates.items(), rates, strict=False)
+        return {k: None if u is None else r * u for (k, u), r in pairs}, state
+
+
+def test_a_link_that_treats_the_first_leaf_apart() -> None:
+    with caught("leafwise"):
+        check_transformation(first_leaf_differs(), laws={"leafwise"}, max_examples=100)
+
+
+class never_hardens(pq.parq_prox):
+    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        return maps.binary_relax(u, levels, 0.5)
+
+
+@pytest.mark.parametrize("end", [3, torch.tensor(3.0)])
+def test_a_prox_link_that_never_hardens(end: Any) -> None:
+    link = never_hardens(pq.lsbq(1), anneal_start=1, anneal_end=end)
+    with caught("hard_in_the_end"):
+        check_transformation(link, laws={"hard_in_the_end"}, max_examples=30)
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        sched.linear(1e6, 0.0, 0, 100),
+        sched.linear(1.0, 0.0, -10, 10),
+        sched.linear(1.0, 0.0, 0, 10**13),
+        sched.inverse_slope(0, 100, 1e5, 1.0),
+    ],
+)
+def test_schedules_that_once_were_accused(right: Any) -> None:
+    check_schedule(right, max_examples=30)
+
+
+@pytest.mark.parametrize(
+    "domain",
+    [Interval(0.0, 1e-3), Interval(5.0, 5.0), Interval(1e6, 2e6), Interval(2000.0, math.inf)],
+)
+def test_coefficients_of_narrow_and_far_domains_are_drawn(domain: Interval) -> None:
+    def keeps(u: Tensor, levels: Tensor, c: float) -> Tensor:
+        assert c in domain
+        return u + 0.0
+
+    declares(ProxTraits(coefficients=domain))(keeps)
+    check_proxmap(keeps, max_examples=20)
+
+
+def test_arguments_that_check_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="laws is empty"):
+        check_proxmap(maps.hard, laws=set())
+    with pytest.raises(TypeError, match="laws are names or laws, got 1"):
+        check_proxmap(maps.hard, laws={1})
+    with pytest.raises(TypeError, match="expected a quantizer, got 3"):
+        check_quantizer(3)
+    with pytest.raises(ValueError, match="start must come before end"):
+        check_schedule(lambda t: t, start=10, end=5)

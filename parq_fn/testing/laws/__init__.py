@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from parq_fn.schedules import Schedule
 from parq_fn.testing.law import Law
 from parq_fn.testing.laws import prox_links as _prox_links
 from parq_fn.testing.laws import proximal as _proximal
@@ -56,10 +57,12 @@ def chosen(kind: str, traits: Any, laws: Iterable[str | Law] | None) -> tuple[La
         return tuple(w for w in ALL[kind] if not w.missing(traits) and w.applies(traits))
     if isinstance(laws, str | Law):
         laws = (laws,)
-    out = []
+    out: list[Law] = []
     for law in laws:
         if isinstance(law, str):
             law = named(kind, law)
+        if not isinstance(law, Law):
+            raise TypeError(f"laws are names or laws, got {law!r}")
         if law.kind != kind:
             raise ValueError(f"{law.name!r} is a law of a {law.kind}, not of a {kind}")
         if missing := law.missing(traits):
@@ -67,7 +70,10 @@ def chosen(kind: str, traits: Any, laws: Iterable[str | Law] | None) -> tuple[La
                 f"the law {law.name!r} is made from what the {kind} declares, and these of its "
                 f"traits are missing: {', '.join(missing)}; see {type(traits).__name__}"
             )
-        out.append(law)
+        if law not in out:
+            out.append(law)
+    if not out:
+        raise ValueError("laws is empty: there is nothing to check; None checks what is declared")
     order = {law.name: i for i, law in enumerate(ALL[kind])}
     return tuple(sorted(out, key=lambda law: order.get(law.name, len(order))))
 
@@ -83,6 +89,8 @@ def _declared(operator: Any, kind: str, traits: type[_Traits]) -> _Traits:
         raise TypeError(f"expected a {kind}, got the class {name}; call it: {name}(...)")
     got = traits_of(operator)
     if got is None:
+        if not callable(operator) and not hasattr(operator, "update"):
+            raise TypeError(f"expected a {kind}, got {operator!r}")
         return traits()
     if not isinstance(got, traits):
         raise TypeError(f"expected a {kind}, got {show(operator)}, which has {type(got).__name__}")
@@ -104,9 +112,14 @@ def schedule_traits(
 ) -> ScheduleTraits:
     """What the schedule declares, or an annealing's traits; start and end as given."""
     traits = _declared(schedule, "schedule", ScheduleTraits)
+    if (start is not None or end is not None) and traits == Schedule().traits:
+        traits = ScheduleTraits()  # says nothing of itself, and is said to anneal
     if start is not None:
         traits = replace(traits, start=start)
-    return traits if end is None else replace(traits, end=end)
+    traits = traits if end is None else replace(traits, end=end)
+    if traits.start is not None and traits.end is not None and not traits.start < traits.end:
+        raise ValueError(f"start must come before end, got {traits.start} and {traits.end}")
+    return traits
 
 
 def transformation_traits(transformation: Any) -> TransformationTraits:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from parq_fn.checks import readable
 from parq_fn.prox import Prox, ProxState
-from parq_fn.scalar import is_number
 from parq_fn.testing.law import Claim, equal
-from parq_fn.testing.laws.transformations import Steps, last, law, train
+from parq_fn.testing.laws.transformations import Point, Steps, last, law, train
 from parq_fn.tree import PyTree, tree_leaves, tree_map
 
 
@@ -19,13 +20,23 @@ def to_dtype(tree: PyTree, dtype: torch.dtype) -> PyTree:
     return tree_map(lambda x: x.to(dtype), tree)
 
 
+def seen(link: Prox, u: Tensor, state: ProxState) -> Tensor:
+    """The rows that map and quantizer see: of the latent, or with shrink of a part of it."""
+    if not link.shrink:
+        return link.granularity.rows(u)
+    gamma = link.normal_map
+    divisor = state.lr_sum.clamp(min=1.0) if gamma is None else torch.as_tensor(gamma).double()
+    wide = u.to(torch.promote_types(u.dtype, torch.float32))
+    return link.granularity.rows((wide / divisor).to(wide.dtype))
+
+
 def annealed(link: Prox, params: PyTree) -> ProxState | None:
     """A state just before a refit after the annealing; None where no number says when that is."""
-    end = link.ends
-    if end is None or not (is_number(end) and is_number(link.warmup) and is_number(link.period)):
+    end, warmup, period = (readable(x) for x in (link.ends, link.warmup, link.period))
+    if end is None or warmup is None or period is None:
         return None
-    periods = -(-max(0, int(end) + 1 - link.warmup) // link.period)
-    count = torch.tensor(link.warmup + periods * link.period)
+    periods = -(-max(0, math.ceil(end) + 1 - warmup) // period)
+    count = torch.tensor(warmup + periods * period)
     return link.init(params)._replace(count=count)
 
 
@@ -46,14 +57,12 @@ def waits(t: Prox, params: PyTree, steps: Steps) -> Iterator[Claim]:
     needs=("prox",),
 )
 def weights_are_mapped(t: Prox, params: PyTree, steps: Steps) -> Iterator[Claim]:
-    if t.shrink:
-        return
     for i, here in enumerate(train(t, params, steps)):
         if i and i - 1 >= max(float(t.warmup), float(t.begins)):
             step = torch.tensor(i - 1)
 
-            def weight(u: Tensor, q: Tensor, step: Tensor = step) -> Tensor:
-                rows = t.proxmap(t.granularity.rows(u), q, t.coefficient(step))
+            def weight(u: Tensor, q: Tensor, step: Tensor = step, here: Point = here) -> Tensor:
+                rows = t.proxmap(seen(t, u, here.state), q, t.coefficient(step))
                 return rows.reshape(u.shape).to(u.dtype)
 
             yield equal(
@@ -67,13 +76,12 @@ def weights_are_mapped(t: Prox, params: PyTree, steps: Steps) -> Iterator[Claim]
     needs=("prox",),
 )
 def refits_when_due(t: Prox, plain: PyTree, steps: Steps) -> Iterator[Claim]:
-    if t.shrink:
-        return
     for first in (0, max(0, t.warmup - 1), t.warmup + t.period - 1):
         state = t.init(plain)._replace(count=torch.tensor(first))
         old, *rest = train(t, plain, steps, state)
         for i, here in enumerate(rest, first):
-            fitted = tree_map(lambda u: t.quantizer(t.granularity.rows(u)), here.params)
+            now = here.state
+            fitted = tree_map(lambda u, now=now: t.quantizer(seen(t, u, now)), here.params)
             due = i >= t.warmup and (i - t.warmup) % t.period == 0
             yield equal(here.state.levels, fitted if due else old.state.levels)
             old = here
@@ -82,7 +90,7 @@ def refits_when_due(t: Prox, plain: PyTree, steps: Steps) -> Iterator[Claim]:
 @law(
     "After the annealing every weight is one of its own levels, bit for bit, in every dtype.",
     "t >= end  =>  w in Q",
-    needs=("prox",),
+    needs=("prox", "hardens"),
 )
 def hard_in_the_end(t: Prox, plain: PyTree, steps: Steps, dtype: torch.dtype) -> Iterator[Claim]:
     params = to_dtype(plain, dtype)
@@ -101,7 +109,7 @@ def hard_in_the_end(t: Prox, plain: PyTree, steps: Steps, dtype: torch.dtype) ->
 @law(
     "Without updates nothing moves after the annealing: latents, levels and weights stand.",
     "g = 0, t >= end  =>  (u, Q, w)_{t+1} = (u, Q, w)_t",
-    needs=("prox",),
+    needs=("prox", "hardens"),
 )
 def settles(t: Prox, plain: PyTree, steps: Steps) -> Iterator[Claim]:
     state = annealed(t, plain)

@@ -38,7 +38,7 @@ def beaten_by_none(
 @law(
     "The weight is the argmin of its objective, which grows quadratically around it.",
     "J(z) - J(f(u)) >= g(c) (z - f(u))^2  for all z",
-    needs=("regularizer", "growth"),
+    needs=("regularizer",),
     tolerance=1e-9,
     reason="float64 rounding of J, relative to its size",
 )
@@ -91,7 +91,7 @@ def moreau(
 @law(
     "Maps compose to a map of the same family.",
     "f_c(f_d(u)) = f_{c*d}(u),  c*d the declared composition",
-    needs=("semigroup",),
+    needs=("semigroup", "coefficients"),
     tolerance=1e-8,
     reason="float64 rounding, magnified by slopes to 1e6",
 )

@@ -62,12 +62,24 @@ def of_row(c: Coefficient, i: int) -> Coefficient:
 
 
 @law("The inputs are not changed, and the same inputs give the same bits.", "f(u) = f(u)")
-def pure(f: Map, u: Tensor, levels: Tensor, c: Coefficient) -> Iterator[Claim]:
-    x, q = u.clone(), levels.clone()
-    first = f(x, q, c).clone()
-    yield equal(x, u)
-    yield equal(q, levels)
-    yield equal(f(x, q, c), first)
+def pure(f: Map, u: Tensor, levels: Tensor, c: Coefficient, dtype: torch.dtype) -> Iterator[Claim]:
+    for kind in (u.dtype, dtype):
+        x, q = u.to(kind, copy=True), levels.to(kind, copy=True)
+        a = c.clone() if isinstance(c, Tensor) else c
+        first = f(x, q, a).clone()
+        yield equal(x, u.to(kind))
+        yield equal(q, levels.to(kind))
+        yield equal(a, c)
+        yield equal(f(x, q, a), first)
+
+
+@law("A finite latent gives a finite weight.", "|u| < inf  =>  |f(u)| < inf")
+def finite(
+    f: Map, u: Tensor, any_levels: Tensor, c: Coefficient, dtype: torch.dtype
+) -> Iterator[Claim]:
+    for kind in (u.dtype, dtype):
+        w = f(u.to(kind), any_levels.to(kind), c)
+        yield equal(w.isfinite(), torch.ones_like(w, dtype=torch.bool))
 
 
 @law(
@@ -86,8 +98,9 @@ def monotone(f: Map, u: Tensor, v: Tensor, any_levels: Tensor, c: Coefficient) -
 def keeps_dtype_and_shape(
     f: Map, u: Tensor, levels: Tensor, c: Coefficient, dtype: torch.dtype
 ) -> Iterator[Claim]:
-    for latent in (u.to(dtype), u.to(dtype)[..., :0]):
-        w = f(latent, levels.to(dtype), c)
+    narrow = u.to(dtype)
+    for latent, q in ((narrow, levels.to(dtype)), (narrow[..., :0], levels), (narrow, levels)):
+        w = f(latent, q, c)
         yield equal(
             (str(w.dtype), tuple(w.shape), str(w.device)),
             (str(dtype), tuple(latent.shape), str(u.device)),
@@ -95,11 +108,16 @@ def keeps_dtype_and_shape(
 
 
 @law("NaN gives NaN, and leaves the other weights alone.", "f(NaN) = NaN")
-def nan_gives_nan(f: Map, u: Tensor, levels: Tensor, c: Coefficient) -> Claim:
-    nan = torch.full_like(u[..., :1], torch.nan)
-    spoilt = torch.cat([nan, u], -1)
-    expected = torch.cat([nan, f(u, levels, c)], -1)
-    return equal(f(spoilt, levels, c), expected, u=spoilt)
+def nan_gives_nan(
+    f: Map, u: Tensor, levels: Tensor, c: Coefficient, dtype: torch.dtype
+) -> Iterator[Claim]:
+    for kind in (u.dtype, dtype):
+        x, q = u.to(kind), levels.to(kind)
+        w = f(x, q, c)
+        for row, column in ((0, 0), (-1, -1)):
+            spoilt, expected = x.clone(), w.clone()
+            spoilt[row, column] = expected[row, column] = torch.nan
+            yield equal(f(spoilt, q, c), expected, u=spoilt)
 
 
 @law(
@@ -235,7 +253,7 @@ def between(f: Map, u: Tensor, levels: Tensor, c: Coefficient) -> Iterator[Claim
     "Within the range, the sharper of two coefficients puts the weight nearer to its level.",
     "|f_c(u) - H(u)| <= |f_d(u) - H(u)|  for c sharper than d, q_1 <= u <= q_k",
     applies=lambda t: t.between,
-    needs=("sharp", "soft"),
+    needs=("sharp", "soft", "coefficients"),
     tolerance=1e-9,
     reason=ROUNDING,
 )
@@ -298,10 +316,19 @@ def share(f: Map, levels: Tensor, c: Coefficient, traits: ProxTraits) -> Iterato
     tolerance=1e-5,
     reason="d = 1e-9, and slopes up to 1e3 move the weight by 2e-6",
 )
-def continuous(f: Map, u: Tensor, levels: Tensor, c: Coefficient) -> Claim:
+def continuous(f: Map, u: Tensor, levels: Tensor, c: Coefficient) -> Iterator[Claim]:
     x = torch.cat([u, levels, midpoints(levels)], -1)
-    left, right = f(x - 1e-9, levels, c), f(x + 1e-9, levels, c)
-    return equal(left, right)
+    yield equal(f(x - 1e-9, levels, c), f(x + 1e-9, levels, c))
+    # where the map moves most between the points of a grid, halved until 1e-9 is left: a jump
+    # stays as wide as it is
+    grid = torch.linspace(0.0, 1.0, 18, dtype=u.dtype)
+    low, high = levels[..., :1] - 1, levels[..., -1:] + 1
+    at = low + (high - low) * grid
+    for _ in range(8):
+        most = f(at, levels, c).diff(dim=-1).abs().argmax(-1, keepdim=True)
+        low, high = at.gather(-1, most), at.gather(-1, most + 1)
+        at = low + (high - low) * grid
+    yield equal(f(low, levels, c), f(high, levels, c), u=torch.cat([low, high], -1))
 
 
 @law(

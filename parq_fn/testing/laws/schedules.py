@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,10 +51,11 @@ def same_for_all_steps(schedule: Any, whole: int) -> Iterator[Claim]:
 
 @law("The step is not changed, and the same step gives the same bits.", "s(t) = s(t)")
 def pure(schedule: Any, whole: int) -> Iterator[Claim]:
-    step = torch.tensor(whole)
-    first = schedule(step).clone()
-    yield equal(step, torch.tensor(whole))
-    yield equal(schedule(step), first)
+    for kind in (torch.int64, torch.float64):
+        step = torch.tensor(whole, dtype=kind)
+        first = schedule(step).clone()
+        yield equal(step, torch.tensor(whole, dtype=kind))
+        yield equal(schedule(step), first)
 
 
 @law(
@@ -78,7 +80,7 @@ def in_range(schedule: Any, step: float, traits: ScheduleTraits) -> Iterator[Cla
 )
 def starts(schedule: Any, start: float, offset: float, traits: ScheduleTraits) -> Iterator[Claim]:
     assert traits.first is not None
-    for step in (start, start * offset):
+    for step in (start, start - offset * abs(start)):
         yield equal(at(schedule, step), number(traits.first))
 
 
@@ -89,8 +91,10 @@ def starts(schedule: Any, start: float, offset: float, traits: ScheduleTraits) -
 )
 def ends(schedule: Any, end: float, offset: float, traits: ScheduleTraits) -> Iterator[Claim]:
     assert traits.last is not None
-    for step in (end, end + 100 * offset, 1e12):
+    for step in (end, end + 100 * offset, end + 10 ** (12 * offset), end + 1e12):
         yield equal(at(schedule, step), number(traits.last))
+    later = torch.tensor(math.ceil(end) + round(100 * offset))
+    yield equal(schedule(later), number(traits.last))
 
 
 @law(
@@ -99,11 +103,12 @@ def ends(schedule: Any, end: float, offset: float, traits: ScheduleTraits) -> It
     applies=lambda t: t.lands,
     needs=("last",),
     tolerance=1e-5,
-    reason="taken at d = 1e-9 (end - start)",
+    reason="taken at d = 1e-12 (end - start), in units of what it spans",
 )
 def lands(schedule: Any, start: float, end: float, traits: ScheduleTraits) -> Claim:
     assert traits.last is not None
-    return equal(at(schedule, end - 1e-9 * (end - start)), number(traits.last))
+    last, size = number(traits.last), (at(schedule, start) - traits.last).abs().clamp(min=1.0)
+    return equal(at(schedule, end - 1e-12 * (end - start)) / size, last / size)
 
 
 @law(

@@ -213,13 +213,13 @@ def dict_order(t: Any, params: PyTree, steps: Steps) -> Claim:
     "t(p)_i = t(p_i)",
     applies=lambda t: t.leafwise,
 )
-def leafwise(t: Any, params: PyTree, steps: Steps) -> Claim:
+def leafwise(t: Any, params: PyTree, steps: Steps) -> Iterator[Claim]:
     end = last(t, params, steps)
-    alone = last(t, {"w0": params["w0"]}, [{"w0": grads["w0"]} for grads in steps])
-    return equal(
-        (end.params["w0"], t.weights(end.state, end.params)["w0"]),
-        (alone.params["w0"], t.weights(alone.state, alone.params)["w0"]),
-    )
+    weights = t.weights(end.state, end.params)
+    for name in params:
+        alone = last(t, {name: params[name]}, [{name: grads[name]} for grads in steps])
+        own = t.weights(alone.state, alone.params)
+        yield equal((end.params[name], weights[name]), (alone.params[name], own[name]))
 
 
 @law(
