@@ -130,7 +130,7 @@ class Prox(Link):
 
     def coefficient(self, step: Tensor) -> Tensor:
         """The map's coefficient at a step."""
-        return torch.zeros_like(step, dtype=torch.float64)
+        return torch.zeros_like(step)
 
     def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
         """Latent rows [r, n], levels [r, k] -> weights [r, n]."""
@@ -246,7 +246,7 @@ class Prox(Link):
                 f"{type(self).__name__}: shrink and normal_map need the learning rate; give "
                 "learning_rate=... to the link or to update"
             )
-        return torch.zeros((), dtype=torch.float64, device=step.device)
+        return torch.zeros_like(step)
 
     def _rows(self, latent: Tensor, state: ProxState) -> Tensor:
         if not self.shrink:
@@ -256,7 +256,7 @@ class Prox(Link):
         else:
             divisor = state.lr_sum.clamp(min=1.0)
         wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
-        return self.granularity.rows((wide / to_device(divisor, wide)).to(wide.dtype))
+        return self.granularity.rows(wide / to_device(divisor, wide))
 
 
 @value

@@ -91,8 +91,8 @@ def hard(u: Tensor, levels: Tensor) -> Tensor:
 def hard_regularizer(w: Tensor, levels: Tensor) -> Tensor:
     """0 for w in Q, else infinity."""
     x, q = prepare(w, levels)
-    lo, hi = cell(x, q)
-    return torch.where((x == lo) | (x == hi), torch.zeros_like(x), torch.inf).to(w.dtype)
+    _, hi = cell(x, q)
+    return torch.where(x == hi, torch.zeros_like(x), torch.inf).to(w.dtype)
 
 
 @declares(
@@ -135,8 +135,8 @@ def parq(u: Tensor, levels: Tensor, inverse_slope: float | Tensor) -> Tensor:
     # c + (v - c)/s = v + (v - c)(1 - s)/s, written so that v = c and s = 1 give v itself;
     # v is u held to the cell first, for infinities.
     v = between(x, lo, hi)
-    # the branch not taken must not spoil a gradient, nor a subnormal s overflow to inf * 0
-    safe = torch.where(s > 0, s, 1.0).clamp(min=torch.finfo(x.dtype).tiny)
+    # for a gradient at s = 0, and lest a subnormal s overflow to inf * 0
+    safe = s.clamp(min=torch.finfo(x.dtype).tiny)
     steep = v + (v - midpoint(lo, hi)) * ((1 - safe) / safe)
     w = between(steep, lo, hi)
     return torch.where(s > 0, w, nearer(x, lo, hi)).to(u.dtype)
@@ -323,16 +323,13 @@ def par(u: Tensor, levels: Tensor, slopes: Tensor) -> Tensor:
     """
     x, q, a = prepare(u, levels, slopes)
     a = _outer_slopes(q, a)
-    ends = torch.full_like(q[..., :1], torch.inf)
     # The weight is past level j when u > q_j + a_{j+1}; the last one passed begins its piece.
+    # Rounding is monotone, so u - a_{j+1} >= q_j then.
     passed = search(q + a[..., 1:], x)
-    lo = torch.cat([-ends, q], -1).gather(-1, passed)
-    hi = torch.cat([q, ends], -1).gather(-1, passed)
+    hi = torch.cat([q, torch.full_like(q[..., :1], torch.inf)], -1).gather(-1, passed)
     slope = a.gather(-1, passed)
-    largest = torch.finfo(x.dtype).max
-    held = x.clamp(-largest, largest)  # for inf - inf would be NaN
-    moved = torch.where(slope.isinf(), held, x) - slope
-    return between(moved, lo, hi).to(u.dtype)
+    moved = torch.minimum(x - slope, hi)
+    return torch.where(slope == -torch.inf, hi, moved).to(u.dtype)  # for u = -inf too
 
 
 def par_regularizer(w: Tensor, levels: Tensor, slopes: Tensor) -> Tensor:

@@ -334,8 +334,8 @@ class inverse_slope(Schedule):
         k, m = as_scalar(self.steepness), as_scalar(self.center)
         zero = torch.zeros_like(x)
 
-        def sinh(x: Tensor) -> Tensor:  # sinh(a) exp(-a), but for a factor 2
-            return -torch.expm1(-k * (1 - x))
+        def sinh(x: Tensor) -> Tensor:  # sinh(a) exp(-a), but for a factor -2
+            return torch.expm1(-k * (1 - x))
 
         def cosh(x: Tensor) -> Tensor:  # cosh(b) exp(-|b|), but for a factor 2
             return 1 + torch.exp(-k * (x - m).abs())

@@ -98,11 +98,10 @@ def power_of_two(x: Tensor) -> Tensor:
     of huge or tiny rows neither overflow nor vanish.
     """
     top = x.detach().abs().amax(-1, keepdim=True)
-    if x.dtype == torch.float64:
-        bits, mask, low, high = torch.int64, 0x7FF0000000000000, 2.0**-1000, 2.0**1022
-    else:
-        bits, mask, low, high = torch.int32, 0x7F800000, 2.0**-120, 2.0**126
-    power = (top.view(bits) & mask).view(x.dtype).clamp(low, high)
+    wide = x.dtype == torch.float64
+    bits, mask = (torch.int64, 0x7FF0000000000000) if wide else (torch.int32, 0x7F800000)
+    tiny = torch.finfo(x.dtype).tiny
+    power = (top.view(bits) & mask).view(x.dtype).clamp(tiny, 1 / tiny)
     return torch.where(top > 0, power, 1.0)
 
 
