@@ -39,6 +39,20 @@ def test_channels_last_has_the_same_rows_and_keeps_its_format() -> None:
     assert again.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_gaps_between_entries_are_not_kept() -> None:
+    """A slice, and one number repeated: no strides that a tensor of its own could have."""
+    cut = pf.per_channel()
+    for weight in (torch.randn(4, 6)[:, ::2], torch.ones(()).expand(3, 4)):
+        again = cut.restore(cut.rows(weight).contiguous(), weight)
+        assert torch.equal(again, weight)
+        assert again.is_contiguous()
+
+
+def test_a_granularity_must_define_its_shape() -> None:
+    with pytest.raises(NotImplementedError, match="Granularity must define shape"):
+        pf.Granularity().rows(torch.ones(2))
+
+
 @pytest.mark.parametrize(
     ("cut", "shape", "rows"),
     [

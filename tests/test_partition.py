@@ -13,10 +13,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parq_fn.quantizers._partition import least_squares_levels
+from parq_fn.quantizers._partition import _dynamic_program, least_squares_levels
 
 F64 = torch.float64
-LONG = 1200  # beyond what is solved exactly whatever exact_up_to says
+LONG = 4500  # beyond what is solved exactly whatever exact_up_to says
 
 # the exact and the approximate branch
 BRANCHES = pytest.mark.parametrize("limit", [LONG, 0])
@@ -200,6 +200,32 @@ def test_vmap_equals_a_loop(limit: int) -> None:
         return least_squares_levels(t, 6, exact_up_to=limit)
 
     assert torch.equal(torch.vmap(levels)(x), torch.stack([levels(t) for t in x]))
+
+
+@BRANCHES
+@pytest.mark.parametrize("axis", [1, 2])
+def test_vmap_takes_any_axis(limit: int, axis: int) -> None:
+    x = rand(3, 2, LONG)
+
+    def levels(t: Tensor) -> Tensor:
+        return least_squares_levels(t, 3, exact_up_to=limit)
+
+    moved = x.movedim(0, axis)
+    assert torch.equal(torch.vmap(levels, in_dims=axis)(moved), torch.stack([*map(levels, x)]))
+
+
+def test_exact_as_far_as_asked() -> None:
+    x = rand(1, 5000) ** 3
+    least, levels = plain_program(x[0].numpy(), 12)
+    near, found = (least_squares_levels(x, 12, exact_up_to=n) for n in (4999, 5000))
+    np.testing.assert_allclose(found[0].numpy(), levels, atol=1e-11)
+    assert least < squared_error(x, near).item() <= 1.005 * least
+
+
+def test_the_program_runs_where_its_table_is() -> None:
+    cuts = _dynamic_program(torch.zeros(2, 3, 50, dtype=F64, device="meta"), 4)
+    assert cuts.device.type == "meta"
+    assert cuts.shape == (2, 5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -243,14 +245,15 @@ def test_a_learning_rate_given_to_update_stands_in() -> None:
     assert state.lr_sum == 0.25
 
 
-def test_clipped_start_holds_weights_to_the_range_from_the_beginning() -> None:
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_clipped_start_holds_weights_to_the_range_from_the_beginning(warmup: int) -> None:
     transform = pf.chain(pf.sgd(RATE), pf.parq_prox(
-        pf.lsbq(1), anneal_start=5, anneal_end=9, warmup=1, period=1, clipped_start=True
+        pf.lsbq(1), anneal_start=5, anneal_end=9, warmup=warmup, period=1, clipped_start=True
     ))  # fmt: skip
     for t, (params, state, weights) in enumerate(train(transform, 5)):
         for k, u in params.items():
             levels = pf.read(state, "levels")[k]
-            expected = u if t < 1 else proxmaps.clip(u.reshape(1, -1), levels).reshape(u.shape)
+            expected = u if t < warmup else proxmaps.clip(u.reshape(1, -1), levels).reshape(u.shape)
             assert torch.equal(weights[k], expected)
 
 
@@ -261,7 +264,8 @@ def test_nan_latents_stay_in_their_row() -> None:
     )
     params = {"w": torch.randn(3, 6, generator=torch.Generator().manual_seed(0))}
     grads = {"w": torch.ones(3, 6)}
-    _, state = transform.update(grads, transform.init(params), params)
+    updates, state = transform.update(grads, transform.init(params), params)
+    params = pf.apply_updates(params, updates)
     poisoned = {"w": grads["w"].clone()}
     poisoned["w"][1, 2] = torch.nan
     results = []
@@ -301,6 +305,15 @@ def test_nothing_is_half_changed_by_an_error() -> None:
          TypeError, "quantiser"),
         (lambda: pf.proxquant_prox(pf.lsbq(1), anneal_start=0, anneal_end=1, strength=-1.0),
          ValueError, r"strength must lie in \[0, inf\)"),
+        (lambda: link("hard", learning_rate=-1.0), ValueError, "learning_rate must lie in"),
+        (lambda: link("soft", temperature=-1.0), ValueError, r"temperature must lie in \[0, inf\)"),
+        (lambda: link("soft", end_temperature=-1.0), ValueError, "end_temperature must lie in"),
+        (lambda: link("soft", power=0.0), ValueError, r"power must lie in \(0, inf\)"),
+        (lambda: link("binary_relax", start=5, end=4), ValueError, "anneal_start must come before"),
+        (lambda: link("parq", center=float("nan")), ValueError, "center must lie in"),
+        (lambda: link("hard", SimpleNamespace(fit=1)), TypeError, "expected a quantizer"),
+        (lambda: link("hard", SimpleNamespace(num_levels=1)), TypeError, "expected a quantizer"),
+        (lambda: link("hard", granularity=3), TypeError, "expected a granularity"),
     ],
 )  # fmt: skip
 def test_bad_settings(build, error, message: str) -> None:
@@ -324,3 +337,143 @@ def test_bad_settings(build, error, message: str) -> None:
 def test_bad_params_are_named(params, options, error, message: str) -> None:
     with pytest.raises(error, match=message):
         link("parq", **options).init(params)
+
+
+def test_defaults() -> None:
+    spelled = {"granularity": pf.per_tensor(), "period": 10, "warmup": 0, "learning_rate": None,
+               "shrink": False, "normal_map": None}  # fmt: skip
+    assert link("hard") == link("hard", **spelled)
+    own = {"steepness": 10.0, "center": 0.5, "clipped_start": False}
+    assert link("parq") == link("parq", **spelled, **own)
+    own = {"temperature": 1.0, "end_temperature": 1000.0, "power": 1.0}
+    assert link("soft") == link("soft", **spelled, **own)
+    custom = pf.custom_prox(pf.lsbq(2), proxmaps.parq, 0.5)
+    assert custom == pf.custom_prox(pf.lsbq(2), proxmaps.parq, 0.5, start=0, **spelled)
+
+
+def test_a_prox_link_must_define_its_map() -> None:
+    class bare(pf.Prox):
+        pass
+
+    params, _ = problem()
+    prox = bare(pf.lsbq(1))
+    updates, state = prox.update(params, prox.init(params), params)
+    assert state.slope == prox.begins == 0
+    with pytest.raises(NotImplementedError, match="bare must define proxmap"):
+        prox.weights(state, pf.apply_updates(params, updates))
+
+
+def test_a_custom_prox_follows_its_schedule_from_its_start() -> None:
+    schedule = schedules.linear(0.0, 1.0, 0, 10)
+    prox = pf.custom_prox(pf.lsbq(2), proxmaps.binary_relax, schedule, start=2, period=1)
+    assert float(prox.coefficient(torch.tensor(5))) == 0.5
+    for t, (params, state, weights) in enumerate(train(pf.chain(pf.sgd(RATE), prox), 5)):
+        for k, u in params.items():
+            expected = u
+            if t >= 2:
+                levels = pf.read(state, "levels")[k]
+                rows = proxmaps.binary_relax(u.reshape(1, -1), levels, schedule(t))
+                expected = rows.reshape(u.shape)
+            assert torch.equal(weights[k], expected)
+
+
+def test_the_soft_link_anneals_by_its_power_and_is_hard_at_the_end() -> None:
+    prox = link("soft", start=2, end=6, temperature=3.0, end_temperature=19.0, power=2.0)
+    got = prox.coefficient(torch.tensor([0, 2, 4, 5, 6, 7])).tolist()
+    assert got == [3, 3, 7, 12, float("inf"), float("inf")]
+    link("soft", temperature=0.0, end_temperature=0.0)
+
+
+@pytest.mark.parametrize("options", [{"shrink": True}, {"normal_map": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_options_keep_every_dtype(options, dtype: torch.dtype) -> None:
+    """A rate in float64 widens neither updates, levels nor weights."""
+    params, updates = problem(dtype)
+    prox = link("parq", start=0, period=1, learning_rate=0.5, **options)
+    first = prox.init(params)
+    assert first.lr_sum.dtype == first.slope.dtype == torch.float64
+    out, state = prox.update(updates, first, params)
+    weights = prox.weights(state, pf.apply_updates(params, out))
+    for tree in (out, state.levels, weights):
+        assert all(leaf.dtype == dtype for leaf in tree.values())
+    assert state.lr_sum.dtype == state.slope.dtype == torch.float64
+    assert state.count.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_normal_map_shrinks_by_gamma_and_pulls_toward_the_weights(dtype) -> None:
+    params = {"w": torch.tensor([4.0, -1.0, 2.0, -3.0], dtype=dtype)}
+    zeros = {"w": torch.zeros(4, dtype=dtype)}
+    prox = pf.hard_prox(pf.lsbq(1), period=1, shrink=True, normal_map=2.0, learning_rate=0.5)
+    _, state = prox.update(zeros, prox.init(params), params)
+    assert state.levels["w"].tolist() == [[-1.25, 1.25]]
+    updates, _ = prox.update(zeros, state, params)
+    assert updates["w"].tolist() == [-0.6875, -0.0625, -0.1875, 0.4375]
+
+
+def test_a_missing_gradient_is_pulled_neither() -> None:
+    params = {"a": torch.ones(2), "b": torch.tensor([1.0, 3.0])}
+    prox = link("hard", period=1, normal_map=1.0, learning_rate=0.5)
+    _, state = prox.update(params, prox.init(params), params)
+    updates, _ = prox.update({"a": params["a"], "b": None}, state, params)
+    assert updates["b"] is None
+
+
+def test_the_pull_keeps_the_dtype_of_narrower_updates() -> None:
+    params = {"w": torch.tensor([1.0, -3.0])}
+    prox = pf.hard_prox(pf.lsbq(1), period=1, normal_map=1.0, learning_rate=0.5)
+    narrow = {"w": torch.zeros(2, dtype=torch.bfloat16)}
+    state = prox.init(params)
+    for _ in range(2):
+        updates, state = prox.update(narrow, state, params)
+        assert updates["w"].dtype == torch.bfloat16
+
+
+def test_coefficients_are_kept_in_float64() -> None:
+    prox = pf.custom_prox(pf.lsbq(1), proxmaps.parq, lambda step: torch.tensor(0.5))
+    params = {"w": torch.tensor([1.0, -3.0])}
+    state = prox.init(params)
+    assert state.slope.dtype == prox.update(params, state, params)[1].slope.dtype == torch.float64
+
+
+def test_a_sum_of_rates_below_one_stretches_nothing() -> None:
+    params, updates = problem()
+    prox = link("hard", period=1, shrink=True, learning_rate=0.25)
+    plain = link("hard", period=1)
+    state, expected = prox.init(params), plain.init(params)
+    for total in (0.25, 0.5, 0.75, 1.0):
+        _, state = prox.update(updates, state, params)
+        _, expected = plain.update(updates, expected, params)
+        assert state.lr_sum == total
+        for k in params:
+            assert torch.equal(state.levels[k], expected.levels[k])
+            assert torch.equal(prox.weights(state, params)[k], plain.weights(expected, params)[k])
+
+
+def test_narrow_latents_are_shrunk_in_float32() -> None:
+    params, updates = problem(torch.bfloat16)
+    prox = link("hard", period=1, shrink=True, learning_rate=3.0)
+    _, state = prox.update(updates, prox.init(params), params)
+    for k, latent in pf.apply_updates(params, updates).items():
+        seen = latent.float().reshape(1, -1) / 3
+        assert torch.equal(state.levels[k], pf.lsbq(2)(seen).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_options_go_by_their_names(kind: str) -> None:
+    fields = dataclasses.fields(link(kind))
+    assert [f.name for f in fields if not f.kw_only] == ["quantizer"]
+
+
+def test_a_custom_link_takes_its_map_and_schedule_by_place() -> None:
+    fields = dataclasses.fields(pf.custom_prox)
+    assert [f.name for f in fields if not f.kw_only] == ["quantizer", "map", "schedule"]
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_every_link_checks_the_options_of_all(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"{kind}_prox: period must be 1 or more, got 0"):
+        link(kind, period=0)
+    if kind != "hard":
+        with pytest.raises(ValueError, match=f"{kind}_prox: anneal_start must come before"):
+            link(kind, start=5, end=5)

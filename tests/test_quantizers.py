@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import parq_fn as pf
+from parq_fn.quantizers.base import power_of_two
 from parq_fn.quantizers.lsbq import greedy
 
 ALL = [
@@ -302,3 +303,103 @@ def test_optimal_levels_of_equal_weights_are_the_weight(bits: int, n: int) -> No
     levels = pf.lsbq(bits, "optimal")(weight.expand(1000, n))
     assert torch.equal(levels[:, -1:], weight)
     assert bool((levels.diff() >= 0).all())
+
+
+def test_a_quantizer_must_define_its_levels() -> None:
+    class bare(pf.Quantizer):
+        pass
+
+    class counted(pf.Quantizer):
+        num_levels = 2
+
+    with pytest.raises(NotImplementedError, match="bare must define num_levels"):
+        bare()(torch.ones(1, 0))
+    with pytest.raises(NotImplementedError, match="counted must define levels"):
+        counted()(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_rows_are_scaled_by_the_power_of_two_below_their_maximum(dtype) -> None:
+    """Or by the nearest one whose inverse is a normal number."""
+    limits = torch.finfo(dtype)
+    low, high = math.frexp(limits.tiny)[1] - 1, math.frexp(limits.max)[1] - 2
+    for exponent in (0, 1, -1, 5, -100, 100, low, high - 1, high):
+        for fraction in (1.0, 1.25, 2 - limits.eps):
+            x = torch.tensor([[0.0, -fraction], [0.5, 0.25]], dtype=dtype)
+            x[0] *= 2.0**exponent
+            assert power_of_two(x).tolist() == [[2.0**exponent], [0.5]]
+    tops = [[limits.max], [limits.tiny], [limits.tiny * limits.eps], [0.0]]
+    ends = torch.tensor(tops, dtype=dtype)
+    assert power_of_two(ends)[3] == 1
+    for power in power_of_two(ends).flatten().tolist():
+        assert math.frexp(power)[0] == 0.5
+        assert limits.tiny <= 1 / power <= limits.max
+    assert bool(((ends / power_of_two(ends)).abs() < 4).all())
+
+
+def test_defaults() -> None:
+    assert pf.uniform(2) == pf.uniform(2, scale="mean", center=False)
+    assert pf.max_uniform(2) == pf.max_uniform(2, center=False)
+    assert pf.ternary_uniform() == pf.ternary_uniform(center=False)
+    assert pf.lsbq(2) == pf.lsbq(2, method="greedy", center=False, multiplier=1.1)
+    assert pf.lloyd_max(2) == pf.lloyd_max(2, symmetric=True)
+
+
+@pytest.mark.parametrize(
+    ("build", "low", "high"),
+    [(pf.lsbq, 0, 8), (pf.uniform, 1, 8), (pf.max_uniform, 2, 8), (pf.asymmetric, 1, 8),
+     (pf.lloyd_max, 1, 8)],
+)  # fmt: skip
+def test_bits_from_least_to_most(build, low: int, high: int) -> None:
+    build(low), build(high)
+    for bits in (low - 1, high + 1):
+        with pytest.raises(ValueError, match=rf"bits must lie in {low}\.\.{high}, got {bits}"):
+            build(bits)
+
+
+def test_numbers_of_levels() -> None:
+    for b in range(1, 9):
+        assert pf.uniform(b).num_levels == pf.asymmetric(b).num_levels == 2**b
+        assert pf.lsbq(b).num_levels == pf.lloyd_max(b).num_levels == 2**b
+        assert b == 1 or pf.max_uniform(b).num_levels == 2**b - 1
+    assert pf.lsbq(0).num_levels == pf.ternary_uniform().num_levels == 3
+
+
+@every
+def test_levels_are_made_on_the_device_of_the_rows(quantizer) -> None:
+    levels = quantizer.fit(torch.ones(3, 7, device="meta"))
+    assert levels.device.type == "meta"
+    assert levels.shape == (3, quantizer.num_levels)
+
+
+@every
+@pytest.mark.parametrize("number", [0.0, 2.0, -1.5])
+def test_constant_rows_have_finite_derivatives(quantizer, number: float) -> None:
+    x = torch.full((2, 5), number, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(quantizer.fit(x).sum(), x)
+    assert bool(slope.isfinite().all())
+
+
+@pytest.mark.parametrize("method", ["alternating", "optimal"])
+def test_long_float32_rows_are_summed_in_float64(method: str) -> None:
+    """The few largest weights have a level to themselves, behind a large sum."""
+    x = 1 + 0.1 * torch.randn(1, 200_000, generator=torch.Generator().manual_seed(0))
+    x[0, :3] = torch.tensor([10.1, 10.2, 10.4])
+    levels = pf.lsbq(2, method)(x)
+    assert levels.dtype == torch.float32
+    torch.testing.assert_close(levels.double(), pf.lsbq(2, method)(x.double()), rtol=4e-7, atol=0)
+
+
+def test_levels_that_no_weight_has_stay_and_have_finite_derivatives() -> None:
+    quantizer = pf.lsbq(0, "alternating", multiplier=4.0)
+    x = torch.ones(1, 5, dtype=torch.float64, requires_grad=True)
+    levels = quantizer.fit(x)
+    assert levels.tolist() == [[-4, 0, 4]]
+    (slope,) = torch.autograd.grad(levels.square().sum(), x)
+    assert bool(slope.isfinite().all())
+
+
+def test_alternating_fits_a_level_that_one_weight_has() -> None:
+    for n in (1, 2):
+        levels = pf.lsbq(0, "alternating")(torch.tensor([[3.0, 0.0]])[:, :n])
+        torch.testing.assert_close(levels, torch.tensor([[-3.0, 0.0, 3.0]]))

@@ -283,3 +283,37 @@ def test_a_prox_link_in_front_of_what_moves_its_params_is_refused() -> None:
 def test_a_composition_declares_what_its_parts_do(links, declared) -> None:
     traits = pf.chain(*links).traits
     assert {name for name, got in vars(traits).items() if got} == declared
+
+
+def test_a_composite_must_define_what_it_is_short_for() -> None:
+    class bare(pf.Composite):
+        pass
+
+    with pytest.raises(NotImplementedError, match="bare must define expand"):
+        bare().init({"w": torch.ones(1)})
+
+
+def test_labels_without_a_transformation_are_refused() -> None:
+    link = pf.partition({"a": pf.sgd(0.1), "b": pf.freeze()}, {"x": "c", "*": "a"})
+    message = r"labels without a transformation: \['c'\]; .* for: \['a', 'b'\]"
+    with pytest.raises(ValueError, match=message):
+        link.init({"x": torch.ones(1), "y": torch.ones(1)})
+    with pytest.raises(TypeError, match="the transformation of label 'b' is None"):
+        pf.partition({"a": pf.sgd(0.1), "b": None}, {"*": "a"})
+
+
+@pytest.mark.parametrize(
+    ("transform", "name"),
+    [(pf.chain(pf.identity()), "chain"), (pf.named_chain(a=pf.identity()), "named_chain")],
+)
+def test_a_chain_refuses_updates_of_another_shape_by_its_name(transform, name: str) -> None:
+    params = {"w": torch.ones(2)}
+    with pytest.raises(ValueError, match=f"^{name}: the update of 'w' has shape"):
+        transform.update({"w": torch.ones(3)}, transform.init(params), params)
+
+
+def test_updates_are_added_in_the_dtype_of_the_params() -> None:
+    params = {"w": torch.ones(2, dtype=torch.bfloat16)}
+    assert pf.apply_updates(params, {"w": torch.ones(2)})["w"].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="apply_updates: the update of 'w' has shape"):
+        pf.apply_updates(params, {"w": torch.ones(1, 2)})
