@@ -1,0 +1,149 @@
+"""Mutants that no test can notice, by the reason why: {module: {reason: [mutant, ...]}}."""
+
+from __future__ import annotations
+
+_ONE_SIGN = (
+    "exponential.__post_init__: if init is not None and end is not None and "
+    "(init == 0 or end == 0 or (init < 0) != (end < 0)): -> if init is not None and "
+    "end is not None and (init == 0 or end == 0 or "
+)
+
+_PER_ROW = "least_squares_levels: per_row = (n + 1) * (num_levels + 64 if exact else 20) -> "
+_ROWS = "least_squares_levels: rows = max(1, min(_CHUNK // n, _DOUBLES // per_row)) -> "
+
+EQUIVALENT: dict[str, dict[str, list[str]]] = {
+    "parq_fn/schedules.py": {
+        "subtracts zeros in place of adding them": [
+            "constant.__call__: return as_scalar(self.value) + torch.zeros_like(_steps(step)) -> "
+            "return as_scalar(self.value) - torch.zeros_like(_steps(step))",
+            "piecewise.__call__: out = as_scalar(self.values[0]) + torch.zeros_like(steps) -> "
+            "out = as_scalar(self.values[0]) - torch.zeros_like(steps)",
+        ],
+        "neither is 0 where they are compared": [
+            _ONE_SIGN + "(init <= 0) != (end < 0)):",
+            _ONE_SIGN + "(init < 0) != (end <= 0)):",
+        ],
+        "at the boundary both sides are the schedule's first value": [
+            "warmup.__call__: return torch.where(steps < self.steps, rising, "
+            "self.schedule(steps - self.steps)) -> return torch.where(steps <= self.steps, "
+            "rising, self.schedule(steps - self.steps))",
+        ],
+    },
+    "parq_fn/proxmaps.py": {
+        "a number where the result is not used: a cell without width, a coefficient at its end": [
+            "soft: offset = (0.5 * v - 0.5 * lo) / torch.where(half > 0, half, 1.0) - 0.5 -> "
+            "offset = (0.5 * v - 0.5 * lo) / torch.where(half > 0, half, 2.0) - 0.5",
+            "soft: safe = torch.where(usable, t, 1.0).clamp(min=1e-09) -> "
+            "safe = torch.where(usable, t, 2.0).clamp(min=1e-09)",
+            "soft: safe = torch.where(usable, t, 1.0).clamp(min=1e-09) -> "
+            "safe = torch.where(usable, t, 0.0).clamp(min=1e-09)",
+            "binary_relax_regularizer: relaxed = theta / (2 * torch.where(theta < 1, 1 - theta, "
+            "1.0)) * distance.square() -> relaxed = theta / (2 * torch.where(theta < 1, "
+            "1 - theta, 2.0)) * distance.square()",
+        ],
+        "a second infinity behind the last level, that no weight reaches": [
+            "par: hi = torch.cat([q, torch.full_like(q[..., :1], torch.inf)], -1).gather(-1, "
+            "passed) -> hi = torch.cat([q, torch.full_like(q[..., :2], torch.inf)], -1)"
+            ".gather(-1, passed)",
+        ],
+        "a temperature that is not usable is 0 or infinity": [
+            "soft: w = torch.where(usable, w, torch.where(t > 0, nearer(x, lo, hi), v)) -> "
+            "w = torch.where(usable, w, torch.where(t > 1, nearer(x, lo, hi), v))",
+        ],
+    },
+    "parq_fn/quantizers/base.py": {
+        "what a row that is not finite is computed from does not matter: its levels are NaN": [
+            "Quantizer.fit: x = torch.where(finite, x, 0.0) -> x = torch.where(finite, x, 1.0)",
+            "Quantizer.fit: x = torch.where(finite, x, 0.0) -> x = torch.where(finite, x, -1.0)",
+        ],
+        "the bits of a number have no derivative as it is": [
+            "power_of_two: top = x.detach().abs().amax(-1, keepdim=True) -> "
+            "top = x.abs().amax(-1, keepdim=True)",
+        ],
+    },
+    "parq_fn/quantizers/uniform.py": {
+        "whole and half numbers this small are exact in any dtype, the factor gives the result's": [
+            "spaced: return torch.arange(first, last + 1, dtype=x.dtype, device=x.device) -> "
+            "return torch.arange(first, last + 1, device=x.device)",
+        ],
+        "a constant row is its least and its largest value, whatever its scale is set to": [
+            "asymmetric.levels: scale = torch.where(constant, 1.0, scale) -> "
+            "scale = torch.where(constant, 2.0, scale)",
+            "asymmetric.levels: return torch.where(constant, low, grid) -> "
+            "return torch.where(constant, high, grid)",
+        ],
+    },
+    "parq_fn/prox.py": {
+        "a quantizer gives a row finite levels or none": [
+            "Prox.update.fit: take = new.isfinite().all(-1, keepdim=True) | "
+            "to_device(step == self.warmup, old) -> take = new.isfinite().any(-1, keepdim=True) | "
+            "to_device(step == self.warmup, old)",
+        ],
+        "no step comes before the first": [
+            "parq_prox.begins: return 0 if self.clipped_start else self.anneal_start -> "
+            "return -1 if self.clipped_start else self.anneal_start",
+        ],
+    },
+    "parq_fn/quantizers/lsbq.py": {
+        "as many sweeps, but for one": [
+            ": _SWEEPS = 30 -> _SWEEPS = 31",
+            ": _SWEEPS = 30 -> _SWEEPS = 29",
+        ],
+        "a division by the size of an empty run, whose result is not taken": [
+            "optimal_levels: lo = torch.where(best == 0, hi, (below / j.clamp(min=1)).gather(-1, "
+            "best)) -> lo = torch.where(best == 0, hi, (below / j.clamp(min=0)).gather(-1, best))",
+        ],
+        "another float dtype on the way: the base rounds levels to that of the rows": [
+            "optimal_levels: return mirror(torch.cat([lo, hi], -1).to(x.dtype)) -> "
+            "return mirror(torch.cat([lo, hi], -1))",
+            "optimal_levels: return with_zero(hi.to(x.dtype)) -> return with_zero(hi)",
+            "_codes: return torch.tensor(list(signs), dtype=torch.float64, device=x.device) -> "
+            "return torch.tensor(list(signs), device=x.device)",
+            "alternate: v = [part.unsqueeze(-1) for part in start.to(torch.float64).unbind(-1)] "
+            "-> v = [part.unsqueeze(-1) for part in start.unbind(-1)]",
+        ],
+        "sums of float32 numbers in float32: what a level loses is below its own rounding": [
+            "alternate: data = x.to(torch.float64).sort(-1).values -> data = x.sort(-1).values",
+        ],
+        "a sum of two slices is contiguous already": [
+            "alternate: inner = torch.searchsorted(data, middle.contiguous(), right=True) -> "
+            "inner = torch.searchsorted(data, middle, right=True)",
+        ],
+    },
+    "parq_fn/quantizers/_partition.py": {
+        "how many rows are taken at a time, for speed and memory: rows are independent": [
+            ": _CHUNK = 1 << 17 -> _CHUNK = 1 >> 17",
+            ": _CHUNK = 1 << 17 -> _CHUNK = 1 << 18",
+            ": _DOUBLES = 1 << 25 -> _DOUBLES = 2 << 25",
+            ": _DOUBLES = 1 << 25 -> _DOUBLES = 1 << 24",
+            _PER_ROW + "per_row = (n + 2) * (num_levels + 64 if exact else 20)",
+            _PER_ROW + "per_row = (n + 1) * (num_levels - 64 if exact else 20)",
+            _PER_ROW + "per_row = (n + 1) * (num_levels + 64 if exact else 21)",
+            _ROWS + "rows = max(2, min(_CHUNK // n, _DOUBLES // per_row))",
+            _ROWS + "rows = max(1, min(_CHUNK * n, _DOUBLES // per_row))",
+        ],
+        "as many steps of polishing, but for one": [": _LLOYD = 12 -> _LLOYD = 13"],
+        "4,096 candidates make rows of 4,096 exact whatever the default is": [
+            "least_squares_levels: def least_squares_levels(x: Tensor, num_levels: int, *, "
+            "exact_up_to: int=4096) -> Tensor: -> def least_squares_levels(x: Tensor, "
+            "num_levels: int, *, exact_up_to: int=4095) -> Tensor:",
+        ],
+        "no quantizer asks for so many levels that it matters: 256 at most": [
+            "least_squares_levels: candidates = max(_CANDIDATES, 8 * num_levels) -> "
+            "candidates = max(_CANDIDATES, 7 * num_levels)",
+        ],
+        "a depth more than halving needs": [
+            "_best_starts: depth = (m - 1).bit_length() -> depth = (m + 1).bit_length()",
+        ],
+        "any column from m on is out of the running": [
+            "_best_starts: left = known + (m + 1) * (at_left > best) -> "
+            "left = known + (m + 0) * (at_left > best)",
+            "_best_starts: rest = column + (m + 1) * (at > best.gather(1, owner)) -> "
+            "rest = column + (m + 2) * (at > best.gather(1, owner))",
+        ],
+        "a guard: that rounding leaves the last run empty has not been seen": [
+            "_means: low = values.gather(1, cuts[:, :-1].clamp(max=n - 1)) -> "
+            "low = values.gather(1, cuts[:, :-1].clamp(max=n + 1))",
+        ],
+    },
+}

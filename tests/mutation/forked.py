@@ -1,0 +1,155 @@
+"""One test run against one mutant, in a fork: the parent has loaded all but the package."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies
+import pytest
+import torch
+
+LIMIT_S = 45
+MEMORY = 12 << 30
+
+torch.set_num_threads(1)
+
+
+def load() -> None:
+    """Loads, before the first fork, what the package and every test run need."""
+    for name in ("numpy", "optree", "torch._dynamo", "torch._functorch.apis", "torch.testing"):
+        importlib.import_module(name)
+
+    @hypothesis.settings(max_examples=1, database=None)
+    @hypothesis.given(hypothesis.strategies.floats())
+    def nothing(_: float) -> None:
+        pass
+
+    nothing()
+    gc.collect()
+    gc.freeze()  # a child's collections then pass over what it shares
+
+
+class _Mutated(importlib.machinery.SourceFileLoader):
+    """Loads a module from text in place of its file."""
+
+    def __init__(self, name: str, path: str, text: str) -> None:
+        super().__init__(name, path)
+        self.text = text
+
+    def get_code(self, fullname: str) -> Any:
+        return compile(self.text, self.path, "exec")
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds one module, that one mutated."""
+
+    def __init__(self, name: str, path: str, text: str) -> None:
+        self.name, self.path, self.text = name, path, text
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != self.name:
+            return None
+        folder = [str(Path(self.path).parent)] if self.path.endswith("__init__.py") else None
+        return importlib.util.spec_from_file_location(
+            fullname,
+            self.path,
+            loader=_Mutated(fullname, self.path, self.text),
+            submodule_search_locations=folder,
+        )
+
+
+class _Watch:
+    """A pytest plugin: likely killers first, no shrinking, and who failed."""
+
+    def __init__(self, finder: _Finder, order: list[str]) -> None:
+        self.finder = finder
+        self.place = {test: i for i, test in reversed(list(enumerate(order)))}
+        self.durations: dict[str, float] = {}
+        self.by = ""
+
+    def pytest_configure(self) -> None:
+        sys.meta_path.insert(0, self.finder)  # before pytest's own, that of the files it is given
+        phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+        hypothesis.settings.register_profile("mutation", hypothesis.settings(), phases=phases)
+        hypothesis.settings.load_profile("mutation")
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: self.place.get(item.nodeid, len(self.place)))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.durations[report.nodeid] = self.durations.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.by = self.by or report.nodeid
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.by = self.by or f"import of {report.nodeid}"
+
+
+def run(
+    module: str, text: str, stages: tuple[tuple[str, ...], ...], order: list[str]
+) -> dict[str, Any]:
+    """Whether the tests notice that the module's source is this text: "killed", "survived" or
+    "timed out", by which test, in how many seconds, and the durations of all tests run."""
+    started = time.monotonic()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        signal.alarm(LIMIT_S * len(stages) if not order else LIMIT_S)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        try:
+            told = _child(module, text, stages, order)
+        except BaseException:
+            told = {"status": "killed", "by": traceback.format_exc()[-500:], "durations": {}}
+        with os.fdopen(writing, "w") as pipe:
+            json.dump(told, pipe)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if answer:
+        result: dict[str, Any] = json.loads(answer)
+    else:  # it did not live to tell
+        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+        result = {"status": "timed out" if late else "killed", "by": "", "durations": {}}
+    return {**result, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _child(
+    module: str, text: str, stages: tuple[tuple[str, ...], ...], order: list[str]
+) -> dict[str, Any]:
+    name = module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    finder = _Finder(name, str(Path(module).resolve()), text)
+    durations: dict[str, float] = {}
+    for files in stages:
+        watch = _Watch(finder, order)
+        options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-k", "not compiles"]
+        options += ["-p", "no:unraisableexception"]  # it collects garbage again and again
+        for early in ("pytest.PytestAssertRewrite", "hypothesis.errors.HypothesisSideeffect"):
+            options += ["-W", f"ignore::{early}Warning"]
+        status = pytest.main([*options, *files], plugins=[watch])
+        durations |= watch.durations
+        if name in sys.modules and not isinstance(sys.modules[name].__loader__, _Mutated):
+            raise RuntimeError(f"{name} was loaded from its file")
+        if status != pytest.ExitCode.OK:
+            return {"status": "killed", "by": watch.by, "durations": durations}
+    return {"status": "survived", "by": "", "durations": durations}

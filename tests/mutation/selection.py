@@ -1,0 +1,71 @@
+"""Which tests are run against a module's mutants: the most direct first, the others after them.
+
+Left out are those that are slow or start processes of their own: the example, the README, the
+kit on broken operators, and (by name) what compiles whole steps.
+"""
+
+from __future__ import annotations
+
+#: {module: (files run first, files run where those pass)}.
+TESTS: dict[str, tuple[tuple[str, ...], ...]] = {}
+
+_COMMON = ("tests/test_published_faults.py", "tests/test_torch_func.py")
+_QUANTIZERS = (
+    ("tests/test_quantizers.py", "tests/test_reference.py"),
+    ("tests/laws/test_quantizers.py", "tests/test_hostile.py", *_COMMON),
+)
+
+
+def _select(module: str, first: tuple[str, ...], then: tuple[str, ...]) -> None:
+    TESTS[module] = ((module, *first), then)
+
+
+_select(
+    "parq_fn/schedules.py",
+    ("tests/test_schedules.py", "tests/laws/test_schedules.py", "tests/test_reference.py"),
+    ("tests/test_hostile.py", "tests/test_prox.py", *_COMMON),
+)
+_select(
+    "parq_fn/granularity.py",
+    ("tests/test_granularity.py",),
+    ("tests/test_hostile.py", "tests/test_prox.py", *_COMMON),
+)
+_select(
+    "parq_fn/proxmaps.py",
+    ("tests/test_proxmaps.py", "tests/laws/test_proxmaps.py", "tests/test_reference.py"),
+    ("tests/test_hostile.py", "tests/test_prox.py", *_COMMON),
+)
+_select("parq_fn/quantizers/base.py", *_QUANTIZERS)
+_select("parq_fn/quantizers/uniform.py", *_QUANTIZERS)
+_select("parq_fn/quantizers/lsbq.py", *_QUANTIZERS)
+_select("parq_fn/quantizers/lloyd_max.py", *_QUANTIZERS)
+_select(
+    "parq_fn/quantizers/_partition.py",
+    ("tests/test_partition.py",),
+    ("tests/test_quantizers.py", "tests/laws/test_quantizers.py"),
+)
+_select(
+    "parq_fn/prox.py",
+    ("tests/test_prox.py", "tests/test_hostile.py"),
+    (
+        "tests/laws/test_training.py",
+        "tests/laws/test_transformations.py",
+        "tests/test_reference.py",
+        "tests/test_convergence.py",
+        "tests/test_stateful.py",
+        *_COMMON,
+    ),
+)
+_select(
+    "parq_fn/transformation.py",
+    ("tests/test_transformation.py", "tests/test_hostile.py"),
+    (
+        "tests/laws/test_transformations.py",
+        "tests/test_tree.py",
+        "tests/test_modules.py",
+        "tests/test_optimizers.py",
+        "tests/test_prox.py",
+        "tests/test_value.py",
+        *_COMMON,
+    ),
+)
