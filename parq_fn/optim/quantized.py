@@ -36,6 +36,7 @@ from parq_fn.optim.state import (
     matched,
     name_of,
     refuse_flat,
+    value_of,
     wide,
 )
 from parq_fn.prox import Prox, ProxState, parq_prox
@@ -234,10 +235,7 @@ class QuantOptimizer(Optimizer):
 
         The closure, if any, runs first, at the weights; its value is returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = value_of(closure)
         self._follow()
         with torch.no_grad():
             pulls = self._pulls()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ def name_of(group: Group, index: int, i: int) -> str:
     """The name of a group's parameter, for messages."""
     names = group.get("param_names")
     return str(names[i]) if names else f"{i} of group {index}"
+
+
+def value_of(closure: Callable[[], Any] | None) -> Any:
+    """What the closure gives, with gradients on; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def refuse_flat(who: str, p: Tensor, name: str) -> None:

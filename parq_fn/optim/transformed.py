@@ -22,6 +22,7 @@ from parq_fn.optim.state import (
     matched,
     name_of,
     refuse_flat,
+    value_of,
     wide,
 )
 from parq_fn.scalar import is_number
@@ -189,10 +190,7 @@ class TransformOptimizer(Optimizer):
 
         The closure, if any, runs first, at the weights; its value is returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = value_of(closure)
         self._follow()
         with torch.no_grad():
             self._update()

@@ -67,10 +67,10 @@ PROXES = {
 }
 
 
-def same_as_alone(shape: tuple[int, ...], offload: bool) -> None:
+def same_as_alone(shape: tuple[int, ...], offload: bool, dtypes: tuple[str, ...]) -> None:
     names = ("replicate", "shard")[-len(shape) :]
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in (getattr(torch, name) for name in dtypes):
         for name, prox in PROXES.items():
             alone, net = Net(dtype), Net(dtype)
             policy = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
@@ -93,13 +93,19 @@ def same_as_alone(shape: tuple[int, ...], offload: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "offload"), [((2,), False), ((4,), False), ((2, 2), False), ((2,), True)]
+    ("shape", "offload", "dtypes"),
+    [
+        ((2,), False, ("float64", "bfloat16")),
+        ((4,), False, ("float64",)),
+        ((2, 2), False, ("bfloat16",)),
+        ((2,), True, ("float32",)),
+    ],
 )
 def test_r17_levels_and_weights_equal_those_of_one_process(
-    shape: tuple[int, ...], offload: bool, tmp_path: Path
+    shape: tuple[int, ...], offload: bool, dtypes: tuple[str, ...], tmp_path: Path
 ) -> None:
     world = int(torch.tensor(shape).prod())
-    on_processes(same_as_alone, world, tmp_path, shape, offload)
+    on_processes(same_as_alone, world, tmp_path, shape, offload, dtypes)
 
 
 def blocks_cut_by_shards() -> None:
