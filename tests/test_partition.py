@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parq_fn.quantizers._partition import _dynamic_program, least_squares_levels
+from parq_fn.quantizers._partition import _best_cuts, _dynamic_program, least_squares_levels
 
 F64 = torch.float64
 LONG = 4500  # beyond what is solved exactly whatever exact_up_to says
@@ -202,6 +202,26 @@ def test_vmap_equals_a_loop(limit: int) -> None:
     assert torch.equal(torch.vmap(levels)(x), torch.stack([levels(t) for t in x]))
 
 
+def test_cuts_by_vmap_over_any_axis() -> None:
+    tables = torch.randn(3, 2, 3, 9, dtype=F64).cumsum(-1)
+    expected = torch.stack([_best_cuts(table, 3) for table in tables])
+    for axis in (0, 1, 2, -1):
+        cuts = torch.vmap(lambda t: _best_cuts(t, 3), in_dims=axis)(tables.movedim(0, axis))
+        assert torch.equal(cuts, expected)
+
+
+def test_a_level_has_the_derivative_of_its_run_s_mean() -> None:
+    x = torch.tensor([[-1.0, 0.5, -0.8, 0.6, 0.7]], dtype=F64)
+
+    def low(t: Tensor) -> Tensor:
+        return least_squares_levels(t, 2)[0, 0]
+
+    expected = torch.tensor([[0.5, 0.0, 0.5, 0.0, 0.0]], dtype=F64)
+    torch.testing.assert_close(torch.func.grad(low)(x), expected)
+    (slope,) = torch.autograd.grad(low(x.requires_grad_()), x)
+    torch.testing.assert_close(slope, expected)
+
+
 @BRANCHES
 @pytest.mark.parametrize("axis", [1, 2])
 def test_vmap_takes_any_axis(limit: int, axis: int) -> None:
@@ -216,10 +236,15 @@ def test_vmap_takes_any_axis(limit: int, axis: int) -> None:
 
 def test_exact_as_far_as_asked() -> None:
     x = rand(1, 5000) ** 3
-    least, levels = plain_program(x[0].numpy(), 12)
-    near, found = (least_squares_levels(x, 12, exact_up_to=n) for n in (4999, 5000))
+    _, levels = plain_program(x[0].numpy(), 12)
+    found = least_squares_levels(x, 12, exact_up_to=5000)
     np.testing.assert_allclose(found[0].numpy(), levels, atol=1e-11)
-    assert least < squared_error(x, near).item() <= 1.005 * least
+    x = samples(20_000)["gaussian"].double()
+    least, near = (
+        squared_error(x, least_squares_levels(x, 16, exact_up_to=n)).item()
+        for n in (20_000, 19_999)
+    )
+    assert least < near * (1 - 1e-7)
 
 
 def test_the_program_runs_where_its_table_is() -> None:

@@ -359,6 +359,7 @@ def test_a_prox_link_must_define_its_map() -> None:
     prox = bare(pf.lsbq(1))
     updates, state = prox.update(params, prox.init(params), params)
     assert state.slope == prox.begins == 0
+    assert state.lr_sum == 0
     with pytest.raises(NotImplementedError, match="bare must define proxmap"):
         prox.weights(state, pf.apply_updates(params, updates))
 

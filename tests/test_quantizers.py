@@ -403,3 +403,22 @@ def test_alternating_fits_a_level_that_one_weight_has() -> None:
     for n in (1, 2):
         levels = pf.lsbq(0, "alternating")(torch.tensor([[3.0, 0.0]])[:, :n])
         torch.testing.assert_close(levels, torch.tensor([[-3.0, 0.0, 3.0]]))
+
+
+def test_what_levels_may_rely_on() -> None:
+    seen = []
+
+    class watching(pf.Quantizer):
+        num_levels = 1
+
+        def levels(self, x):
+            seen.append(x)
+            return x[..., :1]
+
+    rows = [[0.3, -5.0], [0.0, 0.0], [torch.nan, 1.0], [1.0, torch.inf], [6e-8, 0.0]]
+    for dtype in DTYPES:
+        watching().fit(torch.tensor(rows, dtype=dtype))
+    for x in seen:
+        assert x.dtype in (torch.float32, torch.float64)
+        top = x.abs().amax(-1)
+        assert bool((((top >= 1) & (top < 2)) | (top == 0)).all())
