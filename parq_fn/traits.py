@@ -106,7 +106,7 @@ def declares(traits: ProxTraits) -> Callable[[_F], _F]:
     """
 
     def declare(f: _F) -> _F:
-        f.traits = traits  # type: ignore[attr-defined]
+        f.traits = traits  # type: ignore[attr-defined] # a function takes any
         return f
 
     return declare

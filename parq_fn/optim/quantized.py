@@ -273,7 +273,7 @@ class QuantOptimizer(Optimizer):
             for p in chunk:
                 latent = self._latents[p]
                 if latent is not p:
-                    latent.grad = p.grad.to(latent.dtype)  # type: ignore[union-attr]
+                    latent.grad = p.grad.to(latent.dtype)  # type: ignore[union-attr] # it has one
             try:
                 with self._latents_in_groups(chosen):
                     self.base.step()

@@ -61,7 +61,7 @@ def search(
         report_multiple_bugs=False,
         print_blob=False,
         verbosity=Verbosity.quiet,
-        **options,  # type: ignore[arg-type]
+        **options,  # type: ignore[arg-type] # of one key, which is of this type
     )
     names = {name for law in laws for name in law.inputs}
     try:

@@ -202,7 +202,7 @@ def half_in_half(rows: Tensor) -> Tensor:
     return torch.cat([-v, v], -1)
 
 
-half_in_half.traits = QuantizerTraits(widens=True)  # type: ignore[attr-defined]
+half_in_half.traits = QuantizerTraits(widens=True)
 
 
 @pytest.mark.parametrize(

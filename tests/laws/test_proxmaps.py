@@ -203,7 +203,7 @@ def test_what_must_not_hold_does_not(law: str, map_: Any, claims: dict[str, Any]
     def claimed(u: Tensor, levels: Tensor, *c: Any) -> Tensor:
         return map_(u, levels, *c)
 
-    claimed.traits = replace(traits_of(map_), **claims)  # type: ignore[attr-defined]
+    claimed.traits = replace(traits_of(map_), **claims)
     wanted, called = laws.named("proxmap", law), check.Applied(claimed)
     found = check.search([wanted], called, check.proxmap_inputs(claimed), 4000, shrink=False)
     assert found is not None
@@ -223,5 +223,5 @@ def test_the_sharp_end_obeys_the_laws_of_hard(map_: Any) -> None:
     def at_the_end(u: Tensor, levels: Tensor) -> Tensor:
         return map_(u, levels, sharp)
 
-    at_the_end.traits = maps.hard.traits  # type: ignore[attr-defined]
+    at_the_end.traits = maps.hard.traits
     check_proxmap(at_the_end, laws={"onto_levels", "idempotent", "keeps_side", "jump", "pure"})

@@ -260,7 +260,9 @@ def between(f: Map, u: Tensor, levels: Tensor, c: Coefficient) -> Iterator[Claim
 def sharper_is_nearer(
     f: Map, u: Tensor, levels: Tensor, c: Coefficient, d: Coefficient, traits: ProxTraits
 ) -> Claim:
-    order = sorted((c, d), key=lambda a: a if traits.sharp > traits.soft else -a)  # type: ignore[operator]
+    assert traits.sharp is not None
+    assert traits.soft is not None
+    order = sorted((c, d), reverse=traits.sharp < traits.soft)
     x = clip(u, levels)
     near, mask = hard(x, levels), off_ties(x, levels)
     softer, sharper = ((f(x, levels, a) - near).abs() for a in order)
