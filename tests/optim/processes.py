@@ -26,8 +26,10 @@ def _main(rank: int, work: Callable[..., None], world: int, folder: str, args: A
     )
     try:
         work(*args)
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort a process that unwinds while they end
 
 
 def on_processes(work: Callable[..., None], world: int, folder: Path, *args: Any) -> None:
