@@ -16,6 +16,7 @@ from torch import Tensor
 from parq_fn.checks import DECAY, NOT_NEGATIVE, check_numbers
 from parq_fn.interval import Interval
 from parq_fn.scalar import Scalar, at, is_number, new_count, to_device
+from parq_fn.sharded import gathered
 from parq_fn.traits import PER_LEAF, TransformationTraits
 from parq_fn.transformation import Link
 from parq_fn.tree import PyTree, by_name, check_floating, tree_leaves, tree_map
@@ -314,7 +315,7 @@ def global_norm(tree: PyTree) -> Tensor:
     tensor(5.)
     """
     norms = [
-        torch.linalg.vector_norm(u, dtype=torch.promote_types(u.dtype, torch.float32))
+        gathered(torch.linalg.vector_norm(u, dtype=torch.promote_types(u.dtype, torch.float32)))
         for u in tree_leaves(tree)
     ]
     if not norms:

@@ -33,6 +33,7 @@ from parq_fn.granularity import Granularity, per_tensor
 from parq_fn.links import times
 from parq_fn.quantizers import Quantizer
 from parq_fn.scalar import Scalar, as_scalar, at, concrete, new_count, to_device
+from parq_fn.sharded import gathered, local, part_of, placed
 from parq_fn.traits import TransformationTraits
 from parq_fn.transformation import Link, apply_updates
 from parq_fn.tree import PyTree, check_floating, names_of, tree_map
@@ -77,6 +78,10 @@ class Prox(Link):
     the leaf's name. `update` never looks at values: a row that holds NaN keeps the levels it
     had, and the other rows are left alone; at its very first fit it gets NaN for levels, and
     so for weights, until a fit finds it finite again.
+
+    Leaves may be DTensors, sharded along dimension 0: levels are then plain tensors, the same on
+    every rank, fitted to the gathered latent (one gather a leaf where they are due), and each
+    rank maps its own shard.
 
     Source: Jin et al., PARQ, arXiv 2503.15748, algorithm 1 (AProx); normal map: Qiu, Jiang,
     Milzarek, arXiv 2305.05828.
@@ -145,12 +150,14 @@ class Prox(Link):
 
         def empty(param: Tensor, name: str) -> Tensor:
             try:
-                rows, _ = self.granularity.shape(param)
+                part_of(param, self.granularity)
             except ValueError as error:
                 raise ValueError(f"{who}: parameter {name!r}: {error}") from None
-            if concrete(param.isfinite().all()) is False:
+            mine = local(param)
+            if concrete(mine.isfinite().all()) is False:
                 raise ValueError(f"{who}: parameter {name!r} holds NaN or infinities")
-            return param.new_zeros((rows, self.quantizer.num_levels))
+            rows, _ = self.granularity.shape(param)
+            return mine.new_zeros((rows, self.quantizer.num_levels))
 
         count = new_count()
         leaves, spec = optree.tree_flatten(params)
@@ -202,7 +209,8 @@ class Prox(Link):
         due, first = self.due(state), state.count - 1 == self.warmup
 
         def fit(old: Tensor, latent: Tensor) -> Tensor:
-            new = self.quantizer.fit(self._rows(latent, state)).to(old.dtype)
+            rows = self._rows(gathered(latent), state, self.granularity)
+            new = self.quantizer.fit(rows).to(old.dtype)
             take = new.isfinite().all(-1, keepdim=True) | to_device(first, old)
             return torch.where(to_device(due, old) & take, new, old)
 
@@ -217,9 +225,15 @@ class Prox(Link):
             return params
 
         def weight(param: Tensor, levels: Tensor) -> Tensor:
-            rows = self.proxmap(self._rows(param, state), levels, state.slope)
-            mapped = self.granularity.restore(rows, param).to(param.dtype)
-            return mapped if known else torch.where(to_device(active, param), mapped, param)
+            part, mine = part_of(param, self.granularity), local(param)
+            if not mine.numel():
+                return param
+            rows = self._rows(mine, state, part.granularity)
+            rows = self.proxmap(rows, levels[part.rows], state.slope)
+            mapped = part.granularity.restore(rows, mine).to(mine.dtype)
+            if not known:
+                mapped = torch.where(to_device(active, mine), mapped, mine)
+            return placed(mapped, param)
 
         return tree_map(weight, params, state.levels)
 
@@ -248,15 +262,15 @@ class Prox(Link):
             )
         return torch.zeros_like(step)
 
-    def _rows(self, latent: Tensor, state: ProxState) -> Tensor:
+    def _rows(self, latent: Tensor, state: ProxState, granularity: Granularity) -> Tensor:
         if not self.shrink:
-            return self.granularity.rows(latent)
+            return granularity.rows(latent)
         if self.normal_map is not None:
             divisor = as_scalar(self.normal_map)
         else:
             divisor = state.lr_sum.clamp(min=1.0)
         wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
-        return self.granularity.rows(wide / to_device(divisor, wide))
+        return granularity.rows(wide / to_device(divisor, wide))
 
 
 @value

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from parq_fn.checks import check_whole
 from parq_fn.scalar import concrete, new_count, to_device
+from parq_fn.sharded import gathered
 from parq_fn.traits import TransformationTraits, shared
 from parq_fn.transformation import Link, Transformation, check_transformation
 from parq_fn.tree import PyTree, check_floating, select, tree_leaves, tree_map
@@ -126,7 +127,7 @@ class apply_if_finite(Link):
     ) -> tuple[PyTree, FiniteState]:
         finite = torch.ones((), dtype=torch.bool)
         for leaf in tree_leaves(updates):
-            finite = to_device(finite, leaf) & leaf.isfinite().all()
+            finite = to_device(finite, leaf) & gathered(leaf.isfinite().all())
         out, inner = self.inner.update(updates, state.inner, params, **extra)
         zeros = tree_map(torch.zeros_like, out)
         skipped = state.skipped + to_device((~finite).to(torch.int64), state.skipped)

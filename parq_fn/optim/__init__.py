@@ -1,6 +1,7 @@
 """Adapters: the functional core as torch.optim optimizers."""
 
+from parq_fn.optim.checkpoint import load_checkpoint, save_checkpoint
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.transformed import TransformOptimizer
 
-__all__ = ["QuantOptimizer", "TransformOptimizer"]
+__all__ = ["QuantOptimizer", "TransformOptimizer", "load_checkpoint", "save_checkpoint"]

@@ -27,7 +27,6 @@ from torch.optim import Optimizer
 from parq_fn.checks import SHARE, check_numbers
 from parq_fn.granularity import per_block
 from parq_fn.links import times
-from parq_fn.optim.sharded import gathered, local, part_of
 from parq_fn.optim.state import (
     Group,
     check_shapes,
@@ -42,6 +41,7 @@ from parq_fn.optim.state import (
 from parq_fn.prox import Prox, ProxState, parq_prox
 from parq_fn.quantizers import ternary_uniform, uniform
 from parq_fn.scalar import as_scalar, concrete, new_count
+from parq_fn.sharded import gathered, local, part_of
 
 #: The entries of a parameter's state that are ours; the others are the base optimizer's.
 _QUANTIZED = ("latent", "levels", "count", "slope", "lr_sum")
@@ -195,11 +195,7 @@ class QuantOptimizer(Optimizer):
         refuse_flat("QuantOptimizer", p, name)
         if not _is_quantized(group):
             return p, {**_template(self.base, group, p), "updates": new_count()}
-        link = self.link(group)
-        part_of(p, link.granularity, name)
-        # of a sharded parameter the shape alone is looked at, which is what state depends on
-        shape = p.detach() if local(p) is p else local(p).new_zeros(()).expand(p.shape)
-        state = link.init({name: shape})
+        state = self.link(group).init({name: p.detach()})
         latent = p.detach().clone().to(wide(p)).requires_grad_()
         return latent, {
             **_template(self.base, group, latent),
@@ -238,51 +234,56 @@ class QuantOptimizer(Optimizer):
         loss = value_of(closure)
         self._follow()
         with torch.no_grad():
-            pulls = self._pulls()
-            self._step_base()
-            for p, pull in pulls.items():
-                latent = local(self._latents[p])
-                latent.sub_(pull.to(latent.dtype))
+            self._move()
             for group in self.param_groups:
                 if _is_quantized(group):
                     self._map_group(group)
         return loss
 
-    def _pulls(self) -> dict[Tensor, Tensor]:
-        """The normal map's pull on each latent, from before the step."""
-        gamma = self.prox.normal_map
-        if gamma is None:
-            return {}
-        return {
-            p: times(local(self._latents[p]) - local(p), _rate(group) / as_scalar(gamma))
-            for group in self.param_groups
-            if _is_quantized(group)
-            for p in group["params"]
-            if p.grad is not None
-        }
+    def _move(self) -> None:
+        """The base optimizer's step with latents for parameters, and the normal map's pull.
 
-    def _step_base(self) -> None:
-        """The base optimizer's step with latents for parameters.
-
-        Gradients of narrow parameters are widened for a few parameters at a time, no more
-        elements together than the largest parameter has.
+        Parameters that need a tensor of their own size for it, a widened gradient or the pull
+        from before the step, are moved a few at a time: no more elements together than the
+        largest parameter has.
         """
-        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for chunk in _chunks(moved):
-            chosen = set(chunk)
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        moved = [p for p in groups if p.grad is not None and self._is_trained(p)]
+        needy = [p for p in moved if p.dtype != wide(p) or self._is_pulled(p)]
+        alone = set(needy)
+        rest = [p for p in moved if p not in alone]
+        for chunk in _chunks(needy) + ([rest] if rest else []):
+            pulls = {p: self._pull(p, groups[p]) for p in chunk if self._is_pulled(p)}
+            self._step_base(chunk)
+            for p, pull in pulls.items():
+                latent = local(self._latents[p])
+                latent.sub_(pull.to(latent.dtype))
+
+    def _is_trained(self, p: Tensor) -> bool:
+        """Not frozen; a parameter of the base alone is moved wherever the base moves it."""
+        return p.requires_grad or self._latents[p] is p
+
+    def _is_pulled(self, p: Tensor) -> bool:
+        return self.prox.normal_map is not None and self._latents[p] is not p
+
+    def _pull(self, p: Tensor, group: Group) -> Tensor:
+        gamma: Any = self.prox.normal_map
+        return times(local(self._latents[p]) - local(p), _rate(group) / as_scalar(gamma))
+
+    def _step_base(self, chunk: list[Tensor]) -> None:
+        for p in chunk:
+            latent = self._latents[p]
+            if latent is not p:
+                latent.grad = p.grad.to(latent.dtype)  # type: ignore[union-attr] # it has one
+        try:
+            with self._latents_in_groups(set(chunk)):
+                self.base.step()
+        finally:
             for p in chunk:
-                latent = self._latents[p]
-                if latent is not p:
-                    latent.grad = p.grad.to(latent.dtype)  # type: ignore[union-attr] # it has one
-            try:
-                with self._latents_in_groups(chosen):
-                    self.base.step()
-            finally:
-                for p in chunk:
-                    if self._latents[p] is not p:
-                        self._latents[p].grad = None
-            for p in chunk:
-                self._merge(p)
+                if self._latents[p] is not p:
+                    self._latents[p].grad = None
+        for p in chunk:
+            self._merge(p)
 
     @contextmanager
     def _latents_in_groups(self, chosen: set[Tensor]) -> Iterator[None]:
@@ -328,7 +329,7 @@ class QuantOptimizer(Optimizer):
             state = advanced[key]._replace(levels=[entries["levels"]])
             if concrete(link.due(state)) is not False:
                 entries["levels"] = self._refit(link, state, gathered(entries["latent"]))
-            mine, part = local(p), part_of(p, link.granularity, "of a quantized group")
+            mine, part = local(p), part_of(p, link.granularity)
             if mine.numel():
                 own = link
                 if part.granularity is not link.granularity:
@@ -417,12 +418,11 @@ def _prox_state(entries: dict[str, Any]) -> ProxState:
 
 
 def _chunks(params: list[Tensor]) -> list[list[Tensor]]:
-    """The parameters, narrow ones in runs of no more elements than the largest has."""
-    narrow = [p for p in params if p.dtype != wide(p)]
-    whole = [p for p in params if p.dtype == wide(p)]
-    chunks, bound, size = ([whole] if whole else []), max((p.numel() for p in narrow), default=0), 0
-    for i, p in enumerate(narrow):
-        if i == 0 or size + p.numel() > bound:
+    """The parameters in runs of no more elements than the largest of them has."""
+    chunks: list[list[Tensor]] = []
+    bound, size = max((p.numel() for p in params), default=0), 0
+    for p in params:
+        if not chunks or size + p.numel() > bound:
             chunks.append([])
             size = 0
         chunks[-1].append(p)

@@ -9,7 +9,6 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from parq_fn.links import add_decayed_weights
@@ -95,11 +94,6 @@ class TransformOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 refuse_flat("TransformOptimizer", p, name_of(group, index, i))
-                if isinstance(p, DTensor):
-                    raise TypeError(
-                        f"TransformOptimizer: parameter {name_of(group, index, i)!r} is sharded, "
-                        "which is not supported yet; QuantOptimizer takes it"
-                    )
             if group.get("weight_decay") and not any(_decays(self.transformation)):
                 raise ValueError(
                     f"TransformOptimizer: group {index} has weight_decay="

@@ -22,7 +22,7 @@ def _main(rank: int, work: Callable[..., None], world: int, folder: str, args: A
         init_method=f"file://{folder}/rendezvous-{world}-{work.__name__}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=20),
+        timeout=timedelta(seconds=30),
     )
     try:
         work(*args)
@@ -33,15 +33,15 @@ def _main(rank: int, work: Callable[..., None], world: int, folder: str, args: A
 
 
 def on_processes(work: Callable[..., None], world: int, folder: Path, *args: Any) -> None:
-    """Runs work(*args) on `world` ranks; raises what one of them raised, or after 90 seconds."""
+    """Runs work(*args) on `world` ranks; raises what one of them raised, or after four minutes."""
     running = multiprocessing.start_processes(
         _main, args=(work, world, str(folder), args), nprocs=world, join=False
     )
-    end = time.monotonic() + 90
+    end = time.monotonic() + 240
     try:
         while not running.join(timeout=1):
             if time.monotonic() > end:
-                raise TimeoutError(f"{work.__name__} on {world} processes took 90 s")
+                raise TimeoutError(f"{work.__name__} on {world} processes took four minutes")
     finally:
         for process in running.processes:
             if process.is_alive():

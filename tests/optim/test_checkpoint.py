@@ -16,49 +16,44 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 import parq_fn as pf
-from parq_fn.optim import QuantOptimizer
 from tests.optim.processes import on_processes
-from tests.optim.test_sharded import Net, optimizer_of, train, whole
+from tests.optim.test_sharded import ADAPTERS, Net, check_same, sharded, train
 
 PROX = pf.parq_prox(pf.lsbq(2), anneal_start=2, anneal_end=9, period=3, warmup=2, normal_map=5.0)
 #: before training, in warmup, mid-anneal, after the last weight froze
 STEPS = (0, 1, 5, 11)
-CASES = list(itertools.product(("float32", "bfloat16"), (False, True), STEPS))
+CASES = list(itertools.product(ADAPTERS, ("float32", "bfloat16"), (False, True), STEPS))
 
 
-def begin(dtype: str, sharded: bool) -> tuple[Net, QuantOptimizer]:
+def begin(adapter: str, dtype: str, split: bool) -> tuple[Net, Any]:
     net = Net(getattr(torch, dtype))
-    if sharded:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        fully_shard(net.linear, mesh=mesh)
-        fully_shard(net, mesh=mesh)
-    return net, optimizer_of(net, PROX)
+    if split:
+        sharded(net, (dist.get_world_size(),))
+    return net, ADAPTERS[adapter](net, PROX)
 
 
-def save(folder: str, sharded: bool) -> None:
-    for dtype, flat, steps in CASES:
-        net, optimizer = begin(dtype, sharded)
+def save(folder: str, split: bool) -> None:
+    for adapter, dtype, flat, steps in CASES:
+        net, optimizer = begin(adapter, dtype, split)
         train(net, optimizer, steps)
         options = StateDictOptions(flatten_optimizer_state_dict=flat)
         model, state = get_state_dict(net, optimizer, options=options)
-        where = Path(folder) / f"{dtype}-{flat}-{steps}"
+        where = Path(folder) / f"{adapter}-{dtype}-{flat}-{steps}"
         dcp.save({"model": model, "optimizer": state}, checkpoint_id=where)
 
 
-def load(folder: str, sharded: bool) -> None:
-    for dtype, flat, steps in CASES:
-        net, optimizer = begin(dtype, sharded)
+def load(folder: str, split: bool) -> None:
+    for adapter, dtype, flat, steps in CASES:
+        net, optimizer = begin(adapter, dtype, split)
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(1.0)  # nothing but what is loaded may count
         options = StateDictOptions(flatten_optimizer_state_dict=flat)
         model, state = get_state_dict(net, optimizer, options=options)
         saved = {"model": model, "optimizer": state}
-        dcp.load(saved, checkpoint_id=Path(folder) / f"{dtype}-{flat}-{steps}")
+        dcp.load(saved, checkpoint_id=Path(folder) / f"{adapter}-{dtype}-{flat}-{steps}")
         set_state_dict(
             net,
             optimizer,
@@ -66,23 +61,12 @@ def load(folder: str, sharded: bool) -> None:
             optim_state_dict=saved["optimizer"],
             options=options,
         )
-        straight, other = begin(dtype, sharded=False)
+        straight, other = begin(adapter, dtype, split=False)
         train(straight, other, steps)
         for ahead in range(4):
-            compare(straight, other, net, optimizer, (dtype, flat, steps, ahead))
+            check_same(straight, other, net, optimizer, (adapter, dtype, flat, steps, ahead))
             train(straight, other, 1)
             train(net, optimizer, 1)
-
-
-def compare(straight: Net, one: QuantOptimizer, net: Net, other: QuantOptimizer, at: Any) -> None:
-    for (name, p), q in zip(straight.named_parameters(), net.parameters(), strict=True):
-        assert torch.equal(p, whole(q)), (*at, name)
-        mine, theirs = one.state[p], other.state[q]
-        assert mine.keys() == theirs.keys(), (*at, name)
-        for key, own in mine.items():
-            got = whole(theirs[key])
-            assert own.dtype == got.dtype, (*at, name, key)
-            assert torch.equal(own, got), (*at, name, key)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
@@ -92,7 +76,7 @@ def test_on_one_process_without_a_group(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_saved_on_2_ranks_loaded_on_others(
+def test_r18_saved_on_2_ranks_loaded_on_others(
     world: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "saved-on-2"

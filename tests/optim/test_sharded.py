@@ -1,20 +1,25 @@
-"""QuantOptimizer under fully_shard: levels and weights are those of one process, bit for bit."""
+"""Both adapters on sharded and replicated models: what one process gives, bit for bit."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optree
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import parq_fn as pf
-from parq_fn.optim import QuantOptimizer
+from parq_fn.optim import QuantOptimizer, TransformOptimizer
+from parq_fn.prox import ProxState
 from tests.optim.processes import on_processes
 
 SPAN: dict[str, Any] = {"anneal_start": 1, "anneal_end": 6, "period": 2}
@@ -36,17 +41,34 @@ class Net(nn.Module):
         return self.head(self.linear(x).tanh())
 
 
+#: What is quantized, and with how many bits.
+BITS = {"conv.weight": 2, "linear.weight": 2, "head.weight": 2, "norm.weight": 1}
+
+
 def optimizer_of(net: Net, prox: pf.Prox) -> QuantOptimizer:
-    groups = [
-        {"params": [net.conv.weight, net.linear.weight, net.head.weight], "quant_bits": 2},
-        {"params": [net.norm.weight], "quant_bits": 1},
-        {"params": [net.conv.bias, net.norm.bias, net.linear.bias, net.head.bias]},
-    ]
+    by_bits: dict[Any, list[Any]] = {}
+    for name, p in net.named_parameters():
+        by_bits.setdefault(BITS.get(name, 32), []).append((name, p))
+    groups = [{"params": params, "quant_bits": bits} for bits, params in by_bits.items()]
     return QuantOptimizer(torch.optim.AdamW(groups, lr=0.05), prox)
 
 
-def train(net: Net, optimizer: QuantOptimizer, steps: int) -> None:
-    dtype = net.head.weight.dtype
+def transformed(net: Net, prox: pf.Prox) -> TransformOptimizer:
+    two = replace(prox, learning_rate=0.05)
+    kinds = {"2": two, "1": replace(two, quantizer=pf.lsbq(1)), "32": pf.identity()}
+    labels = {name: str(bits) for name, bits in BITS.items()} | {"*": "32"}
+    transform = pf.chain(pf.adamw(0.05), pf.partition(kinds, labels))
+    return TransformOptimizer(net.named_parameters(), transform)
+
+
+ADAPTERS: dict[str, Callable[[Net, pf.Prox], Any]] = {
+    "QuantOptimizer": optimizer_of,
+    "TransformOptimizer": transformed,
+}
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    dtype = next(net.parameters()).dtype
     x = torch.randn(4, 2, 6, 6, dtype=dtype, generator=torch.Generator().manual_seed(1))
     for _ in range(steps):
         optimizer.zero_grad()
@@ -67,29 +89,40 @@ PROXES = {
 }
 
 
+def check_same(alone: Net, one: Any, net: nn.Module, other: Any, at: Any) -> None:
+    """Parameters and states are equal, bit for bit."""
+    for (name, p), q in zip(alone.named_parameters(), net.parameters(), strict=True):
+        assert torch.equal(p, whole(q)), (at, name, p, whole(q))
+        mine, theirs = one.state[p], other.state[q]
+        assert mine.keys() == theirs.keys(), (at, name)
+        for key, own in mine.items():
+            got = whole(theirs[key])
+            assert own.dtype == got.dtype, (at, name, key)
+            assert torch.equal(own, got), (at, name, key)
+
+
+def sharded(net: Net, shape: tuple[int, ...], **policy: Any) -> Net:
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    fully_shard(net.linear, mesh=mesh, **policy)
+    fully_shard(net, mesh=mesh, **policy)
+    return net
+
+
 def same_as_alone(shape: tuple[int, ...], offload: bool, dtypes: tuple[str, ...]) -> None:
-    names = ("replicate", "shard")[-len(shape) :]
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    for dtype in (getattr(torch, name) for name in dtypes):
-        for name, prox in PROXES.items():
-            alone, net = Net(dtype), Net(dtype)
-            policy = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
-            fully_shard(net.linear, mesh=mesh, **policy)
-            fully_shard(net, mesh=mesh, **policy)
-            one, other = optimizer_of(alone, prox), optimizer_of(net, prox)
-            for _ in range(8):
-                train(alone, one, 1)
-                train(net, other, 1)
-                for (path, p), q in zip(alone.named_parameters(), net.parameters(), strict=True):
-                    assert torch.equal(p, whole(q)), (name, path, p, whole(q))
-                    assert one.state[p].keys() == other.state[q].keys()
-                    for key, own in one.state[p].items():
-                        assert torch.equal(own, whole(other.state[q][key])), (name, path, key)
-            weight = whole(net.linear.weight)
-            if name != "shrink":
-                levels = other.state[net.linear.weight]["levels"]
-                rows = weight.reshape(levels.shape[0], -1)
-                assert (rows.unsqueeze(-1) == levels.unsqueeze(-2)).any(-1).all()
+    policy = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
+    for given, adapter, name in itertools.product(dtypes, ADAPTERS, PROXES):
+        dtype = getattr(torch, given)
+        alone, net = Net(dtype), sharded(Net(dtype), shape, **policy)
+        one, other = (ADAPTERS[adapter](each, PROXES[name]) for each in (alone, net))
+        for _ in range(8):
+            train(alone, one, 1)
+            train(net, other, 1)
+        check_same(alone, one, net, other, (adapter, name))
+        if name != "shrink":
+            entries = other.state[net.linear.weight]
+            levels = entries[next(key for key in entries if key.endswith("levels"))].to(dtype)
+            rows = whole(net.linear.weight).reshape(levels.shape[0], -1)
+            assert (rows.unsqueeze(-1) == levels.unsqueeze(-2)).any(-1).all()
 
 
 @pytest.mark.parametrize(
@@ -106,6 +139,123 @@ def test_r17_levels_and_weights_equal_those_of_one_process(
 ) -> None:
     world = int(torch.tensor(shape).prod())
     on_processes(same_as_alone, world, tmp_path, shape, offload, dtypes)
+
+
+def frozen_clipped_replicated() -> None:
+    for adapter, build in ADAPTERS.items():
+        prox = PROXES["channel"]
+
+        # a module frozen in mid-training, and thawed
+        alone, net = Net(torch.float64), sharded(Net(torch.float64), (2,))
+        one, other = build(alone, prox), build(net, prox)
+        for t in range(9):
+            for module in (alone, net):
+                module.linear.requires_grad_(not 3 <= t < 6)
+            train(alone, one, 1)
+            train(net, other, 1)
+            check_same(alone, one, net, other, ("frozen", adapter, t))
+
+        # gradients clipped by norm, which sharded runs add up in another order
+        alone, net = Net(torch.float64), sharded(Net(torch.float64), (2,))
+        one, other = build(alone, prox), build(net, prox)
+        for _ in range(8):
+            for module, optimizer in ((alone, one), (net, other)):
+                optimizer.zero_grad()
+                module(torch.ones(2, 2, 6, 6, dtype=torch.float64)).square().sum().backward()
+                norm = nn.utils.clip_grad_norm_(module.parameters(), 1e-3)
+                assert whole(norm) > 1e-3
+                optimizer.step()
+            for p, q in zip(alone.parameters(), net.parameters(), strict=True):
+                torch.testing.assert_close(whole(q), p, rtol=1e-12, atol=1e-12)
+
+        # replicas with equal batches
+        alone, net = Net(torch.float64), nn.parallel.DistributedDataParallel(Net(torch.float64))
+        one, other = build(alone, prox), build(net.module, prox)
+        for t in range(8):
+            train(alone, one, 1)
+            train(net, other, 1)
+            check_same(alone, one, net, other, ("replicated", adapter, t))
+
+
+def test_freezing_clipping_and_replicas(tmp_path: Path) -> None:
+    on_processes(frozen_clipped_replicated, 2, tmp_path)
+
+
+def mixed_precision() -> None:
+    """Compute in bfloat16: parameters and latents stay float32, the map is that of one process."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    net = sharded(Net(torch.float32), (2,), mp_policy=policy)
+    for name, prox in PROXES.items():
+        optimizer = optimizer_of(net, prox)
+        for _ in range(8):
+            train(net, optimizer, 1)
+            for p, link in quantized_of(optimizer):
+                entries = optimizer.state[p]
+                assert p.dtype == entries["latent"].dtype == torch.float32
+                state = ProxState(*(entries[key] for key in ("count", "slope", "lr_sum", "levels")))
+                latent = whole(entries["latent"])
+                assert torch.equal(whole(p), link.weights(state, latent)), name
+                if link.due(state):
+                    assert torch.equal(state.levels, link.refit(state, latent).levels), name
+
+
+def quantized_of(optimizer: QuantOptimizer) -> list[tuple[Tensor, pf.Prox]]:
+    groups = [group for group in optimizer.param_groups if group["quant_bits"] < 16]
+    return [(p, optimizer.link(group)) for group in groups for p in group["params"]]
+
+
+def test_mixed_precision_policy(tmp_path: Path) -> None:
+    on_processes(mixed_precision, 2, tmp_path)
+
+
+def core_on_dtensors() -> None:
+    """The functional loop with DTensor leaves: every link, beside plain leaves."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    draw = torch.Generator().manual_seed(0)
+    params = {
+        name: torch.randn(*shape, dtype=torch.float64, generator=draw)
+        for name, shape in {"a": (5, 4), "b": (1, 6), "c": (7,), "plain": (3, 2)}.items()
+    }
+    prox = pf.parq_prox(pf.lsbq(2), **SPAN, granularity=pf.per_channel())
+    optimizers = {
+        "sgd": pf.sgd(0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+        "adam": pf.adam(0.05, amsgrad=True),
+        "clipped": pf.chain(pf.clip(0.7), pf.sgd(0.1)),
+        "clipped_by_norm": pf.chain(pf.clip_by_global_norm(0.5), pf.sgd(0.1)),
+    }
+    for name, optimizer in optimizers.items():
+        transform = pf.chain(optimizer, pf.masked(prox, ["a", "b"]))
+        for built in (pf.apply_if_finite(transform), pf.accumulate(transform, 2)):
+            runs = []
+            for split in (False, True):
+                own = dict(params)
+                if split:
+                    own |= {k: distribute(own[k], mesh) for k in "abc"}
+                state, grads = built.init(own), torch.Generator().manual_seed(1)
+                for t in range(8):
+                    grad = {k: torch.randn(p.shape, generator=grads) for k, p in params.items()}
+                    if t == 3:
+                        grad["a"][0, 0] = torch.nan if "Finite" in repr(type(state)) else 0.0
+                    grad = {k: g.double() for k, g in grad.items()}
+                    if split:
+                        grad |= {k: distribute(grad[k], mesh) for k in "abc"}
+                    updates, state = built.update(grad, state, own)
+                    own = pf.apply_updates(own, updates)
+                runs.append([built.weights(state, own), pf.read(state, "levels")])
+            for one, other in zip(*map(optree.tree_leaves, runs), strict=True):
+                if name == "clipped_by_norm":
+                    torch.testing.assert_close(whole(other), one, rtol=1e-12, atol=1e-12)
+                else:
+                    assert torch.equal(one, whole(other)), name
+
+
+def distribute(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    return distribute_tensor(tensor, mesh, [Shard(0)])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_law_12_the_functional_core_on_dtensors(world: int, tmp_path: Path) -> None:
+    on_processes(core_on_dtensors, world, tmp_path)
 
 
 def blocks_cut_by_shards() -> None:

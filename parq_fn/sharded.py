@@ -54,31 +54,39 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(p: Tensor, granularity: Granularity, name: str) -> Part:
-    """The part of the parameter's rows that this rank holds.
+def placed(mine: Tensor, like: Tensor) -> Tensor:
+    """The tensor of which this rank holds `mine`, sharded as `like` is."""
+    if not isinstance(like, DTensor):
+        return mine
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(mine, mesh, placements, shape=like.shape, stride=like.stride())
 
-    Raises ValueError for a parameter sharded along another dimension than the first (unless all
-    its weights are one row), or along more than one dimension of the mesh.
+
+def part_of(weight: Tensor, granularity: Granularity) -> Part:
+    """The part of the weight's rows that this rank holds.
+
+    Raises ValueError as the granularity does, and for a weight sharded along another dimension
+    than the first (unless all of it is one row), or along more than one dimension of the mesh.
     """
-    whole = slice(None)
-    if not isinstance(p, DTensor):
-        return Part(granularity, whole)
-    r, n = granularity.shape(p)
-    held = [(i, place) for i, place in enumerate(p.placements) if not isinstance(place, Replicate)]
-    mine = local(p)
+    r, n = granularity.shape(weight)
+    whole = Part(granularity, slice(None))
+    if not isinstance(weight, DTensor):
+        return whole
+    mine = local(weight)
     if r == 1:
-        return Part(run(max(mine.numel(), 1), 0, 0), whole)
+        return Part(run(max(mine.numel(), 1), 0, 0), slice(None))
+    held = [(i, p) for i, p in enumerate(weight.placements) if not isinstance(p, Replicate)]
     if not held:
-        return Part(granularity, whole)
+        return whole
     mesh_dim, place = held[0]
     if len(held) > 1 or type(place) is not Shard or place.dim != 0:
         raise ValueError(
-            f"parameter {name!r} is placed as {p.placements}; rows of {granularity!r} can be "
-            "told from one Shard(0) only"
+            f"it is placed as {weight.placements}; rows of {granularity!r} can be told from one "
+            "Shard(0) only"
         )
-    size = -(-p.shape[0] // p.device_mesh.size(mesh_dim))  # of a full shard, as torch.chunk cuts
-    inner = p.shape[1:].numel()
-    start = min(p.shape[0], p.device_mesh.get_local_rank(mesh_dim) * size) * inner
+    size = -(-weight.shape[0] // weight.device_mesh.size(mesh_dim))  # as torch.chunk cuts
+    inner = weight.shape[1:].numel()
+    start = min(weight.shape[0], weight.device_mesh.get_local_rank(mesh_dim) * size) * inner
     stop = start + mine.numel()
     first, last = start // n, -(-stop // n)
     return Part(run(n, start - first * n, last * n - stop), slice(first, last))
