@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sysconfig
 import time
 from collections.abc import Sequence
@@ -23,17 +22,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import parq_fn as pq
-from parq_fn.optim import QuantOptimizer
+from parq_fn.optim import QuantOptimizer, load_checkpoint, save_checkpoint
 
 # Text, as bytes.
 
@@ -135,27 +132,12 @@ def share_on_levels(optimizer: QuantOptimizer) -> float:
 # Checkpoints: a folder a step, whole once it has its name.
 
 
-def save(net: nn.Module, optimizer: QuantOptimizer, folder: Path, step: int) -> None:
-    model, state = get_state_dict(net, optimizer)
-    unfinished = folder / f"unfinished-{step}"
-    dcp.save({"model": model, "optimizer": state}, checkpoint_id=unfinished)
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder / f"step-{step:06d}", ignore_errors=True)
-        unfinished.rename(folder / f"step-{step:06d}")
-    dist.barrier()
-
-
 def resume(net: nn.Module, optimizer: QuantOptimizer, folder: Path) -> int:
     """Loads the last whole checkpoint; the number of steps it was made after, 0 for none."""
     whole = sorted(folder.glob("step-*"))
     if not whole:
         return 0
-    model, state = get_state_dict(net, optimizer)
-    saved = {"model": model, "optimizer": state}
-    dcp.load(saved, checkpoint_id=whole[-1])
-    set_state_dict(
-        net, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
-    )
+    load_checkpoint(whole[-1], net, optimizer)
     return int(whole[-1].name.removeprefix("step-"))
 
 
@@ -213,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> float:
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             if step % args.save_every == 0 or step == last:
-                save(net, optimizer, args.save_dir, step)
+                save_checkpoint(args.save_dir / f"step-{step:06d}", net, optimizer)
             if step % 10 == 0:
                 progress.set_postfix(loss=f"{loss.item():.3f}")
 

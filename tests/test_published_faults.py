@@ -1,15 +1,23 @@
 """Where published implementations fall short: a test for each, numbered as in the README.
 
-Faults of stateful optimizers (closures, sharding, checkpoints) cannot arise in a functional
-loop; the two that have a counterpart here are tested in that form.
+Faults of stateful optimizers (closures, sharding, checkpoints) are looked for in the torch
+adapters; those with a counterpart in a functional loop there too.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import parq_fn as pf
+from parq_fn.optim import QuantOptimizer
+from tests.optim.processes import on_processes
 
 
 def gaussian(rows: int, n: int, seed: int = 0) -> Tensor:
@@ -18,6 +26,12 @@ def gaussian(rows: int, n: int, seed: int = 0) -> Tensor:
 
 def relative_error(x: Tensor, quantizer: pf.Quantizer) -> float:
     return float((x - quantizer.nearest(x, quantizer(x))).square().sum() / x.square().sum())
+
+
+def wrapped(module: nn.Module, link: pf.Prox, lr: float = 0.1) -> QuantOptimizer:
+    """SGD with the module's weight quantized."""
+    base = torch.optim.SGD([{"params": [module.weight], "quant_bits": 1}], lr=lr)
+    return QuantOptimizer(base, link)
 
 
 def test_1_optimal_is_optimal() -> None:
@@ -69,6 +83,15 @@ def test_4_channels_last_conv_weights_are_quantized_like_any_other() -> None:
     assert all(channel.unique().numel() <= 4 for channel in weights[1])
 
 
+def test_4_in_a_torch_optimizer() -> None:
+    conv = nn.Conv2d(4, 8, 3, bias=False).to(memory_format=torch.channels_last)
+    optimizer = wrapped(conv, pf.hard_prox(pf.lsbq(1), granularity=pf.per_channel()))
+    conv.weight.grad = torch.zeros_like(conv.weight)
+    optimizer.step()
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(channel.unique().numel() == 2 for channel in conv.weight)
+
+
 def test_5_the_gradient_is_taken_at_the_weights() -> None:
     """Published: step(closure) evaluates it at the latent, in full precision."""
     params = {"w": gaussian(1, 9)}
@@ -81,6 +104,44 @@ def test_5_the_gradient_is_taken_at_the_weights() -> None:
     torch.testing.assert_close(loss, (w**3).sum())
 
 
+def test_5_a_closure_runs_at_the_weights() -> None:
+    layer = nn.Linear(9, 4, bias=False)
+    optimizer = wrapped(layer, pf.hard_prox(pf.lsbq(1)))
+    seen: list[Tensor] = []
+
+    def closure() -> Tensor:
+        seen.append(layer.weight.detach().clone())
+        optimizer.zero_grad()
+        loss = layer(torch.eye(9)).pow(3).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert seen[0].unique().numel() > 2
+    assert [w.unique().numel() for w in seen[1:]] == [2, 2]
+    torch.testing.assert_close(layer.weight.grad, 3 * seen[-1] ** 2)
+
+
+def fit_on_shards() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5, bias=False)  # 5 rows on 2 ranks
+    whole = layer.weight.detach().clone()
+    fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = wrapped(layer, pf.hard_prox(pf.lsbq(1)))
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    assert isinstance(layer.weight, DTensor)
+    quantizer, row = pf.lsbq(1), whole.reshape(1, -1)
+    expected = quantizer.nearest(row, quantizer(row)).reshape(whole.shape)
+    assert torch.equal(layer.weight.full_tensor(), expected)
+
+
+def test_6_sharded_weights_share_levels_per_tensor(tmp_path: Path) -> None:
+    """Published: per tensor crashes on 2 ranks, and a row may not be cut by a shard."""
+    on_processes(fit_on_shards, 2, tmp_path)
+
+
 def test_7_looking_at_a_state_changes_nothing() -> None:
     """Published: asking for the optimizer state before training moves weights and counts a step."""
     params = {"w": gaussian(1, 9)}
@@ -89,6 +150,15 @@ def test_7_looking_at_a_state_changes_nothing() -> None:
     pf.read(state, "levels")
     assert pf.read(state, "prox.count") == 0
     assert torch.equal(transform.weights(state, params)["w"], params["w"])
+
+
+def test_7_asking_a_checkpoint_for_the_state_changes_nothing() -> None:
+    layer = nn.Linear(9, 4, bias=False)
+    optimizer = wrapped(layer, pf.hard_prox(pf.lsbq(1)))
+    before = layer.weight.detach().clone()
+    state = get_optimizer_state_dict(layer, optimizer)
+    assert state["state"]["weight"]["count"] == 0
+    assert torch.equal(layer.weight, before)
 
 
 def test_8_asymmetric_weights_are_on_its_own_levels() -> None:

@@ -35,6 +35,7 @@ from parq_fn.optim.state import (
     matched,
     name_of,
     refuse_flat,
+    unshared,
     value_of,
     wide,
 )
@@ -345,8 +346,7 @@ class QuantOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As of every torch.optim optimizer; latents, levels and counts among the state."""
         self._follow()
-        got: dict[str, Any] = super().state_dict()
-        return got
+        return unshared(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state, tensors in the dtypes they were saved in.

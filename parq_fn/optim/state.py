@@ -83,6 +83,19 @@ def check_shapes(mine: Entries, saved: Entries | None, name: str) -> None:
             )
 
 
+def unshared(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict with 0-d tensors copied, which parameters share: safetensors refuses that."""
+    state = {
+        key: {name: got.clone() if _is_scalar(got) else got for name, got in entries.items()}
+        for key, entries in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def _is_scalar(got: Any) -> bool:
+    return isinstance(got, Tensor) and got.dim() == 0
+
+
 def load_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Takes over all of the saved groups but their parameters."""
     for group, other in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):

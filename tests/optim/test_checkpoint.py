@@ -4,6 +4,8 @@ never interrupted, bit for bit, on as many ranks as it was saved on or on others
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_state_dict,
 )
+from torch.optim.lr_scheduler import LinearLR
 
 import parq_fn as pf
+from parq_fn.optim import load_checkpoint, save_checkpoint
 from tests.optim.processes import on_processes
 from tests.optim.test_sharded import ADAPTERS, Net, check_same, sharded, train
 
@@ -84,3 +91,105 @@ def test_r18_saved_on_2_ranks_loaded_on_others(
         folder.mkdir()
         on_processes(save, 2, folder, str(folder), True)
     on_processes(load, world, folder, str(folder), True)
+
+
+# Files
+
+
+def state_of(net: Net, optimizer: Any) -> list[Tensor]:
+    entries = [optimizer.state[p] for p in net.parameters()]
+    return [*net.parameters(), *(entry[key] for entry in entries for key in sorted(entry))]
+
+
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def scheduled(adapter: str, steps: int) -> tuple[Net, Any, LinearLR]:
+    net, optimizer = begin(adapter, "bfloat16", split=False)
+    scheduler = LinearLR(optimizer, start_factor=1.0, end_factor=0.1, total_iters=20)
+    for _ in range(steps):
+        train(net, optimizer, 1)
+        scheduler.step()
+    return net, optimizer, scheduler
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_save_and_load_with_a_scheduler(adapter: str, tmp_path: Path) -> None:
+    net, optimizer, scheduler = scheduled(adapter, 5)
+    for _ in range(2):  # the second takes the place of the first
+        save_checkpoint(tmp_path / "new" / "last", net, optimizer, scheduler=scheduler)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["last"]
+    other, again, its = scheduled(adapter, 0)
+    load_checkpoint(tmp_path / "new" / "last", other, again, scheduler=its)
+    for one, two, three in ((net, optimizer, scheduler), (other, again, its)):
+        for _ in range(4):
+            train(one, two, 1)
+            three.step()
+    check_same(net, optimizer, other, again, adapter)
+    assert again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] != 0.05
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_a_checkpoint_that_was_cut_off_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    net, optimizer, _ = scheduled("QuantOptimizer", 5)
+    save_checkpoint(tmp_path / "whole", net, optimizer)
+    other, again, _ = scheduled("QuantOptimizer", 2)
+    before = copies(state_of(other, again))
+    names = [path.name for path in (tmp_path / "whole").iterdir()]
+    assert ".metadata" in names
+    for name in names:
+        full = (tmp_path / "whole" / name).read_bytes()
+        for share in (0.0, 0.3, 0.99, None):
+            shutil.rmtree(tmp_path / "cut", ignore_errors=True)
+            shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+            file = tmp_path / "cut" / name
+            if share is None:
+                file.unlink()
+            else:
+                file.write_bytes(full[: int(share * len(full))])
+            with pytest.raises(ValueError, match="cut off"):
+                load_checkpoint(tmp_path / "cut", other, again)
+            assert all(map(torch.equal, state_of(other, again), before))
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere"):
+        load_checkpoint(tmp_path / "nowhere", other, again)
+    load_checkpoint(tmp_path / "whole", other, again)
+    check_same(net, optimizer, other, again, "whole")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_plain_files_and_safetensors(adapter: str, tmp_path: Path) -> None:
+    """torch.save(weights_only=True) of state_dict(), and safetensors of the flattened state."""
+    net, optimizer, _ = scheduled(adapter, 5)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    model, flat = get_state_dict(net, optimizer, options=options)
+    tensors = {key: got for key, got in flat.items() if isinstance(got, Tensor)}
+    rest = {key: got for key, got in flat.items() if key not in tensors}
+    save_file(tensors, tmp_path / "state.safetensors", metadata={"rest": json.dumps(rest)})
+
+    for way in ("plain", "safetensors"):
+        other, again, _ = scheduled(adapter, 0)
+        if way == "plain":
+            other.load_state_dict(net.state_dict())
+            again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        else:
+            with safe_open(tmp_path / "state.safetensors", "pt") as file:
+                read = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 # no dict
+                read |= json.loads(file.metadata()["rest"])
+            set_state_dict(
+                other, again, model_state_dict=model, optim_state_dict=read, options=options
+            )
+        check_same(net, optimizer, other, again, way)
+        train(other, again, 3)
+        straight, its, _ = scheduled(adapter, 5)
+        train(straight, its, 3)
+        check_same(straight, its, other, again, way)
+
+    for name, read_file in (("state.pt", torch.load), ("state.safetensors", load_file)):
+        full = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(full[: len(full) // 2])
+        with pytest.raises((OSError, RuntimeError, SafetensorError)):  # before there is a state
+            read_file(tmp_path / name)

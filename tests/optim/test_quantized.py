@@ -430,12 +430,13 @@ def test_r14_without_a_gradient_the_base_skips_and_annealing_goes_on() -> None:
     assert all(w in real.quantized["levels"] for w in real.weight.flatten())
 
 
-def test_frozen_parameters_are_left_alone_and_go_on_where_they_stood() -> None:
+@pytest.mark.parametrize("stale", [False, True])
+def test_frozen_parameters_are_left_alone_and_go_on_where_they_stood(stale: bool) -> None:
     real = Training(adamw, PROXES["parq"])
     real.step(3)
     real.weight.requires_grad_(False)
     before = copies([real.weight, *(real.quantized[k] for k in ("latent", "levels", "count"))])
-    real.weight.grad = None
+    real.weight.grad = torch.ones_like(real.weight) if stale else None
     for _ in range(9):
         real.bias.grad = torch.ones_like(real.bias)
         real.optimizer.step()
@@ -463,6 +464,23 @@ def test_r15_a_step_that_the_scaler_skips_advances_nothing() -> None:
     assert not hasattr(real.optimizer, "_step_supports_amp_scaling")
 
 
+def test_r16_there_are_no_modes_to_switch_to() -> None:
+    optimizer = Training(adamw, PROXES["parq"]).optimizer
+    assert not hasattr(optimizer, "train")
+    assert not hasattr(optimizer, "eval")
+
+
+def test_r20_parameters_are_written_in_place_and_stay_leaves() -> None:
+    real = Training(adamw, PROXES["parq"])
+    where, before = real.weight.data_ptr(), real.weight._version
+    real.step(4)
+    assert real.weight.data_ptr() == where
+    assert real.weight._version > before
+    assert real.weight.is_leaf
+    assert real.weight.requires_grad
+    assert real.quantized["latent"].grad_fn is None
+
+
 def test_an_exception_in_the_base_leaves_weights_in_the_model() -> None:
     real = Training(adamw, PROXES["parq"])
     real.step(6)
@@ -475,16 +493,33 @@ def test_an_exception_in_the_base_leaves_weights_in_the_model() -> None:
     assert real.quantized["latent"].grad is None
 
 
-def test_r22_compiled_steps_equal_eager_ones() -> None:
+@pytest.mark.parametrize("prox", ["hard", "parq", "parq_shrink", "parq_normal_map", "soft"])
+def test_r22_compiled_steps_equal_eager_ones_and_never_compile_again(prox: str) -> None:
     torch.compiler.reset()
-    one = Training(adamw, PROXES["parq"])
-    other = Training(adamw, PROXES["parq"], compile=True)
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        for _ in range(12):
-            one.step()
+    one = Training(adamw, PROXES[prox])
+    other = Training(adamw, PROXES[prox], compile=True)
+    for t in range(14):
+        for each in (one, other):  # a schedule; a graph break is an error: they compile whole
+            each.optimizer.param_groups[0]["lr"] = 0.1 / (t + 1)
+        one.step()
+        with torch._dynamo.config.patch(error_on_recompile=t >= 4):
             other.step()
-            for a, b in zip(one.tensors(), other.tensors(), strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        for a, b in zip(one.tensors(), other.tensors(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_may_itself_be_compiled() -> None:
+    torch.compiler.reset()
+    sgd, _ = BASES["nesterov"]  # torch's own AdamW rounds its step to float32 when compiled
+    one, other = Training(sgd, PROXES["parq"]), Training(sgd, PROXES["parq"])
+    step = torch.compile(other.optimizer.step)
+    for _ in range(6):
+        one.step()
+        other.optimizer.zero_grad()
+        loss_of(other.weight, other.bias, other.x, other.y).backward()
+        step()
+        for a, b in zip(one.tensors(), other.tensors(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

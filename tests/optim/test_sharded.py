@@ -181,6 +181,15 @@ def test_freezing_clipping_and_replicas(tmp_path: Path) -> None:
     on_processes(frozen_clipped_replicated, 2, tmp_path)
 
 
+def functional_loop() -> None:
+    with pytest.raises(TypeError, match=r"module 'net' is sharded .* a torch\.optim adapter"):
+        pf.functional(nn.ModuleDict({"net": sharded(Net(torch.float64), (1,))}))
+
+
+def test_r21_the_functional_loop_refuses_a_sharded_module(tmp_path: Path) -> None:
+    on_processes(functional_loop, 1, tmp_path)
+
+
 def mixed_precision() -> None:
     """Compute in bfloat16: parameters and latents stay float32, the map is that of one process."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
