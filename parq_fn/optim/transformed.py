@@ -174,7 +174,13 @@ class TransformOptimizer(Optimizer):
         ]
         if all(old is new for old, new in pairs):
             return
-        kept = {new: self.state.pop(old) for old, new in pairs}
+        shared = {key for name, key in self._places if name is None}
+        kept = {}
+        for old, new in pairs:
+            entries = self.state.pop(old)
+            if type(old) is not type(new) or old.shape != new.shape:  # sharded since
+                entries = {key: got for key, got in entries.items() if key in shared}
+            kept[new] = entries
         self._begin()
         self._keep(kept)
 

@@ -131,13 +131,19 @@ def test_equals_the_functional_loop(base: str, prox: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_narrow_parameters_have_float32_latents_and_end_on_their_levels(dtype) -> None:
-    real = Training(adamw, PROXES["parq"], dtype)
-    real.step(12)
-    assert real.quantized["latent"].dtype == torch.float32
-    assert real.quantized["levels"].dtype == dtype
-    assert real.quantized["exp_avg"].dtype == torch.float32
-    assert set(real.weight.flatten().tolist()) <= set(real.quantized["levels"].flatten().tolist())
+@pytest.mark.parametrize("prox", PROXES)
+def test_narrow_parameters_have_float32_latents_and_the_cores_weights(prox: str, dtype) -> None:
+    real, link = Training(adamw, PROXES[prox], dtype), PROXES[prox]
+    for _ in range(12):
+        real.step()
+        names = "count", "slope", "lr_sum", "latent", "levels"
+        *scalars, latent, levels = (real.quantized[name] for name in names)
+        state = pf.ProxState(*scalars, [levels])
+        assert torch.equal(link.refit(state, [latent]).levels[0], levels)
+        assert torch.equal(link.weights(state, [latent])[0].to(dtype), real.weight)
+    assert latent.dtype == real.quantized["exp_avg"].dtype == torch.float32
+    assert levels.dtype == dtype
+    assert set(real.weight.flatten().tolist()) <= set(levels.flatten().tolist())
 
 
 class signs(torch.optim.Optimizer):

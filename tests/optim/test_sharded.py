@@ -141,7 +141,7 @@ def test_r17_levels_and_weights_equal_those_of_one_process(
     on_processes(same_as_alone, world, tmp_path, shape, offload, dtypes)
 
 
-def frozen_clipped_replicated() -> None:
+def other_ways_to_train() -> None:
     for adapter, build in ADAPTERS.items():
         prox = PROXES["channel"]
 
@@ -168,6 +168,22 @@ def frozen_clipped_replicated() -> None:
             for p, q in zip(alone.parameters(), net.parameters(), strict=True):
                 torch.testing.assert_close(whole(q), p, rtol=1e-12, atol=1e-12)
 
+        # built before sharding, its parameters exchanged in the groups as accelerate does
+        alone, net = Net(torch.float64), Net(torch.float64)
+        one, other = build(alone, prox), build(net, prox)
+        names = {id(p): name for name, p in net.named_parameters()}
+        order = [[names[id(p)] for p in group["params"]] for group in other.param_groups]
+        for group in other.param_groups:
+            for i in range(len(group["params"])):
+                group["params"][i] = torch.empty(1)
+        sharded(net, (2,))
+        for group, own in zip(other.param_groups, order, strict=True):
+            group["params"] = [net.get_parameter(name) for name in own]
+        for t in range(5):
+            train(alone, one, 1)
+            train(net, other, 1)
+            check_same(alone, one, net, other, ("exchanged", adapter, t))
+
         # replicas with equal batches
         alone, net = Net(torch.float64), nn.parallel.DistributedDataParallel(Net(torch.float64))
         one, other = build(alone, prox), build(net.module, prox)
@@ -177,8 +193,8 @@ def frozen_clipped_replicated() -> None:
             check_same(alone, one, net, other, ("replicated", adapter, t))
 
 
-def test_freezing_clipping_and_replicas(tmp_path: Path) -> None:
-    on_processes(frozen_clipped_replicated, 2, tmp_path)
+def test_r8_freezing_clipping_exchanged_parameters_and_replicas(tmp_path: Path) -> None:
+    on_processes(other_ways_to_train, 2, tmp_path)
 
 
 def functional_loop() -> None:

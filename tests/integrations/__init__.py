@@ -1,0 +1,1 @@
+"""The adapters in training stacks that people use, run for real."""
