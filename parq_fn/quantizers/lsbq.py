@@ -98,6 +98,9 @@ class lsbq(Quantizer):
         )
 
     def levels(self, x: Tensor) -> Tensor:
+        if self.method == "alternating":
+            # which minimum it comes to may hang on a sum's last bit, and so on a row's order
+            x = x.sort(-1).values
         return around_mean(x, self.center, self._levels)
 
     def _levels(self, x: Tensor) -> Tensor:
@@ -172,14 +175,14 @@ def _codes(bits: int, x: Tensor) -> Tensor:
 
 
 def alternate(x: Tensor, start: Tensor, codes: Tensor) -> Tensor:
-    """Levels [r, k] from v [r, b] by alternating least squares, codes [k, b].
+    """Levels [r, k] of sorted rows from v [r, b] by alternating least squares, codes [k, b].
 
     Given which weights share a level, the error depends on them through their number N and sum
     S alone, and in one v_i with the others fixed it is a parabola with its minimum at
     v_i = sum_l s_li (S_l - N_l sum_{j != i} s_lj v_j) / sum_l s_li^2 N_l.
-    Prefix sums of the sorted row give N and S of all levels by k - 1 binary searches.
+    Prefix sums of a row give N and S of all levels by k - 1 binary searches.
     """
-    data = x.to(torch.float64).sort(-1).values
+    data = x.to(torch.float64)
     prefix = torch.cat([torch.zeros_like(data[..., :1]), data.cumsum(-1)], -1)
     ends = torch.zeros_like(data[..., :1], dtype=torch.int64)
     v = [part.unsqueeze(-1) for part in start.to(torch.float64).unbind(-1)]
