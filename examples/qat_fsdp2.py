@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import sysconfig
 import time
 from collections.abc import Sequence
@@ -135,6 +136,8 @@ def share_on_levels(optimizer: QuantOptimizer) -> float:
 def resume(net: nn.Module, optimizer: QuantOptimizer, folder: Path) -> int:
     """Loads the last whole checkpoint; the number of steps it was made after, 0 for none."""
     whole = sorted(folder.glob("step-*"))
+    if dist.get_rank() == 0:
+        print(f"going on from {whole[-1]}" if whole else f"no checkpoint in {folder}")
     if not whole:
         return 0
     load_checkpoint(whole[-1], net, optimizer)
@@ -217,3 +220,5 @@ def main(argv: Sequence[str] | None = None) -> float:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort a process that unwinds while they end

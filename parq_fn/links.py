@@ -85,7 +85,7 @@ class scale_by_learning_rate(Link):
     """updates -> -learning_rate * updates, so that adding them descends.
 
     An extra argument `learning_rate` of `update` stands in for the link's own: a scalar, or one
-    for each leaf's name.
+    for each leaf's name, None where it is the link's.
     """
 
     learning_rate: Scalar
@@ -106,17 +106,20 @@ class scale_by_learning_rate(Link):
         state: StepState,
         params: PyTree,
         *,
-        learning_rate: Scalar | Mapping[str, Scalar] | None = None,
+        learning_rate: Scalar | Mapping[str, Scalar | None] | None = None,
         **extra: Any,
     ) -> tuple[PyTree, StepState]:
         del extra
-        own = self.learning_rate if learning_rate is None else learning_rate
-        if isinstance(own, Mapping):
-            rates = by_name({name: -at(one, state.step) for name, one in own.items()}, params)
+
+        def rate(given: Scalar | None) -> Tensor:
+            return -at(self.learning_rate if given is None else given, state.step)
+
+        if isinstance(learning_rate, Mapping):
+            rates = by_name({name: rate(one) for name, one in learning_rate.items()}, params)
             out = tree_map(times, updates, rates)
         else:
-            rate = -at(own, state.step)
-            out = tree_map(lambda u: times(u, rate), updates)
+            whole = rate(learning_rate)
+            out = tree_map(lambda u: times(u, whole), updates)
         return out, StepState(state.step + 1)
 
 

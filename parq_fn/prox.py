@@ -67,7 +67,7 @@ class Prox(Link):
     warmup: updates of the base optimizer alone, w = u, before the first fit.
     learning_rate: number, 0-d tensor or schedule; shrink and normal_map alone need it. An extra
         argument `learning_rate` of `update` stands in for it: a scalar, or one for each leaf's
-        name.
+        name, None where it is the link's.
     shrink: map and quantizer see u / max(1, sum of the learning rates), or with a normal map
         u / gamma; the latent itself stays as it is.
     normal_map: gamma > 0; the latent moves by -(lr / gamma) (u - w) besides. gamma = lr with
@@ -171,7 +171,7 @@ class Prox(Link):
         state: ProxState,
         params: PyTree,
         *,
-        learning_rate: Scalar | Mapping[str, Scalar] | None = None,
+        learning_rate: Scalar | Mapping[str, Scalar | None] | None = None,
         **extra: Any,
     ) -> tuple[PyTree, ProxState]:
         """The updates, and the levels of params + updates where they are due."""
@@ -240,8 +240,9 @@ class Prox(Link):
     def _coefficient(self, step: Tensor) -> Tensor:
         return self.coefficient(step).to(torch.float64)
 
-    def _common(self, rates: Mapping[str, Scalar], params: PyTree) -> Scalar:
-        """The one learning rate of the params; 0 for several, where it is not needed."""
+    def _common(self, rates: Mapping[str, Scalar | None], params: PyTree) -> Scalar | None:
+        """The one learning rate of the params, None for the link's own; 0 for several, where it
+        is not needed."""
         own = [rates[name] for name in names_of(params)]
         if all(same(rate, own[0]) for rate in own[1:]):
             return own[0] if own else 0.0

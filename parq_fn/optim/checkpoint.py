@@ -10,11 +10,15 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -24,46 +28,84 @@ from torch.optim import Optimizer
 
 
 def save_checkpoint(
-    folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, **others: Stateful
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    **others: Stateful | dict[str, Any],
 ) -> None:
-    """Saves a model's and its optimizer's state in a folder, and by name what else has a
-    state_dict, such as a learning-rate scheduler.
+    """Saves a model's and its optimizer's state in a folder, and others by name: what has a
+    state_dict, such as a learning-rate scheduler, and dicts, such as progress={"epoch": 3}.
 
     Every rank calls it. The folder gets its name when all in it is written, and takes the place
-    of one that has it.
+    of the checkpoint that had it.
+
+    Raises ValueError, before anything is written, for a path that holds something else than a
+    checkpoint; TypeError for others that are neither.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from parq_fn import hard_prox, lsbq
+    >>> from parq_fn.optim import QuantOptimizer, load_checkpoint
+    >>> net = nn.Linear(4, 2)
+    >>> base = torch.optim.SGD([{"params": net.parameters(), "quant_bits": 1}], lr=0.1)
+    >>> optimizer, folder = QuantOptimizer(base, hard_prox(lsbq(1))), tempfile.mkdtemp() + "/last"
+    >>> save_checkpoint(folder, net, optimizer, progress={"epoch": 3})
+    >>> progress = {"epoch": 0}
+    >>> load_checkpoint(folder, net, optimizer, progress=progress)
+    >>> progress
+    {'epoch': 3}
     """
-    parameters, state = get_state_dict(model, optimizer)
-    final = Path(folder)
-    unfinished = final.with_name(f"unfinished-{final.name}")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    save(
-        {"model": parameters, "optimizer": state, **others},
-        checkpoint_id=unfinished,
-        no_dist=not _many(),
-    )
-    if not _many() or dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
+    _check_others(others)
+    final = Path(folder).absolute()
+    unfinished, old = (final.with_name(f"{kind}-{final.name}") for kind in ("unfinished", "old"))
+    if final.exists() and not _is_replaceable(final):
+        raise ValueError(f"{final} is no checkpoint, and would be deleted; give another path")
+    _barrier()  # all have looked before one writes
+    if _first():
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    _barrier()
+    with _thawed(model), _quiet():
+        parameters, state = get_state_dict(model, optimizer)
+        saved = {"model": parameters, "optimizer": state, **others}
+        save(saved, checkpoint_id=unfinished, no_dist=not _many())
+    if _first():
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
         unfinished.rename(final)
-    if _many():
-        dist.barrier()
+        shutil.rmtree(old, ignore_errors=True)
+    _barrier()
 
 
 def load_checkpoint(
-    folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, **others: Stateful
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    **others: Stateful | dict[str, Any],
 ) -> None:
     """Loads what `save_checkpoint` or torch.distributed.checkpoint saved, on as many ranks as it
-    was saved on or on others. Every rank calls it.
+    was saved on or on others. Dicts among the others are filled in place. Every rank calls it.
 
     Raises FileNotFoundError where there is no checkpoint; ValueError, and changes nothing, where
-    a part of it is missing or was cut off.
+    a part of it is missing, of another shape, or was cut off; TypeError as `save_checkpoint`.
     """
+    _check_others(others)
     check_whole_checkpoint(folder)
-    parameters, state = get_state_dict(model, optimizer)
-    saved: dict[str, Any] = {"model": parameters, "optimizer": state, **others}
-    load(saved, checkpoint_id=folder, no_dist=not _many())
-    set_state_dict(
-        model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
-    )
+    with _thawed(model), _quiet():
+        parameters, state = get_state_dict(model, optimizer)
+        saved: dict[str, Any] = {"model": parameters, "optimizer": state, **others}
+        try:
+            load(saved, checkpoint_id=folder, no_dist=not _many())
+        except CheckpointException as error:
+            causes = sorted({str(cause) for cause, _ in error.failures.values()})
+            raise ValueError(f"checkpoint {folder} does not fit: {'; '.join(causes)}") from None
+        set_state_dict(
+            model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
+        )
+    wrote = getattr(optimizer, "_wrote", None)
+    for p in model.parameters() if wrote is not None else ():
+        wrote(p)  # what the model holds now belongs to the latents
 
 
 def check_whole_checkpoint(folder: str | os.PathLike[str]) -> None:
@@ -92,5 +134,51 @@ def check_whole_checkpoint(folder: str | os.PathLike[str]) -> None:
             )
 
 
+def _check_others(others: dict[str, Any]) -> None:
+    for name, other in others.items():
+        if not isinstance(other, dict | Stateful):
+            raise TypeError(
+                f"{name} is a {type(other).__name__}, expected something with a state_dict, or a "
+                f'dict: {name}={{"value": ...}}'
+            )
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether it is a checkpoint, or an empty folder."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return (path / ".metadata").exists() or not any(path.iterdir())
+
+
+@contextmanager
+def _thawed(model: nn.Module) -> Iterator[None]:
+    """All parameters as if trained: torch saves the state of frozen ones but does not load it."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that there is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or unini")
+        yield
+
+
 def _many() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _first() -> bool:
+    return not _many() or dist.get_rank() == 0
+
+
+def _barrier() -> None:
+    if _many():
+        dist.barrier()

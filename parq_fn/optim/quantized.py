@@ -14,6 +14,7 @@ in the model.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
@@ -29,12 +30,15 @@ from parq_fn.granularity import per_block
 from parq_fn.links import times
 from parq_fn.optim.state import (
     Group,
-    check_shapes,
+    after_load,
+    before_load,
+    check_entries,
     load_groups,
     loaded,
     matched,
     name_of,
     refuse_flat,
+    taken_over,
     unshared,
     value_of,
     wide,
@@ -47,6 +51,7 @@ from parq_fn.sharded import gathered, local, part_of
 #: The entries of a parameter's state that are ours; the others are the base optimizer's.
 _QUANTIZED = ("latent", "levels", "count", "slope", "lr_sum")
 _OWN = ("updates", *_QUANTIZED)
+_UNFIT = (torch.optim.LBFGS, torch.optim.SparseAdam)
 
 
 def _map(link: Prox, state: ProxState, latent: Tensor) -> Tensor:
@@ -62,9 +67,10 @@ def _refit(link: Prox, state: ProxState, latent: Tensor) -> Tensor:
 class QuantOptimizer(Optimizer):
     """A torch.optim optimizer whose quantized parameters hold map(latent, levels, coefficient).
 
-    base_optimizer: any but LBFGS. Of its groups those with "quant_bits" below 16 are quantized,
-    with the quantizer of `prox` at that many bits (0 is ternary) and, where they have a
-    "quant_block_size", per block; the others are the base optimizer's alone.
+    base_optimizer: any but LBFGS and SparseAdam; what it has learned of its parameters it keeps.
+    Of its groups those with "quant_bits" below 16 are quantized, with the quantizer of `prox` at
+    that many bits (0 is ternary) and, where they have a "quant_block_size", per block; the
+    others are the base optimizer's alone.
     prox: a prox link. Its learning rate is the group's.
     anneal_weight_decay: f in [0, 1]; a quantized group's weight decay is taken times
     f * s + 1 - f, s the inverse slope that the step before left (parq_prox only).
@@ -74,14 +80,16 @@ class QuantOptimizer(Optimizer):
     quantized group shows "inverse_slope" (the map's coefficient) and "lr_sum" as numbers, of the
     last step. A parameter whose requires_grad is off is left alone, and its count of updates
     stands still; one without a gradient is not moved by the base but goes on to be mapped.
+    Elements of a parameter that are changed between steps become its latents, so weights may be
+    loaded into the module after the optimizer was built.
 
     State of a parameter, from construction on: the base's own entries; "updates" [], int64; and
     where quantized "latent" (float32 or better, like the parameter), "levels" [r, k] in its
     dtype, "count" [], int64, "slope" and "lr_sum" [], float64.
 
-    Raises TypeError for LBFGS, something else than a prox link, and FSDP1's flat parameters;
-    ValueError where no group has quant_bits, and as the quantizer and granularity do, with the
-    parameter's name.
+    Raises TypeError for an unfit optimizer, something else than a prox link, and FSDP1's flat
+    parameters; ValueError where no group has quant_bits, for other keys "quant_...", and as the
+    quantizer and granularity do, with the parameter's name where its group has names.
 
     >>> from parq_fn import lsbq, parq_prox
     >>> from parq_fn.optim import QuantOptimizer
@@ -106,10 +114,10 @@ class QuantOptimizer(Optimizer):
         compile: bool = False,
     ):
         given: Any = base_optimizer
-        if not isinstance(given, Optimizer) or isinstance(given, torch.optim.LBFGS):
+        if not isinstance(given, Optimizer) or isinstance(given, (*_UNFIT, QuantOptimizer)):
             raise TypeError(
-                "QuantOptimizer: expected a torch.optim optimizer other than LBFGS, got "
-                f"{type(base_optimizer).__name__}"
+                "QuantOptimizer: expected a torch.optim optimizer other than LBFGS and "
+                f"SparseAdam, got {type(base_optimizer).__name__}"
             )
         if not isinstance(prox, Prox):
             raise TypeError(
@@ -128,8 +136,11 @@ class QuantOptimizer(Optimizer):
         self.param_groups = base_optimizer.param_groups
         self._links: dict[tuple[Any, Any], Prox] = {}
         self._latents: dict[Tensor, Tensor] = {}
+        self._written: dict[Tensor, int] = {}
         self._order: list[list[Tensor]] = []
         self._build()
+        for index, group in enumerate(self.param_groups):
+            _check_group(group, index)
         if not any(map(_is_quantized, self.param_groups)):
             raise ValueError(
                 "QuantOptimizer: no group has quant_bits below 16; give one such as "
@@ -151,8 +162,10 @@ class QuantOptimizer(Optimizer):
         if not hasattr(self, "base"):  # called by Optimizer.__init__
             super().add_param_group(param_group)
             return
+        self._check_linked()
         self.base.add_param_group(param_group)
         try:
+            _check_group(self.param_groups[-1], len(self.param_groups) - 1)
             self._adopt(len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
@@ -172,7 +185,7 @@ class QuantOptimizer(Optimizer):
                 raise ValueError(
                     f"QuantOptimizer: {quantizer!r} has no bits to be set to quant_bits={bits}"
                 )
-            granularity = self.prox.granularity if not block else per_block(block)
+            granularity = self.prox.granularity if block is None else per_block(block)
             self._links[key] = dataclasses.replace(
                 self.prox, quantizer=quantizer, granularity=granularity
             )
@@ -185,8 +198,10 @@ class QuantOptimizer(Optimizer):
         for i, p in enumerate(group["params"]):
             made[p] = self._begin(group, p, name_of(group, index, i))
         for p, (latent, entries) in made.items():
-            self._latents[p] = latent
-            self.state[p] = entries
+            self._latents[p], self.state[p] = latent, entries
+            self._wrote(p)
+            if self.base.state.get(p):  # it was trained before it was wrapped
+                self._restore(p, _widened(self.base.state.pop(p), p, latent))
         self._order[index:] = [list(group["params"])]
         if _is_quantized(group) and group["params"]:
             _show(group, _prox_state(self.state[group["params"][0]]))
@@ -206,24 +221,87 @@ class QuantOptimizer(Optimizer):
             **_scalars(state),
         }
 
+    def _check_linked(self) -> None:
+        """Raises ValueError where groups were changed behind our back."""
+        if self.base.param_groups is not self.param_groups:
+            raise ValueError(
+                "QuantOptimizer: the base optimizer has new param_groups; load a state through "
+                "the QuantOptimizer, not through its base"
+            )
+        if len(self._order) != len(self.param_groups):
+            raise ValueError(
+                f"QuantOptimizer: had {len(self._order)} groups and has "
+                f"{len(self.param_groups)}; add groups with its own add_param_group"
+            )
+
     def _follow(self) -> None:
-        """Follows parameters that were exchanged in their groups, by position."""
+        """Follows parameters that were exchanged in their groups, by position, or moved."""
+        self._check_linked()
         for index, (group, known) in enumerate(zip(self.param_groups, self._order, strict=True)):
             if len(known) != len(group["params"]):
                 raise ValueError(
                     f"QuantOptimizer: group {index} had {len(known)} parameters and has "
                     f"{len(group['params'])}; add parameters with add_param_group"
                 )
+            if {*known} == {*group["params"]}:  # in another order at most
+                known[:] = group["params"]
             for i, (old, new) in enumerate(zip(known, group["params"], strict=True)):
-                if old is new:
+                if old is not new:
+                    self._exchange(group, old, new, name_of(group, index, i))
+                    known[i] = new
+                if _is_quantized(group):
+                    self._move_to_device(new)
+
+    def _exchange(self, group: Group, old: Tensor, new: Tensor, name: str) -> None:
+        alike = type(old) is type(new) and old.shape == new.shape
+        if not alike and int(self.state[old]["updates"]):
+            raise ValueError(
+                f"QuantOptimizer: parameter {name!r} was exchanged for a {type(new).__name__} of "
+                f"shape {tuple(new.shape)} after it was trained, which its state does not fit; "
+                "shard the module before training, or load a checkpoint"
+            )
+        latent, entries = self._begin(group, new, name)
+        kept = self.state.pop(old)
+        self.base.state.pop(self._latents.pop(old), None)
+        self._latents[new], self.state[new] = latent, entries
+        self._wrote(new)
+        if alike:
+            self._restore(new, kept)
+
+    def _move_to_device(self, p: Tensor) -> None:
+        """The state on the parameter's device, to which the module may have been moved."""
+        latent = self._latents[p]
+        if latent.device == p.device:
+            return
+        latent.data = latent.data.to(p.device)
+        entries = self.state[p]
+        for key, got in entries.items():
+            if isinstance(got, Tensor) and got.dim():
+                entries[key] = got.to(p.device)
+        entries["latent"] = latent.detach()
+
+    # Parameters that another hand changed.
+
+    def _wrote(self, p: Tensor) -> None:
+        self._written[p] = local(p)._version
+
+    def _take_over(self) -> None:
+        """Elements of parameters that were changed since we wrote them become their latents.
+
+        So weights may be loaded into the module after the optimizer was built. What lies within
+        rounding of the map is as we wrote it, perhaps on another machine.
+        """
+        for group in self.param_groups:
+            for p in group["params"] if _is_quantized(group) else ():
+                mine = local(p)
+                if self._written.get(p) == mine._version:
                     continue
-                latent, entries = self._begin(group, new, name_of(group, index, i))
-                kept = self.state.pop(old)
-                self.base.state.pop(self._latents.pop(old), None)
-                self._latents[new], self.state[new] = latent, entries
-                if type(old) is type(new) and old.shape == new.shape:
-                    self._restore(new, kept)
-                known[i] = new
+                self._wrote(p)
+                if mine.numel():
+                    entries = self.state[p]
+                    wrote = self._mapped(self.link(group), p, _prox_state(entries))
+                    latent = local(self._latents[p])
+                    latent.copy_(taken_over(latent, mine, wrote))
 
     # The step.
 
@@ -235,6 +313,7 @@ class QuantOptimizer(Optimizer):
         loss = value_of(closure)
         self._follow()
         with torch.no_grad():
+            self._take_over()
             self._move()
             for group in self.param_groups:
                 if _is_quantized(group):
@@ -245,15 +324,19 @@ class QuantOptimizer(Optimizer):
         """The base optimizer's step with latents for parameters, and the normal map's pull.
 
         Parameters that need a tensor of their own size for it, a widened gradient or the pull
-        from before the step, are moved a few at a time: no more elements together than the
-        largest parameter has.
+        from before the step, are moved a few at a time by torch's own optimizers: no more
+        elements together than the largest parameter has. Other optimizers, and those with hooks,
+        step once, for they may keep account of their steps.
         """
         groups = {p: group for group in self.param_groups for p in group["params"]}
         moved = [p for p in groups if p.grad is not None and self._is_trained(p)]
         needy = [p for p in moved if p.dtype != wide(p) or self._is_pulled(p)]
         alone = set(needy)
         rest = [p for p in moved if p not in alone]
-        for chunk in _chunks(needy) + ([rest] if rest else []):
+        chunks = [moved]
+        if needy and _steps_apart(self.base):
+            chunks = _chunks(needy) + ([rest] if rest else [])
+        for chunk in chunks:
             pulls = {p: self._pull(p, groups[p]) for p in chunk if self._is_pulled(p)}
             self._step_base(chunk)
             for p, pull in pulls.items():
@@ -292,8 +375,8 @@ class QuantOptimizer(Optimizer):
         f = self.anneal_weight_decay
         try:
             for group in self.param_groups:
-                params = group["params"]
-                group["params"] = [self._latents[p] for p in params if p in chosen]
+                params = [p for p in group["params"] if p in chosen]
+                group["params"] = [self._latents[p] for p in params]
                 if f and _is_quantized(group) and params and group.get("weight_decay"):
                     slope = float(self.state[params[0]]["slope"])
                     group["weight_decay"] = group["weight_decay"] * (f * slope + 1 - f)
@@ -319,27 +402,32 @@ class QuantOptimizer(Optimizer):
 
     def _map_group(self, group: Group) -> None:
         link, rate = self.link(group), _rate(group)
-        advanced: dict[int, ProxState] = {}
+        advanced: dict[tuple[int, float], ProxState] = {}
         for p in group["params"]:
             if not p.requires_grad:
                 continue
             entries = self.state[p]
-            key = int(entries["count"])
+            key = int(entries["count"]), float(entries["lr_sum"])
             if key not in advanced:  # parameters that were never frozen share theirs
                 advanced[key] = link.advance(_prox_state(entries), rate)
             state = advanced[key]._replace(levels=[entries["levels"]])
             if concrete(link.due(state)) is not False:
                 entries["levels"] = self._refit(link, state, gathered(entries["latent"]))
-            mine, part = local(p), part_of(p, link.granularity)
+            mine = local(p)
             if mine.numel():
-                own = link
-                if part.granularity is not link.granularity:
-                    own = dataclasses.replace(link, granularity=part.granularity)
-                state = state._replace(levels=[entries["levels"][part.rows]])
-                mine.copy_(self._map(own, state, local(entries["latent"])))
+                mine.copy_(self._mapped(link, p, state))
             entries.update(_scalars(state))
-        for state in advanced.values():
-            _show(group, state)
+            self._wrote(p)
+        if advanced:
+            _show(group, advanced[max(advanced)])
+
+    def _mapped(self, link: Prox, p: Tensor, state: ProxState) -> Tensor:
+        """The weights of this rank's part of a parameter."""
+        entries, part = self.state[p], part_of(p, link.granularity)
+        if part.granularity is not link.granularity:
+            link = dataclasses.replace(link, granularity=part.granularity)
+        state = state._replace(levels=[entries["levels"][part.rows]])
+        return self._map(link, state, local(entries["latent"]))
 
     # Saving and loading.
 
@@ -352,27 +440,38 @@ class QuantOptimizer(Optimizer):
         """Loads a state, tensors in the dtypes they were saved in.
 
         Parameters are matched by position. One without saved state keeps its own but for a
-        latent, which is taken from the parameter. The parameters themselves are the module's to
-        load. Raises ValueError, and changes nothing, where groups or shapes do not fit.
+        latent, which is taken from the parameter; so does one with the state of the base
+        optimizer alone, as of training in full precision. The parameters themselves are the
+        module's to load. Raises ValueError, and changes nothing, where groups, entries or shapes
+        do not fit.
         """
         self._follow()
+        state_dict = before_load(self, state_dict)
         rows = matched(self, state_dict, same=("quant_bits", "quant_block_size"))
+        restored = []
         for p, entries, name in rows:
-            own = {key: self.state[p][key] for key in _OWN if key in self.state[p]}
-            check_shapes(own, entries, name)
+            mine, own = self.state[p], set(_QUANTIZED) | {"updates"}
+            if entries is not None:
+                needed = mine.keys() - (own if "updates" not in entries else set())
+                check_entries(mine, entries, needed, name)
+                entries = {key: loaded(got, mine.get(key), p) for key, got in entries.items()}
+            restored.append((p, entries))
         load_groups(self, state_dict)
-        for p, entries, _ in rows:
+        for p, entries in restored:
             self._restore(p, entries)
+        after_load(self)
 
     def _restore(self, p: Tensor, entries: dict[str, Any] | None) -> None:
+        """Takes over entries, which become the optimizer's own."""
         latent, mine = self._latents[p], self.state[p]
         with torch.no_grad():
             if latent is not p:
                 given = None if entries is None else entries.get("latent")
                 latent.copy_(p if given is None else given)
+        self._wrote(p)
         if entries is None:
             return
-        new = {key: loaded(got, mine.get(key), p) for key, got in entries.items()}
+        new = dict(entries)
         new.setdefault("updates", torch.ones((), dtype=torch.int64))  # of a plain optimizer
         if latent is not p:
             new["latent"] = latent.detach()
@@ -385,7 +484,8 @@ class QuantOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         names = "defaults state param_groups base prox anneal_weight_decay compile _latents _order"
-        return {"_links": {}, **{name: self.__dict__[name] for name in names.split()}}
+        own = {name: self.__dict__[name] for name in names.split()}
+        return {"_links": {}, "_written": {}, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -393,6 +493,49 @@ class QuantOptimizer(Optimizer):
             if latent is not p:
                 self.state[p]["latent"] = latent.detach()  # pickle parts what shared memory
         self._build()
+
+
+def _check_group(group: Group, index: int) -> None:
+    """Raises ValueError for quantization keys that mean nothing."""
+    where = f"QuantOptimizer: group {index}"
+    known = ("quant_bits", "quant_block_size")
+    unknown = sorted(k for k in group if k.startswith("quant_") and k not in known)
+    if unknown:
+        raise ValueError(
+            f"{where} has {', '.join(unknown)}; expected {' and '.join(known)} alone, the rest is "
+            "the prox link's, such as granularity=per_channel()"
+        )
+    bits, block = group.get("quant_bits"), group.get("quant_block_size")
+    if bits is not None and (
+        isinstance(bits, bool) or not isinstance(bits, int) or not (0 <= bits <= 8 or bits >= 16)
+    ):
+        raise ValueError(
+            f"{where} has quant_bits={bits!r}, expected a whole number in 0..8 (0 is ternary), or "
+            "16 and more where it is not quantized"
+        )
+    if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
+        raise ValueError(f"{where} has quant_block_size={block!r}, expected 1 or more, or None")
+    if group.get("differentiable"):
+        raise ValueError(f"{where} is differentiable, which a step in place on latents is not")
+    if _is_quantized(group) and "lr" not in group:
+        raise ValueError(f"{where} has no lr, which the prox link needs")
+
+
+def _steps_apart(base: Optimizer) -> bool:
+    """Whether a step may be made for some parameters, then for others: in torch's optimizers
+    nothing but the parameters' own state knows of steps."""
+    hooks = (base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks)
+    return type(base).__module__.startswith("torch.optim.") and not any(hooks)
+
+
+def _widened(entries: dict[str, Any], p: Tensor, latent: Tensor) -> dict[str, Any]:
+    """The entries of an optimizer of narrow parameters, in the dtype of the latent."""
+    return {
+        key: got.to(latent.dtype)
+        if isinstance(got, Tensor) and got.is_floating_point() and got.shape == p.shape
+        else got
+        for key, got in entries.items()
+    }
 
 
 def _is_quantized(group: Group) -> bool:
@@ -436,10 +579,13 @@ def _template(base: Optimizer, group: Group, like: Tensor) -> dict[str, Any]:
     Optimizers make them in their first step, and a checkpoint is loaded into what is there
     before: so a twin of the base steps on a stand-in without a gradient to speak of.
     """
+    if not like.is_floating_point() and not like.is_complex():
+        return {}  # nothing steps on it
     stand_in = torch.zeros_like(like.detach()).requires_grad_()
     stand_in.grad = torch.zeros_like(stand_in)
     twin = object.__new__(type(base))
-    twin.__dict__.update({k: v for k, v in base.__dict__.items() if k != "step"})
+    left_out = ("step", "param_groups", "state")
+    twin.__dict__.update({k: _copied(v) for k, v in base.__dict__.items() if k not in left_out})
     for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         twin.__dict__[hooks] = OrderedDict()
     shown = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
@@ -453,3 +599,11 @@ def _template(base: Optimizer, group: Group, like: Tensor) -> dict[str, Any]:
         elif got is not None:
             entries[key] = type(got)(0) if isinstance(got, int | float) else got
     return entries
+
+
+def _copied(attribute: Any) -> Any:
+    """A copy for the twin, which may count; where there is none to be had, the attribute."""
+    try:
+        return copy.deepcopy(attribute)
+    except Exception:  # whatever a class of the user's own raises
+        return attribute

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 Group = dict[str, Any]
@@ -62,7 +63,7 @@ def matched(
                 f"the optimizer {len(group['params'])}"
             )
         for key in same:
-            if other.get(key) != group.get(key):
+            if key in other and other[key] != group.get(key):  # a plain optimizer has none
                 raise ValueError(
                     f"loaded state dict has {key}={other.get(key)} in group {index}, the "
                     f"optimizer {group.get(key)}"
@@ -72,15 +73,52 @@ def matched(
     return found
 
 
-def check_shapes(mine: Entries, saved: Entries | None, name: str) -> None:
-    """Raises ValueError for a saved tensor of another shape than the optimizer's own."""
-    for key, own in mine.items():
-        got = None if saved is None else saved.get(key)
-        if isinstance(own, Tensor) and isinstance(got, Tensor) and own.shape != got.shape:
+def check_entries(mine: Entries, saved: Entries, needed: Iterable[str], name: str) -> None:
+    """Raises ValueError unless saved entries are there, tensors or numbers, and of their shape."""
+    where = f"loaded state dict, parameter {name!r}"
+    missing = sorted(set(needed) - saved.keys())
+    if missing:
+        raise ValueError(
+            f"{where}: {', '.join(missing)} missing; it was saved by another optimizer"
+        )
+    for key, got in saved.items():
+        own = mine.get(key)
+        if not isinstance(own, Tensor):
+            continue
+        if not isinstance(got, Tensor | int | float) or (own.dim() and not isinstance(got, Tensor)):
+            raise ValueError(f"{where}: {key} is a {type(got).__name__}, expected a tensor")
+        if isinstance(got, Tensor) and own.shape != got.shape:
             raise ValueError(
-                f"loaded state dict has {key} {tuple(got.shape)} for parameter {name!r}, the "
-                f"optimizer {tuple(own.shape)}"
+                f"{where}: {key} has shape {tuple(got.shape)}, expected {tuple(own.shape)}"
             )
+        if isinstance(got, Tensor) and isinstance(own, DTensor) != isinstance(got, DTensor):
+            raise ValueError(
+                f"{where}: {key} is a {type(got).__name__}, expected a {type(own).__name__}; "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict shards a whole "
+                "state"
+            )
+
+
+def taken_over(latent: Tensor, weight: Tensor, wrote: Tensor) -> Tensor:
+    """The latent, but the weight where it is not, to some rounding, what was written."""
+    wrote = wrote.to(weight.dtype)
+    near = 8 * torch.finfo(weight.dtype).eps * wrote.abs().amax()
+    return torch.where((weight - wrote).abs() <= near, latent, weight.to(latent.dtype))
+
+
+def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict as the optimizer's hooks before loading leave it."""
+    state_dict = state_dict.copy()  # hooks may change it
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        given = hook(optimizer, state_dict)
+        state_dict = state_dict if given is None else given
+    return state_dict
+
+
+def after_load(optimizer: Optimizer) -> None:
+    """Runs the optimizer's hooks after loading."""
+    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        hook(optimizer)
 
 
 def unshared(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -103,8 +141,11 @@ def load_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
 
 
 def loaded(got: Any, mine: Any, p: Tensor) -> Any:
-    """A saved entry: a copy in its own dtype, on the device where the optimizer keeps its own."""
+    """A saved entry: a copy in its own dtype; scalars on the device where the optimizer keeps
+    its own, the rest on the parameter's."""
     if not isinstance(got, Tensor):
-        return copy.deepcopy(got)
-    device = mine.device if isinstance(mine, Tensor) else p.device if got.dim() else got.device
-    return got.detach().to(device, copy=True)
+        is_scalar = isinstance(mine, Tensor) and isinstance(got, int | float)
+        return torch.full_like(mine, got) if is_scalar else copy.deepcopy(got)
+    if got.dim():
+        return got.detach().to(p.device, copy=True)
+    return got.detach().to(mine.device if isinstance(mine, Tensor) else got.device, copy=True)

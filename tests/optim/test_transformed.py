@@ -250,6 +250,6 @@ def test_a_state_of_another_transformation_is_refused_and_changes_nothing() -> N
     run = Run(TRANSFORMS["named"])
     run.step(2)
     before = copies(run.tensors())
-    with pytest.raises(ValueError, match="saved by another transformation"):
+    with pytest.raises(ValueError, match="missing; it was saved by another optimizer"):
         run.optimizer.load_state_dict(Run(pf.sgd(0.1)).optimizer.state_dict())
     assert equal(run.tensors(), before)
