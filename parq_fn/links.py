@@ -20,9 +20,10 @@ from parq_fn.sharded import gathered
 from parq_fn.traits import PER_LEAF, TransformationTraits
 from parq_fn.transformation import Link
 from parq_fn.tree import PyTree, by_name, check_floating, tree_leaves, tree_map
-from parq_fn.value import value
+from parq_fn.value import state_class, value
 
 
+@state_class
 class StepState(NamedTuple):
     """State of a link whose hyperparameter may be a schedule."""
 
@@ -170,6 +171,7 @@ class add_decayed_weights(Link):
         return out, StepState(state.step + 1)
 
 
+@state_class
 class TraceState(NamedTuple):
     """State of `trace`."""
 
@@ -220,6 +222,7 @@ class trace(Link):
         return out, TraceState(state.step + 1, traced)
 
 
+@state_class
 class AdamState(NamedTuple):
     """State of `scale_by_adam`."""
 

@@ -37,9 +37,10 @@ from parq_fn.sharded import gathered, local, part_of, placed
 from parq_fn.traits import TransformationTraits
 from parq_fn.transformation import Link, apply_updates
 from parq_fn.tree import PyTree, check_floating, names_of, tree_map
-from parq_fn.value import same, value
+from parq_fn.value import same, state_class, value
 
 
+@state_class
 class ProxState(NamedTuple):
     """State of a prox link."""
 

@@ -62,6 +62,23 @@ class Value:
                 raise TypeError(f"unhashable {type(self).__name__}: field {name!r} holds a tensor")
         return hash((type(self).__name__, *sorted(vars(self).items(), key=lambda item: item[0])))
 
+    def _repr_html_(self) -> str:
+        return _html(self)
+
+
+def _html(shown: Any) -> str:
+    from parq_fn import display  # which stands above all that it shows
+
+    if isinstance(shown, tuple):
+        return display.table(shown)._repr_html_()
+    return display.html_of(shown)
+
+
+def state_class(cls: type[_T]) -> type[_T]:
+    """Class decorator of state NamedTuples: a notebook shows them as a table."""
+    cls._repr_html_ = _html  # type: ignore[attr-defined] # not the type's before
+    return cls
+
 
 def _holds_tensor(got: Any) -> bool:
     return isinstance(got, Tensor) or (isinstance(got, tuple) and any(map(_holds_tensor, got)))

@@ -18,13 +18,14 @@ from parq_fn.sharded import gathered
 from parq_fn.traits import TransformationTraits, shared
 from parq_fn.transformation import Link, Transformation, check_transformation
 from parq_fn.tree import PyTree, check_floating, select, tree_leaves, tree_map
-from parq_fn.value import value
+from parq_fn.value import state_class, value
 
 
 def _wide(leaf: Tensor) -> torch.dtype:
     return torch.promote_types(leaf.dtype, torch.float32)
 
 
+@state_class
 class AccumulateState(NamedTuple):
     """State of `accumulate`."""
 
@@ -93,6 +94,7 @@ class accumulate(Link):
         return self.inner.weights(state.inner, params)
 
 
+@state_class
 class FiniteState(NamedTuple):
     """State of `apply_if_finite`."""
 

@@ -1,117 +1,113 @@
-"""Law 10: the last iterate of AProx on a convex problem, and how much of it lands on the grid.
-
-F(w) = |A w - b|^2 / 2 + Psi(w), Psi the convex piecewise-affine regularizer, infinite outside
-[-1, 1]. AProx takes u <- u - eta_t g(w), w = prox of (eta_1 + ... + eta_t) Psi at u; proximal
-SGD takes w = prox of eta_t Psi at w - eta_t g(w). Both are the same two links with other options.
-"""
+"""Law 10: the last iterate of AProx on a convex problem, and how much of it lands on the grid."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-import parq_fn as pf
-from parq_fn.value import value
-
-GRID = torch.tensor([[-1.0, -0.5, 0.0, 0.5, 1.0]], dtype=torch.float64)
-SLOPES = pf.proxmaps.symmetric_slopes(torch.tensor([[0.1, 0.3]], dtype=torch.float64))
-
-
-@value
-class fixed(pf.Quantizer):
-    """The same levels for every row, whatever its weights."""
-
-    @property
-    def num_levels(self) -> int:
-        return GRID.shape[1]
-
-    def fit(self, rows: Tensor) -> Tensor:
-        return GRID.expand(rows.shape[0], -1)
+from parq_fn.convergence import (
+    Convex,
+    aprox,
+    logistic,
+    objective,
+    on_grid,
+    optimum,
+    random_problem,
+)
 
 
-def scaled_par(u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-    return pf.proxmaps.par(u, levels, coefficient * SLOPES)
+def classification() -> logistic:
+    problem, draw = random_problem(), torch.Generator().manual_seed(3)
+    a = torch.randn(80, 20, dtype=torch.float64, generator=draw)
+    y = (a @ problem.levels[torch.randint(5, (20,), generator=draw)]).sign()
+    return logistic(a, y, problem.levels, 0.05 * problem.slopes)
 
 
-class Problem:
-    def __init__(self, rows: int = 60, n: int = 20) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.a = torch.randn(rows, n, dtype=torch.float64, generator=generator) / rows**0.5
-        grid = GRID[0, torch.randint(5, (n,), generator=generator)]
-        self.b = self.a @ grid + 0.1 * torch.randn(rows, dtype=torch.float64, generator=generator)
-        corners = self.a.abs().sum(1) + self.b.abs()  # |A w - b| on the box
-        self.bound = float((self.a.T.abs() @ corners).norm())  # G: a gradient's greatest norm
-
-    def value(self, w: Tensor) -> Tensor:
-        penalty = pf.proxmaps.par_regularizer(w[None], GRID, SLOPES)
-        return (self.a @ w - self.b).square().sum() / 2 + penalty.sum()
-
-    def optimum(self) -> Tensor:
-        """By 20,000 proximal gradient steps, which converge linearly here."""
-        w, rate = torch.zeros_like(self.a[0]), 1 / torch.linalg.matrix_norm(self.a, 2) ** 2
-        for _ in range(20_000):
-            gradient = self.a.T @ (self.a @ w - self.b)
-            w = pf.proxmaps.par((w - rate * gradient)[None], GRID, rate * SLOPES)[0]
-        return w
+PROBLEMS = {"least_squares": random_problem, "logistic": classification}
 
 
-def run(problem: Problem, steps: int, radius: float, aprox: bool, noisy: bool):
-    """w after every step."""
-    rates = radius / (2 * problem.bound) / torch.arange(1, steps + 1, dtype=torch.float64).sqrt()
-
-    def rate(count: Tensor) -> Tensor:
-        return rates[count]
-
-    if aprox:
-        prox = pf.custom_prox(fixed(), scaled_par, lambda count: rates.cumsum(0)[count])
-    else:
-        prox = pf.custom_prox(
-            fixed(), scaled_par, rate, normal_map=1.0, learning_rate=1.0, period=10**9
-        )
-    transform = pf.chain(pf.sgd(rate), prox)
-
-    def loss(w: Tensor, index: Tensor) -> Tensor:
-        share = len(problem.a) / len(index)
-        return share * (problem.a[index] @ w - problem.b[index]).square().sum() / 2
-
-    generator = torch.Generator().manual_seed(1)
-    params = torch.zeros_like(problem.a[0])
-    state = transform.init(params)
-    step = pf.value_and_grad(loss, transform)
-    for _ in range(steps):
-        everything = torch.arange(len(problem.a))
-        some = torch.randint(len(everything), (6,), generator=generator) if noisy else everything
-        _, grads = step(params, state, some)
-        updates, state = transform.update(grads, state, params)
-        params = pf.apply_updates(params, updates)
-        yield transform.weights(state, params)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_optimum_is_one(name: str) -> None:
+    """No feasible point around it, or far from it, has a smaller value."""
+    problem = PROBLEMS[name]()
+    best = optimum(problem)
+    least = objective(problem, best)
+    draw = torch.Generator().manual_seed(1)
+    for radius in (1e-6, 1e-3, 0.1, 2.0):
+        for _ in range(50):
+            way = torch.randn(problem.size, dtype=torch.float64, generator=draw)
+            other = (best + radius * way).clamp(float(problem.levels[0]), float(problem.levels[-1]))
+            assert objective(problem, other) >= least - 1e-12
 
 
-def on_grid(w: Tensor) -> float:
-    return float((w[:, None] == GRID[0]).any(-1).double().mean())
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_no_gradient_within_the_levels_is_longer_than_the_bound(name: str) -> None:
+    problem = PROBLEMS[name]()
+    draw = torch.Generator().manual_seed(2)
+    gradient = torch.func.grad(problem.loss)
+    for _ in range(200):
+        corner = torch.randint(2, (problem.size,), generator=draw).double() * 2 - 1
+        found = gradient(corner * problem.levels.abs().max(), torch.arange(problem.samples))
+        assert float(found.norm()) <= problem.gradient_bound()
 
 
-def test_the_last_iterate_of_aprox_stays_under_the_bound() -> None:
-    problem = Problem()
-    best = problem.optimum()
-    least, radius = problem.value(best), float(best.norm())
-    steps = 3000
-    t = torch.arange(1, steps + 1, dtype=torch.float64)
-    bounds = problem.bound * radius * (2 + 1.5 * t.log()) / t.sqrt()
-    gaps = torch.stack(
-        [problem.value(w) - least for w in run(problem, steps, radius, aprox=True, noisy=False)]
-    )
-    assert bool((gaps > -1e-9).all())
-    assert bool((gaps <= bounds).all())
-    assert gaps[-1] < 0.05 * gaps[0]
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_last_iterate_of_aprox_stays_under_the_bound(name: str) -> None:
+    run = aprox(PROBLEMS[name](), 3000)
+    assert bool((run.gap > -1e-9).all())
+    assert bool((run.gap <= run.bound).all())
+    assert run.gap[-1] < 0.1 * run.gap[0]
 
 
 def test_aprox_lands_on_the_grid_where_proximal_sgd_does_not() -> None:
-    problem = Problem()
-    radius = float(problem.optimum().norm())
+    problem = random_problem()
+    best = optimum(problem)
     shares = {
-        aprox: sum(map(on_grid, list(run(problem, 1500, radius, aprox, noisy=True))[-300:])) / 300
-        for aprox in (True, False)
+        method: float(aprox(problem, 1500, method=method, batch=6, best=best).on_grid[-300:].mean())
+        for method in ("aprox", "proximal_sgd")
     }
-    assert shares[True] > 0.5 * on_grid(problem.optimum()) > 0
-    assert shares[False] < 0.1 * shares[True]
+    assert shares["aprox"] > 0.5 * on_grid(best, problem.levels) > 0
+    assert shares["proximal_sgd"] < 0.1 * shares["aprox"]
+
+
+@pytest.mark.parametrize("method", ["proximal_sgd", "normal_map"])
+def test_the_methods_are_their_formulas(method: str) -> None:
+    problem, gamma = random_problem(), 0.7
+    best = optimum(problem)
+    run = aprox(problem, 40, method=method, gamma=gamma, best=best)
+    w = z = torch.zeros(problem.size, dtype=torch.float64)
+    gradient = torch.func.grad(problem.loss)
+    for t in range(40):
+        rate = float(best.norm()) / (2 * problem.gradient_bound()) / (t + 1) ** 0.5
+        g = gradient(w, torch.arange(problem.samples))
+        if method == "proximal_sgd":
+            w = naive_prox(w - rate * g, problem, rate)
+        else:
+            z = z - rate * (g + (z - w) / gamma)
+            w = naive_prox(z, problem, gamma)
+        torch.testing.assert_close(run.weights[t], w, rtol=1e-9, atol=1e-9)
+
+
+def naive_prox(u: Tensor, problem: Convex, weight: float) -> Tensor:
+    """argmin of (w - u)^2 / 2 + weight Psi(w), cell by cell: Psi is affine on each."""
+    q = problem.levels
+    inner = problem.slopes[0] * weight
+    found = []
+    for value in u:
+        candidates = [q]
+        for i in range(len(q) - 1):
+            candidates.append((value - inner[i]).clamp(q[i], q[i + 1])[None])
+        points = torch.cat(candidates)
+        steps = torch.cat([torch.zeros(1, dtype=q.dtype), (inner * q.diff()).cumsum(0)])
+        cell = (torch.searchsorted(q, points) - 1).clamp(0, len(q) - 2)
+        psi = steps[cell] + inner[cell] * (points - q[cell])
+        found.append(points[((points - value).square() / 2 + psi).argmin()])
+    return torch.stack(found)
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(ValueError, match="got 'sgd'"):
+        aprox(random_problem(), 5, method="sgd")
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        aprox(random_problem(), 0)

@@ -103,9 +103,9 @@ def load_checkpoint(
         set_state_dict(
             model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
         )
-    wrote = getattr(optimizer, "_wrote", None)
-    for p in model.parameters() if wrote is not None else ():
-        wrote(p)  # what the model holds now belongs to the latents
+    if hasattr(optimizer, "_wrote"):  # what the model holds now belongs to the latents
+        for p in model.parameters():
+            optimizer._wrote(p)
 
 
 def check_whole_checkpoint(folder: str | os.PathLike[str]) -> None:

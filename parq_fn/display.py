@@ -1,0 +1,250 @@
+"""What values and states show in a notebook, and states in a terminal.
+
+Values are shown as the call that made them, with small pictures: a schedule its curve, a
+quantizer its levels on the normal distribution, a prox link its coefficient over time and its
+map. Pictures take the colour of the text around them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import singledispatch
+from html import escape
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from parq_fn.prox import Prox
+from parq_fn.quantizers import Quantizer
+from parq_fn.scalar import is_number
+from parq_fn.schedules import Schedule
+from parq_fn.transformation import Chain, masked, partition
+from parq_fn.value import show
+
+WIDTH, HEIGHT, EDGE = 220, 90, 14
+
+
+def html_of(value: Any) -> str:
+    """A value as HTML: its call, its pictures, and what it is made of."""
+    return f'<div style="line-height:1.5"><code>{escape(show(value))}</code>{_inside(value)}</div>'
+
+
+def _inside(value: Any) -> str:
+    pictures = "".join(_drawn(value))
+    parts = "".join(
+        f"<li><code>{escape(name)}</code> {html_of(part)}</li>" for name, part in parts_of(value)
+    )
+    below = f'<ul style="margin:0">{parts}</ul>' if parts else ""
+    return (f"<div>{pictures}</div>" if pictures else "") + below
+
+
+def _drawn(value: Any) -> list[str]:
+    try:
+        return list(pictures_of(value))
+    except Exception:  # a value of the user's own must show itself, whatever its methods do
+        return []
+
+
+@singledispatch
+def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
+    """(name, part) of the transformations that one is made of."""
+    del value
+    yield from ()
+
+
+@parts_of.register
+def _(value: Chain) -> Iterator[tuple[str, Any]]:
+    names = value.names or tuple(map(str, range(len(value.links))))
+    yield from zip(names, value.links, strict=True)
+
+
+@parts_of.register
+def _(value: masked) -> Iterator[tuple[str, Any]]:
+    yield "inner", value.inner
+
+
+@parts_of.register
+def _(value: partition) -> Iterator[tuple[str, Any]]:
+    yield from value.transforms.items()
+
+
+@singledispatch
+def pictures_of(value: Any) -> Iterator[str]:
+    """The pictures of a value, as SVG; none of most."""
+    del value
+    yield from ()
+
+
+@pictures_of.register
+def _(value: Schedule) -> Iterator[str]:
+    step = _steps_to(horizon(value))
+    yield curve(step, value(step), "step", "value")
+
+
+@pictures_of.register
+def _(value: Quantizer) -> Iterator[str]:
+    sample = torch.special.ndtri((torch.arange(4000, dtype=torch.float64) + 0.5) / 4000)
+    x = torch.linspace(-3, 3, 121)
+    density = (-x.square() / 2).exp() / (2 * torch.pi) ** 0.5
+    ticks = value(sample[None])[0].tolist()
+    yield curve(x, density, "weight", "levels on N(0, 1)", ticks)
+
+
+@pictures_of.register
+def _(value: Prox) -> Iterator[str]:
+    begins, ends = (v if is_number(v) else None for v in (value.begins, value.ends))
+    end = max(10, int(1.15 * (ends or 0)))
+    step = _steps_to(end)
+    coefficients = torch.stack([value.coefficient(t) for t in step]).double()
+    if begins is not None and ends:
+        yield curve(step, coefficients, "step", "coefficient")
+    levels = torch.linspace(-1.0, 1.0, 4, dtype=torch.float64)[None]
+    u = torch.linspace(-1.4, 1.4, 141, dtype=torch.float64)[None]
+    at = (begins or 0) + 0.6 * ((ends or 0) - (begins or 0))
+    middle = value.coefficient(torch.tensor(int(at)))
+    name = f"w at step {int(at)}" if ends else "w"
+    w = value.proxmap(u, levels, middle)[0]
+    yield curve(u[0], w, "u", name, ticks=levels[0].tolist(), jumps=True)
+
+
+def _steps_to(end: int) -> Tensor:
+    return torch.tensor(sorted({round(i * end / 110) for i in range(111)}))
+
+
+def horizon(schedule: Callable[[Tensor], Tensor]) -> int:
+    """A step somewhat past the last that a schedule names; 100 where it names none.
+
+    >>> from parq_fn.schedules import linear
+    >>> horizon(linear(1.0, 0.0, 10, 200))
+    220
+    """
+    named = list(_steps_of(schedule))
+    return max(1, int(1.1 * max(named))) if named else 100
+
+
+_STEPS = ("anneal_start", "anneal_end", "start_step", "end_step", "boundaries", "steps")
+
+
+def _steps_of(value: Any) -> Iterator[float]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _steps_of(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            got = getattr(value, field.name)
+            if field.name in _STEPS:
+                yield from (float(v) for v in torch.as_tensor(got).flatten())
+            elif not is_number(got):
+                yield from _steps_of(got)
+
+
+def curve(
+    x: Tensor,
+    y: Tensor,
+    x_name: str,
+    y_name: str,
+    ticks: Sequence[float] = (),
+    jumps: bool = False,
+) -> str:
+    """y over x as a small SVG: the ends of both axes as numbers, ticks on the lower edge; with
+    jumps the curve is broken at them."""
+    x, y = x.double(), y.double().expand(x.shape)
+    finite = y.isfinite()
+    if not finite.any():
+        return ""
+    low, high = float(y[finite].min()), float(y[finite].max())
+    left, right = float(x.min()), float(x.max())
+    across, up = WIDTH - 2 * EDGE, HEIGHT - 2 * EDGE - 10
+
+    def place(a: float, b: float) -> tuple[float, float]:
+        h = (a - left) / (right - left or 1.0)
+        v = (b - low) / (high - low or 1.0)
+        return EDGE + across * h, EDGE + up * (1 - v)
+
+    runs: list[list[str]] = [[]]
+    last: float | None = None
+    for a, b in zip(x.tolist(), y.tolist(), strict=True):
+        jump = jumps and last is not None and abs(b - last) > 0.12 * (high - low)
+        if b != b or abs(b) == float("inf") or jump:
+            runs.append([])
+        if abs(b) < float("inf"):
+            runs[-1].append("{:.1f},{:.1f}".format(*place(a, b)))
+            last = b
+    lines = "".join(
+        f'<polyline points="{" ".join(run)}" fill="none" stroke="currentColor" stroke-width="1.6"/>'
+        for run in runs
+        if len(run) > 1
+    )
+    base = EDGE + up + 3
+    marks = "".join(
+        f'<line x1="{h:.1f}" x2="{h:.1f}" y1="{base - 5}" y2="{base + 2}" stroke="#D55E00"'
+        ' stroke-width="2"/>'
+        for h, _ in (place(tick, low) for tick in ticks)
+    )
+    return (
+        f'<svg role="img" aria-label="{escape(y_name)} over {escape(x_name)}" width="{WIDTH}"'
+        f' height="{HEIGHT}" font-size="9" fill="currentColor">'
+        f'<text x="{EDGE}" y="9">{escape(y_name)}: {low:.3g} to {high:.3g}</text>{lines}{marks}'
+        f'<text x="{EDGE}" y="{HEIGHT - 3}">{left:.4g}</text>'
+        f'<text x="{WIDTH // 2}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x_name)}</text>'
+        f'<text x="{WIDTH - EDGE}" y="{HEIGHT - 3}" text-anchor="end">{right:.4g}</text></svg>'
+    )
+
+
+# States
+
+
+class StateTable:
+    """A state as a table, a row a tensor; prints in a terminal, shows in a notebook."""
+
+    def __init__(self, rows: list[tuple[str, str, str, str]]) -> None:
+        self.rows = rows
+
+    def __repr__(self) -> str:
+        rows = [("state", "shape", "dtype", "value"), *self.rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{name}</th>" for name in ("state", "shape", "dtype", "value"))
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self.rows
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def table(state: Any) -> StateTable:
+    """The tensors of a state, each by the path to it, with its range.
+
+    >>> from parq_fn import hard_prox, lsbq
+    >>> table(hard_prox(lsbq(1)).init({"w": torch.ones(2, 3)}))
+    state     shape   dtype    value
+    count     []      int64    0
+    slope     []      float64  0
+    lr_sum    []      float64  0
+    levels.w  [1, 2]  float32  0 .. 0
+    """
+    rows = []
+    for accessor, leaf in zip(optree.tree_accessors(state), optree.tree_leaves(state), strict=True):
+        path = ".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor)
+        kind = str(getattr(leaf, "dtype", type(leaf).__name__)).removeprefix("torch.")
+        rows.append((path, str(list(getattr(leaf, "shape", []))), kind, _range(leaf)))
+    return StateTable(rows)
+
+
+def _range(leaf: Any) -> str:
+    if not isinstance(leaf, Tensor):
+        return repr(leaf)
+    if not leaf.numel():
+        return "empty"
+    values = leaf.detach().double()
+    if leaf.dim() == 0:
+        return f"{float(values):.6g}"
+    return f"{float(values.min()):.6g} .. {float(values.max()):.6g}"

@@ -1,0 +1,355 @@
+"""Figures: what the operators do, and what training did.
+
+Each function draws on the Axes it is given, or on new ones, and returns them; none calls show.
+Called again on the same Axes it adds a curve in the next colour and line style, so that curves
+are told apart without colour. Text and axes are of a grey that reads on white and on black, and
+the background is left clear.
+
+matplotlib is imported when something is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from parq_fn.display import horizon
+from parq_fn.levels import nearest
+from parq_fn.quantizers import Quantizer, lloyd_max, lsbq, relative_error, uniform
+from parq_fn.transformation import Transformation
+from parq_fn.tree import names_of, tree_leaves
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+GREY = "#767676"  # 4.5 : 1 on white, 4.6 : 1 on black
+#: Curves: colours that colour-blind readers tell apart (Okabe and Ito; the last from ColorBrewer),
+#: at 3 : 1 or more on white and on black, each with a line style of its own.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#B65F93", "#A6761D")
+STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+MARKERS = "osD^v"
+
+
+def _new_axes() -> Axes:
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.pyplot import subplots
+    except ImportError:
+        raise ImportError("plots need matplotlib: pip install 'parq_fn[examples]'") from None
+    figure: Figure
+    figure, ax = subplots(figsize=(6.4, 3.8), layout="constrained")
+    figure.patch.set_alpha(0)
+    return ax
+
+
+def dressed(ax: Axes, title: str | None = None, x: str = "", y: str = "") -> Axes:
+    """Axes of your own in the style of the others, with a title and labels where they have none."""
+    ax.patch.set_alpha(0)
+    if title is not None and not ax.get_title():
+        ax.set_title(title, fontsize="medium")
+    ax.title.set_color(GREY)
+    if not ax.get_xlabel():
+        ax.set_xlabel(x)
+    if not ax.get_ylabel():
+        ax.set_ylabel(y)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.label.set_color(GREY)
+    ax.tick_params(colors=GREY, which="both")
+    for side, spine in ax.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(GREY)
+    if len(ax.get_legend_handles_labels()[1]):
+        ax.legend(frameon=False, labelcolor=GREY, fontsize="small", handlelength=3.2)
+    return ax
+
+
+def _next(ax: Axes) -> tuple[str, Any, str]:
+    """Colour, line style and marker of the next labelled curve."""
+    i = len(ax.get_legend_handles_labels()[1])
+    turn = i // len(COLORS)  # then the styles meet other colours
+    return COLORS[i % len(COLORS)], STYLES[(i + turn) % len(STYLES)], MARKERS[i % len(MARKERS)]
+
+
+def _row(levels: Tensor | Sequence[float]) -> Tensor:
+    """One row of levels, [1, k] in float64."""
+    q = torch.as_tensor(levels).detach().to(device="cpu", dtype=torch.float64)
+    if q.dim() == 2 and len(q) == 1:
+        q = q[0]
+    if q.dim() != 1 or not len(q):
+        raise ValueError(f"expected one row of levels, [k] or [1, k], got shape {tuple(q.shape)}")
+    return q[None].sort().values
+
+
+def _around(q: Tensor, points: int) -> Tensor:
+    """[1, points] weights, levels and midpoints among them, with room at both ends."""
+    room = max(0.35 * float(q.max() - q.min()), 0.5 * float(q.abs().max()), 1e-6)
+    even = torch.linspace(float(q.min()) - room, float(q.max()) + room, points, dtype=q.dtype)
+    return torch.cat([even, q[0], (q[0, 1:] + q[0, :-1]) / 2]).sort().values[None]
+
+
+def _with_gaps(y: Tensor, jump: float) -> Tensor:
+    """y with NaN in front of each jump, where a line would pretend a slope."""
+    steps = torch.cat([torch.zeros(1, dtype=y.dtype), y.diff()]).abs()
+    return torch.where(steps > jump, torch.nan, y)
+
+
+def _curves(
+    ax: Axes,
+    function: Callable[..., Tensor],
+    x: Tensor,
+    q: Tensor,
+    coefficients: Sequence[float] | None,
+    symbol: str,
+    jump: float,
+) -> None:
+    name = getattr(function, "__name__", type(function).__name__)
+    for coefficient in [None] if coefficients is None else coefficients:
+        color, style, _ = _next(ax)
+        if coefficient is None:
+            y, label = function(x, q), name
+        else:
+            given = torch.tensor(float(coefficient), dtype=q.dtype)
+            y, label = function(x, q, given), f"{name}, {symbol} = {coefficient:g}"
+        line = _with_gaps(y[0], jump)
+        ax.plot(x[0].numpy(), line.numpy(), color=color, ls=style, lw=1.8, label=label)
+
+
+def proxmap(
+    map: Callable[..., Tensor],
+    levels: Tensor | Sequence[float],
+    coefficients: Sequence[float] | None = None,
+    *,
+    symbol: str = "coefficient",
+    points: int = 2001,
+    ax: Axes | None = None,
+) -> Axes:
+    """The curves w = map(u, levels, c), one for each coefficient c.
+
+    levels: one row, [k] or [1, k]; they are drawn as horizontal lines, midpoints between them as
+    ticks on top, the identity as a thin line.
+    coefficients: numbers; None for a map that takes none, such as hard.
+
+    >>> from parq_fn import plot, proxmaps
+    >>> plot.proxmap(proxmaps.parq, [-1.0, 0.0, 1.0], [1.0, 0.5, 0.1]).get_xlabel()
+    'latent weight u'
+    """
+    q = _row(levels)
+    ax = _new_axes() if ax is None else ax
+    x = _around(q, points)
+    fresh = not ax.lines
+    if fresh:
+        ax.plot(x[0], x[0], color=GREY, lw=0.7, alpha=0.7)
+        for level in q[0]:
+            ax.axhline(float(level), color=GREY, lw=0.5, alpha=0.5)
+        middles = ((q[0, 1:] + q[0, :-1]) / 2).tolist()
+        ax.plot(middles, [1] * len(middles), "|", color=GREY, transform=ax.get_xaxis_transform())
+    cell = float(q.diff().min()) if q.shape[1] > 1 else float("inf")
+    _curves(ax, map, x, q, coefficients, symbol, 0.3 * max(cell, 1e-9))
+    return dressed(ax, "Prox map", "latent weight u", "weight w")
+
+
+def regularizer(
+    function: Callable[..., Tensor],
+    levels: Tensor | Sequence[float],
+    coefficients: Sequence[float] | None = None,
+    *,
+    symbol: str = "coefficient",
+    points: int = 2001,
+    ax: Axes | None = None,
+) -> Axes:
+    """The curves h(w; levels, c) of a regularizer, one for each coefficient c; levels as ticks.
+
+    Where it is infinite nothing is drawn.
+    """
+    q = _row(levels)
+    ax = _new_axes() if ax is None else ax
+    if not ax.lines:
+        ends = [0.0] * q.shape[1]
+        ax.plot(q[0], ends, "|", color=GREY, ms=10, transform=ax.get_xaxis_transform())
+
+    def finite(w: Tensor, *rest: Tensor) -> Tensor:
+        value = function(w, *rest)
+        return torch.where(value.isfinite(), value, torch.nan)
+
+    finite.__name__ = getattr(function, "__name__", "regularizer").removesuffix("_regularizer")
+    _curves(ax, finite, _around(q, points), q, coefficients, symbol, float("inf"))
+    return dressed(ax, "Regularizer", "weight w", "h(w)")
+
+
+def schedule(
+    schedule: Callable[[Tensor], Tensor],
+    start: int = 0,
+    end: int | None = None,
+    *,
+    label: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """A schedule's value at the steps from start to end, by default past the last it names.
+
+    >>> from parq_fn import inverse_slope, plot
+    >>> ax = plot.schedule(inverse_slope(10, 50), label="steepness 10")
+    >>> plot.schedule(inverse_slope(10, 50, 40.0), label="steepness 40", ax=ax) is ax
+    True
+    """
+    end = horizon(schedule) if end is None else end
+    if end <= start:
+        raise ValueError(f"expected start < end, got start={start}, end={end}")
+    ax = _new_axes() if ax is None else ax
+    color, style, _ = _next(ax)
+    step = torch.arange(start, end + 1)
+    value = torch.as_tensor(schedule(step)).expand(step.shape)
+    name = repr(schedule) if label is None else label
+    ax.plot(step.numpy(), value.numpy(), color=color, ls=style, lw=1.8, label=name)
+    return dressed(ax, "Schedule", "step", "value")
+
+
+def levels(
+    weights: Tensor,
+    levels: Tensor | Sequence[float],
+    *,
+    bins: int = 120,
+    label: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """The histogram of weights, as a density, with their levels, whose heights are in proportion
+    to the share of weights next to them, and the relative squared error of rounding.
+
+    weights: of one row, any shape. Called again it adds other levels to the histogram.
+    """
+    q = _row(levels)
+    x = weights.detach().to(device="cpu", dtype=torch.float64).reshape(1, -1)
+    ax = _new_axes() if ax is None else ax
+    color, style, marker = _next(ax)
+    if not ax.patches:
+        ax.hist(x[0].numpy(), bins=bins, density=True, color=GREY, alpha=0.35)
+    top = max(patch.get_height() for patch in ax.patches)  # type: ignore[attr-defined] # bars
+    rounded = nearest(x, q)
+    error = float((x - rounded).square().sum() / x.square().sum())
+    share = (rounded[0, :, None] == q[0]).to(x.dtype).mean(0)
+    height = top * (share / share.max()).numpy()
+    text = f"{'levels' if label is None else label}, error {100 * error:.2f} %"
+    size = max(4, 11 - 3 * len(ax.get_legend_handles_labels()[1]))  # later ones lie inside
+    ax.vlines(q[0].numpy(), 0, height, color=color, ls=style, lw=1.4)
+    ax.plot(q[0].numpy(), height, marker, color=color, mfc="none", mew=1.6, ms=size, label=text)
+    return dressed(ax, "Levels", "weight", "density")
+
+
+def latent_vs_weight(
+    transformation: Transformation,
+    state: Any,
+    params: Any,
+    *,
+    names: Sequence[str] | None = None,
+    points: int = 2000,
+    ax: Axes | None = None,
+) -> Axes:
+    """Each weight against its latent, a mark a layer; on the identity nothing is quantized yet.
+
+    names: of the leaves, by default the matrices and kernels among them, five at most.
+    points: a layer of more weights is drawn at evenly spaced places of its sorted latent.
+    Raises KeyError for an unknown name.
+    """
+    latents = dict(zip(names_of(params), tree_leaves(params), strict=True))
+    weights = dict(zip(latents, tree_leaves(transformation.weights(state, params)), strict=True))
+    if names is None:
+        names = [name for name, leaf in latents.items() if leaf.dim() > 1][: len(MARKERS)]
+    unknown = [name for name in names if name not in latents]
+    if unknown:
+        raise KeyError(f"no leaves named {unknown}; the leaves are: {', '.join(latents)}")
+    ax = _new_axes() if ax is None else ax
+    for name in names:
+        color, _, marker = _next(ax)
+        u = latents[name].detach().to(device="cpu", dtype=torch.float64).flatten()
+        order = u.argsort()
+        order = order[torch.linspace(0, len(order) - 1, min(points, len(order))).round().long()]
+        w = weights[name].detach().to(device="cpu", dtype=torch.float64).flatten()
+        places = u[order].numpy(), w[order].numpy()
+        ax.plot(*places, marker, color=color, ms=3, alpha=0.7, mew=0, label=name)
+    ends = ax.get_xlim()
+    ax.plot(ends, ends, color=GREY, lw=0.7, alpha=0.7)
+    return dressed(ax, "Latents and weights", "latent weight u", "weight w")
+
+
+def trajectory(
+    history: Tensor | Sequence[Tensor],
+    *,
+    steps: Sequence[int] | None = None,
+    levels: Tensor | Sequence[Tensor] | None = None,
+    count: int = 60,
+    ax: Axes | None = None,
+) -> Axes:
+    """Weights over time, each a line; with levels those too, as dashed lines.
+
+    history: [t, n], or t tensors of one shape. Of many weights `count` are drawn, evenly spaced
+    in their last order.
+    steps: of the rows, 0 to t - 1 by default.
+    levels: [t, k] or t rows of levels.
+    """
+    rows = torch.stack([row.detach().double().cpu().flatten() for row in history])
+    time = list(range(len(rows))) if steps is None else list(steps)
+    if len(time) != len(rows):
+        raise ValueError(f"history has {len(rows)} rows, steps {len(time)}")
+    order = rows[-1].argsort()
+    order = order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()]
+    ax = _new_axes() if ax is None else ax
+    ax.plot(time, rows[:, order].numpy(), color=COLORS[0], lw=0.7, alpha=0.6)
+    if levels is not None:
+        q = torch.stack([row.detach().double().cpu().flatten() for row in levels])
+        ax.plot(time, q.numpy(), color=COLORS[1], lw=1.4, ls="--")
+        ax.plot([], [], color=COLORS[1], lw=1.4, ls="--", label="levels")
+        ax.plot([], [], color=COLORS[0], lw=0.7, label="weights")
+    return dressed(ax, "Weights over time", "step", "weight w")
+
+
+_QUANTIZERS: dict[str, Callable[[int], Quantizer]] = {
+    "uniform": uniform,
+    "greedy LSBQ": lsbq,
+    "alternating LSBQ": lambda bits: lsbq(bits, "alternating"),
+    "Lloyd-Max": lloyd_max,
+}
+
+
+def error_vs_bits(
+    weights: Tensor,
+    quantizers: Mapping[str, Callable[[int], Quantizer]] | None = None,
+    *,
+    bits: Sequence[int] = (1, 2, 3, 4),
+    ax: Axes | None = None,
+) -> Axes:
+    """The relative squared error of rounding to the levels of quantizers, by bits.
+
+    weights: rows [r, n], or anything that is taken as one row.
+    quantizers: {label: bits -> quantizer}; by default uniform, greedy and alternating LSBQ, and
+    Lloyd-Max.
+    """
+    x = weights.detach().to(device="cpu", dtype=torch.float64)
+    x = x if x.dim() == 2 else x.reshape(1, -1)
+    ax = _new_axes() if ax is None else ax
+    for name, of_bits in (quantizers or _QUANTIZERS).items():
+        color, style, marker = _next(ax)
+        errors = [relative_error(x, of_bits(b)) for b in bits]
+        ax.plot(list(bits), errors, color=color, ls=style, marker=marker, lw=1.6, label=name)
+    ax.set_yscale("log")
+    ax.set_xticks(list(bits))
+    return dressed(ax, "Error of rounding", "bits", "relative squared error")
+
+
+def save(ax: Axes, stem: str | Path, formats: Sequence[str] = ("svg", "png")) -> list[Path]:
+    """Saves the figure of the Axes as stem.svg and stem.png; the files made.
+
+    The same figure gives the same bytes.
+    """
+    from matplotlib import rc_context
+
+    made = []
+    with rc_context({"svg.hashsalt": "parq_fn", "svg.fonttype": "path"}):
+        for form in formats:
+            made.append(Path(f"{stem}.{form}"))
+            meta = {"Date": None} if form == "svg" else {}
+            figure: Any = ax.figure
+            figure.savefig(made[-1], dpi=160, transparent=True, metadata=meta)
+    return made
