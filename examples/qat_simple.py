@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import parq_fn as pq
+from parq_fn import export
 
 Params = dict[str, Tensor]
 
@@ -269,6 +270,9 @@ class Functional:
         weights = self.transform.weights(self.state, self.latent)
         return self.latent, weights, read_levels(self.state)
 
+    def packed(self) -> dict[str, Any]:
+        return export.pack(self.latent, self.transform, self.state)
+
 
 class Torch:
     """The usual loop: the module holds its weights, the optimizer the rest."""
@@ -296,6 +300,9 @@ class Torch:
                     levels[name] = got.clone()
         return latent, weights, levels
 
+    def packed(self) -> dict[str, Any]:
+        return export.pack(self.net, self.optimizer)
+
 
 ENGINES = {"functional": Functional, "torch": Torch}
 
@@ -312,8 +319,18 @@ class Snapshot(NamedTuple):
     levels: Params
 
 
-def run(args: argparse.Namespace, bits: int | None) -> tuple[Row, list[Snapshot]]:
-    """Trains one network, in full precision where bits is None."""
+def accuracy(net: nn.Module, weights: Params, test: Data) -> float:
+    """Of the network with those weights, in percent."""
+    with torch.no_grad():
+        scores = torch.func.functional_call(net, weights, (test.images,))
+    right = scores.argmax(1) == test.labels
+    return 100 * right.sum().item() / len(right)
+
+
+def run(
+    args: argparse.Namespace, bits: int | None
+) -> tuple[Row, list[Snapshot], Callable[[], dict[str, Any]]]:
+    """Trains one network, in full precision where bits is None; gives what packs it, too."""
     generator = torch.Generator().manual_seed(args.seed)  # the same start for every row
     data, test = load_data(args.seed)
     net = ResNet(generator)
@@ -338,18 +355,15 @@ def run(args: argparse.Namespace, bits: int | None) -> tuple[Row, list[Snapshot]
                 kept.append(Snapshot(epoch, *engine.params()))
 
     params, weights, levels = engine.params()
-    with torch.no_grad():
-        scores = torch.func.functional_call(net, weights, (test.images,))
-    right = scores.argmax(1) == test.labels
     row = Row(
         weights=name,
-        test_accuracy=100 * right.sum().item() / len(right),
+        test_accuracy=accuracy(net, weights, test),
         bits=32 if bits is None else bits or 1.6,
         on_levels=share_on_levels(weights, levels, granularities(args)) if levels else None,
         packed=packed_bytes(params, levels, bits or 0),
         float32=packed_bytes(params, {}, 0),
     )
-    return row, kept
+    return row, kept, engine.packed
 
 
 # The figure.
@@ -451,6 +465,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--threads", 1, text, **count)
     text = "train by pure functions, or by a torch optimizer around the same ones"
     flag("--engine", "functional", text, choices=ENGINES)
+    text = "file for the first quantized network of the table, packed"
+    flag("--save", None, text, "none", type=Path)
+    flag("--evaluate", None, "train nothing, test a file of --save", "none", type=Path)
     flag("--no-progress", False, "no progress bars")
     args = parser.parse_args(argv)
 
@@ -479,13 +496,21 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
+    if args.evaluate is not None:
+        net, test = ResNet(torch.Generator()), load_data(args.seed)[1]
+        export.load_into(net, args.evaluate)
+        print(f"{args.evaluate}: {accuracy(net, dict(net.named_parameters()), test):.2f} %")
+        return []
     widths = dict.fromkeys(args.quant_bits)
     results = {bits: run(args, bits) for bits in (None, *widths)}
-    rows = [row for row, _ in results.values()]
+    rows = [row for row, _, _ in results.values()]
     print(table(rows))
+    if args.save is not None:
+        export.save(results[args.quant_bits[0]][2](), args.save)
+        print(f"{title(args.quant_bits[0])}: {args.save.stat().st_size:,} bytes in {args.save}")
 
     args.save_dir.mkdir(parents=True, exist_ok=True)
-    row, kept = results[2 if 2 in widths else args.quant_bits[0]]
+    row, kept, _ = results[2 if 2 in widths else args.quant_bits[0]]
     draw(args, row.weights, kept).savefig(args.save_dir / "weights.png", dpi=150)
     report = {"arguments": vars(args), "table": [row._asdict() for row in rows]}
     (args.save_dir / "table.json").write_text(json.dumps(report, indent=2, default=str) + "\n")

@@ -82,6 +82,20 @@ def test_both_engines_give_the_same_table(tmp_path: Path) -> None:
     assert images[0] == images[1]
 
 
+@pytest.mark.parametrize("engine", ["functional", "torch"])
+def test_a_saved_network_has_the_printed_accuracy_and_size(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "net.safetensors"
+    flags = f"--quant-bits 1 --quant-per-channel --epochs 2 --engine {engine} --save {file}"
+    row = main(short(tmp_path, flags))[-1]
+    capsys.readouterr()
+    main(["--evaluate", str(file)])
+    assert capsys.readouterr().out == f"{file}: {row.test_accuracy:.2f} %\n"
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert row.packed <= file.stat().st_size - header <= 1.05 * row.packed
+
+
 def test_packed_bytes_by_hand() -> None:
     params = {"kernel": torch.zeros(2, 11), "bias": torch.zeros(3)}
     levels = {"kernel": torch.zeros(2, 4)}
@@ -140,4 +154,4 @@ def test_help_gives_every_default(capsys: pytest.CaptureFixture[str]) -> None:
         parse(["--help"])
     assert error.value.code == 0
     text = capsys.readouterr().out
-    assert text.count("\n  --") == text.count("(default:") == 22
+    assert text.count("\n  --") == text.count("(default:") == 24

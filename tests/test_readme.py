@@ -17,7 +17,10 @@ KIT = (ROOT / "parq_fn" / "testing" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("text", [README, KIT], ids=["library", "kit"])
-def test_the_code_runs_from_top_to_bottom(text: str) -> None:
+def test_the_code_runs_from_top_to_bottom(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # it writes a file
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 2
     names: dict[str, object] = {}

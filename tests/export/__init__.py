@@ -1,0 +1,1 @@
+"""Packed weights: exact, whole files, packed layers."""

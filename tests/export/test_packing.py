@@ -1,0 +1,179 @@
+"""Packing and back is exact, for every number of levels, dtype, shape and granularity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import parq_fn as pf
+from parq_fn.export import Packed, pack, pack_weight, unpack
+from parq_fn.export.codes import decode, encode, num_bytes
+from parq_fn.optim import QuantOptimizer, TransformOptimizer
+
+SOON: dict[str, Any] = {"anneal_start": 0, "anneal_end": 3, "period": 1}
+
+
+def naive_bytes(codes: list[int], levels: int) -> list[int]:
+    """The bit stream as a whole number, cut into bytes; trits as digits of base 3."""
+    if levels == 3:
+        groups = [codes[i : i + 5] for i in range(0, len(codes), 5)]
+        return [sum(trit * 3**i for i, trit in enumerate(group)) for group in groups]
+    bits = (levels - 1).bit_length()
+    stream = sum(code << (bits * i) for i, code in enumerate(codes))
+    return list(stream.to_bytes(-(-len(codes) * bits // 8), "little"))
+
+
+@given(data=st.data(), levels=st.integers(1, 256), count=st.integers(0, 40))
+def test_codes_are_the_naive_bytes_and_come_back(data, levels: int, count: int) -> None:
+    drawn = st.lists(st.integers(0, levels - 1), min_size=count, max_size=count)
+    codes = torch.tensor(data.draw(drawn), dtype=torch.int64)
+    packed = encode(codes, levels)
+    assert packed.tolist() == naive_bytes(codes.tolist(), levels)
+    assert len(packed) == num_bytes(count, levels)
+    assert torch.equal(decode(packed, count, levels), codes)
+
+
+@given(
+    bits=st.integers(0, 8),
+    shape=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    per_row=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    last=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_weights_on_their_levels_come_back_bit_for_bit(
+    bits: int, shape: list[int], per_row: bool, dtype: torch.dtype, last: bool, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    granularity = pf.per_channel() if per_row else pf.per_tensor()
+    params = {"w": torch.randn(shape, generator=draw).to(dtype)}
+    if last and len(shape) == 4:
+        params = {"w": params["w"].to(memory_format=torch.channels_last)}
+    quantizer = pf.lsbq(bits) if bits < 7 else pf.uniform(bits)
+    transform = pf.chain(pf.sgd(0.0), pf.hard_prox(quantizer, granularity=granularity))
+    _, state = transform.update({"w": params["w"] * 0}, transform.init(params), params)
+    packed = pack(params, transform, state)
+    (weight,) = transform.weights(state, params).values()
+    assert torch.equal(packed["w"].unpack(), weight)
+    assert packed["w"].levels.dtype == dtype
+    assert packed["w"].bits == (1.6 if bits == 0 else bits)
+
+
+def test_every_way_to_nest_a_prox_link_is_found() -> None:
+    params = {"a": torch.randn(4, 4), "b": {"w": torch.randn(2, 8), "bias": torch.randn(3)}}
+    two = pf.hard_prox(pf.lsbq(2), granularity=pf.per_block(2))
+    one = pf.hard_prox(pf.lsbq(1))
+    labels = {"a": "one", "b.w": "two", "*": "rest"}
+    kinds = {"one": one, "two": two, "rest": pf.identity()}
+    for transform in (
+        pf.chain(pf.adamw(0.1), pf.partition(kinds, labels)),
+        pf.chain(pf.sgd(0.1), pf.masked(one, "a"), pf.masked(two, "b.w")),
+        pf.named_chain(base=pf.sgd(0.1), prox=pf.partition(kinds, labels)),
+        pf.accumulate(pf.chain(pf.sgd(0.1), pf.partition(kinds, labels)), 1),
+        pf.apply_if_finite(pf.chain(pf.sgd(0.1), pf.partition(kinds, labels))),
+    ):
+        zeros = pf.tree.tree_map(torch.zeros_like, params)
+        _, state = transform.update(zeros, transform.init(params), params)
+        packed = pack(params, transform, state)
+        weights = transform.weights(state, params)
+        assert packed["a"].levels.shape == (1, 2)
+        assert packed["b.w"].levels.shape == (8, 4)
+        assert packed["b.w"].granularity == "per_block(2)"
+        assert packed["b.w"].quantizer == "lsbq(2)"
+        back = unpack(packed)
+        assert torch.equal(back["a"], weights["a"])
+        assert torch.equal(back["b.w"], weights["b"]["w"])
+        assert torch.equal(back["b.bias"], params["b"]["bias"])
+
+
+class Net(nn.Module):
+    """A kernel, a norm with buffers, an embedding tied to the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lookup = nn.Embedding(12, 8)
+        self.conv = nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular")
+        self.norm = nn.BatchNorm2d(4)
+        self.linear = nn.Linear(32, 8)
+        self.head = nn.Linear(8, 12)
+        self.head.weight = self.lookup.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.lookup(tokens).unsqueeze(1)  # [n, 1, t, 8]
+        x = self.norm(self.conv(x)).relu().mean(2).flatten(1)
+        return self.head(self.linear(x).tanh())
+
+
+def trained(adapter: str, steps: int = 6) -> tuple[Net, Any]:
+    net = Net()
+    masked = ["conv.weight", "linear.weight", "lookup.weight"]
+    named = dict(net.named_parameters())
+    if adapter == "QuantOptimizer":
+        groups = [
+            {"params": [named[name] for name in masked[:2]], "quant_bits": 2},
+            {"params": [named[masked[2]]], "quant_bits": 0},
+            {"params": [p for name, p in named.items() if name not in masked]},
+        ]
+        prox = pf.parq_prox(pf.lsbq(2), granularity=pf.per_channel(), **SOON)
+        optimizer: Any = QuantOptimizer(torch.optim.AdamW(groups, lr=0.01), prox)
+    else:
+        prox = pf.parq_prox(pf.lsbq(2), **SOON)
+        transform = pf.chain(pf.adamw(0.01), pf.masked(prox, masked))
+        optimizer = TransformOptimizer(net.named_parameters(), transform)
+    tokens = torch.arange(20).reshape(4, 5) % 12
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(tokens).square().sum().backward()
+        optimizer.step()
+    return net.eval(), optimizer
+
+
+@pytest.mark.parametrize("adapter", ["QuantOptimizer", "TransformOptimizer"])
+def test_modules_with_buffers_and_tied_weights(adapter: str) -> None:
+    net, optimizer = trained(adapter)
+    packed = pack(net, optimizer)
+    kept = net.state_dict()
+    assert packed.keys() == kept.keys() - {"head.weight"}  # tied to lookup.weight
+    names = {name for name, entry in packed.items() if isinstance(entry, Packed)}
+    assert names == {"conv.weight", "linear.weight", "lookup.weight"}
+    for name, weight in unpack(packed).items():
+        assert weight.dtype == kept[name].dtype
+        assert torch.equal(weight, kept[name]), name
+
+
+def test_packed_bf16_weights_of_float32_latents() -> None:
+    weight = nn.Parameter(torch.randn(4, 8, dtype=torch.bfloat16))
+    module = nn.ParameterDict({"w": weight})
+    optimizer = TransformOptimizer([("w", weight)], pf.chain(pf.sgd(0.1), pf.hard_prox(pf.lsbq(2))))
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    packed = pack(module, optimizer)["w"]
+    assert packed.levels.dtype == torch.bfloat16
+    assert torch.equal(packed.unpack(), weight)
+
+
+def test_weights_off_their_levels_are_refused_or_rounded() -> None:
+    net, optimizer = trained("QuantOptimizer", 2)
+    with pytest.raises(ValueError, match=r"'lookup.weight': 50 % of its weights are on none"):
+        pack(net, optimizer)
+    packed = pack(net, optimizer, snap=True)["linear.weight"]
+    nearest = pf.lsbq(2).nearest(net.linear.weight.detach(), packed.levels)
+    assert torch.equal(packed.unpack(), nearest)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(TypeError, match="takes a QuantOptimizer or TransformOptimizer, got SGD"):
+        pack(Net(), torch.optim.SGD(Net().parameters()))
+    levels = torch.tensor([[-1.0, 1.0]])
+    with pytest.raises(ValueError, match="expected 1 bytes of codes for shape"):
+        Packed(torch.zeros(2, dtype=torch.uint8), levels, (1, 4))
+    with pytest.raises(ValueError, match="is not 2 rows of one length"):
+        Packed(torch.zeros(1, dtype=torch.uint8), levels.expand(2, 2), (1, 3))
+    with pytest.raises(ValueError, match="100 % of its weights"):
+        pack_weight(torch.full((1, 2), torch.nan), levels)
