@@ -206,7 +206,8 @@ def aprox(
     method: "aprox", "proximal_sgd" or "normal_map" (with its gamma).
     batch: samples of a gradient, drawn anew each step; all of them by default.
     best: the minimizer of F, found by `optimum` where it is not given.
-    Raises ValueError for another method or for fewer than 1 step.
+    Raises ValueError for another method, fewer than 1 step or sample, levels or slopes that are
+    not increasing, and for a `best` that is no point within the levels, or is beaten.
 
     >>> run = aprox(random_problem(), 50)
     >>> bool((run.gap <= run.bound).all())
@@ -218,7 +219,14 @@ def aprox(
         raise ValueError(f"method is aprox, proximal_sgd or normal_map, got {method!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    _check(problem)
     best = optimum(problem) if best is None else best
+    if best.shape != (problem.size,) or not objective(problem, best).isfinite():
+        raise ValueError(
+            f"best must be {problem.size} weights within the levels, got {tuple(best.shape)}"
+        )
     least, radius, bound = objective(problem, best), float(best.norm()), problem.gradient_bound()
     t = torch.arange(1, steps + 1, dtype=torch.float64)
     rates = radius / (2 * bound) / t.sqrt()
@@ -254,10 +262,22 @@ def aprox(
         seen.append(transform.weights(state, params))
     weights = torch.stack(seen)
     gap = torch.stack([objective(problem, w) - least for w in seen])
+    if bool((gap < -1e-9).any()):
+        raise ValueError(f"best is none: the run found a value smaller by {-float(gap.min()):.3g}")
     shares = (weights[..., None] == problem.levels).any(-1).double().mean(-1)
     applies = method == "aprox" and batch is None
     bounds = bound * radius * (2 + 1.5 * t.log()) / t.sqrt()
     return Run(weights, gap, shares, bounds if applies else torch.full_like(t, torch.inf))
+
+
+def _check(problem: Convex) -> None:
+    levels, slopes = problem.levels, problem.slopes
+    if not bool((levels.diff() > 0).all()):
+        raise ValueError(f"levels must increase, got {levels.tolist()}")
+    if slopes.shape != (1, len(levels) - 1) or not bool((slopes.diff() >= 0).all()):
+        raise ValueError(
+            f"slopes must be [1, {len(levels) - 1}] and not decrease, got {slopes.tolist()}"
+        )
 
 
 def _some(samples: int, batch: int, draw: torch.Generator) -> Tensor:

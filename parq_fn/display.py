@@ -8,7 +8,7 @@ map. Pictures take the colour of the text around them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import singledispatch
 from html import escape
 from typing import Any
@@ -95,18 +95,19 @@ def _(value: Quantizer) -> Iterator[str]:
 
 @pictures_of.register
 def _(value: Prox) -> Iterator[str]:
-    begins, ends = (v if is_number(v) else None for v in (value.begins, value.ends))
-    end = max(10, int(1.15 * (ends or 0)))
+    end = horizon(value)
     step = _steps_to(end)
     coefficients = torch.stack([value.coefficient(t) for t in step]).double()
-    if begins is not None and ends:
+    finite = coefficients[coefficients.isfinite()]
+    changes = len(finite) > 1 and bool((finite != finite[0]).any())
+    if changes:
         yield curve(step, coefficients, "step", "coefficient")
     levels = torch.linspace(-1.0, 1.0, 4, dtype=torch.float64)[None]
     u = torch.linspace(-1.4, 1.4, 141, dtype=torch.float64)[None]
-    at = (begins or 0) + 0.6 * ((ends or 0) - (begins or 0))
-    middle = value.coefficient(torch.tensor(int(at)))
-    name = f"w at step {int(at)}" if ends else "w"
-    w = value.proxmap(u, levels, middle)[0]
+    begin = min(_steps_of(value), default=0.0)
+    middle = int(begin + 0.6 * (end / 1.1 - begin)) if changes else 0
+    w = value.proxmap(u, levels, value.coefficient(torch.tensor(middle)))[0]
+    name = f"w at step {middle}" if changes else "w"
     yield curve(u[0], w, "u", name, ticks=levels[0].tolist(), jumps=True)
 
 
@@ -114,8 +115,8 @@ def _steps_to(end: int) -> Tensor:
     return torch.tensor(sorted({round(i * end / 110) for i in range(111)}))
 
 
-def horizon(schedule: Callable[[Tensor], Tensor]) -> int:
-    """A step somewhat past the last that a schedule names; 100 where it names none.
+def horizon(schedule: Any) -> int:
+    """A step somewhat past the last that a schedule or prox link names; 100 where it names none.
 
     >>> from parq_fn.schedules import linear
     >>> horizon(linear(1.0, 0.0, 10, 200))
@@ -182,7 +183,7 @@ def curve(
     marks = "".join(
         f'<line x1="{h:.1f}" x2="{h:.1f}" y1="{base - 5}" y2="{base + 2}" stroke="#D55E00"'
         ' stroke-width="2"/>'
-        for h, _ in (place(tick, low) for tick in ticks)
+        for h, _ in (place(tick, low) for tick in ticks if left <= tick <= right)
     )
     return (
         f'<svg role="img" aria-label="{escape(y_name)} over {escape(x_name)}" width="{WIDTH}"'
@@ -244,7 +245,16 @@ def _range(leaf: Any) -> str:
         return repr(leaf)
     if not leaf.numel():
         return "empty"
-    values = leaf.detach().double()
-    if leaf.dim() == 0:
-        return f"{float(values):.6g}"
-    return f"{float(values.min()):.6g} .. {float(values.max()):.6g}"
+    if leaf.is_meta or leaf.is_complex() or leaf.layout != torch.strided:
+        return "-"
+    values = leaf.detach()
+    known = values[~values.isnan()] if leaf.is_floating_point() else values
+    odd = f", {values.numel() - known.numel()} NaN" if known.numel() < values.numel() else ""
+    if not known.numel():
+        return odd.removeprefix(", ")
+    low, high = (_number(known.min()), _number(known.max()))
+    return (low if leaf.dim() == 0 else f"{low} .. {high}") + odd
+
+
+def _number(value: Tensor) -> str:
+    return f"{float(value):.6g}" if value.is_floating_point() else str(value.item())

@@ -1,9 +1,9 @@
 """Figures: what the operators do, and what training did.
 
 Each function draws on the Axes it is given, or on new ones, and returns them; none calls show.
-Called again on the same Axes it adds a curve in the next colour and line style, so that curves
-are told apart without colour. Text and axes are of a grey that reads on white and on black, and
-the background is left clear.
+Called again on the same Axes it adds a curve in the next colour and line style, of which there
+are five, so that so many curves are told apart without colour. Text and axes are of a grey that
+reads on white and on black, and the background is left clear.
 
 matplotlib is imported when something is drawn.
 """
@@ -22,6 +22,7 @@ from parq_fn.levels import nearest
 from parq_fn.quantizers import Quantizer, lloyd_max, lsbq, relative_error, uniform
 from parq_fn.transformation import Transformation
 from parq_fn.tree import names_of, tree_leaves
+from parq_fn.value import show
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +77,7 @@ def _next(ax: Axes) -> tuple[str, Any, str]:
 
 def _row(levels: Tensor | Sequence[float]) -> Tensor:
     """One row of levels, [1, k] in float64."""
-    q = torch.as_tensor(levels).detach().to(device="cpu", dtype=torch.float64)
+    q = _plain(torch.as_tensor(levels))
     if q.dim() == 2 and len(q) == 1:
         q = q[0]
     if q.dim() != 1 or not len(q):
@@ -84,17 +85,17 @@ def _row(levels: Tensor | Sequence[float]) -> Tensor:
     return q[None].sort().values
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(device="cpu", dtype=torch.float64)
+
+
 def _around(q: Tensor, points: int) -> Tensor:
-    """[1, points] weights, levels and midpoints among them, with room at both ends."""
+    """[1, points] weights with room at both ends: levels, midpoints and what follows these."""
     room = max(0.35 * float(q.max() - q.min()), 0.5 * float(q.abs().max()), 1e-6)
     even = torch.linspace(float(q.min()) - room, float(q.max()) + room, points, dtype=q.dtype)
-    return torch.cat([even, q[0], (q[0, 1:] + q[0, :-1]) / 2]).sort().values[None]
-
-
-def _with_gaps(y: Tensor, jump: float) -> Tensor:
-    """y with NaN in front of each jump, where a line would pretend a slope."""
-    steps = torch.cat([torch.zeros(1, dtype=y.dtype), y.diff()]).abs()
-    return torch.where(steps > jump, torch.nan, y)
+    middles = 0.5 * q[0, 1:] + 0.5 * q[0, :-1]
+    after = middles.nextafter(torch.tensor(torch.inf, dtype=q.dtype))
+    return torch.cat([even, q[0], middles, after]).sort().values[None]
 
 
 def _curves(
@@ -102,11 +103,12 @@ def _curves(
     function: Callable[..., Tensor],
     x: Tensor,
     q: Tensor,
-    coefficients: Sequence[float] | None,
+    coefficients: float | Sequence[float] | None,
     symbol: str,
-    jump: float,
 ) -> None:
-    name = getattr(function, "__name__", type(function).__name__)
+    name = show(function)
+    if coefficients is not None and not isinstance(coefficients, Sequence):
+        coefficients = [float(coefficients)]
     for coefficient in [None] if coefficients is None else coefficients:
         color, style, _ = _next(ax)
         if coefficient is None:
@@ -114,14 +116,32 @@ def _curves(
         else:
             given = torch.tensor(float(coefficient), dtype=q.dtype)
             y, label = function(x, q, given), f"{name}, {symbol} = {coefficient:g}"
-        line = _with_gaps(y[0], jump)
-        ax.plot(x[0].numpy(), line.numpy(), color=color, ls=style, lw=1.8, label=label)
+        ax.plot(*_with_gaps(x[0], _plain(y)[0]), color=color, ls=style, lw=1.8, label=label)
+
+
+def _with_gaps(x: Tensor, y: Tensor) -> tuple[Any, Any]:
+    """x and y with NaN where y jumps between neighbouring floats: a line would pretend a slope."""
+    span = float(y[y.isfinite()].max() - y[y.isfinite()].min()) if y.isfinite().any() else 0.0
+    close = x.diff() <= 4 * torch.finfo(x.dtype).eps * x.abs().max()
+    jumps = (close & (y.diff().abs() > 1e-6 * span)).nonzero().flatten() + 1
+    parts_x, parts_y = x.tensor_split(jumps), y.tensor_split(jumps)
+    nan = torch.full((1,), torch.nan, dtype=x.dtype)
+    joined = [torch.cat([part for p in parts for part in (p, nan)]) for parts in (parts_x, parts_y)]
+    return joined[0][:-1].numpy(), joined[1][:-1].numpy()
+
+
+def _guides(ax: Axes, q: Tensor, draw: Callable[[], None]) -> None:
+    """Draws the marks of a row of levels once an Axes."""
+    drawn: list[list[float]] = ax.__dict__.setdefault("_parq_fn_levels", [])
+    if q[0].tolist() not in drawn:
+        drawn.append(q[0].tolist())
+        draw()
 
 
 def proxmap(
     map: Callable[..., Tensor],
     levels: Tensor | Sequence[float],
-    coefficients: Sequence[float] | None = None,
+    coefficients: float | Sequence[float] | None = None,
     *,
     symbol: str = "coefficient",
     points: int = 2001,
@@ -131,7 +151,7 @@ def proxmap(
 
     levels: one row, [k] or [1, k]; they are drawn as horizontal lines, midpoints between them as
     ticks on top, the identity as a thin line.
-    coefficients: numbers; None for a map that takes none, such as hard.
+    coefficients: a number or several; None for a map that takes none, such as hard.
 
     >>> from parq_fn import plot, proxmaps
     >>> plot.proxmap(proxmaps.parq, [-1.0, 0.0, 1.0], [1.0, 0.5, 0.1]).get_xlabel()
@@ -140,22 +160,23 @@ def proxmap(
     q = _row(levels)
     ax = _new_axes() if ax is None else ax
     x = _around(q, points)
-    fresh = not ax.lines
-    if fresh:
+
+    def guides() -> None:
         ax.plot(x[0], x[0], color=GREY, lw=0.7, alpha=0.7)
         for level in q[0]:
             ax.axhline(float(level), color=GREY, lw=0.5, alpha=0.5)
-        middles = ((q[0, 1:] + q[0, :-1]) / 2).tolist()
+        middles = (0.5 * q[0, 1:] + 0.5 * q[0, :-1]).tolist()
         ax.plot(middles, [1] * len(middles), "|", color=GREY, transform=ax.get_xaxis_transform())
-    cell = float(q.diff().min()) if q.shape[1] > 1 else float("inf")
-    _curves(ax, map, x, q, coefficients, symbol, 0.3 * max(cell, 1e-9))
+
+    _guides(ax, q, guides)
+    _curves(ax, map, x, q, coefficients, symbol)
     return dressed(ax, "Prox map", "latent weight u", "weight w")
 
 
 def regularizer(
     function: Callable[..., Tensor],
     levels: Tensor | Sequence[float],
-    coefficients: Sequence[float] | None = None,
+    coefficients: float | Sequence[float] | None = None,
     *,
     symbol: str = "coefficient",
     points: int = 2001,
@@ -167,7 +188,8 @@ def regularizer(
     """
     q = _row(levels)
     ax = _new_axes() if ax is None else ax
-    if not ax.lines:
+
+    def guides() -> None:
         ends = [0.0] * q.shape[1]
         ax.plot(q[0], ends, "|", color=GREY, ms=10, transform=ax.get_xaxis_transform())
 
@@ -175,8 +197,9 @@ def regularizer(
         value = function(w, *rest)
         return torch.where(value.isfinite(), value, torch.nan)
 
-    finite.__name__ = getattr(function, "__name__", "regularizer").removesuffix("_regularizer")
-    _curves(ax, finite, _around(q, points), q, coefficients, symbol, float("inf"))
+    finite.__name__ = show(function).removesuffix("_regularizer")
+    _guides(ax, q, guides)
+    _curves(ax, finite, _around(q, points), q, coefficients, symbol)
     return dressed(ax, "Regularizer", "weight w", "h(w)")
 
 
@@ -201,8 +224,8 @@ def schedule(
     ax = _new_axes() if ax is None else ax
     color, style, _ = _next(ax)
     step = torch.arange(start, end + 1)
-    value = torch.as_tensor(schedule(step)).expand(step.shape)
-    name = repr(schedule) if label is None else label
+    value = _plain(torch.as_tensor(schedule(step))).expand(step.shape)
+    name = show(schedule) if label is None else label
     ax.plot(step.numpy(), value.numpy(), color=color, ls=style, lw=1.8, label=name)
     return dressed(ax, "Schedule", "step", "value")
 
@@ -218,19 +241,23 @@ def levels(
     """The histogram of weights, as a density, with their levels, whose heights are in proportion
     to the share of weights next to them, and the relative squared error of rounding.
 
-    weights: of one row, any shape. Called again it adds other levels to the histogram.
+    weights: of one row, any shape. Called again on its Axes, with the same weights, it adds
+    other levels at the same scale; ValueError for other weights.
     """
     q = _row(levels)
-    x = weights.detach().to(device="cpu", dtype=torch.float64).reshape(1, -1)
+    x = _plain(weights).reshape(1, -1)
     ax = _new_axes() if ax is None else ax
     color, style, marker = _next(ax)
-    if not ax.patches:
-        ax.hist(x[0].numpy(), bins=bins, density=True, color=GREY, alpha=0.35)
-    top = max(patch.get_height() for patch in ax.patches)  # type: ignore[attr-defined] # bars
     rounded = nearest(x, q)
     error = float((x - rounded).square().sum() / x.square().sum())
     share = (rounded[0, :, None] == q[0]).to(x.dtype).mean(0)
-    height = top * (share / share.max()).numpy()
+    if "_parq_fn_histogram" not in ax.__dict__:
+        density: Any = ax.hist(x[0].numpy(), bins=bins, density=True, color=GREY, alpha=0.35)[0]
+        ax.__dict__["_parq_fn_histogram"] = x, float(density.max()) / float(share.max())
+    drawn, scale = ax.__dict__["_parq_fn_histogram"]
+    if not torch.equal(drawn, x):
+        raise ValueError("these Axes hold the histogram of other weights; draw on new ones")
+    height = scale * share.numpy()
     text = f"{'levels' if label is None else label}, error {100 * error:.2f} %"
     size = max(4, 11 - 3 * len(ax.get_legend_handles_labels()[1]))  # later ones lie inside
     ax.vlines(q[0].numpy(), 0, height, color=color, ls=style, lw=1.4)
@@ -249,24 +276,26 @@ def latent_vs_weight(
 ) -> Axes:
     """Each weight against its latent, a mark a layer; on the identity nothing is quantized yet.
 
-    names: of the leaves, by default the matrices and kernels among them, five at most.
+    names: of the leaves, by default the first five matrices and kernels, or vectors if there are
+    none.
     points: a layer of more weights is drawn at evenly spaced places of its sorted latent.
     Raises KeyError for an unknown name.
     """
     latents = dict(zip(names_of(params), tree_leaves(params), strict=True))
     weights = dict(zip(latents, tree_leaves(transformation.weights(state, params)), strict=True))
     if names is None:
-        names = [name for name, leaf in latents.items() if leaf.dim() > 1][: len(MARKERS)]
+        matrices = [name for name, leaf in latents.items() if leaf.dim() > 1]
+        names = (matrices or list(latents))[: len(MARKERS)]
     unknown = [name for name in names if name not in latents]
     if unknown:
         raise KeyError(f"no leaves named {unknown}; the leaves are: {', '.join(latents)}")
     ax = _new_axes() if ax is None else ax
     for name in names:
         color, _, marker = _next(ax)
-        u = latents[name].detach().to(device="cpu", dtype=torch.float64).flatten()
+        u = _plain(latents[name]).flatten()
         order = u.argsort()
         order = order[torch.linspace(0, len(order) - 1, min(points, len(order))).round().long()]
-        w = weights[name].detach().to(device="cpu", dtype=torch.float64).flatten()
+        w = _plain(weights[name]).flatten()
         places = u[order].numpy(), w[order].numpy()
         ax.plot(*places, marker, color=color, ms=3, alpha=0.7, mew=0, label=name)
     ends = ax.get_xlim()
@@ -278,30 +307,34 @@ def trajectory(
     history: Tensor | Sequence[Tensor],
     *,
     steps: Sequence[int] | None = None,
-    levels: Tensor | Sequence[Tensor] | None = None,
+    levels: Tensor | Sequence[Any] | None = None,
     count: int = 60,
     ax: Axes | None = None,
 ) -> Axes:
-    """Weights over time, each a line; with levels those too, as dashed lines.
+    """Weights over time, each a line; with levels those too.
 
     history: [t, n], or t tensors of one shape. Of many weights `count` are drawn, evenly spaced
     in their last order.
     steps: of the rows, 0 to t - 1 by default.
-    levels: [t, k] or t rows of levels.
+    levels: [t, k], t rows of levels, or one row [k] for all times.
     """
-    rows = torch.stack([row.detach().double().cpu().flatten() for row in history])
+    rows = torch.stack([_plain(row).flatten() for row in history])
     time = list(range(len(rows))) if steps is None else list(steps)
     if len(time) != len(rows):
         raise ValueError(f"history has {len(rows)} rows, steps {len(time)}")
     order = rows[-1].argsort()
     order = order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()]
     ax = _new_axes() if ax is None else ax
-    ax.plot(time, rows[:, order].numpy(), color=COLORS[0], lw=0.7, alpha=0.6)
+    color, _, _ = _next(ax)
+    ax.plot(time, rows[:, order].numpy(), color=color, lw=0.7, alpha=0.6)
+    ax.plot([], [], color=color, lw=0.7, label="weights")
     if levels is not None:
-        q = torch.stack([row.detach().double().cpu().flatten() for row in levels])
-        ax.plot(time, q.numpy(), color=COLORS[1], lw=1.4, ls="--")
-        ax.plot([], [], color=COLORS[1], lw=1.4, ls="--", label="levels")
-        ax.plot([], [], color=COLORS[0], lw=0.7, label="weights")
+        color, style, _ = _next(ax)
+        given = [_plain(torch.as_tensor(row)).flatten() for row in levels]
+        same = all(row.numel() == 1 for row in given) and len(given) != len(rows)
+        q = torch.cat(given).expand(len(rows), -1) if same else torch.stack(given)
+        ax.plot(time, q.numpy(), color=color, lw=1.4, ls=style)
+        ax.plot([], [], color=color, lw=1.4, ls=style, label="levels")
     return dressed(ax, "Weights over time", "step", "weight w")
 
 
@@ -326,10 +359,10 @@ def error_vs_bits(
     quantizers: {label: bits -> quantizer}; by default uniform, greedy and alternating LSBQ, and
     Lloyd-Max.
     """
-    x = weights.detach().to(device="cpu", dtype=torch.float64)
+    x = _plain(weights)
     x = x if x.dim() == 2 else x.reshape(1, -1)
     ax = _new_axes() if ax is None else ax
-    for name, of_bits in (quantizers or _QUANTIZERS).items():
+    for name, of_bits in (_QUANTIZERS if quantizers is None else quantizers).items():
         color, style, marker = _next(ax)
         errors = [relative_error(x, of_bits(b)) for b in bits]
         ax.plot(list(bits), errors, color=color, ls=style, marker=marker, lw=1.6, label=name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -109,5 +111,17 @@ def naive_prox(u: Tensor, problem: Convex, weight: float) -> Tensor:
 def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="got 'sgd'"):
         aprox(random_problem(), 5, method="sgd")
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        aprox(random_problem(), 0)
+    problem = random_problem()
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        aprox(problem, 0)
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+        aprox(problem, 5, batch=0)
+    with pytest.raises(ValueError, match="levels must increase"):
+        aprox(replace(problem, levels=problem.levels.flip(0)), 5)
+    with pytest.raises(ValueError, match=r"slopes must be \[1, 4\]"):
+        aprox(replace(problem, slopes=problem.slopes[:, :2]), 5)
+    ones = torch.ones(problem.size, dtype=torch.float64)
+    with pytest.raises(ValueError, match="20 weights within the levels"):
+        aprox(problem, 5, best=2 * ones)
+    with pytest.raises(ValueError, match="best is none: the run found a value smaller by"):
+        aprox(problem, 5, best=ones)

@@ -25,6 +25,14 @@ VALUES: dict[str, tuple[Any, int]] = {
     "parq": (PROX, 2),
     "soft": (pf.soft_prox(pf.lsbq(2), anneal_start=0, anneal_end=9), 2),
     "hard": (pf.hard_prox(pf.lsbq(1)), 1),
+    "custom": (
+        pf.custom_prox(pf.lsbq(2), pf.proxmaps.binary_relax, schedules.linear(0.0, 1.0, 10, 80)),
+        2,
+    ),
+    "tensors": (
+        pf.parq_prox(pf.lsbq(2), anneal_start=torch.tensor(10.0), anneal_end=torch.tensor(20.0)),
+        2,
+    ),
     "chain": (pf.chain(pf.adamw(1e-3), pf.masked(PROX, "*.weight")), 2),
     "named_chain": (pf.named_chain(base=pf.sgd(0.1), prox=PROX), 2),
     "partition": (pf.partition({"q": PROX, "rest": pf.identity()}, {"a": "q", "*": "rest"}), 2),
@@ -79,6 +87,19 @@ def test_states_are_tables() -> None:
     for inner in (state[1], state[0][0]):
         assert ElementTree.fromstring(inner._repr_html_()).tag == "table"
     assert "0 .. 5" in repr(display.table(params))
+
+
+def test_odd_leaves_are_rows_too() -> None:
+    leaves = {
+        "count": torch.tensor(2**53 + 1),
+        "nan": torch.tensor([1.0, torch.nan, 3.0]),
+        "meta": torch.zeros(2, device="meta"),
+        "complex": torch.ones(2, dtype=torch.complex64),
+        "number": 3.5,
+    }
+    rows = {row[0]: row[3] for row in display.table(leaves).rows}
+    expected = {"count": str(2**53 + 1), "nan": "1 .. 3, 1 NaN", "number": "3.5"}
+    assert rows == {**expected, "meta": "-", "complex": "-"}
 
 
 def test_the_law_report_is_a_table_too() -> None:

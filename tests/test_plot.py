@@ -125,6 +125,49 @@ def test_a_jump_is_a_gap() -> None:
     assert set(y[y.isfinite()].tolist()) == set(LEVELS.tolist())
 
 
+@pytest.mark.parametrize("levels", [[-1.0, -1.0, 1.0, 1.0], [-1.0, 0.0, 0.003, 1.0]])
+@pytest.mark.parametrize("s", [1.0, 0.5, 0.001])
+def test_a_continuous_map_is_drawn_whole_however_close_its_levels(levels: Any, s: float) -> None:
+    ax = plot.proxmap(proxmaps.parq, levels, [s])
+    (line,) = (a for a in ax.lines if a.get_label().startswith("parq"))
+    assert np.isfinite(np.asarray(line.get_ydata())).all()
+
+
+def test_small_jumps_are_gaps_too() -> None:
+    ax = plot.proxmap(proxmaps.binary_relax, LEVELS, 0.01)
+    (line,) = (a for a in ax.lines if a.get_label().startswith("binary"))
+    assert int(np.isnan(np.asarray(line.get_ydata())).sum()) == 3
+
+
+def test_each_row_of_levels_has_its_marks_once() -> None:
+    def guides(ax: Any) -> int:
+        return sum(line.get_label().startswith("_") for line in ax.lines)
+
+    ax = plot.proxmap(proxmaps.hard, LEVELS)
+    first = guides(ax)
+    assert guides(plot.proxmap(proxmaps.clip, LEVELS, ax=ax)) == first
+    assert guides(plot.proxmap(proxmaps.clip, LEVELS + 0.1, ax=ax)) == 2 * first
+    _, busy = plt.subplots()
+    busy.plot([0, 1], [0, 1], label="other")
+    assert guides(plot.proxmap(proxmaps.hard, LEVELS, ax=busy)) == first
+
+
+def test_other_weights_need_other_axes() -> None:
+    ax = plot.levels(WEIGHTS[:1], [0.0])
+    with pytest.raises(ValueError, match="hold the histogram of other weights"):
+        plot.levels(WEIGHTS[1:], [0.0], ax=ax)
+
+
+def test_what_needs_a_gradient_or_is_narrow_is_drawn() -> None:
+    weight = torch.ones((), requires_grad=True)
+    plot.proxmap(lambda u, q: proxmaps.hard(u, q) * weight, LEVELS.bfloat16())
+    ax = plot.schedule(lambda step: step.bfloat16() * weight.bfloat16(), 0, 9)
+    assert ax.lines[0].get_label() == "<lambda>"
+    plot.levels(WEIGHTS[:1].requires_grad_(), [0.0, 1.0])
+    WEIGHTS.requires_grad_(False)
+    plot.trajectory(WEIGHTS, levels=[[0.0, 1.0], [0.5, 1.0]])
+
+
 def test_regularizers_are_drawn_where_they_are_finite() -> None:
     ax = plot.regularizer(proxmaps.parq_regularizer, LEVELS, [0.5])
     (line,) = (a for a in ax.lines if a.get_label().startswith("parq"))
@@ -179,8 +222,8 @@ def test_latents_against_weights_a_mark_a_layer() -> None:
 def test_trajectories_and_errors() -> None:
     history = [WEIGHTS[0], WEIGHTS[1]]
     lines = plot.trajectory(history, steps=[3, 7], count=1000).lines
-    assert len(lines) == 300
-    ends = torch.tensor([line.get_ydata()[-1] for line in lines])
+    ends = torch.tensor([line.get_ydata()[-1] for line in lines if len(line.get_ydata())])
+    assert len(ends) == 300
     assert torch.equal(ends, WEIGHTS[1].double().sort().values.to(ends))
     with pytest.raises(ValueError, match="history has 2 rows, steps 3"):
         plot.trajectory(history, steps=[1, 2, 3])

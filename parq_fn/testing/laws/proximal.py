@@ -37,7 +37,7 @@ def beaten_by_none(
 
 @law(
     "The weight is the argmin of its objective, which grows quadratically around it.",
-    "J(z) - J(f(u)) >= g(c) (z - f(u))^2  for all z",
+    "J(f(u)) + g(c) (z - f(u))^2 <= J(z)  for all z",
     needs=("regularizer",),
     tolerance=1e-9,
     reason="float64 rounding of J, relative to its size",
