@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -478,3 +479,32 @@ def test_every_link_checks_the_options_of_all(kind: str) -> None:
     if kind != "hard":
         with pytest.raises(ValueError, match=f"{kind}_prox: anneal_start must come before"):
             link(kind, start=5, end=5)
+
+
+# Learning rates by leaf name, as the torch adapters give them
+
+
+def sum_of_rates(rates: Any, names: str = "abc", **options: Any) -> float:
+    link = pf.hard_prox(pf.lsbq(1), **options)
+    params = {name: torch.ones(1, 2) for name in names}
+    _, state = link.update(params, link.init(params), params, learning_rate=rates)
+    return float(state.lr_sum)
+
+
+def test_one_rate_for_all_leaves_is_the_link_s() -> None:
+    assert sum_of_rates(0.3) == 0.3
+    assert sum_of_rates({"a": 0.3, "b": 0.3, "c": 0.3, "other": 9.0}) == 0.3
+    assert sum_of_rates({"a": 0.3, "b": 0.3, "c": 0.3}, shrink=True) == 0.3
+    assert sum_of_rates({"a": None, "b": None, "c": None}, learning_rate=0.7) == 0.7
+    assert sum_of_rates({}, "") == 0.0
+    assert sum_of_rates({"a": 0.3}, "a") == 0.3
+
+
+@pytest.mark.parametrize("rates", [(0.1, 0.2, 0.2), (0.1, 0.1, 0.2), (0.2, 0.1, 0.2), (0.1, None)])
+def test_several_rates_are_refused_where_they_count_and_zero_elsewhere(rates: Any) -> None:
+    given = dict(zip("abc", rates, strict=False))
+    names = "".join(given)
+    assert sum_of_rates(given, names, learning_rate=0.5) == 0.0
+    for options in ({"shrink": True}, {"normal_map": 2.0}):
+        with pytest.raises(ValueError, match="hard_prox: shrink and normal_map take one learning"):
+            sum_of_rates(given, names, learning_rate=0.5, **options)

@@ -79,6 +79,11 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "to_device(first, old) -> take = new.isfinite().any(-1, keepdim=True) | "
             "to_device(first, old)",
         ],
+        "all of them are the same": [
+            "Prox._common: if all((same(rate, own[0]) for rate in own[1:])): -> "
+            "if all((same(rate, own[0]) for rate in own[0:])):",
+            "Prox._common: return own[0] if own else 0.0 -> return own[-1] if own else 0.0",
+        ],
         "no step comes before the first": [
             "parq_prox.begins: return 0 if self.clipped_start else self.anneal_start -> "
             "return -1 if self.clipped_start else self.anneal_start",
