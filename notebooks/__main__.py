@@ -31,10 +31,24 @@ def run(path: Path) -> Any:
         resources={"metadata": {"path": str(HERE)}},
     ).execute()
     for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = joined(cell.outputs)
         for output in cell.get("outputs", ()):
             if output.get("name") == "stderr":
                 raise RuntimeError(f"{path.name} wrote to stderr:\n{output['text']}")
     return notebook
+
+
+def joined(outputs: list[Any]) -> list[Any]:
+    """The outputs with what follows one another on one stream in one: where it is cut is chance."""
+    found: list[Any] = []
+    for output in outputs:
+        last = found[-1] if found else {}
+        if output["output_type"] == "stream" and last.get("name") == output["name"]:
+            last["text"] += output["text"]
+        else:
+            found.append(output)
+    return found
 
 
 def check_kept(path: Path, notebook: Any) -> None:
