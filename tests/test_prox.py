@@ -481,6 +481,27 @@ def test_every_link_checks_the_options_of_all(kind: str) -> None:
             link(kind, start=5, end=5)
 
 
+@pytest.mark.parametrize(
+    "link",
+    [
+        pf.hard_prox(pf.lsbq(2)),
+        pf.parq_prox(pf.lsbq(2), anneal_start=1, anneal_end=5),
+        pf.soft_prox(pf.lsbq(2), anneal_start=0, anneal_end=3),
+        pf.binary_relax_prox(pf.lsbq(2), anneal_start=2, anneal_end=4),
+        pf.proxquant_prox(pf.lsbq(2), anneal_start=0, anneal_end=6, strength=0.01),
+    ],
+)
+def test_ends_is_the_first_step_whose_weights_are_levels(link: pf.Prox) -> None:
+    params = {"w": torch.randn(1, 400, generator=torch.Generator().manual_seed(0))}
+    zeros, state, on = {"w": torch.zeros(1, 400)}, link.init(params), []
+    for _ in range(9):
+        _, state = link.update(zeros, state, params)
+        weight = link.weights(state, params)["w"]
+        on.append(bool((weight[0, :, None] == state.levels["w"][0]).any(-1).all()))
+    assert on.index(True) == link.ends
+    assert all(on[on.index(True) :])
+
+
 # Learning rates by leaf name, as the torch adapters give them
 
 
