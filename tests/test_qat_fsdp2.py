@@ -54,14 +54,20 @@ class Run:
         return found[1]
 
 
+def kill_when(pattern: str, run: Run, folder: Path) -> None:
+    """Kills the run when it has made a file of this name that was not there before."""
+    before, end = set(folder.glob(pattern)), time.monotonic() + 60
+    while not set(folder.glob(pattern)) - before:
+        assert time.monotonic() < end, f"no {pattern} in 60 s"
+        time.sleep(0.001)
+    run.kill()
+
+
 def test_killed_and_resumed_it_ends_as_if_left_alone(tmp_path: Path) -> None:
     alone = Run(tmp_path / "alone", 2).result()
     assert "inverse slope 0.0000, on levels 1.0000" in alone
-    killed, end = Run(tmp_path / "killed", 2), time.monotonic() + 60
-    while not list((tmp_path / "killed").glob("step-*")):
-        assert time.monotonic() < end, "no checkpoint in 60 s"
-        time.sleep(0.01)
-    killed.kill()
+    kill_when("step-*", Run(tmp_path / "killed", 2), tmp_path / "killed")
+    kill_when("unfinished-*", Run(tmp_path / "killed", 2, "--resume"), tmp_path / "killed")
     assert not (tmp_path / "killed" / "step-000040").exists()
     assert Run(tmp_path / "killed", 2, "--resume").result() == alone
     again = Run(tmp_path / "killed", 1, "--resume").result()  # nothing is left to do

@@ -57,7 +57,7 @@ def save_checkpoint(
     """
     _check_others(others)
     final = Path(folder).absolute()
-    unfinished, old = (final.with_name(f"{kind}-{final.name}") for kind in ("unfinished", "old"))
+    unfinished, old = final.with_name(f"unfinished-{final.name}"), _old(final)
     if final.exists() and not _is_replaceable(final):
         raise ValueError(f"{final} is no checkpoint, and would be deleted; give another path")
     _barrier()  # all have looked before one writes
@@ -70,8 +70,8 @@ def save_checkpoint(
         saved = {"model": parameters, "optimizer": state, **others}
         save(saved, checkpoint_id=unfinished, no_dist=not _many())
     if _first():
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
+        if final.exists():  # otherwise the old one may be the only one, see _found
+            shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
         unfinished.rename(final)
         shutil.rmtree(old, ignore_errors=True)
@@ -86,11 +86,13 @@ def load_checkpoint(
 ) -> None:
     """Loads what `save_checkpoint` or torch.distributed.checkpoint saved, on as many ranks as it
     was saved on or on others. Dicts among the others are filled in place. Every rank calls it.
+    Where saving was killed as one checkpoint took the place of another, that other is loaded.
 
     Raises FileNotFoundError where there is no checkpoint; ValueError, and changes nothing, where
     a part of it is missing, of another shape, or was cut off; TypeError as `save_checkpoint`.
     """
     _check_others(others)
+    folder = _found(folder)
     check_whole_checkpoint(folder)
     with _thawed(model), _quiet():
         parameters, state = get_state_dict(model, optimizer)
@@ -110,7 +112,7 @@ def load_checkpoint(
 
 def check_whole_checkpoint(folder: str | os.PathLike[str]) -> None:
     """Raises FileNotFoundError where there is no checkpoint, ValueError for one cut off."""
-    where = Path(folder)
+    where = _found(folder)
     if not where.is_dir():
         raise FileNotFoundError(f"no checkpoint at {where}")
     try:
@@ -132,6 +134,16 @@ def check_whole_checkpoint(folder: str | os.PathLike[str]) -> None:
             raise ValueError(
                 f"checkpoint {where}: {name} was cut off; it has {size} bytes, expected {end}"
             )
+
+
+def _old(final: Path) -> Path:
+    return final.with_name(f"old-{final.name}")
+
+
+def _found(folder: str | os.PathLike[str]) -> Path:
+    """The folder, or the one that it was to take the place of when saving was killed."""
+    old = _old(Path(folder).absolute())
+    return old if not Path(folder).exists() and old.is_dir() else Path(folder)
 
 
 def _check_others(others: dict[str, Any]) -> None:

@@ -14,9 +14,7 @@ in the model.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,13 +24,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from parq_fn.checks import SHARE, check_numbers
-from parq_fn.granularity import per_block
 from parq_fn.links import times
+from parq_fn.optim.base_optimizer import steps_apart, template_of, widened
+from parq_fn.optim.groups import check_group, is_quantized, link_of
 from parq_fn.optim.state import (
     Group,
     after_load,
     before_load,
     check_entries,
+    chunks,
     load_groups,
     loaded,
     matched,
@@ -44,7 +44,6 @@ from parq_fn.optim.state import (
     wide,
 )
 from parq_fn.prox import Prox, ProxState, parq_prox
-from parq_fn.quantizers import ternary_uniform, uniform
 from parq_fn.scalar import as_scalar, concrete, new_count
 from parq_fn.sharded import gathered, local, part_of
 
@@ -140,8 +139,8 @@ class QuantOptimizer(Optimizer):
         self._order: list[list[Tensor]] = []
         self._build()
         for index, group in enumerate(self.param_groups):
-            _check_group(group, index)
-        if not any(map(_is_quantized, self.param_groups)):
+            check_group(group, index)
+        if not any(map(is_quantized, self.param_groups)):
             raise ValueError(
                 "QuantOptimizer: no group has quant_bits below 16; give one such as "
                 '{"params": ..., "quant_bits": 2}'
@@ -165,7 +164,7 @@ class QuantOptimizer(Optimizer):
         self._check_linked()
         self.base.add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1], len(self.param_groups) - 1)
+            check_group(self.param_groups[-1], len(self.param_groups) - 1)
             self._adopt(len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
@@ -175,20 +174,7 @@ class QuantOptimizer(Optimizer):
         """The prox link of a quantized group: `prox` with the group's bits and block size."""
         key = group["quant_bits"], group.get("quant_block_size")
         if key not in self._links:
-            bits, block = key
-            quantizer: Any = self.prox.quantizer
-            if bits == 0 and isinstance(quantizer, uniform):
-                quantizer = ternary_uniform(center=quantizer.center)
-            elif "bits" in {f.name for f in dataclasses.fields(quantizer)}:
-                quantizer = dataclasses.replace(quantizer, bits=bits)
-            elif not (bits == 0 and isinstance(quantizer, ternary_uniform)):
-                raise ValueError(
-                    f"QuantOptimizer: {quantizer!r} has no bits to be set to quant_bits={bits}"
-                )
-            granularity = self.prox.granularity if block is None else per_block(block)
-            self._links[key] = dataclasses.replace(
-                self.prox, quantizer=quantizer, granularity=granularity
-            )
+            self._links[key] = link_of(self.prox, *key)
         return self._links[key]
 
     def _adopt(self, index: int) -> None:
@@ -201,20 +187,20 @@ class QuantOptimizer(Optimizer):
             self._latents[p], self.state[p] = latent, entries
             self._wrote(p)
             if self.base.state.get(p):  # it was trained before it was wrapped
-                self._restore(p, _widened(self.base.state.pop(p), p, latent))
+                self._restore(p, widened(self.base.state.pop(p), p, latent))
         self._order[index:] = [list(group["params"])]
-        if _is_quantized(group) and group["params"]:
+        if is_quantized(group) and group["params"]:
             _show(group, _prox_state(self.state[group["params"][0]]))
 
     def _begin(self, group: Group, p: Tensor, name: str) -> tuple[Tensor, dict[str, Any]]:
         """What the base moves for a parameter, and the parameter's state before any step."""
         refuse_flat("QuantOptimizer", p, name)
-        if not _is_quantized(group):
-            return p, {**_template(self.base, group, p), "updates": new_count()}
+        if not is_quantized(group):
+            return p, {**template_of(self.base, group, p), "updates": new_count()}
         state = self.link(group).init({name: p.detach()})
         latent = p.detach().clone().to(wide(p)).requires_grad_()
         return latent, {
-            **_template(self.base, group, latent),
+            **template_of(self.base, group, latent),
             "updates": new_count(),
             "latent": latent.detach(),  # shares memory with what the base moves
             "levels": state.levels[name],
@@ -249,7 +235,7 @@ class QuantOptimizer(Optimizer):
                 if old is not new:
                     self._exchange(group, old, new, name_of(group, index, i))
                     known[i] = new
-                if _is_quantized(group):
+                if is_quantized(group):
                     self._move_to_device(new)
 
     def _exchange(self, group: Group, old: Tensor, new: Tensor, name: str) -> None:
@@ -292,7 +278,7 @@ class QuantOptimizer(Optimizer):
         rounding of the map is as we wrote it, perhaps on another machine.
         """
         for group in self.param_groups:
-            for p in group["params"] if _is_quantized(group) else ():
+            for p in group["params"] if is_quantized(group) else ():
                 mine = local(p)
                 if self._written.get(p) == mine._version:
                     continue
@@ -316,7 +302,7 @@ class QuantOptimizer(Optimizer):
             self._take_over()
             self._move()
             for group in self.param_groups:
-                if _is_quantized(group):
+                if is_quantized(group):
                     self._map_group(group)
         return loss
 
@@ -333,10 +319,10 @@ class QuantOptimizer(Optimizer):
         needy = [p for p in moved if p.dtype != wide(p) or self._is_pulled(p)]
         alone = set(needy)
         rest = [p for p in moved if p not in alone]
-        chunks = [moved]
-        if needy and _steps_apart(self.base):
-            chunks = _chunks(needy) + ([rest] if rest else [])
-        for chunk in chunks:
+        runs = [moved]
+        if needy and steps_apart(self.base):
+            runs = chunks({p: p.numel() for p in needy}) + ([rest] if rest else [])
+        for chunk in runs:
             pulls = {p: self._pull(p, groups[p]) for p in chunk if self._is_pulled(p)}
             self._step_base(chunk)
             for p, pull in pulls.items():
@@ -377,7 +363,7 @@ class QuantOptimizer(Optimizer):
             for group in self.param_groups:
                 params = [p for p in group["params"] if p in chosen]
                 group["params"] = [self._latents[p] for p in params]
-                if f and _is_quantized(group) and params and group.get("weight_decay"):
+                if f and is_quantized(group) and params and group.get("weight_decay"):
                     slope = float(self.state[params[0]]["slope"])
                     group["weight_decay"] = group["weight_decay"] * (f * slope + 1 - f)
             yield
@@ -495,54 +481,6 @@ class QuantOptimizer(Optimizer):
         self._build()
 
 
-def _check_group(group: Group, index: int) -> None:
-    """Raises ValueError for quantization keys that mean nothing."""
-    where = f"QuantOptimizer: group {index}"
-    known = ("quant_bits", "quant_block_size")
-    unknown = sorted(k for k in group if k.startswith("quant_") and k not in known)
-    if unknown:
-        raise ValueError(
-            f"{where} has {', '.join(unknown)}; expected {' and '.join(known)} alone, the rest is "
-            "the prox link's, such as granularity=per_channel()"
-        )
-    bits, block = group.get("quant_bits"), group.get("quant_block_size")
-    if bits is not None and (
-        isinstance(bits, bool) or not isinstance(bits, int) or not (0 <= bits <= 8 or bits >= 16)
-    ):
-        raise ValueError(
-            f"{where} has quant_bits={bits!r}, expected a whole number in 0..8 (0 is ternary), or "
-            "16 and more where it is not quantized"
-        )
-    if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
-        raise ValueError(f"{where} has quant_block_size={block!r}, expected 1 or more, or None")
-    if group.get("differentiable"):
-        raise ValueError(f"{where} is differentiable, which a step in place on latents is not")
-    if _is_quantized(group) and "lr" not in group:
-        raise ValueError(f"{where} has no lr, which the prox link needs")
-
-
-def _steps_apart(base: Optimizer) -> bool:
-    """Whether a step may be made for some parameters, then for others: in torch's optimizers
-    nothing but the parameters' own state knows of steps."""
-    hooks = (base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks)
-    return type(base).__module__.startswith("torch.optim.") and not any(hooks)
-
-
-def _widened(entries: dict[str, Any], p: Tensor, latent: Tensor) -> dict[str, Any]:
-    """The entries of an optimizer of narrow parameters, in the dtype of the latent."""
-    return {
-        key: got.to(latent.dtype)
-        if isinstance(got, Tensor) and got.is_floating_point() and got.shape == p.shape
-        else got
-        for key, got in entries.items()
-    }
-
-
-def _is_quantized(group: Group) -> bool:
-    bits = group.get("quant_bits")
-    return bits is not None and bits < 16
-
-
 def _rate(group: Group) -> Tensor:
     rate = group["lr"]
     return as_scalar(rate).detach().to(device="cpu", dtype=torch.float64)
@@ -558,52 +496,3 @@ def _scalars(state: ProxState) -> dict[str, Tensor]:
 
 def _prox_state(entries: dict[str, Any]) -> ProxState:
     return ProxState(entries["count"], entries["slope"], entries["lr_sum"], [entries["levels"]])
-
-
-def _chunks(params: list[Tensor]) -> list[list[Tensor]]:
-    """The parameters in runs of no more elements than the largest of them has."""
-    chunks: list[list[Tensor]] = []
-    bound, size = max((p.numel() for p in params), default=0), 0
-    for p in params:
-        if not chunks or size + p.numel() > bound:
-            chunks.append([])
-            size = 0
-        chunks[-1].append(p)
-        size += p.numel()
-    return chunks
-
-
-def _template(base: Optimizer, group: Group, like: Tensor) -> dict[str, Any]:
-    """The base optimizer's entries for a parameter, as after no step.
-
-    Optimizers make them in their first step, and a checkpoint is loaded into what is there
-    before: so a twin of the base steps on a stand-in without a gradient to speak of.
-    """
-    if not like.is_floating_point() and not like.is_complex():
-        return {}  # nothing steps on it
-    stand_in = torch.zeros_like(like.detach()).requires_grad_()
-    stand_in.grad = torch.zeros_like(stand_in)
-    twin = object.__new__(type(base))
-    left_out = ("step", "param_groups", "state")
-    twin.__dict__.update({k: _copied(v) for k, v in base.__dict__.items() if k not in left_out})
-    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-        twin.__dict__[hooks] = OrderedDict()
-    shown = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
-    twin.param_groups = [{**shown, "params": [stand_in]}]
-    twin.state = defaultdict(dict)
-    twin.step()
-    entries: dict[str, Any] = {}
-    for key, got in twin.state.get(stand_in, {}).items():
-        if isinstance(got, Tensor):
-            entries[key] = torch.zeros_like(got)
-        elif got is not None:
-            entries[key] = type(got)(0) if isinstance(got, int | float) else got
-    return entries
-
-
-def _copied(attribute: Any) -> Any:
-    """A copy for the twin, which may count; where there is none to be had, the attribute."""
-    try:
-        return copy.deepcopy(attribute)
-    except Exception:  # whatever a class of the user's own raises
-        return attribute

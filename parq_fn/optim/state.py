@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,23 @@ def value_of(closure: Callable[[], Any] | None) -> Any:
         return None
     with torch.enable_grad():
         return closure()
+
+
+def chunks(sizes: Mapping[Any, int]) -> list[list[Any]]:
+    """The keys, in runs whose sizes sum to no more than the largest of them.
+
+    >>> chunks({"a": 3, "b": 1, "c": 2, "d": 1})
+    [['a'], ['b', 'c'], ['d']]
+    """
+    runs: list[list[Any]] = []
+    bound, total = max(sizes.values(), default=0), 0
+    for key, size in sizes.items():
+        if not runs or total + size > bound:
+            runs.append([])
+            total = 0
+        runs[-1].append(key)
+        total += size
+    return runs
 
 
 def refuse_flat(who: str, p: Tensor, name: str) -> None:

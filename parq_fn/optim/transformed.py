@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from parq_fn.links import add_decayed_weights
+from parq_fn.optim.parts import Part, joined, parts_of
 from parq_fn.optim.state import (
     Entries,
     Group,
@@ -37,6 +37,7 @@ from parq_fn.transformation import (
     apply_updates,
     check_transformation,
 )
+from parq_fn.value import same
 
 
 class TransformOptimizer(Optimizer):
@@ -55,7 +56,9 @@ class TransformOptimizer(Optimizer):
     better, is "latent" in its state, unless weights are the params themselves and of that
     dtype. Elements of a parameter that are changed between steps become its latents, so weights
     may be loaded into the module after the optimizer was built. A parameter whose requires_grad
-    is off is left alone. A step makes new tensors for the whole state.
+    is off is left alone. A step makes new tensors for some parameters at a time, no more elements
+    together than the largest has; for all where a link looks at several together or does not
+    declare the trait leafwise, or where the learning rates of groups differ.
 
     The fields of the transformation's state are there from construction on, under the path to
     them ("0.trace", "1.levels"), what is shared by all parameters in each one's;
@@ -87,8 +90,7 @@ class TransformOptimizer(Optimizer):
         self.transformation = transformation
         self._order: list[list[Tensor]] = []
         self._written: dict[Tensor, int] = {}
-        self._spec: Any = None
-        self._places: list[tuple[str | None, str]] = []
+        self._parts: list[Part] = []
         self._begin()
 
     # The tree of params, by name, in the order of the groups.
@@ -124,37 +126,52 @@ class TransformOptimizer(Optimizer):
                     'modules need names apart, such as ("generator." + name, p)'
                 )
             named[name] = p.detach()
-        state = self.transformation.init(
-            {name: p.to(wide(p)) for name, p in named.items()} if latents is None else latents
-        )
+        if latents is None:
+            latents = {name: p.to(wide(p)) for name, p in named.items()}
+        parts = parts_of(self.transformation, latents)
+        states = [part.transformation.init(_of(part, latents)) for part in parts]
         traits = getattr(self.transformation, "traits", None)
         plain = bool(getattr(traits, "plain_weights", False))
         for name, p, _ in self._named():
             same = plain and p.dtype == wide(p)
             self.state[p] = {} if same else {"latent": named[name].to(wide(p), copy=True)}
             self._wrote(p)
-        self._spread(state)
+        self._parts = parts
+        params = self._by_name()
+        common: Entries = {}
+        for part, state in zip(parts, states, strict=True):
+            common |= self._spread(part, state, params)
+        self._share(common)
         self._order = [list(group["params"]) for group in self.param_groups]
 
-    def _spread(self, state: Any) -> None:
-        """Lays a state out over the parameters, the fields that they share on each."""
-        params = {name: p for name, p, _ in self._named()}
-        leaves, spec = optree.tree_flatten(state)
-        if spec != self._spec:
-            accessors = optree.tree_accessors(state)
-            self._spec, self._places = spec, [_place(a, params) for a in accessors]
-        for (name, key), leaf in zip(self._places, leaves, strict=True):
-            for p in params.values() if name is None else [params[name]]:
-                self.state[p][key] = leaf
+    def _by_name(self) -> dict[str, Tensor]:
+        return {name: p for name, p, _ in self._named()}
 
-    def _gather(self) -> Any:
-        """The state that is laid out over the parameters."""
-        params = {name: p for name, p, _ in self._named()}
-        first = next(iter(params.values()))
-        leaves = [
-            self.state[first if name is None else params[name]][key] for name, key in self._places
-        ]
-        return optree.tree_unflatten(self._spec, leaves)
+    def _spread(self, part: Part, state: Any, params: dict[str, Tensor]) -> Entries:
+        """Lays a part's state out over its parameters; returns what all parameters share."""
+        common = {}
+        for name, key, leaf in part.take_apart(state):
+            if name is None:
+                common[key] = leaf
+            else:
+                self.state[params[name]][key] = leaf
+        return common
+
+    def _share(self, common: Entries) -> None:
+        for _, p, _ in self._named():
+            self.state[p].update(common)
+
+    def _gather(self, part: Part, params: dict[str, Tensor]) -> Any:
+        """The state of a part that is laid out over the parameters."""
+        first = params[part.names[0]]
+
+        def entry(name: str | None, key: str) -> Any:
+            return self.state[first if name is None else params[name]][key]
+
+        return part.put_together(entry)
+
+    def _shared_keys(self) -> set[str]:
+        return {key for part in self._parts for name, key in part.places if name is None}
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group; its parameters begin now, the others keep their state."""
@@ -182,7 +199,7 @@ class TransformOptimizer(Optimizer):
         return latent.detach().to(wide(p))
 
     def _keep(self, kept: dict[Tensor, Entries]) -> None:
-        shared = {key for name, key in self._places if name is None}
+        shared = self._shared_keys()
         for p, entries in kept.items():
             self.state[p].update({k: v for k, v in entries.items() if k in self.state[p]})
         common = next(iter(kept.values()), {})
@@ -209,7 +226,7 @@ class TransformOptimizer(Optimizer):
         ]
         if all(old is new for old, new in pairs):
             return
-        shared = {key for name, key in self._places if name is None}
+        shared = self._shared_keys()
         stepped, kept = self._has_stepped(), {}
         for old, new in pairs:
             entries = self.state.pop(old)
@@ -231,21 +248,22 @@ class TransformOptimizer(Optimizer):
     def _wrote(self, p: Tensor) -> None:
         self._written[p] = local(p)._version
 
-    def _take_over(self, state: Any) -> None:
+    def _take_over(self, part: Part, state: Any, params: dict[str, Tensor]) -> None:
         """Elements of parameters that were changed since we wrote them become their latents.
 
         So weights may be loaded into the module after the optimizer was built. What lies within
         rounding of the weights is as we wrote it, perhaps on another machine.
         """
+        own = _of(part, params)
         changed = {
             name: p
-            for name, p, _ in self._named()
+            for name, p in own.items()
             if "latent" in self.state[p] and self._written.get(p) != local(p)._version
         }
         if not changed:
             return
-        latents = {name: self._latent(p) for name, p, _ in self._named()}
-        weights = self.transformation.weights(state, latents)
+        latents = {name: self._latent(p) for name, p in own.items()}
+        weights = part.transformation.weights(state, latents)
         for name, p in changed.items():
             mine = local(p)
             if mine.numel():
@@ -267,35 +285,57 @@ class TransformOptimizer(Optimizer):
         return loss
 
     def _update(self) -> None:
-        if not any(self._order):
-            return
-        state = self._gather()
-        self._take_over(state)
-        latents, grads = {}, {}
-        rates: dict[str, Any] = {}
-        decays: dict[str, Any] = {}
-        for name, p, group in self._named():
-            latents[name] = self._latent(p)
-            given = p.grad if p.requires_grad else None
-            grads[name] = None if given is None else given.to(latents[name].dtype)
-            rates[name], decays[name] = group.get("lr"), group.get("weight_decay")
-        extra = {"learning_rate": rates, "weight_decay": decays}
-        extra = {k: v for k, v in extra.items() if any(one is not None for one in v.values())}
-        updates, state = self.transformation.update(grads, state, latents, **extra)
+        groups = {name: group for name, _, group in self._named()}
+        params = self._by_name()
+        common: Entries = {}
+        rates = {name: group.get("lr") for name, group in groups.items()}
+        decays = {name: group.get("weight_decay") for name, group in groups.items()}
+        rate = next(iter(rates.values()), None)
+        parts = self._parts
+        if all(same(rate, other) for other in rates.values()):
+            extra = {} if rate is None else {"learning_rate": rate}
+        else:  # a link may want to see them all, and refuse
+            extra, parts = {"learning_rate": rates}, self._whole(params)
+        if any(decay is not None for decay in decays.values()):
+            extra["weight_decay"] = decays
+        for part in parts:
+            common |= self._update_part(part, params, extra)
+        self._share(common)
+
+    def _update_part(self, part: Part, params: dict[str, Tensor], extra: Entries) -> Entries:
+        """The step of a part's parameters; returns the entries that it shares with the others,
+        which are to see those of the step before."""
+        own, transformation = _of(part, params), part.transformation
+        state = self._gather(part, params)
+        self._take_over(part, state, params)
+        latents = {name: self._latent(p) for name, p in own.items()}
+        grads = {
+            name: p.grad.to(latents[name].dtype) if p.requires_grad and p.grad is not None else None
+            for name, p in own.items()
+        }
+        updates, state = transformation.update(grads, state, latents, **extra)
         latents = apply_updates(latents, updates)
-        weights = self.transformation.weights(state, latents)
-        for name, p, _ in self._named():
+        weights = transformation.weights(state, latents)
+        for name, p in own.items():
             if "latent" in self.state[p]:
                 self.state[p]["latent"] = latents[name]
             if p.requires_grad:
                 p.copy_(weights[name])
                 self._wrote(p)
-        self._spread(state)
+        return self._spread(part, state, params)
+
+    def _whole(self, params: dict[str, Tensor]) -> list[Part]:
+        """All parameters as one part."""
+        whole = Part(self.transformation, list(params))
+        whole.take_apart(self.transformation_state)
+        return [whole]
 
     @property
     def transformation_state(self) -> Any:
         """The transformation's state, for `read`: read(optimizer.transformation_state, "slope")."""
-        return self._gather()
+        params = self._by_name()
+        states = [self._gather(part, params) for part in self._parts]
+        return joined(states) if states else self.transformation.init({})
 
     # Saving and loading.
 
@@ -321,7 +361,7 @@ class TransformOptimizer(Optimizer):
                 check_entries(mine, saved, mine.keys(), name)
                 saved = {key: loaded(saved[key], mine[key], p) for key in mine}
             restored.append((p, saved))
-        shared = {key for name, key in self._places if name is None}
+        shared = self._shared_keys()
         common = next((saved for _, saved in restored if saved is not None), {})
         load_groups(self, state_dict)
         for p, saved in restored:
@@ -335,17 +375,12 @@ class TransformOptimizer(Optimizer):
         after_load(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = "defaults state param_groups transformation _order _places _spec"
+        names = "defaults state param_groups transformation _order _parts"
         return {"_written": {}, **{name: self.__dict__[name] for name in names.split()}}
 
 
-def _place(accessor: Any, params: dict[str, Tensor]) -> tuple[str | None, str]:
-    """(the parameter's name, or None of what all share; the path without it) of a state's leaf."""
-    *above, last = accessor
-    own = isinstance(last, optree.MappingEntry) and last.entry in params
-    path = above if own else [*above, last]
-    key = ".".join(str(getattr(entry, "field", entry.entry)) for entry in path)
-    return (str(last.entry) if own else None), key
+def _of(part: Part, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values[name] for name in part.names}
 
 
 def _fields(value: Any, name: str) -> Iterator[Any]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,20 @@ def test_a_checkpoint_that_was_cut_off_is_refused_and_changes_nothing(tmp_path: 
         load_checkpoint(tmp_path / "nowhere", other, again)
     load_checkpoint(tmp_path / "whole", other, again)
     check_same(net, optimizer, other, again, "whole")
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_killed_at_any_moment_it_resumes_and_ends_as_if_left_alone(
+    adapter: str, tmp_path: Path
+) -> None:
+    """Moments are the steps, and every thing that saving does to a file."""
+    command = [sys.executable, "-m", "tests.optim.killed", str(tmp_path), adapter]
+    root = Path(__file__).parent.parent.parent
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["moments"] > 30
+    assert found["wrong"] == [], ended.stderr
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")

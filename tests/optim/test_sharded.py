@@ -316,16 +316,19 @@ def collectives() -> None:
     from torch.distributed.tensor.debug import CommDebugMode
 
     mesh = init_device_mesh("cpu", (2,))
-    net = Net(torch.float64)
-    fully_shard(net, mesh=mesh)
-    optimizer = optimizer_of(net, pf.parq_prox(pf.lsbq(2), anneal_start=0, anneal_end=9, period=3))
-    for t in range(7):
-        for p in net.parameters():
-            p.grad = torch.ones_like(p)
-        mode = CommDebugMode()
-        with mode:
-            optimizer.step()
-        assert mode.get_total_counts() == (4 if t % 3 == 0 else 0), (t, mode.get_comm_counts())
+    prox = pf.parq_prox(pf.lsbq(2), anneal_start=0, anneal_end=9, period=3)
+    for adapter, build in ADAPTERS.items():
+        net = Net(torch.float64)
+        fully_shard(net, mesh=mesh)
+        optimizer = build(net, prox)
+        for t in range(7):
+            for p in net.parameters():
+                p.grad = torch.ones_like(p)
+            mode = CommDebugMode()
+            with mode:
+                optimizer.step()
+            counts = mode.get_comm_counts()
+            assert mode.get_total_counts() == (4 if t % 3 == 0 else 0), (adapter, t, counts)
 
 
 def test_collectives_are_one_gather_a_parameter_on_refits_and_none_else(tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""What QuantOptimizer must know of any torch.optim optimizer that it steps: the state that it will
+make, in which dtype, and whether it may be stepped for some parameters at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from parq_fn.optim.state import Entries, Group
+
+
+def steps_apart(base: Optimizer) -> bool:
+    """Whether a step may be made for some parameters, then for others: in torch's optimizers
+    nothing but the parameters' own state knows of steps."""
+    hooks = (base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks)
+    return type(base).__module__.startswith("torch.optim.") and not any(hooks)
+
+
+def widened(entries: Entries, p: Tensor, latent: Tensor) -> Entries:
+    """The entries of an optimizer of narrow parameters, in the dtype of the latent."""
+    return {
+        key: got.to(latent.dtype)
+        if isinstance(got, Tensor) and got.is_floating_point() and got.shape == p.shape
+        else got
+        for key, got in entries.items()
+    }
+
+
+def template_of(base: Optimizer, group: Group, like: Tensor) -> Entries:
+    """The base optimizer's entries for a parameter, as after no step.
+
+    Optimizers make them in their first step, and a checkpoint is loaded into what is there
+    before: so a twin of the base steps on a stand-in without a gradient to speak of.
+    """
+    if not like.is_floating_point() and not like.is_complex():
+        return {}  # nothing steps on it
+    stand_in = torch.zeros_like(like.detach()).requires_grad_()
+    stand_in.grad = torch.zeros_like(stand_in)
+    twin = object.__new__(type(base))
+    left_out = ("step", "param_groups", "state")
+    twin.__dict__.update({k: _copied(v) for k, v in base.__dict__.items() if k not in left_out})
+    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        twin.__dict__[hooks] = OrderedDict()
+    shown = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
+    twin.param_groups = [{**shown, "params": [stand_in]}]
+    twin.state = defaultdict(dict)
+    twin.step()
+    entries: Entries = {}
+    for key, got in twin.state.get(stand_in, {}).items():
+        if isinstance(got, Tensor):
+            entries[key] = torch.zeros_like(got)
+        elif got is not None:
+            entries[key] = type(got)(0) if isinstance(got, int | float) else got
+    return entries
+
+
+def _copied(attribute: Any) -> Any:
+    """A copy for the twin, which may count; where there is none to be had, the attribute."""
+    try:
+        return copy.deepcopy(attribute)
+    except Exception:  # whatever a class of the user's own raises
+        return attribute
