@@ -98,6 +98,20 @@ def test_alternating_is_never_worse_than_greedy(values, bits: int) -> None:
     assert ours <= error(x, pf.lsbq(bits)(x)) * (1 + 1e-12) + 1e-12
 
 
+def test_alternating_gives_a_weight_halfway_between_two_levels_to_the_lower() -> None:
+    x = torch.tensor([[7.0, 3.0, -6.0, 2.0, -5.0, 7.0]], dtype=torch.float64)
+    # greedy has v_1 = mean|x| = 5, so that -5 is halfway: it goes with 7, 7 and -6, of mean 6.25
+    assert pf.lsbq(2, "alternating")(x).tolist() == [[-6.25, -2.5, 2.5, 6.25]]
+
+
+def test_lsbq_optimal_reproduces_two_magnitudes_and_takes_the_first_of_equal_splits() -> None:
+    x = torch.tensor([[0.2, 0.2, 0.2, 1.0]], dtype=torch.float64)  # their mean in floats is not 0.2
+    assert pf.lsbq(2, "optimal")(x).tolist() == [[-1.0, -0.2, 0.2, 1.0]]
+    one, up = 1.877351497677698, 1.8773514976776982  # no split gains what rounding does not lose
+    x = torch.tensor([[one, one, one, up, 1.8773514976776977]], dtype=torch.float64)
+    assert pf.lsbq(2, "optimal")(x).tolist() == [[-one, -one, one, one]]
+
+
 def test_alternating_improves_on_greedy_where_there_is_room() -> None:
     x = torch.randn(1, 20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for bits in (2, 3, 4):

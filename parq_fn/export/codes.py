@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 TRITS = 5
+#: [256, 5]: the trits of every byte.
+_TRITS_OF = torch.tensor(
+    [[byte // 3**i % 3 for i in range(TRITS)] for byte in range(256)], dtype=torch.uint8
+)
 
 
 def width(levels: int) -> int:
@@ -33,6 +37,15 @@ def num_bytes(count: int, levels: int) -> int:
     return -(-count * width(levels) // 8)
 
 
+def fill_bytes(count: int, levels: int) -> bool:
+    """Whether so many codes fill their bytes, so that those of rows lie in bytes of their own.
+
+    >>> fill_bytes(10, 3), fill_bytes(8, 3), fill_bytes(4, 4)
+    (True, False, True)
+    """
+    return count % TRITS == 0 if levels == 3 else count * width(levels) % 8 == 0
+
+
 def encode(codes: Tensor, levels: int) -> Tensor:
     """Codes [n] in 0 .. levels - 1, whole, as bytes [num_bytes(n, levels)], uint8.
 
@@ -53,20 +66,25 @@ def encode(codes: Tensor, levels: int) -> Tensor:
 
 
 def decode(packed: Tensor, count: int, levels: int) -> Tensor:
-    """The codes [count], int64, of bytes that `encode` made.
+    """The codes [..., count], uint8, of bytes [..., num_bytes(count, levels)] that `encode` made.
 
     >>> decode(torch.tensor([177, 1], dtype=torch.uint8), 5, 4)
-    tensor([1, 0, 3, 2, 1])
+    tensor([1, 0, 3, 2, 1], dtype=torch.uint8)
     """
-    data = packed.to(torch.int64)
+    bits, data = width(levels), packed.unsqueeze(-1)
+    whole, device = packed.shape[:-1], packed.device
+    if not bits and levels != 3:
+        return packed.new_zeros((*whole, count))
     if levels == 3:
-        return (data.unsqueeze(-1) // _powers(3, data) % 3).flatten()[:count]
-    bits = width(levels)
-    if not bits:
-        return data.new_zeros(count)
-    flat = ((data.unsqueeze(-1) >> torch.arange(8, device=data.device)) & 1).flatten()
-    flat = flat[: count * bits].reshape(count, bits)
-    return (flat * _powers(2, data, bits)).sum(-1)
+        codes = _TRITS_OF.to(device)[packed.to(torch.int64)]
+    elif 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
+        codes = (data >> shifts) & (2**bits - 1)
+    else:
+        shifts = torch.arange(8, dtype=torch.uint8, device=device)
+        flat = ((data >> shifts) & 1).flatten(-2)[..., : count * bits]
+        return (flat.reshape(*whole, count, bits) << shifts[:bits]).sum(-1, dtype=torch.uint8)
+    return codes.flatten(-2)[..., :count]
 
 
 def _filled(codes: Tensor, size: int) -> Tensor:

@@ -12,48 +12,146 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from parq_fn.export.packing import Packed
+from parq_fn.export.codes import num_bytes
+from parq_fn.export.packing import Entry, Packed
 
 VERSION = 1
 _BLANK = "0" * 64
 _KEY = "parq_fn"
 _MARK = rb"\"sha256\":\""  # JSON within JSON
+#: What safetensors calls the dtypes of models.
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
-def save(packed: Mapping[str, Packed | Tensor], file: str | os.PathLike[str]) -> None:
-    """Writes a packed model, as of `pack`, to a file, which is replaced in one move.
+def save(packed: Mapping[str, Packed | Tensor] | list[Entry], file: str | os.PathLike[str]) -> None:
+    """Writes a packed model, as of `pack` or `stream`, to a file, which is replaced in one move.
 
-    The same model gives the same bytes. Raises ImportError without safetensors, ValueError for
-    names that would collide.
+    save(stream(module, optimizer), file) holds one parameter at a time. Every rank of a sharded
+    module calls it; the first one writes, the others return when the file is there.
+
+    The same model gives the same bytes, sharded or not. Raises TypeError for a dtype that files
+    have no name for, ValueError for names that would collide and as `pack` does; and OSError, on
+    every rank, where the file cannot be written.
     """
-    safetensors = _safetensors()
-    tensors: dict[str, Tensor] = {}
-    about: dict[str, Any] = {}
-    for name, entry in packed.items():
-        parts = {name: entry}
-        if isinstance(entry, Packed):
-            parts = {f"{name}.codes": entry.codes, f"{name}.levels": entry.levels}
-            own = {"shape": list(entry.shape), "quantizer": entry.quantizer}
-            about[name] = {**own, "granularity": entry.granularity}
-        taken = parts.keys() & tensors.keys()
-        if taken:
-            raise ValueError(f"two tensors of the file would be named {sorted(taken)}")
-        for key, part in parts.items():
-            assert isinstance(part, Tensor)
-            tensors[key] = part.detach().cpu().contiguous()
-    header = {"names": list(packed), "packed": about, "sha256": _BLANK, "version": VERSION}
-    text = json.dumps(header, sort_keys=True, separators=(",", ":"))
-    data = bytearray(safetensors.torch.save(tensors, {_KEY: text}))
-    start = _place_of_hash(data)
-    data[start : start + 64] = hashlib.sha256(data).hexdigest().encode()
-    _write(Path(file), data)
+    parts = _parts(packed)
+    _in_ranks(Path(file), parts, _header_of(packed, parts))
+
+
+class _Part(NamedTuple):
+    """A tensor of the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def _parts(packed: Mapping[str, Packed | Tensor] | list[Entry]) -> list[_Part]:
+    """The file's tensors in its order: the widest dtypes first, which keeps all aligned."""
+    parts: dict[str, _Part] = {}
+    for name, entry in _entries(packed):
+        levels = entry.levels if isinstance(entry, Packed | Entry) else None
+        shape = tuple(entry.source.shape if isinstance(entry, Entry) else entry.shape)
+        if levels is None:
+            tensor = entry.source if isinstance(entry, Entry) else entry
+            own = [_Part(name, tensor.dtype, shape, partial(_made, entry))]
+        else:
+            dtype = entry.source.dtype if isinstance(entry, Entry) else levels.dtype
+            size = (num_bytes(torch.Size(shape).numel(), levels.shape[1]),)
+            kept = partial(levels.detach().to, dtype)
+            own = [
+                _Part(f"{name}.codes", torch.uint8, size, partial(_made, entry)),
+                _Part(f"{name}.levels", dtype, tuple(levels.shape), kept),
+            ]
+        for part in own:
+            if part.name in parts:
+                raise ValueError(f"two tensors of the file would be named {part.name!r}")
+            if part.dtype not in _NAMES:
+                raise TypeError(f"{part.name!r} is {part.dtype}, which files have no name for")
+            parts[part.name] = part
+    return sorted(parts.values(), key=lambda part: (-part.dtype.itemsize, part.name))
+
+
+def _entries(packed: Mapping[str, Any] | list[Entry]) -> list[tuple[str, Any]]:
+    if isinstance(packed, Mapping):
+        return list(packed.items())
+    return [(entry.name, entry) for entry in packed]
+
+
+def _made(entry: Packed | Tensor | Entry) -> Tensor:
+    made = entry.make() if isinstance(entry, Entry) else entry
+    return made.codes if isinstance(made, Packed) else made
+
+
+def _header_of(packed: Mapping[str, Any] | list[Entry], parts: list[_Part]) -> bytearray:
+    """The file's first bytes, up to the tensors, with the hash still blank."""
+    about = {
+        name: {
+            "shape": list(entry.source.shape if isinstance(entry, Entry) else entry.shape),
+            "quantizer": entry.quantizer,
+            "granularity": entry.granularity,
+        }
+        for name, entry in _entries(packed)
+        if isinstance(entry, Packed) or (isinstance(entry, Entry) and entry.levels is not None)
+    }
+    names = [name for name, _ in _entries(packed)]
+    own = {"names": names, "packed": about, "sha256": _BLANK, "version": VERSION}
+    header: dict[str, Any] = {"__metadata__": {_KEY: _json(own)}}
+    end = 0
+    for part in parts:
+        start, end = end, end + torch.Size(part.shape).numel() * part.dtype.itemsize
+        offsets = [start, end]
+        header[part.name] = {
+            "dtype": _NAMES[part.dtype], "shape": list(part.shape), "data_offsets": offsets
+        }  # fmt: skip
+    text = _json(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin aligned
+    return bytearray(len(text).to_bytes(8, "little") + text)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _bytes_of(part: _Part) -> memoryview:
+    tensor = part.make().detach().cpu().contiguous()
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def _in_ranks(path: Path, parts: list[_Part], header: bytearray) -> None:
+    """Makes the tensors on every rank, and writes them on the first; what fails there fails on
+    all, when all have made theirs."""
+    many = dist.is_available() and dist.is_initialized()
+    if many and dist.get_rank():
+        for part in parts:
+            part.make()
+    failed: list[Any] = [None]
+    if not many or not dist.get_rank():
+        left = iter(parts)
+        try:
+            _write(path, header, map(_bytes_of, left))
+        except OSError as error:
+            failed = [error]
+            for part in left:
+                part.make()
+    if many:
+        dist.broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise failed[0]
 
 
 def load(file: str | os.PathLike[str]) -> dict[str, Packed | Tensor]:
@@ -62,26 +160,21 @@ def load(file: str | os.PathLike[str]) -> dict[str, Packed | Tensor]:
     Raises ValueError, naming the file, for one that is cut off, was changed, is no packed model,
     or is of a newer version; FileNotFoundError; ImportError without safetensors.
     """
-    safetensors = _safetensors()
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("files need safetensors: pip install 'parq_fn[export]'") from None
     path = Path(file)
     data = bytearray(path.read_bytes())
     _check(path, data)
     whole = bytes(data)
-    tensors = safetensors.torch.load(whole)
+    tensors: dict[str, Any] = safetensors.torch.load(whole)
     header = _header(whole)
     for name, own in header["packed"].items():
         codes, levels = tensors[f"{name}.codes"], tensors[f"{name}.levels"]
         shape = tuple(own["shape"])
         tensors[name] = Packed(codes, levels, shape, own["quantizer"], own["granularity"])
     return {name: tensors[name] for name in header["names"]}
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ImportError("files need safetensors: pip install 'parq_fn[export]'") from None
-    return safetensors
 
 
 def _end_of_header(data: bytes | bytearray) -> int:
@@ -120,13 +213,19 @@ def _check(path: Path, data: bytearray) -> None:
         raise ValueError(f"{path} was changed or cut off: its checksum does not fit")
 
 
-def _write(path: Path, data: bytearray) -> None:
+def _write(path: Path, header: bytearray, tensors: Iterable[memoryview]) -> None:
     """Writes a file beside the path and moves it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
+            hashed = hashlib.sha256(header)
+            stream.write(header)
+            for tensor in tensors:
+                hashed.update(tensor)
+                stream.write(tensor)
+            stream.seek(_place_of_hash(header))
+            stream.write(hashed.hexdigest().encode())
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(unfinished, 0o644)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from parq_fn.export.codes import decode
+from parq_fn.export.codes import decode, fill_bytes
 from parq_fn.export.file import load
-from parq_fn.export.packing import Packed, unpack
+from parq_fn.export.packing import Packed, decoded, unpack
 
 
 def load_into(module: nn.Module, file: str | os.PathLike[str]) -> None:
@@ -20,111 +18,128 @@ def load_into(module: nn.Module, file: str | os.PathLike[str]) -> None:
     Raises ValueError, and changes nothing, for names that are missing or unknown and for other
     shapes, and as `load` does.
     """
-    weights = unpack(load(file))
-    _check_names(module, weights)
+    packed = load(file)
+    _check_fit(module, packed)
     own = module.state_dict(keep_vars=True)
-    wrong = [name for name, w in weights.items() if own[name].shape != w.shape]
-    if wrong:
-        raise ValueError(
-            f"shapes of {', '.join(wrong)} in the file differ from the module's: "
-            f"{tuple(weights[wrong[0]].shape)}, expected {tuple(own[wrong[0]].shape)}"
-        )
     with torch.no_grad():
-        for name, weight in weights.items():
+        for name, weight in unpack(packed).items():
             own[name].copy_(weight)
 
 
-def _check_names(module: nn.Module, given: dict[str, Any]) -> None:
-    own, seen = [], set()
+def _aliases(module: nn.Module) -> dict[str, list[str]]:
+    """The names of each parameter and kept buffer, by the first of them; tied ones have more."""
+    first: dict[int, str] = {}
+    names: dict[str, list[str]] = {}
     for name, entry in module.state_dict(keep_vars=True).items():
-        if isinstance(entry, Tensor) and id(entry) not in seen:  # tied ones are saved once
-            seen.add(id(entry))
-            own.append(name)
-    missing, unknown = sorted(set(own) - given.keys()), sorted(given.keys() - set(own))
+        if isinstance(entry, Tensor):
+            names.setdefault(first.setdefault(id(entry), name), []).append(name)
+    return names
+
+
+def _check_fit(module: nn.Module, packed: dict[str, Packed | Tensor]) -> None:
+    own, names = module.state_dict(keep_vars=True), _aliases(module)
+    missing, unknown = sorted(names.keys() - packed.keys()), sorted(packed.keys() - names.keys())
     if missing or unknown:
         raise ValueError(
             f"the file lacks {', '.join(missing) or 'nothing'} of the module, and has "
             f"{', '.join(unknown) or 'nothing'} that the module has not"
         )
+    wrong = [name for name, entry in packed.items() if own[name].shape != torch.Size(entry.shape)]
+    if wrong:
+        raise ValueError(
+            f"shapes of {', '.join(wrong)} in the file differ from the module's: "
+            f"{tuple(packed[wrong[0]].shape)}, expected {tuple(own[wrong[0]].shape)}"
+        )
 
 
 class PackedLayer(nn.Module):
-    """A Linear, Conv2d or Embedding whose weight is codes and levels, decoded when it is used.
+    """A layer whose weight is codes and levels, decoded when it is used.
 
     Its outputs are those of the layer with the unpacked weight, bit for bit.
     """
 
     codes: Tensor  # [bytes], uint8
     levels: Tensor  # [r, k]
-
-    def __init__(self, layer: nn.Module, packed: Packed) -> None:
-        super().__init__()
-        if not isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding):
-            raise TypeError(
-                f"PackedLayer: expected a Linear, Conv2d or Embedding, got {type(layer).__name__}"
-            )
-        self.register_buffer("codes", packed.codes)
-        self.register_buffer("levels", packed.levels)
-        self.shape = tuple(packed.shape)
-        weight, layer.weight = layer.weight, None  # type: ignore[assignment] # codes stand for it
-        if tuple(weight.shape) != self.shape:
-            layer.weight = weight
-            raise ValueError(
-                f"PackedLayer: packed weight of shape {self.shape} for a layer of shape "
-                f"{tuple(weight.shape)}"
-            )
-        self.layer = layer
+    packed_shape: tuple[int, ...]
 
     @property
     def weight(self) -> Tensor:
         """The decoded weight."""
-        (r, k), count = self.levels.shape, torch.Size(self.shape).numel()
-        codes = decode(self.codes, count, k).reshape(r, -1)
-        return self.levels.gather(1, codes).reshape(self.shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer: Any = self.layer
-        if isinstance(layer, nn.Linear):
-            return F.linear(x, self.weight, layer.bias)
-        if isinstance(layer, nn.Conv2d):
-            out: Tensor = layer._conv_forward(x, self.weight, layer.bias)
-            return out
-        return F.embedding(
-            x,
-            self.weight,
-            layer.padding_idx,
-            layer.max_norm,
-            layer.norm_type,
-            layer.scale_grad_by_freq,
-            layer.sparse,
-        )
+        return decoded(self.codes, self.levels, self.packed_shape)
 
     def extra_repr(self) -> str:
-        return f"{self.levels.shape[1]} levels, {len(self.levels)} rows"
+        r, k = self.levels.shape
+        return f"{super().extra_repr()}, {k} levels in {r} {'row' if r == 1 else 'rows'}"
+
+
+class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # weight
+    """nn.Linear with a packed weight."""
+
+
+class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override] # weight
+    """nn.Conv2d with a packed weight."""
+
+
+class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # weight
+    """nn.Embedding with a packed weight, of which the rows that are looked up are decoded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (count, size), (r, k) = self.packed_shape, self.levels.shape
+        if not (fill_bytes(size, k) and (r == 1 or r % count == 0)):
+            out: Tensor = super().forward(x)
+            return out
+        codes = decode(self.codes.reshape(count, -1)[x], size, k).to(torch.int64)
+        if r == 1:
+            return self.levels[0][codes]
+        table = self.levels.reshape(count, -1, k)[x]  # [..., blocks of a row, k]
+        return table.gather(-1, codes.reshape(*table.shape[:-1], -1)).flatten(-2)
+
+
+_PACKED: dict[type[nn.Module], type[PackedLayer]] = {
+    nn.Linear: PackedLinear,
+    nn.Conv2d: PackedConv2d,
+    nn.Embedding: PackedEmbedding,
+}
+
+
+def packs(layer: nn.Module) -> bool:
+    """Whether the layer can hold a packed weight: one of exactly torch's own class."""
+    plain = not (isinstance(layer, nn.Embedding) and layer.max_norm is not None)  # which writes
+    return type(layer) in _PACKED and plain
+
+
+def pack_layer(layer: nn.Module, codes: Tensor, levels: Tensor, shape: tuple[int, ...]) -> None:
+    """Takes codes and levels for the layer's weight, in place."""
+    del layer.weight
+    layer.__class__ = _PACKED[type(layer)]
+    layer.register_buffer("codes", codes)
+    layer.register_buffer("levels", levels)
+    layer.packed_shape = shape  # type: ignore[assignment] # of a PackedLayer
 
 
 def quantized(module: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
     """The module with packed layers where the file has packed weights, the rest loaded into it.
 
-    The module is changed in place and returned. Packed weights of other layers are unpacked into
-    them. Raises ValueError, and changes nothing, as `load_into` does.
+    The module is changed in place and returned: nn.Linear, nn.Conv2d and nn.Embedding, of exactly
+    those classes, become PackedLinear, PackedConv2d and PackedEmbedding; packed weights of other
+    layers are unpacked into them. Tied layers share codes and levels. Decoding is made of plain
+    tensor operations: torch.compile(module) fuses it.
+
+    Raises ValueError, and changes nothing, as `load_into` does.
     """
     packed = load(file)
-    _check_names(module, packed)
+    _check_fit(module, packed)
+    own, names = module.state_dict(keep_vars=True), _aliases(module)
     layers = dict(module.named_modules())
-    own = module.state_dict(keep_vars=True)
-    tied = {id(entry) for name, entry in own.items() if name not in packed}
-    wrong = [name for name, entry in packed.items() if own[name].shape != torch.Size(entry.shape)]
-    if wrong:
-        raise ValueError(f"shapes of {', '.join(wrong)} in the file differ from the module's")
     with torch.no_grad():
         for name, entry in packed.items():
-            path, _, last = name.rpartition(".")
-            layer = layers[path]
-            fits = last == "weight" and isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding)
-            if isinstance(entry, Packed) and fits and path and id(own[name]) not in tied:
-                above, _, attribute = path.rpartition(".")
-                setattr(layers[above], attribute, PackedLayer(layer, entry))
+            holders = [layers[alias.rpartition(".")[0]] for alias in names[name]]
+            whole = all(alias.rpartition(".")[2] == "weight" for alias in names[name])
+            if isinstance(entry, Packed) and whole and all(map(packs, holders)):
+                device = own[name].device
+                codes, levels = entry.codes.to(device), entry.levels.to(own[name])
+                for layer in holders:
+                    pack_layer(layer, codes, levels, tuple(entry.shape))
             else:
                 own[name].copy_(entry.unpack() if isinstance(entry, Packed) else entry)
     return module

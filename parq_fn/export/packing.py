@@ -8,6 +8,7 @@ of rows are all that the way back needs.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,9 +65,14 @@ class Packed(Value):
 
     def unpack(self) -> Tensor:
         """The weight, of its shape, contiguous: bit-equal to what was packed."""
-        (r, k), count = self.levels.shape, torch.Size(self.shape).numel()
-        codes = decode(self.codes, count, k).reshape(r, -1)
-        return self.levels.gather(1, codes).reshape(self.shape)
+        return decoded(self.codes, self.levels, self.shape)
+
+
+def decoded(codes: Tensor, levels: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The weight that codes [bytes] and levels [r, k] stand for."""
+    (r, k), count = levels.shape, torch.Size(shape).numel()
+    rows = decode(codes, count, k).reshape(r, -1)
+    return levels.gather(1, rows.to(torch.int64)).reshape(shape)
 
 
 def pack_weight(
@@ -125,13 +131,54 @@ def pack(
     >>> packed["w"].levels, unpack(packed)
     (tensor([[-2., 2.]]), {'w': tensor([[ 2., -2.]])})
     """
-    return dict(packed_items(params, transformation, state, snap=snap))
+    return {entry.name: entry.make() for entry in stream(params, transformation, state, snap=snap)}
 
 
-def packed_items(
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a model that is still to be packed, or to be kept as it is."""
+
+    name: str
+    source: Tensor  # which may be sharded
+    link: Prox | None = None
+    levels: Tensor | None = None  # [r, k]; None where it is kept
+    snap: bool = False
+
+    def make(self) -> Packed | Tensor:
+        """The packed weight or the tensor, whole; a sharded one is gathered, so every rank calls
+        it.
+
+        Raises ValueError as `pack` does.
+        """
+        whole = gathered(self.source.detach())
+        if self.levels is None:
+            return whole.clone()
+        return pack_weight(
+            whole,
+            self.levels,
+            name=self.name,
+            snap=self.snap,
+            quantizer=self.quantizer,
+            granularity=self.granularity,
+        )
+
+    @property
+    def quantizer(self) -> str:
+        return repr(self.link.quantizer) if self.link else ""
+
+    @property
+    def granularity(self) -> str:
+        return repr(self.link.granularity) if self.link else ""
+
+
+def stream(
     params: PyTree | nn.Module, transformation: Any, state: Any = None, *, snap: bool = False
-) -> Iterator[tuple[str, Packed | Tensor]]:
-    """What `pack` gives, one at a time, so that no more than one is held in full."""
+) -> list[Entry]:
+    """What `pack` gives, still to be made: `save` makes one at a time, so that no more than one
+    parameter of a sharded module is held in full.
+
+    Raises TypeError as `pack` does.
+    """
     if isinstance(params, nn.Module):
         if not isinstance(transformation, QuantOptimizer | TransformOptimizer):
             raise TypeError(
@@ -143,23 +190,11 @@ def packed_items(
         weights = transformation.weights(state, params)
         entries = zip(names_of(params), tree_leaves(weights), strict=True)
         found = _of_transformation(transformation, state)
+    made = []
     for name, entry in entries:
-        whole = gathered(entry.detach())
-        if name not in found:
-            yield name, whole.clone()
-            continue
-        link, levels = found[name]
-        yield (
-            name,
-            pack_weight(
-                whole,
-                levels,
-                name=name,
-                snap=snap,
-                quantizer=repr(link.quantizer),
-                granularity=repr(link.granularity),
-            ),
-        )
+        link, levels = found.get(name, (None, None))
+        made.append(Entry(name, entry, link, levels, snap))
+    return made
 
 
 def unpack(packed: dict[str, Packed | Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,10 @@ _ONE_SIGN = (
     "end is not None and (init == 0 or end == 0 or "
 )
 
+_LO = (
+    "optimal_levels: lo = between((below / j.clamp(min=1)).gather(-1, best), data[..., :1], end) "
+    "-> "
+)
 _PER_ROW = "least_squares_levels: per_row = (n + 1) * (num_levels + 64 if exact else 20) -> "
 _ROWS = "least_squares_levels: rows = max(1, min(_CHUNK // n, _DOUBLES // per_row)) -> "
 
@@ -102,6 +106,26 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "return torch.tensor(list(signs), device=x.device)",
             "alternate: v = [part.unsqueeze(-1) for part in start.to(torch.float64).unbind(-1)] "
             "-> v = [part.unsqueeze(-1) for part in start.unbind(-1)]",
+            "alternate: return build(v)[0].to(x.dtype) -> return build(v)[0]",
+        ],
+        "counts in int64 are the same numbers": [
+            "optimal_levels: j = torch.arange(n, dtype=torch.float64, device=x.device) -> "
+            "j = torch.arange(n, device=x.device)",
+            "alternate: number = edges.diff().to(torch.float64) -> number = edges.diff()",
+        ],
+        "ternary starts from a list of one": [
+            "lsbq._levels: return with_zero(start[0]) if self.bits == 0 else "
+            "all_sums(start).sort(-1).values -> return with_zero(start[-1]) if self.bits == 0 "
+            "else all_sums(start).sort(-1).values",
+        ],
+        "of a rest of 0 is left -v or v: the same magnitude, and so from there on": [
+            "greedy: rest = torch.where(rest >= 0, rest - v[-1], rest + v[-1]) -> "
+            "rest = torch.where(rest > 0, rest - v[-1], rest + v[-1])",
+        ],
+        "the mean of none is thrown away, that of one is held to the one": [
+            _LO + "lo = between((below / j).gather(-1, best), data[..., :1], end)",
+            _LO + "lo = between((below / j.clamp(min=2)).gather(-1, best), data[..., :1], end)",
+            _LO + "lo = between((below / j.clamp(min=0)).gather(-1, best), data[..., :1], end)",
         ],
         "sums of float32 numbers in float32: what a level loses is below its own rounding": [
             "alternate: data = x.to(torch.float64) -> data = x",

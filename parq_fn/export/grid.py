@@ -1,0 +1,90 @@
+"""Levels that are evenly spaced: whole multiples of one unit a row, as integer formats hold them.
+
+A level is l = round(n u), n whole, u the row's unit in float32 and the rounding that of the levels'
+dtype, so that a consumer that multiplies in float32 has the level bit for bit. Levels without a
+zero such as u (2 j + 1) are odd multiples: of 2 u they are j + 1/2, see `halved`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Grid(NamedTuple):
+    """Rows of levels as multiples of a unit."""
+
+    multiples: Tensor  # [r, k], int64
+    unit: Tensor  # [r, 1], float32, positive
+    error: Tensor  # [r], float64: the largest |level - multiple * unit|; 0 where bit-equal
+
+    @property
+    def is_exact(self) -> Tensor:
+        """[r], bool: every level of the row is its multiple of the unit, bit for bit."""
+        return self.error == 0
+
+
+def even_grid(levels: Tensor, largest: int = 127) -> Grid:
+    """The levels [r, k] as multiples of a unit, none larger than `largest`.
+
+    Where no unit has all of a row's levels as multiples, the unit max|level| / largest, with the
+    levels rounded to its multiples.
+
+    >>> even_grid(torch.tensor([[-3.0, -1.0, 1.0, 3.0], [0.0, 0.5, 1.0, 1.5]])).multiples
+    tensor([[-3, -1,  1,  3],
+            [ 0,  1,  2,  3]])
+    >>> even_grid(torch.tensor([[-3.14159, -1.0, 1.0, 3.14159]])).is_exact
+    tensor([False])
+    """
+    wide = levels.detach().to(torch.float64)
+    magnitude = wide.abs()
+    top = magnitude.amax(-1, keepdim=True)
+    smallest = torch.where(magnitude > 0, magnitude, torch.inf).amin(-1, keepdim=True)
+    smallest = torch.where(top > 0, smallest, 1.0)  # a row of zeros is 0 times 1
+    unit = torch.where(top > 0, top / largest, 1.0).float()
+    multiples = (wide / unit).round()
+    error = _error(levels, multiples, unit)
+    for part in range(1, largest + 1):  # the smallest level is so many units
+        if bool((error == 0).all()):
+            break
+        found = (wide / (smallest / part)).round()
+        fits = found.abs().amax(-1) <= largest
+        for candidate in _units(levels, found):
+            tried = torch.where(fits, _error(levels, found, candidate), torch.inf)
+            better = ((tried == 0) & (error != 0)).unsqueeze(-1)
+            multiples = torch.where(better, found, multiples)
+            unit = torch.where(better, candidate, unit)
+            error = torch.where(better.squeeze(-1), tried, error)
+    return Grid(multiples.to(torch.int64), unit, error)
+
+
+def halved(grid: Grid) -> Grid:
+    """Odd multiples 2 j + 1 of u as j, for j + 1/2 of 2 u.
+
+    Raises ValueError where a multiple is even.
+    """
+    if bool((grid.multiples % 2 == 0).any()):
+        raise ValueError("levels are not all odd multiples of one unit")
+    return Grid((grid.multiples - 1) // 2, 2 * grid.unit, grid.error)
+
+
+def _error(levels: Tensor, multiples: Tensor, unit: Tensor) -> Tensor:
+    product = (multiples.float() * unit).to(levels.dtype)
+    return (product.double() - levels.double()).abs().amax(-1)
+
+
+def _units(levels: Tensor, multiples: Tensor) -> list[Tensor]:
+    """Units that may have the levels, rounded to their dtype, as those multiples.
+
+    A level l says of the unit that it lies within (|l| -+ half its last place) / |n|; the middle
+    of what all of a row's levels say, and the float32 numbers beside it.
+    """
+    wide, whole = levels.double().abs(), multiples.abs()
+    half = torch.ldexp(torch.finfo(levels.dtype).eps / 4 * (wide > 0), wide.frexp().exponent)
+    low = torch.where(whole > 0, (wide - half) / whole, 0.0).amax(-1, keepdim=True)
+    high = torch.where(whole > 0, (wide + half) / whole, torch.inf).amin(-1, keepdim=True)
+    middle = torch.where(high.isfinite(), (low + high) / 2, 1.0).float()
+    infinity = torch.tensor(torch.inf)
+    return [middle, middle.nextafter(infinity), middle.nextafter(-infinity)]
