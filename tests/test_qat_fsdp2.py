@@ -67,7 +67,9 @@ def test_killed_and_resumed_it_ends_as_if_left_alone(tmp_path: Path) -> None:
     alone = Run(tmp_path / "alone", 2).result()
     assert "inverse slope 0.0000, on levels 1.0000" in alone
     kill_when("step-*", Run(tmp_path / "killed", 2), tmp_path / "killed")
-    kill_when("unfinished-*", Run(tmp_path / "killed", 2, "--resume"), tmp_path / "killed")
+    kill_when(
+        ".step-*.parq_fn-unfinished", Run(tmp_path / "killed", 2, "--resume"), tmp_path / "killed"
+    )
     assert not (tmp_path / "killed" / "step-000040").exists()
     assert Run(tmp_path / "killed", 2, "--resume").result() == alone
     again = Run(tmp_path / "killed", 1, "--resume").result()  # nothing is left to do

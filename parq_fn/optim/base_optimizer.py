@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Optimizer, optimizer
 
 from parq_fn.optim.state import Entries, Group
 
@@ -17,7 +17,12 @@ from parq_fn.optim.state import Entries, Group
 def steps_apart(base: Optimizer) -> bool:
     """Whether a step may be made for some parameters, then for others: in torch's optimizers
     nothing but the parameters' own state knows of steps."""
-    hooks = (base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks)
+    hooks = (
+        base._optimizer_step_pre_hooks,
+        base._optimizer_step_post_hooks,
+        optimizer._global_optimizer_pre_hooks,
+        optimizer._global_optimizer_post_hooks,
+    )
     return type(base).__module__.startswith("torch.optim.") and not any(hooks)
 
 
@@ -31,8 +36,8 @@ def widened(entries: Entries, p: Tensor, latent: Tensor) -> Entries:
     }
 
 
-def template_of(base: Optimizer, group: Group, like: Tensor) -> Entries:
-    """The base optimizer's entries for a parameter, as after no step.
+def template_of(base: Optimizer, group: Group, p: Tensor, like: Tensor) -> Entries:
+    """The base optimizer's entries for a parameter p moved as `like`, as after no step.
 
     Optimizers make them in their first step, and a checkpoint is loaded into what is there
     before: so a twin of the base steps on a stand-in without a gradient to speak of.
@@ -46,9 +51,11 @@ def template_of(base: Optimizer, group: Group, like: Tensor) -> Entries:
     twin.__dict__.update({k: _copied(v) for k, v in base.__dict__.items() if k not in left_out})
     for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         twin.__dict__[hooks] = OrderedDict()
-    shown = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
+    shown = {k: _copied(v) for k, v in group.items() if k != "params"}
     twin.param_groups = [{**shown, "params": [stand_in]}]
     twin.state = defaultdict(dict)
+    if base.state.get(p):  # made when the base was
+        twin.state[stand_in] = widened({k: _copied(v) for k, v in base.state[p].items()}, p, like)
     twin.step()
     entries: Entries = {}
     for key, got in twin.state.get(stand_in, {}).items():

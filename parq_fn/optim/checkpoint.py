@@ -7,6 +7,7 @@ loaded already.
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import shutil
@@ -16,15 +17,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
+
+from parq_fn.optim.quantized import QuantOptimizer
 
 
 def save_checkpoint(
@@ -56,10 +61,13 @@ def save_checkpoint(
     {'epoch': 3}
     """
     _check_others(others)
-    final = Path(folder).absolute()
-    unfinished, old = final.with_name(f"unfinished-{final.name}"), _old(final)
-    if final.exists() and not _is_replaceable(final):
-        raise ValueError(f"{final} is no checkpoint, and would be deleted; give another path")
+    final = Path(os.path.abspath(folder))
+    if final in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(f"{final} holds the working directory; give a folder of its own")
+    unfinished, old = _beside(final, "unfinished"), _beside(final, "old")
+    for path in (final, unfinished, old):
+        if os.path.lexists(path) and not _is_replaceable(path, whole=path != unfinished):
+            raise ValueError(f"{path} is no checkpoint, and would be deleted; give another path")
     _barrier()  # all have looked before one writes
     if _first():
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +93,8 @@ def load_checkpoint(
     **others: Stateful | dict[str, Any],
 ) -> None:
     """Loads what `save_checkpoint` or torch.distributed.checkpoint saved, on as many ranks as it
-    was saved on or on others. Dicts among the others are filled in place. Every rank calls it.
+    was saved on or on others. Dicts among the others are filled in place with all that was saved
+    under their name. Every rank calls it.
     Where saving was killed as one checkpoint took the place of another, that other is loaded.
 
     Raises FileNotFoundError where there is no checkpoint; ValueError, and changes nothing, where
@@ -97,7 +106,9 @@ def load_checkpoint(
     with _thawed(model), _quiet():
         parameters, state = get_state_dict(model, optimizer)
         saved: dict[str, Any] = {"model": parameters, "optimizer": state, **others}
+        saved |= _with_all_keys(folder, others)
         try:
+            _check_groups(folder, optimizer, state)
             load(saved, checkpoint_id=folder, no_dist=not _many())
         except CheckpointException as error:
             causes = sorted({str(cause) for cause, _ in error.failures.values()})
@@ -105,6 +116,9 @@ def load_checkpoint(
         set_state_dict(
             model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
         )
+    for name, other in others.items():
+        if isinstance(other, dict):
+            other.update(saved[name])
     if hasattr(optimizer, "_wrote"):  # what the model holds now belongs to the latents
         for p in model.parameters():
             optimizer._wrote(p)
@@ -136,14 +150,45 @@ def check_whole_checkpoint(folder: str | os.PathLike[str]) -> None:
             )
 
 
-def _old(final: Path) -> Path:
-    return final.with_name(f"old-{final.name}")
+def _beside(final: Path, what: str) -> Path:
+    return final.with_name(f".{final.name}.parq_fn-{what}")
 
 
 def _found(folder: str | os.PathLike[str]) -> Path:
     """The folder, or the one that it was to take the place of when saving was killed."""
-    old = _old(Path(folder).absolute())
-    return old if not Path(folder).exists() and old.is_dir() else Path(folder)
+    final = Path(os.path.abspath(folder))
+    if final.exists() or not final.name:
+        return Path(folder)
+    old = _beside(final, "old")
+    return old if old.is_dir() else Path(folder)
+
+
+def _with_all_keys(folder: Path, others: dict[str, Any]) -> dict[str, Any]:
+    """The dicts among the others, with places for all that was saved under their names."""
+    metadata = FileSystemReader(folder).read_metadata()
+    filled = {name: copy.deepcopy(other) for name, other in others.items() if type(other) is dict}
+    for key, path in (metadata.planner_data or {}).items():
+        if path[0] not in filled or not all(isinstance(entry, str) for entry in path):
+            continue
+        inner: dict[str, Any] = filled
+        for entry in path[:-1]:
+            inner = inner.setdefault(entry, {})
+        stored = metadata.state_dict_metadata[key]
+        place: Any = None
+        if isinstance(stored, TensorStorageMetadata):
+            place = torch.empty(stored.size, dtype=stored.properties.dtype)
+        inner.setdefault(path[-1], place)
+    return filled
+
+
+def _check_groups(folder: Path, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Raises ValueError, before anything is loaded, for groups that were quantized otherwise."""
+    if not isinstance(optimizer, QuantOptimizer):
+        return
+    own = state["param_groups"]
+    saved = {"optimizer": {"param_groups": copy.deepcopy(own)}}
+    load(saved, checkpoint_id=folder, no_dist=not _many())
+    optimizer.check_groups({"state": {}, **saved["optimizer"]})
 
 
 def _check_others(others: dict[str, Any]) -> None:
@@ -155,11 +200,13 @@ def _check_others(others: dict[str, Any]) -> None:
             )
 
 
-def _is_replaceable(path: Path) -> bool:
-    """Whether it is a checkpoint, or an empty folder."""
+def _is_replaceable(path: Path, whole: bool = True) -> bool:
+    """Whether it is a checkpoint, a part of one where it need not be whole, or an empty folder."""
     if path.is_symlink() or not path.is_dir():
         return False
-    return (path / ".metadata").exists() or not any(path.iterdir())
+    names = {entry.name for entry in path.iterdir()}
+    parts = all(name.startswith((".metadata", "__")) for name in names)
+    return not names or (".metadata" in names if whole else parts)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ time; masks and labels, which go by the names of all, are resolved before the tr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,8 @@ from parq_fn.traits import traits_of
 from parq_fn.transformation import Chain, Composite, Transformation, masked, partition
 from parq_fn.tree import PyTree, names_of, pick, resolve_labels, resolve_mask
 from parq_fn.wrappers import accumulate
+
+_METHODS = ("traits", "init", "update", "weights")
 
 
 class Part:
@@ -35,13 +38,29 @@ class Part:
         leaves, spec = optree.tree_flatten(state)
         if spec != self._spec:
             own = set(self.names)
-            self._spec = spec
-            self.places = [_place(accessor, own) for accessor in optree.tree_accessors(state)]
+            places = [_place(accessor, own) for accessor in optree.tree_accessors(state)]
+            _check_places(places)
+            self._spec, self.places = spec, places
         return [(*place, leaf) for place, leaf in zip(self.places, leaves, strict=True)]
 
     def put_together(self, entry: Callable[[str | None, str], Any]) -> PyTree:
         """The state whose leaves are entry(parameter or None, key)."""
         return optree.tree_unflatten(self._spec, [entry(*place) for place in self.places])
+
+
+def _check_places(places: list[tuple[str | None, str]]) -> None:
+    keys = [key for _, key in places]
+    if "latent" in keys:
+        raise ValueError(
+            "TransformOptimizer: the transformation's state has a field named 'latent', which is "
+            "the name of the optimizer's own entry; give it another name"
+        )
+    twice = sorted({key for (_, key), n in Counter(places).items() if n > 1})
+    if twice:
+        raise ValueError(
+            f"TransformOptimizer: two fields of the transformation's state are both {twice[0]!r}; "
+            "names of links and labels with dots in them may run into others' fields"
+        )
 
 
 def _place(accessor: Any, names: set[str]) -> tuple[str | None, str]:
@@ -60,10 +79,19 @@ def parts_of(transformation: Transformation, params: Mapping[str, Tensor]) -> li
 
     Raises ValueError as the masks and labels do.
     """
-    if params and not _is_separable(transformation):
-        return [Part(transformation, list(params))]
+    whole = Part(transformation, list(params))
+    if not params or not _is_separable(transformation):
+        return [whole] if params else []
     cut = chunks({name: p.numel() for name, p in params.items()})
-    return [Part(_among(transformation, dict(params), set(own)), own) for own in cut]
+    parts = [Part(_among(transformation, dict(params), set(own)), own) for own in cut]
+    common = _common(whole, params)
+    return parts if all(_common(part, params) == common for part in parts) else [whole]
+
+
+def _common(part: Part, params: Mapping[str, Tensor]) -> list[str]:
+    """What a part's parameters share: more of it for more of them is no dict by name."""
+    state = part.transformation.init({name: params[name] for name in part.names})
+    return [key for name, key, _ in part.take_apart(state) if name is None]
 
 
 def joined(states: list[PyTree]) -> PyTree:
@@ -86,18 +114,27 @@ def _is_separable(transformation: Any) -> bool:
         return _is_separable(transformation.expand())
     if kind is Chain:
         return all(map(_is_separable, transformation.links))
-    if kind in (masked, accumulate):
+    if kind is accumulate:
         return _is_separable(transformation.inner)
+    if kind is masked:  # a predicate may look at values, and so change
+        return not callable(transformation.mask) and _is_separable(transformation.inner)
     if kind is partition:
-        return all(map(_is_separable, transformation.transforms.values()))
-    return bool(getattr(traits_of(transformation), "leafwise", False))
+        links = transformation.transforms.values()
+        return not callable(transformation.labels) and all(map(_is_separable, links))
+    return bool(getattr(traits_of(transformation), "leafwise", False)) and _speaks_of_itself(kind)
+
+
+def _speaks_of_itself(kind: type) -> bool:
+    """Whether the class that says what a link does also has its traits: they are inherited."""
+    said = [next(i for i, c in enumerate(kind.__mro__) if name in vars(c)) for name in _METHODS]
+    return said[0] <= min(said[1:])
 
 
 def _is_short(transformation: Any) -> bool:
     """Whether it is a Composite, and that alone."""
-    kind, methods = type(transformation), ("init", "update", "weights")
+    kind = type(transformation)
     return isinstance(transformation, Composite) and all(
-        getattr(kind, name) is getattr(Composite, name) for name in methods
+        getattr(kind, name) is getattr(Composite, name) for name in _METHODS
     )
 
 

@@ -31,10 +31,12 @@ from parq_fn.optim.state import (
     Group,
     after_load,
     before_load,
+    check_dtype,
     check_entries,
     chunks,
     load_groups,
     loaded,
+    mark,
     matched,
     name_of,
     refuse_flat,
@@ -80,15 +82,17 @@ class QuantOptimizer(Optimizer):
     last step. A parameter whose requires_grad is off is left alone, and its count of updates
     stands still; one without a gradient is not moved by the base but goes on to be mapped.
     Elements of a parameter that are changed between steps become its latents, so weights may be
-    loaded into the module after the optimizer was built.
+    loaded into the module after the optimizer was built; but torch does not tell of writes through
+    `p.data`, which are to be made under torch.no_grad() instead.
 
     State of a parameter, from construction on: the base's own entries; "updates" [], int64; and
     where quantized "latent" (float32 or better, like the parameter), "levels" [r, k] in its
     dtype, "count" [], int64, "slope" and "lr_sum" [], float64.
 
     Raises TypeError for an unfit optimizer, something else than a prox link, and FSDP1's flat
-    parameters; ValueError where no group has quant_bits, for other keys "quant_...", and as the
-    quantizer and granularity do, with the parameter's name where its group has names.
+    parameters; ValueError where no group has quant_bits, for other keys "quant_...", for a base
+    whose state has names of those above, and as the quantizer and granularity do, with the
+    parameter's name where its group has names.
 
     >>> from parq_fn import lsbq, parq_prox
     >>> from parq_fn.optim import QuantOptimizer
@@ -135,8 +139,9 @@ class QuantOptimizer(Optimizer):
         self.param_groups = base_optimizer.param_groups
         self._links: dict[tuple[Any, Any], Prox] = {}
         self._latents: dict[Tensor, Tensor] = {}
-        self._written: dict[Tensor, int] = {}
+        self._written: dict[Tensor, tuple[int, int]] = {}
         self._order: list[list[Tensor]] = []
+        self._bits: list[tuple[Any, Any]] = []
         self._build()
         for index, group in enumerate(self.param_groups):
             check_group(group, index)
@@ -189,6 +194,7 @@ class QuantOptimizer(Optimizer):
             if self.base.state.get(p):  # it was trained before it was wrapped
                 self._restore(p, widened(self.base.state.pop(p), p, latent))
         self._order[index:] = [list(group["params"])]
+        self._bits[index:] = [_bits_of(group)]
         if is_quantized(group) and group["params"]:
             _show(group, _prox_state(self.state[group["params"][0]]))
 
@@ -196,16 +202,26 @@ class QuantOptimizer(Optimizer):
         """What the base moves for a parameter, and the parameter's state before any step."""
         refuse_flat("QuantOptimizer", p, name)
         if not is_quantized(group):
-            return p, {**template_of(self.base, group, p), "updates": new_count()}
+            return p, {**self._template(group, p, p, name), "updates": new_count()}
         state = self.link(group).init({name: p.detach()})
         latent = p.detach().clone().to(wide(p)).requires_grad_()
         return latent, {
-            **template_of(self.base, group, latent),
+            **self._template(group, p, latent, name),
             "updates": new_count(),
             "latent": latent.detach(),  # shares memory with what the base moves
             "levels": state.levels[name],
             **_scalars(state),
         }
+
+    def _template(self, group: Group, p: Tensor, latent: Tensor, name: str) -> dict[str, Any]:
+        entries = template_of(self.base, group, p, latent)
+        clash = sorted(entries.keys() & {*_OWN})
+        if clash:
+            raise ValueError(
+                f"QuantOptimizer: {type(self.base).__name__} keeps {', '.join(clash)} of "
+                f"parameter {name!r} in its state, which are names of QuantOptimizer's own"
+            )
+        return entries
 
     def _check_linked(self) -> None:
         """Raises ValueError where groups were changed behind our back."""
@@ -219,6 +235,13 @@ class QuantOptimizer(Optimizer):
                 f"QuantOptimizer: had {len(self._order)} groups and has "
                 f"{len(self.param_groups)}; add groups with its own add_param_group"
             )
+        for index, (group, known) in enumerate(zip(self.param_groups, self._bits, strict=True)):
+            if _bits_of(group) != known:
+                raise ValueError(
+                    f"QuantOptimizer: group {index} has quant_bits, quant_block_size = "
+                    f"{_bits_of(group)} and was built with {known}, which its levels are of; build "
+                    "another optimizer to change them"
+                )
 
     def _follow(self) -> None:
         """Follows parameters that were exchanged in their groups, by position, or moved."""
@@ -236,7 +259,7 @@ class QuantOptimizer(Optimizer):
                     self._exchange(group, old, new, name_of(group, index, i))
                     known[i] = new
                 if is_quantized(group):
-                    self._move_to_device(new)
+                    self._move_to_device(new, name_of(group, index, i))
 
     def _exchange(self, group: Group, old: Tensor, new: Tensor, name: str) -> None:
         alike = type(old) is type(new) and old.shape == new.shape
@@ -253,10 +276,12 @@ class QuantOptimizer(Optimizer):
         self._wrote(new)
         if alike:
             self._restore(new, kept)
+            self._written.pop(new)  # its values may be others
 
-    def _move_to_device(self, p: Tensor) -> None:
+    def _move_to_device(self, p: Tensor, name: str) -> None:
         """The state on the parameter's device, to which the module may have been moved."""
         latent = self._latents[p]
+        check_dtype("QuantOptimizer", p, latent, name)
         if latent.device == p.device:
             return
         latent.data = latent.data.to(p.device)
@@ -269,7 +294,7 @@ class QuantOptimizer(Optimizer):
     # Parameters that another hand changed.
 
     def _wrote(self, p: Tensor) -> None:
-        self._written[p] = local(p)._version
+        self._written[p] = mark(p)
 
     def _take_over(self) -> None:
         """Elements of parameters that were changed since we wrote them become their latents.
@@ -280,7 +305,7 @@ class QuantOptimizer(Optimizer):
         for group in self.param_groups:
             for p in group["params"] if is_quantized(group) else ():
                 mine = local(p)
-                if self._written.get(p) == mine._version:
+                if self._written.get(p) == mark(p):
                     continue
                 self._wrote(p)
                 if mine.numel():
@@ -381,6 +406,8 @@ class QuantOptimizer(Optimizer):
         """
         latent, entries = self._latents[p], self.state[p]
         entries["updates"] = entries["updates"] + 1
+        if latent is not p:
+            entries["latent"] = latent.detach()  # the base may have given it other memory
         own = self.base.state.get(latent, {})
         if own is not entries:
             merged = {**own, **{key: entries[key] for key in _OWN if key in entries}}
@@ -433,7 +460,7 @@ class QuantOptimizer(Optimizer):
         """
         self._follow()
         state_dict = before_load(self, state_dict)
-        rows = matched(self, state_dict, same=("quant_bits", "quant_block_size"))
+        rows = self.check_groups(state_dict)
         restored = []
         for p, entries, name in rows:
             mine, own = self.state[p], set(_QUANTIZED) | {"updates"}
@@ -441,11 +468,20 @@ class QuantOptimizer(Optimizer):
                 needed = mine.keys() - (own if "updates" not in entries else set())
                 check_entries(mine, entries, needed, name)
                 entries = {key: loaded(got, mine.get(key), p) for key, got in entries.items()}
+                if "updates" not in entries:  # of the base optimizer alone
+                    entries = widened(entries, p, self._latents[p])
             restored.append((p, entries))
         load_groups(self, state_dict)
         for p, entries in restored:
             self._restore(p, entries)
         after_load(self)
+
+    def check_groups(self, state_dict: dict[str, Any]) -> list[Any]:
+        """(parameter, its saved state or None, its name) of a state dict.
+
+        Raises ValueError unless its groups are those of this optimizer, quantized alike.
+        """
+        return matched(self, state_dict, same=("quant_bits", "quant_block_size"))
 
     def _restore(self, p: Tensor, entries: dict[str, Any] | None) -> None:
         """Takes over entries, which become the optimizer's own."""
@@ -470,7 +506,7 @@ class QuantOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         names = "defaults state param_groups base prox anneal_weight_decay compile _latents _order"
-        own = {name: self.__dict__[name] for name in names.split()}
+        own = {name: self.__dict__[name] for name in [*names.split(), "_bits"]}
         return {"_links": {}, "_written": {}, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -479,6 +515,10 @@ class QuantOptimizer(Optimizer):
             if latent is not p:
                 self.state[p]["latent"] = latent.detach()  # pickle parts what shared memory
         self._build()
+
+
+def _bits_of(group: Group) -> tuple[Any, Any]:
+    return group.get("quant_bits"), group.get("quant_block_size")
 
 
 def _rate(group: Group) -> Tensor:

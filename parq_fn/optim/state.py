@@ -11,12 +11,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from parq_fn.sharded import local
+
 Group = dict[str, Any]
 Entries = dict[str, Any]
 
 
 def wide(p: Tensor) -> torch.dtype:
-    """The dtype of the parameter's latent: float32 or better."""
+    """The dtype of the parameter's latent: float32 or better; that of whole numbers their own."""
+    if not (p.is_floating_point() or p.is_complex()):
+        return p.dtype
     return torch.promote_types(p.dtype, torch.float32)
 
 
@@ -32,6 +36,15 @@ def value_of(closure: Callable[[], Any] | None) -> Any:
         return None
     with torch.enable_grad():
         return closure()
+
+
+def check_dtype(who: str, p: Tensor, latent: Tensor, name: str) -> None:
+    """Raises ValueError for a parameter that was converted to a dtype its latent does not fit."""
+    if latent.dtype != wide(p):
+        raise ValueError(
+            f"{who}: parameter {name!r} is {p.dtype} now and its latent {latent.dtype}; convert "
+            "the module before the optimizer is built"
+        )
 
 
 def chunks(sizes: Mapping[Any, int]) -> list[list[Any]]:
@@ -67,6 +80,9 @@ def matched(
 
     Raises ValueError where the groups do not fit, or differ in the entries named in `same`.
     """
+    lacking = {"state", "param_groups"} - state_dict.keys()
+    if lacking:
+        raise ValueError(f"loaded state dict has no {' and no '.join(sorted(lacking))}")
     saved, groups = state_dict["param_groups"], optimizer.param_groups
     if len(saved) != len(groups):
         raise ValueError(
@@ -108,6 +124,8 @@ def check_entries(mine: Entries, saved: Entries, needed: Iterable[str], name: st
             raise ValueError(
                 f"{where}: {key} has shape {tuple(got.shape)}, expected {tuple(own.shape)}"
             )
+        if isinstance(got, Tensor) and got.is_complex() and not own.is_complex():
+            raise ValueError(f"{where}: {key} is complex, expected {own.dtype}")
         if isinstance(got, Tensor) and isinstance(own, DTensor) != isinstance(got, DTensor):
             raise ValueError(
                 f"{where}: {key} is a {type(got).__name__}, expected a {type(own).__name__}; "
@@ -116,11 +134,25 @@ def check_entries(mine: Entries, saved: Entries, needed: Iterable[str], name: st
             )
 
 
+def mark(p: Tensor) -> tuple[int, int]:
+    """What tells that a parameter was written since: torch's count of writes, and where it lies."""
+    mine = local(p)
+    return mine._version, mine.data_ptr()
+
+
 def taken_over(latent: Tensor, weight: Tensor, wrote: Tensor) -> Tensor:
-    """The latent, but the weight where it is not, to some rounding, what was written."""
-    wrote = wrote.to(weight.dtype)
-    near = 8 * torch.finfo(weight.dtype).eps * wrote.abs().amax()
-    return torch.where((weight - wrote).abs() <= near, latent, weight.to(latent.dtype))
+    """The latent, but the weight where it is not, to some rounding, what was written.
+
+    The same map on another machine may differ by its own rounding, some last places of the largest
+    weight in the latent's dtype, and so by one last place of the weight.
+    """
+    narrow = wrote.to(weight.dtype)
+    largest = torch.where(wrote.isfinite(), wrote.abs(), 0.0).amax()
+    own = 8 * torch.finfo(latent.dtype).eps * largest
+    near = (own + torch.finfo(weight.dtype).eps * narrow.abs()).to(weight.dtype)
+    kept = ((weight - narrow).abs() <= near) & narrow.isfinite()
+    kept = kept | (weight == narrow) | (weight.isnan() & narrow.isnan())
+    return torch.where(kept, latent, weight.to(latent.dtype))
 
 
 def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -152,9 +184,11 @@ def _is_scalar(got: Any) -> bool:
 
 
 def load_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Takes over all of the saved groups but their parameters."""
+    """Takes over all of the saved groups but their parameters, and the names of those; and a
+    learning rate only where the group has one."""
     for group, other in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        group.update({k: v for k, v in copy.deepcopy(other).items() if k != "params"})
+        left_out = {"params", "param_names"} | ({"lr"} - group.keys())
+        group.update({k: v for k, v in copy.deepcopy(other).items() if k not in left_out})
 
 
 def loaded(got: Any, mine: Any, p: Tensor) -> Any:

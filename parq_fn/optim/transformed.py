@@ -17,9 +17,11 @@ from parq_fn.optim.state import (
     Group,
     after_load,
     before_load,
+    check_dtype,
     check_entries,
     load_groups,
     loaded,
+    mark,
     matched,
     name_of,
     refuse_flat,
@@ -55,18 +57,22 @@ class TransformOptimizer(Optimizer):
     Between steps a parameter holds transformation.weights(...); its latent, in float32 or
     better, is "latent" in its state, unless weights are the params themselves and of that
     dtype. Elements of a parameter that are changed between steps become its latents, so weights
-    may be loaded into the module after the optimizer was built. A parameter whose requires_grad
-    is off is left alone. A step makes new tensors for some parameters at a time, no more elements
-    together than the largest has; for all where a link looks at several together or does not
-    declare the trait leafwise, or where the learning rates of groups differ.
+    may be loaded into the module after the optimizer was built; but torch does not tell of writes
+    through `p.data`, which are to be made under torch.no_grad() instead. A parameter whose
+    requires_grad is off is left alone.
+
+    A step makes new tensors for some parameters at a time, no more elements together than the
+    largest has; for all where a link looks at several together or does not declare the trait
+    leafwise, a mask or label is a function, or the learning rates of groups differ.
 
     The fields of the transformation's state are there from construction on, under the path to
     them ("0.trace", "1.levels"), what is shared by all parameters in each one's;
     `transformation_state` has them as the transformation does, for `read`.
 
     Raises TypeError for what is no transformation and for FSDP1's flat parameters; ValueError
-    for a weight decay where no link takes one, two parameters of one name, groups added to a
-    prox link that has taken steps, and as the transformation's init does.
+    for a weight decay where no link takes one, two parameters of one name, fields of the
+    transformation's state that would have one name, groups added to a prox link that has taken
+    steps, and as the transformation's init does.
 
     >>> from parq_fn import chain, hard_prox, lsbq, masked, sgd
     >>> from parq_fn.optim import TransformOptimizer
@@ -83,13 +89,13 @@ class TransformOptimizer(Optimizer):
         self, params: Iterable[Any] | dict[str, Any], transformation: Transformation
     ) -> None:
         check_transformation(transformation, "the transformation of TransformOptimizer")
-        rates = {rate for rate in _fields(transformation, "learning_rate") if is_number(rate)}
-        scheduled = any(callable(rate) for rate in _fields(transformation, "learning_rate"))
-        own = {"lr": rates.pop()} if len(rates) == 1 and not scheduled else {}
+        rates = list(_fields(transformation, "learning_rate"))
+        one = bool(rates) and all(is_number(rate) and rate == rates[0] for rate in rates)
+        own = {"lr": rates[0]} if one else {}
         super().__init__(params, own)  # type: ignore[arg-type] # its type knows no mixtures
         self.transformation = transformation
         self._order: list[list[Tensor]] = []
-        self._written: dict[Tensor, int] = {}
+        self._written: dict[Tensor, tuple[int, int]] = {}
         self._parts: list[Part] = []
         self._begin()
 
@@ -133,8 +139,8 @@ class TransformOptimizer(Optimizer):
         traits = getattr(self.transformation, "traits", None)
         plain = bool(getattr(traits, "plain_weights", False))
         for name, p, _ in self._named():
-            same = plain and p.dtype == wide(p)
-            self.state[p] = {} if same else {"latent": named[name].to(wide(p), copy=True)}
+            has_none = p.dtype == wide(p) and (plain or not p.is_floating_point())
+            self.state[p] = {} if has_none else {"latent": named[name].to(wide(p), copy=True)}
             self._wrote(p)
         self._parts = parts
         params = self._by_name()
@@ -182,6 +188,8 @@ class TransformOptimizer(Optimizer):
                 "would have no levels until they fit again; add groups before the first step, or "
                 "give the parameters an optimizer of their own"
             )
+        if not building:
+            self._absorb()
         super().add_param_group(param_group)
         if building:
             return
@@ -208,7 +216,7 @@ class TransformOptimizer(Optimizer):
 
     def _has_stepped(self) -> bool:
         entries = [self.state[p] for group in self._order for p in group]
-        found = [got for own in entries for got in own.values() if got.dtype == torch.int64]
+        found = [got for own in entries for got in own.values() if _is_count(got)]
         return any(int(count) for count in found)
 
     def _follow(self) -> None:
@@ -224,10 +232,13 @@ class TransformOptimizer(Optimizer):
             for olds, news in zip(self._order, now, strict=True)
             for old, new in zip(olds, news, strict=True)
         ]
+        for name, p, _ in self._named():
+            if p in self.state:
+                check_dtype("TransformOptimizer", p, self._latent(p), name)
         if all(old is new for old, new in pairs):
             return
         shared = self._shared_keys()
-        stepped, kept = self._has_stepped(), {}
+        stepped, kept, alike = self._has_stepped(), {}, []
         for old, new in pairs:
             entries = self.state.pop(old)
             if type(old) is not type(new) or old.shape != new.shape:  # sharded since
@@ -239,14 +250,25 @@ class TransformOptimizer(Optimizer):
                         "training, or load a checkpoint"
                     )
                 entries = {key: got for key, got in entries.items() if key in shared}
+            else:
+                alike.append(new)
             kept[new] = entries
         self._begin()
         self._keep(kept)
+        for new in alike:  # its values may be others
+            self._written.pop(new)
 
     # Parameters that another hand changed.
 
     def _wrote(self, p: Tensor) -> None:
-        self._written[p] = local(p)._version
+        self._written[p] = mark(p)
+
+    def _absorb(self) -> None:
+        """Takes over changed parameters of all parts."""
+        params = self._by_name()
+        with torch.no_grad():
+            for part in self._parts:
+                self._take_over(part, self._gather(part, params), params)
 
     def _take_over(self, part: Part, state: Any, params: dict[str, Tensor]) -> None:
         """Elements of parameters that were changed since we wrote them become their latents.
@@ -258,7 +280,7 @@ class TransformOptimizer(Optimizer):
         changed = {
             name: p
             for name, p in own.items()
-            if "latent" in self.state[p] and self._written.get(p) != local(p)._version
+            if "latent" in self.state[p] and self._written.get(p) != mark(p)
         }
         if not changed:
             return
@@ -316,13 +338,17 @@ class TransformOptimizer(Optimizer):
         updates, state = transformation.update(grads, state, latents, **extra)
         latents = apply_updates(latents, updates)
         weights = transformation.weights(state, latents)
+        frozen = {p: dict(self.state[p]) for p in own.values() if not p.requires_grad}
+        common = self._spread(part, state, params)
         for name, p in own.items():
-            if "latent" in self.state[p]:
-                self.state[p]["latent"] = latents[name]
             if p.requires_grad:
+                if "latent" in self.state[p]:
+                    self.state[p]["latent"] = latents[name]
                 p.copy_(weights[name])
                 self._wrote(p)
-        return self._spread(part, state, params)
+        for p, entries in frozen.items():
+            self.state[p].update(entries)
+        return common
 
     def _whole(self, params: dict[str, Tensor]) -> list[Part]:
         """All parameters as one part."""
@@ -383,9 +409,17 @@ def _of(part: Part, values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: values[name] for name in part.names}
 
 
+def _is_count(got: Any) -> bool:
+    if isinstance(got, Tensor):
+        return got.dtype == torch.int64 and got.dim() == 0
+    return isinstance(got, int)
+
+
 def _fields(value: Any, name: str) -> Iterator[Any]:
     """The fields of that name in a transformation and those inside it."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, Composite):  # which may make several of one
+        yield from _fields(value.expand(), name)
+    elif isinstance(value, list | tuple):
         for item in value:
             yield from _fields(item, name)
     elif isinstance(value, dict):

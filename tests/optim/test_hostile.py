@@ -440,13 +440,29 @@ def test_nothing_but_a_checkpoint_is_replaced(tmp_path: Path) -> None:
             save_checkpoint(tmp_path / name, net, optimizer)
     assert (tmp_path / "out" / "results.csv").read_text() == "a month of work"
     (tmp_path / "empty").mkdir()
-    (tmp_path / "unfinished-empty").mkdir()
-    (tmp_path / "unfinished-empty" / "left over").write_text("")
+    left_over = tmp_path / ".empty.parq_fn-unfinished"
+    left_over.mkdir()
+    (left_over / "__0_0.distcp").write_text("")
+    for name in ("old-empty", "unfinished-empty"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes").write_text("another's")
     save_checkpoint(tmp_path / "empty", net, optimizer)
     save_checkpoint(tmp_path / "empty", net, optimizer)
     load_checkpoint(tmp_path / "empty", net, optimizer)
-    assert not (tmp_path / "empty" / "left over").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "link", "out"]
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "empty", "file", "link", "out", "old-empty", "unfinished-empty"
+    }  # fmt: skip
+    assert (tmp_path / "old-empty" / "notes").exists()
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    left_over.mkdir()
+    (left_over / "notes").write_text("another's")
+    for name in ("broken", "empty"):
+        with pytest.raises(ValueError, match="is no checkpoint, and would be deleted"):
+            save_checkpoint(tmp_path / name, net, optimizer)
+    assert not (tmp_path / ".broken.parq_fn-unfinished").exists()
+    for place in (Path("."), Path.cwd().parent, Path("/")):
+        with pytest.raises(ValueError, match="holds the working directory"):
+            save_checkpoint(place, net, optimizer)
 
 
 def test_others_that_fit_no_checkpoint_are_told(tmp_path: Path) -> None:
@@ -477,3 +493,259 @@ def test_a_module_moved_to_another_device_after_the_optimizer_was_built(adapter:
         runs.append([p.detach().cpu() for p in module])
     for one, other in zip(*runs, strict=True):
         torch.testing.assert_close(one, other)
+
+
+# A second review
+
+
+class Reassigning(torch.optim.Optimizer):
+    """Gives its parameters new memory."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data = p.data - group["lr"] * p.grad
+
+
+def test_a_base_that_gives_parameters_new_memory_moves_the_weights() -> None:
+    w = nn.Parameter(torch.zeros(4, 4))
+    optimizer = quantized([w], LATE, Reassigning)
+    for _ in range(3):
+        ones_for(w)
+        optimizer.step()
+    torch.testing.assert_close(w.detach(), torch.full((4, 4), -0.15))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_small_changes_of_bfloat16_weights_are_seen(adapter: str) -> None:
+    w = nn.Parameter(torch.tensor([[1.0, 0.05, 0.03, -0.05]], dtype=torch.bfloat16))
+    optimizer = ADAPTERS[adapter]([w], LATE)
+    new = torch.tensor([[1.0, 0.0, -0.03, -0.02]], dtype=torch.bfloat16)
+    with torch.no_grad():
+        w.copy_(new)
+    optimizer.step()  # without a gradient
+    assert torch.equal(w, new)
+    assert torch.equal(optimizer.state[w]["latent"], new.float())
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_good_weights_loaded_over_infinite_ones_are_taken(adapter: str) -> None:
+    w = nn.Parameter(torch.ones(2, 2))
+    optimizer = ADAPTERS[adapter]([w], LATE)
+    with torch.no_grad():
+        optimizer.state[w]["latent"].copy_(torch.tensor([[torch.inf, torch.nan], [0.5, 0.5]]))
+    optimizer.step()
+    assert w[0, 0] == torch.inf
+    with torch.no_grad():
+        w.copy_(torch.ones(2, 2))
+    optimizer.step()
+    assert torch.equal(w, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_row_without_a_number_leaves_the_latents_of_others_alone_in_a_copy(adapter: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(8, 4, bias=False)
+    prox = pf.hard_prox(pf.lsbq(2), granularity=pf.per_channel())
+    optimizer = ADAPTERS[adapter]([net.weight], prox)
+    for bad in (1.0, torch.nan):
+        net.weight.grad = torch.randn(4, 8)
+        net.weight.grad[0, 0] *= bad
+        optimizer.step()
+    other, its = copy.deepcopy((net, optimizer))
+    for one, two in ((net, optimizer), (other, its)):
+        one.weight.grad = torch.zeros(4, 8)
+        two.step()
+    latents = [o.state[n.weight]["latent"][1:] for n, o in ((net, optimizer), (other, its))]
+    assert torch.equal(*latents)
+
+
+def test_accumulated_updates_leave_frozen_parameters_alone() -> None:
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    inner = pf.chain(pf.adamw(0.1, weight_decay=0.5), pf.masked(LATE, "p"))
+    optimizer = TransformOptimizer([("p", p), ("q", q)], pf.accumulate(inner, 1))
+    p.requires_grad_(False)
+    for _ in range(5):
+        ones_for(q)
+        optimizer.step()
+    p.requires_grad_(True)
+    p.grad, q.grad = torch.zeros(2), torch.ones(2)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((2,), 0.95))  # one step's decay
+
+
+class Keeping(torch.optim.Optimizer):
+    """Keeps a count under a name of its choice."""
+
+    def __init__(self, params: Any, lr: float = 0.1, key: str = "count") -> None:
+        super().__init__(params, {"lr": lr})
+        self.key = key
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p][self.key] = self.state[p].get(self.key, 0) + 1
+
+
+@pytest.mark.parametrize("key", ["count", "updates", "levels", "latent"])
+def test_a_base_that_keeps_entries_of_our_names_is_refused(key: str) -> None:
+    def base(groups: Any, lr: float) -> Keeping:
+        return Keeping(groups, lr, key)
+
+    with pytest.raises(ValueError, match=f"Keeping keeps {key} of parameter '0 of group 0'"):
+        quantized(parameters(1), base=base)
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_the_state_of_narrow_training_is_widened_when_it_is_loaded(base: Any) -> None:
+    (p,) = parameters(1, torch.bfloat16)
+    plain = base([p], lr=0.05)
+    ones_for(p)
+    plain.step()
+    saved = copy.deepcopy(plain.state_dict())
+    wrapped = QuantOptimizer(base([{"params": [p], "quant_bits": 2}], lr=0.05), LATE)
+    wrapped.load_state_dict(saved)
+    ones_for(p)
+    wrapped.step()
+    kept = wrapped.state[p].items()
+    assert all(got.dtype == torch.float32 for key, got in kept if got.shape == p.shape)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_weights_loaded_before_a_group_is_added_or_a_parameter_exchanged(adapter: str) -> None:
+    w, v = parameters()
+    optimizer = ADAPTERS[adapter]([w], LATE)
+    seven, three = torch.full((4, 4), 7.0), nn.Parameter(torch.full((4, 4), 3.0))
+    with torch.no_grad():
+        w.copy_(seven)
+    named = adapter == "TransformOptimizer"
+    optimizer.add_param_group({"params": [("v", v)] if named else [v], "quant_bits": 2})
+    optimizer.step()
+    assert torch.equal(w, seven)
+    optimizer.param_groups[0]["params"][0] = three
+    optimizer.step()
+    assert torch.equal(three, torch.full((4, 4), 3.0))
+
+
+def test_bits_changed_by_hand_are_told() -> None:
+    (w,) = parameters(1)
+    optimizer = quantized([w])
+    for bits in (4, 16):
+        optimizer.param_groups[0]["quant_bits"] = bits
+        with pytest.raises(ValueError, match=rf"= \({bits}, None\) and was built with \(2, None\)"):
+            optimizer.step()
+
+
+def test_a_saved_rate_does_not_replace_a_schedule() -> None:
+    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    one = TransformOptimizer([("w", a)], pf.sgd(0.1, 0.9))
+    other = TransformOptimizer([("w", b)], pf.sgd(pf.schedules.cosine(0.5, 0.0, 0, 10), 0.9))
+    other.load_state_dict(one.state_dict())
+    assert "lr" not in other.param_groups[0]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_state_saved_under_other_names_goes_by_position(adapter: str) -> None:
+    net, other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def build(module: nn.Module, front: str) -> Any:
+        named = [(front + name, p) for name, p in module.named_parameters()]
+        if adapter == "TransformOptimizer":
+            return TransformOptimizer(named, pf.sgd(0.1, 0.9))
+        base = torch.optim.SGD([{"params": named, "quant_bits": 2}], lr=0.1, momentum=0.9)
+        return QuantOptimizer(base, LATE)
+
+    one, two = build(net, "module."), build(other, "")
+    two.load_state_dict(one.state_dict())
+    assert two.param_groups[0]["param_names"] == ["weight", "bias"]
+    two.step()
+
+
+def test_a_checkpoint_quantized_otherwise_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    def build(bits: int, seed: int) -> tuple[nn.Linear, QuantOptimizer]:
+        torch.manual_seed(seed)
+        net = nn.Linear(8, 4)
+        groups = [
+            {"params": [net.weight], "quant_bits": 2},
+            {"params": [net.bias], "quant_bits": bits},
+        ]
+        return net, QuantOptimizer(torch.optim.SGD(groups, lr=0.1, momentum=0.9), SOON)
+
+    save_checkpoint(tmp_path / "last", *build(16, 0))
+    net, optimizer = build(32, 1)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="has quant_bits=16 in group 1, the optimizer 32"):
+        load_checkpoint(tmp_path / "last", net, optimizer)
+    assert all(torch.equal(got, before[name]) for name, got in net.state_dict().items())
+
+
+def test_others_are_filled_with_all_that_was_saved(tmp_path: Path) -> None:
+    net, optimizer = saved_with_a_frozen_layer("QuantOptimizer")
+    saved = {"epoch": 3, "best": {"loss": 0.5, "at": torch.arange(3)}, "names": ["a", "b"]}
+    save_checkpoint(tmp_path / "last", net, optimizer, progress=saved)
+    for progress in ({}, {"epoch": 0}):
+        load_checkpoint(tmp_path / "last", net, optimizer, progress=progress)
+        assert torch.equal(progress["best"].pop("at"), torch.arange(3))
+        assert progress == {"epoch": 3, "best": {"loss": 0.5}, "names": ["a", "b"]}
+    with pytest.raises(ValueError, match=r"Missing key in checkpoint state_dict: progress\.mine"):
+        load_checkpoint(tmp_path / "last", net, optimizer, progress={"mine": 1})
+
+
+def test_whole_numbers_beside_a_transformation_are_left_alone() -> None:
+    i, w = nn.Parameter(torch.arange(4), requires_grad=False), nn.Parameter(torch.ones(3))
+    optimizer = TransformOptimizer([("i", i), ("w", w)], pf.masked(pf.sgd(0.1), "w"))
+    i.add_(1)
+    ones_for(w)
+    optimizer.step()
+    assert i.tolist() == [1, 2, 3, 4]
+    torch.testing.assert_close(w.detach(), torch.full((3,), 0.9))
+
+
+class Prepared(torch.optim.Optimizer):
+    """Makes its state when it is built, and appends to a list in its group."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "history": []})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["sum"] = torch.full_like(p, 2.0)
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["history"].append(1)
+            for p in group["params"]:
+                self.state[p]["sum"].add_(1)
+
+
+def test_a_base_that_makes_its_state_when_built_keeps_it() -> None:
+    (w,) = parameters(1)
+    optimizer = quantized([w], base=Prepared)
+    assert optimizer.param_groups[0]["history"] == []
+    assert torch.equal(optimizer.state[w]["sum"], torch.full((4, 4), 2.0))
+    ones_for(w)
+    optimizer.step()
+    assert torch.equal(optimizer.state[w]["sum"], torch.full((4, 4), 3.0))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_conversions_after_the_optimizer_was_built_are_told(adapter: str) -> None:
+    net = nn.Linear(4, 4, bias=False)
+    optimizer = ADAPTERS[adapter]([net.weight])
+    net.double()
+    with pytest.raises(ValueError, match=r"is torch\.float64 now and its latent torch\.float32"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_state_dict_that_is_none_is_told(adapter: str) -> None:
+    optimizer = ADAPTERS[adapter](parameters(1))
+    with pytest.raises(ValueError, match="loaded state dict has no param_groups and no state"):
+        optimizer.load_state_dict({})
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["latent"] = saved["state"][0]["latent"].to(torch.complex64)
+    with pytest.raises(ValueError, match="latent is complex"):
+        optimizer.load_state_dict(saved)
