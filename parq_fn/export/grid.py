@@ -7,6 +7,7 @@ zero such as u (2 j + 1) are odd multiples: of 2 u they are j + 1/2, see `halved
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -43,21 +44,47 @@ def even_grid(levels: Tensor, largest: int = 127) -> Grid:
     top = magnitude.amax(-1, keepdim=True)
     smallest = torch.where(magnitude > 0, magnitude, torch.inf).amin(-1, keepdim=True)
     smallest = torch.where(top > 0, smallest, 1.0)  # a row of zeros is 0 times 1
-    unit = torch.where(top > 0, top / largest, 1.0).float()
-    multiples = (wide / unit).round()
-    error = _error(levels, multiples, unit)
+    unit, multiples = torch.ones_like(top).float(), torch.zeros_like(wide)
+    error = torch.full_like(top.squeeze(-1), torch.inf)
     for part in range(1, largest + 1):  # the smallest level is so many units
-        if bool((error == 0).all()):
-            break
         found = (wide / (smallest / part)).round()
         fits = found.abs().amax(-1) <= largest
         for candidate in _units(levels, found):
-            tried = torch.where(fits, _error(levels, found, candidate), torch.inf)
-            better = ((tried == 0) & (error != 0)).unsqueeze(-1)
-            multiples = torch.where(better, found, multiples)
-            unit = torch.where(better, candidate, unit)
-            error = torch.where(better.squeeze(-1), tried, error)
-    return Grid(multiples.to(torch.int64), unit, error)
+            better = fits & (error != 0) & (_error(levels, found, candidate) == 0)
+            multiples = torch.where(better.unsqueeze(-1), found, multiples)
+            unit = torch.where(better.unsqueeze(-1), candidate, unit)
+            error = torch.where(better, 0.0, error)
+        if bool((error == 0).all()):
+            break
+    near = torch.where(top > 0, top / largest, 1.0).float()
+    rounded = (wide / near).round()
+    off = (error != 0).unsqueeze(-1)
+    multiples, unit = torch.where(off, rounded, multiples), torch.where(off, near, unit)
+    return Grid(multiples.to(torch.int64), unit, _error(levels, multiples, unit))
+
+
+def grid_of(name: str, levels: Tensor, what: str, rounded: bool, largest: int = 127) -> Grid:
+    """The grid of a parameter's levels, for a format that holds multiples of one unit a row.
+
+    Raises and warns as `off_grid` does.
+    """
+    grid = even_grid(levels, largest)
+    if not bool(grid.is_exact.all()):
+        reason = f"multiples up to {largest} of one number, as {what} need them"
+        off_grid(name, levels, grid.error, reason, rounded)
+    return grid
+
+
+def off_grid(name: str, levels: Tensor, error: Tensor, reason: str, rounded: bool) -> None:
+    """Raises ValueError, with the parameter's name and the worst row, for levels that a format
+    does not hold exactly; with `rounded` it warns how far they are off instead."""
+    share = error / levels.double().abs().amax(-1).clamp(min=1e-300)
+    worst = int(share.argmax())
+    row, off = [round(level, 6) for level in levels[worst].tolist()], f"{float(share[worst]):.2g}"
+    about = f"parameter {name!r}: levels of row {worst}, {row}, are not {reason}"
+    if not rounded:
+        raise ValueError(f"{about}; rounded=True rounds them, off by up to {off} of the largest")
+    warnings.warn(f"{about}; rounded, off by up to {off} of the largest", stacklevel=5)
 
 
 def halved(grid: Grid) -> Grid:
@@ -68,6 +95,23 @@ def halved(grid: Grid) -> Grid:
     if bool((grid.multiples % 2 == 0).any()):
         raise ValueError("levels are not all odd multiples of one unit")
     return Grid((grid.multiples - 1) // 2, 2 * grid.unit, grid.error)
+
+
+def shifted(grid: Grid) -> tuple[Tensor, Tensor, int]:
+    """(codes [r, k] and zero points [r, 1] with code - zero point = multiple; bits b), the codes
+    in -2^(b-1) .. 2^(b-1) - 1, and b as small as the widest row allows. The zero points are 0
+    where no row needs others.
+
+    >>> codes, zero, bits = shifted(even_grid(torch.tensor([[0.0, 1.0, 2.0, 3.0]])))
+    >>> codes, zero, bits
+    (tensor([[-2, -1,  0,  1]]), tensor([[-2]]), 2)
+    """
+    low, high = grid.multiples.amin(-1, keepdim=True), grid.multiples.amax(-1, keepdim=True)
+    bits = max(1, int((high - low).max()).bit_length())
+    half = 2 ** (bits - 1)
+    fits = bool((low >= -half).all()) and bool((high < half).all())
+    zero = torch.zeros_like(low) if fits else -low - half
+    return grid.multiples + zero, zero, bits
 
 
 def _error(levels: Tensor, multiples: Tensor, unit: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,14 @@ def load_into(module: nn.Module, file: str | os.PathLike[str]) -> None:
     shapes, and as `load` does.
     """
     packed = load(file)
-    _check_fit(module, packed)
+    check_fit(module, packed)
     own = module.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, weight in unpack(packed).items():
             own[name].copy_(weight)
 
 
-def _aliases(module: nn.Module) -> dict[str, list[str]]:
+def names_of_tied(module: nn.Module) -> dict[str, list[str]]:
     """The names of each parameter and kept buffer, by the first of them; tied ones have more."""
     first: dict[int, str] = {}
     names: dict[str, list[str]] = {}
@@ -36,18 +37,19 @@ def _aliases(module: nn.Module) -> dict[str, list[str]]:
     return names
 
 
-def _check_fit(module: nn.Module, packed: dict[str, Packed | Tensor]) -> None:
-    own, names = module.state_dict(keep_vars=True), _aliases(module)
+def check_fit(module: nn.Module, packed: Mapping[str, Packed | Tensor]) -> None:
+    """Raises ValueError unless a packed model has the module's names and shapes."""
+    own, names = module.state_dict(keep_vars=True), names_of_tied(module)
     missing, unknown = sorted(names.keys() - packed.keys()), sorted(packed.keys() - names.keys())
     if missing or unknown:
         raise ValueError(
-            f"the file lacks {', '.join(missing) or 'nothing'} of the module, and has "
+            f"the packed model lacks {', '.join(missing) or 'nothing'} of the module, and has "
             f"{', '.join(unknown) or 'nothing'} that the module has not"
         )
     wrong = [name for name, entry in packed.items() if own[name].shape != torch.Size(entry.shape)]
     if wrong:
         raise ValueError(
-            f"shapes of {', '.join(wrong)} in the file differ from the module's: "
+            f"shapes of {', '.join(wrong)} in the packed model differ from the module's: "
             f"{tuple(packed[wrong[0]].shape)}, expected {tuple(own[wrong[0]].shape)}"
         )
 
@@ -128,8 +130,8 @@ def quantized(module: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
     Raises ValueError, and changes nothing, as `load_into` does.
     """
     packed = load(file)
-    _check_fit(module, packed)
-    own, names = module.state_dict(keep_vars=True), _aliases(module)
+    check_fit(module, packed)
+    own, names = module.state_dict(keep_vars=True), names_of_tied(module)
     layers = dict(module.named_modules())
     with torch.no_grad():
         for name, entry in packed.items():

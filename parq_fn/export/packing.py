@@ -67,12 +67,20 @@ class Packed(Value):
         """The weight, of its shape, contiguous: bit-equal to what was packed."""
         return decoded(self.codes, self.levels, self.shape)
 
+    def indices(self) -> Tensor:
+        """Which level of its row each element is: [r, n], int64."""
+        return indices(self.codes, self.levels, self.shape)
+
+
+def indices(codes: Tensor, levels: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What codes [bytes] stand for, [r, n], int64, for levels [r, k] of a weight's shape."""
+    (r, k), count = levels.shape, torch.Size(shape).numel()
+    return decode(codes, count, k).reshape(r, -1).to(torch.int64)
+
 
 def decoded(codes: Tensor, levels: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The weight that codes [bytes] and levels [r, k] stand for."""
-    (r, k), count = levels.shape, torch.Size(shape).numel()
-    rows = decode(codes, count, k).reshape(r, -1)
-    return levels.gather(1, rows.to(torch.int64)).reshape(shape)
+    return levels.gather(1, indices(codes, levels, shape)).reshape(shape)
 
 
 def pack_weight(

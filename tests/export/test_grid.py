@@ -34,6 +34,8 @@ def test_levels_of_uniform_quantizers_are_multiples_bit_for_bit(
     assert grid.multiples.abs().max() <= 127
     product = grid.multiples.float() * grid.unit
     assert torch.equal(product.to(dtype), levels)
+    if not isinstance(quantizer, pf.asymmetric):
+        assert grid.multiples.abs().max() < quantizer.num_levels  # no larger than need be
 
 
 @given(

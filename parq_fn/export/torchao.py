@@ -1,0 +1,113 @@
+"""Packed weights as torchao's integer tensors, bit for bit.
+
+IntxUnpackedToInt8Tensor holds a weight as (code - zero point) * scale, a scale and a zero point
+for each output channel or group of its inputs, which is what evenly spaced levels are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parq_fn.export.grid import grid_of, halved, shifted
+from parq_fn.export.layers import check_fit, names_of_tied
+from parq_fn.export.packing import Packed
+
+
+def to_torchao(
+    module: nn.Module,
+    packed: Mapping[str, Packed | Tensor],
+    *,
+    int8_activations: bool = False,
+    rounded: bool = False,
+) -> nn.Module:
+    """A copy of the module whose packed weights are torchao's IntxUnpackedToInt8Tensor.
+
+    Levels that are odd multiples of one number, such as those of `uniform`, get the zero point
+    -1/2 and as many bits as they have; others an integer zero point. A level for the whole weight
+    is given to every channel. What is not packed is loaded as it is; tied weights stay tied.
+
+    int8_activations: inputs of linear layers are quantized to 8 bits as they come, asymmetrically
+    and per token.
+    rounded: round levels that are not evenly spaced to multiples of max|level| / 127, and warn of
+    the error; without it they are refused.
+
+    Raises ImportError without torchao; ValueError, with the parameter's name, for levels that are
+    not evenly spaced, and for rows that cross output channels.
+    """
+    tensor_class, activation = _torchao()
+    made = copy.deepcopy(module)
+    check_fit(made, packed)
+    own, tied = made.state_dict(keep_vars=True), names_of_tied(made)
+    layers = dict(made.named_modules())
+    with torch.no_grad():
+        for name, entry in packed.items():
+            if not isinstance(entry, Packed):
+                own[name].copy_(entry)
+                continue
+            codes, scale, zero, bits = _affine(name, entry, rounded)
+            block = [n // m for n, m in zip(entry.shape, scale.shape, strict=True)]
+            holders = [layers[alias.rpartition(".")[0]] for alias in tied[name]]
+            linear = all(isinstance(layer, nn.Linear) for layer in holders)
+            quantize = activation.INT8_ASYM_PER_TOKEN if int8_activations and linear else None
+            device, target = own[name].device, getattr(torch, f"int{bits}")
+            weight = tensor_class(
+                *(part.to(device) for part in (codes, scale, zero)),
+                target, tuple(block), entry.levels.dtype, quantize,
+            )  # fmt: skip
+            parameter = nn.Parameter(weight, requires_grad=False)
+            for alias, layer in zip(tied[name], holders, strict=True):
+                setattr(layer, alias.rpartition(".")[2], parameter)
+    return made
+
+
+def _torchao() -> tuple[Any, Any]:
+    try:
+        from torchao.quantization import IntxUnpackedToInt8Tensor
+        from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
+            IntxUnpackedToInt8TensorActivationQuantization as Activation,
+        )
+    except ImportError:
+        raise ImportError("to_torchao needs torchao: pip install 'parq_fn[torchao]'") from None
+    return IntxUnpackedToInt8Tensor, Activation
+
+
+def _affine(name: str, entry: Packed, rounded: bool) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(codes of the weight's shape, int8; scale and zero point of its blocks; bits)."""
+    blocks = _blocks(name, entry)
+    grid = grid_of(name, entry.levels, "torchao's integer tensors", rounded)
+    if bool((grid.multiples % 2 != 0).all()):
+        grid = halved(grid)
+        codes, whole, bits = shifted(grid)
+        zero = whole.float() - 0.5
+    else:
+        codes, whole, bits = shifted(grid)
+        zero = whole.to(torch.int8)
+    rows = entry.indices()
+    chosen = codes.gather(1, rows).to(torch.int8).reshape(entry.shape)
+    return chosen, _spread(grid.unit, blocks), _spread(zero, blocks), bits
+
+
+def _blocks(name: str, entry: Packed) -> tuple[int, ...]:
+    """How many scales there are along each dimension of the weight."""
+    r, (first, *rest) = len(entry.levels), entry.shape
+    ones = (1,) * (len(rest) - 1)
+    if r == 1 or r == first:
+        return (first, 1, *ones) if rest else (r,)
+    if len(rest) == 1 and r % first == 0 and rest[0] % (r // first) == 0:
+        return first, r // first
+    raise ValueError(
+        f"parameter {name!r}: torchao's integer tensors have scales for output channels or groups "
+        f"of their inputs; its shape is {tuple(entry.shape)} and it has {r} rows of levels"
+    )
+
+
+def _spread(values: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """Values [r, 1] of rows for the blocks; one of the whole weight for every channel."""
+    if len(values) == 1:
+        return values.reshape([1] * len(blocks)).expand(blocks).contiguous()
+    return values.reshape(blocks).contiguous()
