@@ -88,12 +88,12 @@ def _blocks(
 ) -> tuple[str, np.ndarray, np.ndarray]:
     """(type; whole numbers [rows, blocks, size], int8; scales [rows, blocks], float16)."""
     levels = entry.levels.float()  # readers multiply in float32
-    grid = even_grid(levels, 7)
+    grid = even_grid(levels, -8, 7, rounded=7)
     multiples, unit = grid.multiples, grid.unit
     kind = ternary if bool((multiples.abs() <= 1).all()) else "Q4_0"
     error = (multiples.float() * unit.half().float() - levels).double().abs().amax(-1)
     if bool(error.any()):
-        reason = f"multiples up to 7 of one float16, as {kind} blocks hold them"
+        reason = f"multiples -8 .. 7 of one float16, as {kind} blocks hold them"
         off_grid(name, levels, error, reason, rounded)
     size = _SIZES[kind]
     (*_, last), (r, n) = entry.shape, entry.indices().shape

@@ -27,10 +27,10 @@ class Grid(NamedTuple):
         return self.error == 0
 
 
-def even_grid(levels: Tensor, largest: int = 127) -> Grid:
-    """The levels [r, k] as multiples of a unit, none larger than `largest`.
+def even_grid(levels: Tensor, low: int = -255, high: int = 255, rounded: int = 127) -> Grid:
+    """The levels [r, k] as multiples low .. high of a unit.
 
-    Where no unit has all of a row's levels as multiples, the unit max|level| / largest, with the
+    Where no unit has all of a row's levels as multiples, the unit max|level| / rounded, with the
     levels rounded to its multiples.
 
     >>> even_grid(torch.tensor([[-3.0, -1.0, 1.0, 3.0], [0.0, 0.5, 1.0, 1.5]])).multiples
@@ -46,33 +46,30 @@ def even_grid(levels: Tensor, largest: int = 127) -> Grid:
     smallest = torch.where(top > 0, smallest, 1.0)  # a row of zeros is 0 times 1
     unit, multiples = torch.ones_like(top).float(), torch.zeros_like(wide)
     error = torch.full_like(top.squeeze(-1), torch.inf)
-    for part in range(1, largest + 1):  # the smallest level is so many units
-        found = (wide / (smallest / part)).round()
-        fits = found.abs().amax(-1) <= largest
-        for candidate in _units(levels, found):
-            better = fits & (error != 0) & (_error(levels, found, candidate) == 0)
-            multiples = torch.where(better.unsqueeze(-1), found, multiples)
-            unit = torch.where(better.unsqueeze(-1), candidate, unit)
-            error = torch.where(better, 0.0, error)
+    for part in range(1, max(-low, high) + 1):  # the smallest level is so many units
+        ratio = wide / _refined(levels, smallest / part)
+        for found in (ratio.round(), 2 * (ratio / 2).floor() + 1):  # odd ones lie further apart
+            fits = (found.amin(-1) >= low) & (found.amax(-1) <= high)
+            for candidate in _units(levels, found):
+                better = fits & (error != 0) & (_error(levels, found, candidate) == 0)
+                multiples = torch.where(better.unsqueeze(-1), found, multiples)
+                unit = torch.where(better.unsqueeze(-1), candidate, unit)
+                error = torch.where(better, 0.0, error)
         if bool((error == 0).all()):
             break
-    near = torch.where(top > 0, top / largest, 1.0).float()
-    rounded = (wide / near).round()
+    near = torch.where(top > 0, top / rounded, 1.0).float()
+    nearest = (wide / near).round()
     off = (error != 0).unsqueeze(-1)
-    multiples, unit = torch.where(off, rounded, multiples), torch.where(off, near, unit)
+    multiples, unit = torch.where(off, nearest, multiples), torch.where(off, near, unit)
     return Grid(multiples.to(torch.int64), unit, _error(levels, multiples, unit))
 
 
-def grid_of(name: str, levels: Tensor, what: str, rounded: bool, largest: int = 127) -> Grid:
-    """The grid of a parameter's levels, for a format that holds multiples of one unit a row.
-
-    Raises and warns as `off_grid` does.
-    """
-    grid = even_grid(levels, largest)
-    if not bool(grid.is_exact.all()):
-        reason = f"multiples up to {largest} of one number, as {what} need them"
-        off_grid(name, levels, grid.error, reason, rounded)
-    return grid
+def _refined(levels: Tensor, unit: Tensor) -> Tensor:
+    """A unit that is known from few multiples, told better by more of them."""
+    for bound in (16, 64):
+        found = (levels.double() / unit).round()
+        unit = _units(levels, torch.where(found.abs() <= bound, found, 0.0))[0].double()
+    return unit
 
 
 def off_grid(name: str, levels: Tensor, error: Tensor, reason: str, rounded: bool) -> None:

@@ -28,7 +28,7 @@ METHOD = "parq_fn"
 
 
 @register_quantization_config(METHOD)
-class ParqFnConfig(QuantizationConfigMixin):
+class ParqFnConfig(QuantizationConfigMixin):  # type: ignore[misc] # of no known type
     """What config.json says of packed layers: {name: {"levels": [r, k], "shape": [...]}}, of
     layers that share codes, such as tied embeddings, under the first name; `tied` has the others.
     """
@@ -45,7 +45,7 @@ class ParqFnConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(METHOD)
-class ParqFnQuantizer(HfQuantizer):
+class ParqFnQuantizer(HfQuantizer):  # type: ignore[misc] # of no known type
     """Makes packed layers of a model before its weights are loaded."""
 
     requires_calibration = False

@@ -105,7 +105,7 @@ def _standing_for(
     """(constants, nodes whose last output is the weight, what they are)."""
     levels, rows = entry.levels.float().cpu(), entry.indices().cpu()
     r, k = levels.shape
-    grid = even_grid(levels)
+    grid = even_grid(levels, -127, 127)
     codes, zero, bits = shifted(grid)
     stored, coded = _stored(bits, opset), _stored((k - 1).bit_length(), opset)
     if bool(grid.is_exact.all()) and stored <= max(4, coded):

@@ -101,7 +101,7 @@ def pack_weight(
     >>> packed.codes, packed.unpack()
     (tensor([5], dtype=torch.uint8), tensor([[ 1., -1.,  1.]]))
     """
-    levels = levels.detach().to(weight.dtype)
+    levels = levels.detach().to(weight.dtype).contiguous()
     rows = weight.detach().reshape(len(levels), -1)
     if snap:
         rows = nearest(rows, levels)

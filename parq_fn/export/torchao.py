@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parq_fn.export.grid import grid_of, halved, shifted
+from parq_fn.export.grid import even_grid, halved, off_grid, shifted
 from parq_fn.export.layers import check_fit, names_of_tied
 from parq_fn.export.packing import Packed
 
@@ -79,17 +79,20 @@ def _torchao() -> tuple[Any, Any]:
 def _affine(name: str, entry: Packed, rounded: bool) -> tuple[Tensor, Tensor, Tensor, int]:
     """(codes of the weight's shape, int8; scale and zero point of its blocks; bits)."""
     blocks = _blocks(name, entry)
-    grid = grid_of(name, entry.levels, "torchao's integer tensors", rounded)
-    if bool((grid.multiples % 2 != 0).all()):
-        grid = halved(grid)
-        codes, whole, bits = shifted(grid)
-        zero = whole.float() - 0.5
-    else:
-        codes, whole, bits = shifted(grid)
-        zero = whole.to(torch.int8)
+    grid = even_grid(entry.levels)
+    odd = bool((grid.multiples % 2 != 0).all())
+    if not odd and int((grid.multiples.amax(-1) - grid.multiples.amin(-1)).max()) > 255:
+        grid = even_grid(entry.levels, -127, 127)
+    if not bool(grid.is_exact.all()):
+        reason = "multiples of one number, as torchao's integer tensors hold them in 8 bits"
+        off_grid(name, entry.levels, grid.error, reason, rounded)
+    odd = bool((grid.multiples % 2 != 0).all())
+    codes, whole, bits = shifted(halved(grid) if odd else grid)
+    scale = 2 * grid.unit if odd else grid.unit
+    zero = whole.float() - 0.5 if odd else whole.to(torch.int8)
     rows = entry.indices()
     chosen = codes.gather(1, rows).to(torch.int8).reshape(entry.shape)
-    return chosen, _spread(grid.unit, blocks), _spread(zero, blocks), bits
+    return chosen, _spread(scale, blocks), _spread(zero, blocks), bits
 
 
 def _blocks(name: str, entry: Packed) -> tuple[int, ...]:

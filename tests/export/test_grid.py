@@ -11,7 +11,7 @@ import parq_fn as pf
 from parq_fn.export.grid import even_grid, halved
 
 EVEN = [
-    *(pf.uniform(bits, scale) for bits in (1, 2, 3, 4) for scale in ("mean", "max")),
+    *(pf.uniform(bits, scale) for bits in (1, 2, 3, 4, 8) for scale in ("mean", "max")),
     *(pf.max_uniform(bits) for bits in (2, 3, 4, 8)),
     *(pf.asymmetric(bits) for bits in (1, 2, 4)),
     pf.lsbq(1),
@@ -31,7 +31,7 @@ def test_levels_of_uniform_quantizers_are_multiples_bit_for_bit(
     levels = quantizer(rows)
     grid = even_grid(levels)
     assert grid.is_exact.all()
-    assert grid.multiples.abs().max() <= 127
+    assert grid.multiples.abs().max() <= 255
     product = grid.multiples.float() * grid.unit
     assert torch.equal(product.to(dtype), levels)
     if not isinstance(quantizer, pf.asymmetric):

@@ -12,6 +12,15 @@ _LO = (
     "optimal_levels: lo = between((below / j.clamp(min=1)).gather(-1, best), data[..., :1], end) "
     "-> "
 )
+_CANDIDATES = "least_squares_levels: candidates = max(_CANDIDATES, 8 * num_levels) -> "
+_CUT = "_dynamic_program: cut = torch.full_like(table[:, 0, :1], m, dtype=torch.int64) -> "
+_LEFT = "_best_starts: left = known + (m + 1) * (at_left > best) -> "
+_REST = "_best_starts: rest = column + (m + 1) * (at > best.gather(1, owner)) -> "
+_LOW = "_means: low = values.gather(1, cuts[:, :-1].clamp(max=n - 1)) -> "
+_SEARCH = (
+    "_candidate_cuts: cuts = torch.searchsorted(total, total[:, -1:] * step).clamp(max=n - 2) + 1 "
+    "-> cuts = torch.searchsorted(total, total[:, -1:] * step)."
+)
 _PER_ROW = "least_squares_levels: per_row = (n + 1) * (num_levels + 64 if exact else 20) -> "
 _ROWS = "least_squares_levels: rows = max(1, min(_CHUNK // n, _DOUBLES // per_row)) -> "
 
@@ -139,36 +148,98 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
         "how many rows are taken at a time, for speed and memory: rows are independent": [
             ": _CHUNK = 1 << 17 -> _CHUNK = 1 >> 17",
             ": _CHUNK = 1 << 17 -> _CHUNK = 1 << 18",
+            ": _CHUNK = 1 << 17 -> _CHUNK = 2 << 17",
+            ": _CHUNK = 1 << 17 -> _CHUNK = 1 << 16",
             ": _DOUBLES = 1 << 25 -> _DOUBLES = 2 << 25",
             ": _DOUBLES = 1 << 25 -> _DOUBLES = 1 << 24",
+            ": _DOUBLES = 1 << 25 -> _DOUBLES = 1 >> 25",
+            ": _DOUBLES = 1 << 25 -> _DOUBLES = 0 << 25",
+            ": _DOUBLES = 1 << 25 -> _DOUBLES = 1 << 26",
             _PER_ROW + "per_row = (n + 2) * (num_levels + 64 if exact else 20)",
+            _PER_ROW + "per_row = (n + 0) * (num_levels + 64 if exact else 20)",
+            _PER_ROW + "per_row = (n + 1) / (num_levels + 64 if exact else 20)",
             _PER_ROW + "per_row = (n + 1) * (num_levels - 64 if exact else 20)",
+            _PER_ROW + "per_row = (n + 1) * (num_levels + 65 if exact else 20)",
+            _PER_ROW + "per_row = (n + 1) * (num_levels + 63 if exact else 20)",
+            _PER_ROW + "per_row = (n + 1) * (num_levels + 64 if not exact else 20)",
             _PER_ROW + "per_row = (n + 1) * (num_levels + 64 if exact else 21)",
+            _PER_ROW + "per_row = (n + 1) * (num_levels + 64 if exact else 19)",
             _ROWS + "rows = max(2, min(_CHUNK // n, _DOUBLES // per_row))",
+            _ROWS + "rows = max(1, max(_CHUNK // n, _DOUBLES // per_row))",
             _ROWS + "rows = max(1, min(_CHUNK * n, _DOUBLES // per_row))",
+            _ROWS + "rows = max(1, min(_CHUNK // n, _DOUBLES * per_row))",
         ],
-        "as many steps of polishing, but for one": [": _LLOYD = 12 -> _LLOYD = 13"],
+        "a chunk more, of no rows": [
+            "least_squares_levels: return torch.cat([_solve(x[i:i + rows], num_levels, m) for i in "
+            "range(0, max(1, x.shape[0]), rows)]) -> return torch.cat([_solve(x[i:i + rows], "
+            "num_levels, m) for i in range(0, max(2, x.shape[0]), rows)])",
+        ],
+        "as many steps of polishing, but for one": [
+            ": _LLOYD = 12 -> _LLOYD = 13",
+            ": _LLOYD = 12 -> _LLOYD = 11",
+        ],
+        "as many candidates, but for one": [
+            ": _CANDIDATES = 4096 -> _CANDIDATES = 4097",
+            ": _CANDIDATES = 4096 -> _CANDIDATES = 4095",
+        ],
         "4,096 candidates make rows of 4,096 exact whatever the default is": [
             "least_squares_levels: def least_squares_levels(x: Tensor, num_levels: int, *, "
             "exact_up_to: int=4096) -> Tensor: -> def least_squares_levels(x: Tensor, "
             "num_levels: int, *, exact_up_to: int=4095) -> Tensor:",
         ],
+        "a row longer by one than promised is exact too": [
+            "least_squares_levels: def least_squares_levels(x: Tensor, num_levels: int, *, "
+            "exact_up_to: int=4096) -> Tensor: -> def least_squares_levels(x: Tensor, "
+            "num_levels: int, *, exact_up_to: int=4097) -> Tensor:",
+        ],
         "no quantizer asks for so many levels that it matters: 256 at most": [
-            "least_squares_levels: candidates = max(_CANDIDATES, 8 * num_levels) -> "
-            "candidates = max(_CANDIDATES, 7 * num_levels)",
+            _CANDIDATES + "candidates = max(_CANDIDATES, 7 * num_levels)",
+            _CANDIDATES + "candidates = max(_CANDIDATES, 8 / num_levels)",
+            _CANDIDATES + "candidates = max(_CANDIDATES, 9 * num_levels)",
+        ],
+        "a tensor of the same shape": [
+            _CUT + "cut = torch.full_like(table[:, 1, :1], m, dtype=torch.int64)",
+            _CUT + "cut = torch.full_like(table[:, -1, :1], m, dtype=torch.int64)",
         ],
         "a depth more than halving needs": [
             "_best_starts: depth = (m - 1).bit_length() -> depth = (m + 1).bit_length()",
+            "_best_starts: depth = (m - 1).bit_length() -> depth = (m - 0).bit_length()",
         ],
-        "any column from m on is out of the running": [
-            "_best_starts: left = known + (m + 1) * (at_left > best) -> "
-            "left = known + (m + 0) * (at_left > best)",
-            "_best_starts: rest = column + (m + 1) * (at > best.gather(1, owner)) -> "
-            "rest = column + (m + 2) * (at > best.gather(1, owner))",
+        "a run of one costs nothing, so no best start is beyond m - 1, which is out of the running": [
+            _LEFT + "left = known + (m - 1) * (at_left > best)",
+            _LEFT + "left = known + (m + 0) * (at_left > best)",
+            _LEFT + "left = known + (m + 2) * (at_left > best)",
+            _REST + "rest = column + (m - 1) * (at > best.gather(1, owner))",
+            _REST + "rest = column + (m + 0) * (at > best.gather(1, owner))",
+            _REST + "rest = column + (m + 2) * (at > best.gather(1, owner))",
         ],
         "a guard: that rounding leaves the last run empty has not been seen": [
-            "_means: low = values.gather(1, cuts[:, :-1].clamp(max=n - 1)) -> "
-            "low = values.gather(1, cuts[:, :-1].clamp(max=n + 1))",
+            _LOW + "low = values.gather(1, cuts[:, :-1])",
+            _LOW + "low = values.gather(1, cuts[:, :-1].clamp(max=n - 0))",
+            _LOW + "low = values.gather(1, cuts[:, :-1].clamp(max=n + 1))",
+        ],
+        "the last dimension is the third": [
+            "_means: count, total, _ = _pick(table, cuts).diff(dim=2).unbind(1) -> "
+            "count, total, _ = _pick(table, cuts).diff().unbind(1)",
+        ],
+        "the mean of one is held to the one": [
+            "_means: mean = values[:, n // 2:n // 2 + 1] + total / count.clamp(min=1) -> "
+            "mean = values[:, n // 2:n // 2 + 1] + total / count.clamp(min=2)",
+        ],
+        "a fourth capping changes little after three": [
+            "_candidate_cuts: for _ in range(3): -> for _ in range(4):",
+        ],
+        "steps in float32 move a candidate by its rounding": [
+            "_candidate_cuts: step = torch.arange(1, m, device=values.device, dtype=values.dtype) "
+            "/ m -> step = torch.arange(1, m, device=values.device) / m",
+        ],
+        "a guard: a step short of all falls before the last gap": [
+            _SEARCH + "clamp(max=n + 2) + 1",
+            _SEARCH + "clamp(max=n - 1) + 1",
+        ],
+        "levels of equal error": [
+            "_polish: best = torch.where(error < least, levels, best) -> "
+            "best = torch.where(error <= least, levels, best)",
         ],
     },
 }

@@ -1,0 +1,75 @@
+"""ONNX models: onnxruntime's outputs are the module's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("onnx", reason="needs onnx: pip install 'parq_fn[integrations]'")
+pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'parq_fn[integrations]'")
+
+import onnxruntime
+import torch
+
+import parq_fn as pf
+from parq_fn.export.onnx import to_onnx
+from tests.integrations.models import TOKENS, on_levels
+
+#: (what stands for the linear layer's weight at opset 21, and at 25)
+KINDS = {
+    pf.uniform(2): ("DequantizeLinear, INT4", "DequantizeLinear, INT4"),
+    pf.uniform(4): ("GatherElements, UINT4", "GatherElements, UINT4"),
+    pf.lsbq(0): ("DequantizeLinear, INT4", "DequantizeLinear, INT2"),
+    pf.lsbq(1): ("DequantizeLinear, INT4", "DequantizeLinear, INT2"),
+    pf.lsbq(2): ("GatherElements, UINT4", "GatherElements, UINT2"),
+    pf.lsbq(8): ("GatherElements, UINT8", "GatherElements, UINT8"),
+    pf.max_uniform(4): ("DequantizeLinear, INT4", "DequantizeLinear, INT4"),
+    pf.max_uniform(8): ("DequantizeLinear, INT8", "DequantizeLinear, INT8"),
+    pf.asymmetric(2): ("DequantizeLinear, INT4", "DequantizeLinear, INT2"),
+}
+
+
+def run(file: Path) -> Any:
+    session = onnxruntime.InferenceSession(file)
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: TOKENS.numpy()})[0])
+
+
+@pytest.mark.parametrize("opset", [21, 25])
+@pytest.mark.parametrize("granularity", [pf.per_tensor(), pf.per_channel(), pf.per_block(32)])
+@pytest.mark.parametrize("quantizer", KINDS, ids=repr)
+def test_outputs_agree(quantizer, granularity, opset: int, tmp_path: Path) -> None:
+    net, quantized, packed = on_levels(quantizer, granularity)
+    kinds = to_onnx(net, packed, (TOKENS,), tmp_path / "net.onnx", opset=opset)
+    assert kinds.keys() == {"lookup.weight", "conv.weight", "linear.weight"}
+    assert kinds["linear.weight"] == KINDS[quantizer][opset == 25]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            run(tmp_path / "net.onnx"), quantized(TOKENS), rtol=1e-5, atol=1e-5
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_bfloat16_models_become_float32(tmp_path: Path) -> None:
+    net, quantized, packed = on_levels(pf.lsbq(2), pf.per_channel(), torch.bfloat16)
+    to_onnx(net, packed, (TOKENS,), tmp_path / "net.onnx")
+    with torch.no_grad():
+        expected = quantized.float()(TOKENS)
+    torch.testing.assert_close(run(tmp_path / "net.onnx"), expected, rtol=1e-5, atol=1e-5)
+    assert net.linear.weight.dtype == torch.bfloat16
+
+
+def test_kernels_that_fuse_round_activations(tmp_path: Path) -> None:
+    net, quantized, packed = on_levels(pf.asymmetric(4), pf.per_channel())
+    to_onnx(net, packed, (TOKENS,), tmp_path / "net.onnx", fuse=True)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            run(tmp_path / "net.onnx"), quantized(TOKENS), rtol=0.1, atol=0.1
+        )
+
+
+def test_old_opsets_are_refused(tmp_path: Path) -> None:
+    net, _, packed = on_levels(pf.lsbq(1), pf.per_tensor())
+    with pytest.raises(ValueError, match="opset must be 21 or more, got 20"):
+        to_onnx(net, packed, (TOKENS,), tmp_path / "net.onnx", opset=20)

@@ -1,0 +1,89 @@
+"""torchao's integer tensors: the same weights, saved and loaded, with 8-bit activations."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torchao", reason="needs torchao: pip install 'parq_fn[integrations]'")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # its own
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+import torch
+from torch import nn
+
+import parq_fn as pf
+from parq_fn.export import load, save
+from parq_fn.export.torchao import to_torchao
+from tests.integrations.models import TOKENS, on_levels
+
+EVEN = {
+    pf.uniform(2): "int2",
+    pf.uniform(4): "int4",
+    pf.uniform(8, "max"): "int8",
+    pf.lsbq(1): "int1",
+    pf.lsbq(0): "int2",
+    pf.max_uniform(4): "int4",
+    pf.asymmetric(2): "int2",
+    pf.asymmetric(4): "int4",
+}
+CUTS = [pf.per_tensor(), pf.per_channel(), pf.per_block(32)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("granularity", CUTS, ids=repr)
+@pytest.mark.parametrize("quantizer", EVEN, ids=repr)
+def test_weights_and_outputs_are_equal(quantizer, granularity, dtype, tmp_path: Path) -> None:
+    net, quantized, packed = on_levels(quantizer, granularity, dtype)
+    save(packed, tmp_path / "packed")
+    made = to_torchao(net, load(tmp_path / "packed"))
+    for layer, expected in ((made.linear, quantized.linear), (made.conv, quantized.conv)):
+        assert isinstance(layer.weight, IntxUnpackedToInt8Tensor)
+        assert str(layer.weight.target_dtype) == f"torch.{EVEN[quantizer]}"
+        assert torch.equal(layer.weight.dequantize(), expected.weight)
+    assert made.head.weight is made.lookup.weight
+    with torch.no_grad():
+        assert torch.equal(made(TOKENS), quantized(TOKENS))
+
+    torch.save(made.state_dict(), tmp_path / "state")
+    again = copy.deepcopy(net)
+    again.load_state_dict(torch.load(tmp_path / "state", weights_only=True), assign=True)
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS), quantized(TOKENS))
+
+
+@pytest.mark.parametrize("granularity", CUTS, ids=repr)
+def test_activations_in_8_bits(granularity) -> None:
+    net, quantized, packed = on_levels(pf.uniform(4), granularity)
+    made = to_torchao(net, packed, int8_activations=True)
+    x = torch.randn(20, 64)
+    with torch.no_grad():
+        got, exact = made.linear(x), quantized.linear(x)
+    step = (x.amax(-1) - x.amin(-1)).max() / 255  # of the inputs' quantization, half of it off
+    off = 0.51 * step * quantized.linear.weight.abs().sum(-1).max()
+    assert 0 < (got - exact).abs().max() <= off
+    assert made.conv.weight.activation_quantization is None
+
+
+def test_uneven_levels_are_refused_or_rounded() -> None:
+    net, quantized, packed = on_levels(pf.lsbq(2), pf.per_channel())
+    with pytest.raises(ValueError, match=r"'lookup\.weight': levels of row \d+, .* are not multip"):
+        to_torchao(net, packed)
+    with pytest.warns(UserWarning, match=r"rounded, off by up to 0\.00\d+ of the largest"):
+        made = to_torchao(net, packed, rounded=True)
+    weight = quantized.linear.weight
+    off = (made.linear.weight.dequantize() - weight).abs().amax(-1)
+    assert bool((off <= weight.abs().amax(-1) / 127 * 0.51).all())
+
+
+def test_rows_that_torchao_has_no_scales_for_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(6, 4, bias=False))
+    levels = torch.tensor([[-1.0, 1.0]]).repeat(2, 1)
+    packed = {"0.weight": pf.export.pack_weight(torch.ones(4, 6), levels)}
+    with pytest.raises(ValueError, match=r"its shape is \(4, 6\) and it has 2 rows of levels"):
+        to_torchao(net, packed)
