@@ -205,7 +205,7 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "_best_starts: depth = (m - 1).bit_length() -> depth = (m + 1).bit_length()",
             "_best_starts: depth = (m - 1).bit_length() -> depth = (m - 0).bit_length()",
         ],
-        "a run of one costs nothing, so no best start is beyond m - 1, which is out of the running": [
+        "a run of one costs nothing: no best start is beyond m - 1, which is out of the running": [
             _LEFT + "left = known + (m - 1) * (at_left > best)",
             _LEFT + "left = known + (m + 0) * (at_left > best)",
             _LEFT + "left = known + (m + 2) * (at_left > best)",
