@@ -8,6 +8,7 @@ zero such as u (2 j + 1) are odd multiples: of 2 u they are j + 1/2, see `halved
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -47,8 +48,8 @@ def even_grid(levels: Tensor, low: int = -255, high: int = 255, rounded: int = 1
     unit, multiples = torch.ones_like(top).float(), torch.zeros_like(wide)
     error = torch.full_like(top.squeeze(-1), torch.inf)
     for part in range(1, max(-low, high) + 1):  # the smallest level is so many units
-        ratio = wide / _refined(levels, smallest / part)
-        for found in (ratio.round(), 2 * (ratio / 2).floor() + 1):  # odd ones lie further apart
+        for nearest in (_nearest_odd, torch.round):
+            found = _found(levels, smallest / part, nearest)
             fits = (found.amin(-1) >= low) & (found.amax(-1) <= high)
             for candidate in _units(levels, found):
                 better = fits & (error != 0) & (_error(levels, found, candidate) == 0)
@@ -58,18 +59,25 @@ def even_grid(levels: Tensor, low: int = -255, high: int = 255, rounded: int = 1
         if bool((error == 0).all()):
             break
     near = torch.where(top > 0, top / rounded, 1.0).float()
-    nearest = (wide / near).round()
+    rough = (wide / near).round()
     off = (error != 0).unsqueeze(-1)
-    multiples, unit = torch.where(off, nearest, multiples), torch.where(off, near, unit)
+    multiples, unit = torch.where(off, rough, multiples), torch.where(off, near, unit)
     return Grid(multiples.to(torch.int64), unit, _error(levels, multiples, unit))
 
 
-def _refined(levels: Tensor, unit: Tensor) -> Tensor:
-    """A unit that is known from few multiples, told better by more of them."""
-    for bound in (16, 64):
-        found = (levels.double() / unit).round()
+def _nearest_odd(ratio: Tensor) -> Tensor:
+    """Odd numbers lie further apart, so that levels of few digits tell more of them."""
+    return 2 * (ratio / 2).floor() + 1
+
+
+def _found(levels: Tensor, unit: Tensor, nearest: Callable[[Tensor], Tensor]) -> Tensor:
+    """The multiples that the levels are of about this unit, which the small ones tell better, and
+    then all."""
+    wide = levels.double()
+    for bound in (16, 64, 256, 256):
+        found = nearest(wide / unit)
         unit = _units(levels, torch.where(found.abs() <= bound, found, 0.0))[0].double()
-    return unit
+    return nearest(wide / unit)
 
 
 def off_grid(name: str, levels: Tensor, error: Tensor, reason: str, rounded: bool) -> None:
@@ -120,12 +128,16 @@ def _units(levels: Tensor, multiples: Tensor) -> list[Tensor]:
     """Units that may have the levels, rounded to their dtype, as those multiples.
 
     A level l says of the unit that it lies within (|l| -+ half its last place) / |n|; the middle
-    of what all of a row's levels say, and the float32 numbers beside it.
+    and the ends of what all of a row's levels say, and the float32 numbers beside each, for the
+    product is rounded to float32 first.
     """
     wide, whole = levels.double().abs(), multiples.abs()
-    half = torch.ldexp(torch.finfo(levels.dtype).eps / 4 * (wide > 0), wide.frexp().exponent)
+    info = torch.finfo(levels.dtype)
+    half = torch.ldexp(info.eps / 4 * (wide > 0), wide.frexp().exponent)
+    half = half.clamp(min=info.smallest_normal * info.eps / 2)
     low = torch.where(whole > 0, (wide - half) / whole, 0.0).amax(-1, keepdim=True)
     high = torch.where(whole > 0, (wide + half) / whole, torch.inf).amin(-1, keepdim=True)
-    middle = torch.where(high.isfinite(), (low + high) / 2, 1.0).float()
+    found = high.isfinite()
+    ends = [torch.where(found, end, 1.0).float() for end in ((low + high) / 2, low, high)]
     infinity = torch.tensor(torch.inf)
-    return [middle, middle.nextafter(infinity), middle.nextafter(-infinity)]
+    return [u for end in ends for u in (end, end.nextafter(infinity), end.nextafter(-infinity))]
