@@ -1,10 +1,15 @@
-"""What leaves training: packed weights, exact, in files that any byte's change is noticed in."""
+"""What leaves training: packed weights, exact, in files that any byte's change is noticed in.
+
+For other ecosystems see the modules `torchao`, `onnx`, `gguf` and `hugging_face` beside this one,
+which need their packages.
+"""
 
 from parq_fn.export.file import load, save, table
 from parq_fn.export.layers import PackedLayer, load_into, quantized
-from parq_fn.export.packing import Packed, pack, pack_weight, unpack
+from parq_fn.export.packing import Entry, Packed, pack, pack_weight, stream, unpack
 
 __all__ = [
+    "Entry",
     "Packed",
     "PackedLayer",
     "load",
@@ -13,6 +18,7 @@ __all__ = [
     "pack_weight",
     "quantized",
     "save",
+    "stream",
     "table",
     "unpack",
 ]

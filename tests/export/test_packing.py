@@ -41,19 +41,27 @@ def test_codes_are_the_naive_bytes_and_come_back(data, levels: int, count: int) 
 @given(
     bits=st.integers(0, 8),
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=4),
-    per_row=st.booleans(),
+    cut=st.sampled_from(["tensor", "channel", "block"]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
-    last=st.booleans(),
+    strides=st.sampled_from(["contiguous", "channels_last", "transposed", "every_other"]),
     seed=st.integers(0, 99),
 )
 def test_weights_on_their_levels_come_back_bit_for_bit(
-    bits: int, shape: list[int], per_row: bool, dtype: torch.dtype, last: bool, seed: int
+    bits: int, shape: list[int], cut: str, dtype: torch.dtype, strides: str, seed: int
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
-    granularity = pf.per_channel() if per_row else pf.per_tensor()
-    params = {"w": torch.randn(shape, generator=draw).to(dtype)}
-    if last and len(shape) == 4:
-        params = {"w": params["w"].to(memory_format=torch.channels_last)}
+    if cut == "block":
+        shape = [*shape[:1], 2 * shape[-1]][-2:]
+    block = pf.per_block(max(1, shape[-1] // 2))
+    granularity = {"tensor": pf.per_tensor(), "channel": pf.per_channel(), "block": block}[cut]
+    drawn = torch.randn(shape, generator=draw).to(dtype)
+    if strides == "channels_last" and len(shape) == 4:
+        drawn = drawn.to(memory_format=torch.channels_last)
+    elif strides == "transposed":
+        drawn = drawn.mT.contiguous().mT if drawn.dim() > 1 else drawn
+    elif strides == "every_other":
+        drawn = drawn.repeat_interleave(2, -1)[..., ::2]
+    params = {"w": drawn}
     quantizer = pf.lsbq(bits) if bits < 7 else pf.uniform(bits)
     transform = pf.chain(pf.sgd(0.0), pf.hard_prox(quantizer, granularity=granularity))
     _, state = transform.update({"w": params["w"] * 0}, transform.init(params), params)

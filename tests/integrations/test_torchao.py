@@ -21,6 +21,7 @@ import parq_fn as pf
 from parq_fn.export import load, save
 from parq_fn.export.torchao import to_torchao
 from tests.integrations.models import TOKENS, on_levels
+from tests.test_readme import README, python_blocks, run
 
 EVEN = {
     pf.uniform(2): "int2",
@@ -79,6 +80,14 @@ def test_uneven_levels_are_refused_or_rounded() -> None:
     weight = quantized.linear.weight
     off = (made.linear.weight.dequantize() - weight).abs().amax(-1)
     assert bool((off <= weight.abs().amax(-1) / 127 * 0.51).all())
+
+
+def test_the_readme_s_way_from_training_to_integers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run(python_blocks(README))
+    assert str(names["integers"][0].weight.target_dtype) == "torch.int4"
 
 
 def test_rows_that_torchao_has_no_scales_for_are_refused() -> None:

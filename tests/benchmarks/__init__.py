@@ -1,0 +1,1 @@
+"""Measurements, as ratios within one process; each module is run with python -m."""
