@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,10 +28,10 @@ QUANTIZERS = {
 
 def network(width: int, layers: int) -> nn.Sequential:
     torch.manual_seed(0)
-    blocks = [
-        [nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width)] for _ in range(layers)
-    ]
-    return nn.Sequential(*(layer for block in blocks for layer in block)).eval()
+    made: list[nn.Module] = []
+    for _ in range(layers):
+        made += [nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width)]
+    return nn.Sequential(*made).eval()
 
 
 def held(module: nn.Module) -> int:
@@ -76,13 +77,13 @@ def main() -> None:
                 torch.testing.assert_close(fused(x), whole(x), rtol=1e-3, atol=1e-3)
                 cells = []
                 for one, other in ((packed, dense), (fused, whole)):
-                    times = [seconds(lambda m=m: m(x), args.repeats) for m in (one, other)]
+                    times = [seconds(partial(m, x), args.repeats) for m in (one, other)]
                     cells.append("{:.2f} +- {:.2f}".format(*ratio(*times)))
                 share = held(packed) / held(dense)
                 rows.append([name, str(batch), f"{100 * share:.1f} %", *cells])
                 print(table([head, rows[-1]]), flush=True)
     print(
-        f"\nratios to float32, {args.layers} blocks of width {args.width}, medians of {args.repeats}"
+        f"\nratios to float32; {args.layers} blocks of width {args.width}, {args.repeats} repeats"
     )
     print(table(rows))
 
