@@ -49,6 +49,8 @@ def even_grid(levels: Tensor, low: int = -255, high: int = 255, rounded: int = 1
     error = torch.full_like(top.squeeze(-1), torch.inf)
     for part in range(1, max(-low, high) + 1):  # the smallest level is so many units
         for nearest in (_nearest_odd, torch.round):
+            if not bool((_may_be(levels, smallest / part, nearest) & (error != 0)).any()):
+                continue
             found = _found(levels, smallest / part, nearest)
             fits = (found.amin(-1) >= low) & (found.amax(-1) <= high)
             for candidate in _units(levels, found):
@@ -70,13 +72,23 @@ def _nearest_odd(ratio: Tensor) -> Tensor:
     return 2 * (ratio / 2).floor() + 1
 
 
+def _may_be(levels: Tensor, unit: Tensor, nearest: Callable[[Tensor], Tensor]) -> Tensor:
+    """[r], bool: all levels lie near multiples of the unit, which is known to a last place of the
+    smallest level."""
+    ratio = levels.double() / unit
+    off = (ratio - nearest(ratio)).abs()
+    return (off <= 2 * torch.finfo(levels.dtype).eps * ratio.abs() + 1e-9).all(-1)
+
+
 def _found(levels: Tensor, unit: Tensor, nearest: Callable[[Tensor], Tensor]) -> Tensor:
     """The multiples that the levels are of about this unit, which the small ones tell better, and
     then all."""
     wide = levels.double()
     for bound in (16, 64, 256, 256):
         found = nearest(wide / unit)
-        unit = _units(levels, torch.where(found.abs() <= bound, found, 0.0))[0].double()
+        told = torch.where(found.abs() <= bound, found, 0.0)
+        better = _units(levels, told)[0].double()
+        unit = torch.where((told != 0).any(-1, keepdim=True), better, unit)
     return nearest(wide / unit)
 
 

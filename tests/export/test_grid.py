@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import parq_fn as pf
@@ -43,6 +43,7 @@ def test_levels_of_uniform_quantizers_are_multiples_bit_for_bit(
     st.lists(st.integers(-20, 20), min_size=1, max_size=6),
     st.floats(2**-10, 2**10, width=32),
 )
+@example([17, 18], 15.0)  # none that is small
 def test_any_whole_multiples_are_found(multiples: list[int], unit: float) -> None:
     levels = torch.tensor([sorted(multiples)]).float() * torch.tensor(unit)
     grid = even_grid(levels)
@@ -51,6 +52,7 @@ def test_any_whole_multiples_are_found(multiples: list[int], unit: float) -> Non
 
 
 @given(st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=6))
+@settings(max_examples=100)
 def test_others_are_rounded_within_half_a_unit_and_the_error_is_told(values: list[float]) -> None:
     levels = torch.tensor([sorted(values)])
     grid = even_grid(levels)
