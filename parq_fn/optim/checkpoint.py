@@ -94,8 +94,8 @@ def load_checkpoint(
 ) -> None:
     """Loads what `save_checkpoint` or torch.distributed.checkpoint saved, on as many ranks as it
     was saved on or on others. Dicts among the others are filled in place with all that was saved
-    under their name. Every rank calls it.
-    Where saving was killed as one checkpoint took the place of another, that other is loaded.
+    under their name. Where saving was killed as one checkpoint took the place of another, that
+    other is loaded. Every rank calls it.
 
     Raises FileNotFoundError where there is no checkpoint; ValueError, and changes nothing, where
     a part of it is missing, of another shape, or was cut off; TypeError as `save_checkpoint`.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optree
@@ -159,9 +159,19 @@ def _among(transformation: Any, params: PyTree, own: set[str]) -> Any:
             label: _among(one, pick([at == label for at in labels], params, params), own)
             for label, one in transformation.transforms.items()
         }
-        table = _of(own, params, labels)
-        return partition(transforms, lambda name, _: table[name])
+        return partition(transforms, _Known(_of(own, params, labels)))
     return transformation
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Labels by exact name: a dict of them would be one of patterns."""
+
+    labels: dict[str, str]
+
+    def __call__(self, name: str, leaf: Any) -> str:
+        del leaf
+        return self.labels[name]
 
 
 def _of(own: set[str], params: PyTree, values: list[Any]) -> dict[str, Any]:

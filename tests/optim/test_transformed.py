@@ -160,9 +160,10 @@ def test_r1_r2_asking_for_the_state_changes_nothing_and_all_keys_are_there() -> 
     ].keys()
 
 
+@pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_r7_copies_go_on_to_the_bit_and_leave_the_original_alone(copied) -> None:
-    one = Run(TRANSFORMS["named"])
+def test_r7_copies_go_on_to_the_bit_and_leave_the_original_alone(copied, name: str) -> None:
+    one = Run(TRANSFORMS[name])
     one.step(3)
     other, before = copied(one), copies(one.tensors())
     other.step(3)
