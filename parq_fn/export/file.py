@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -199,11 +200,11 @@ def _check(path: Path, data: bytearray) -> None:
         raise ValueError(f"{path} is cut off: {len(data)} bytes are less than its header")
     try:
         version, start = _header(data)["version"], _place_of_hash(data)
-    except (ValueError, KeyError, TypeError):  # wrong UTF-8 and JSON are ValueErrors
+    except (ValueError, KeyError, TypeError, RecursionError):  # wrong UTF-8 and JSON among them
         raise ValueError(
             f"{path} is no packed model of parq_fn, or its header was changed"
         ) from None
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise ValueError(
             f"{path} is of format version {version}, this release reads up to {VERSION}"
         )
@@ -228,11 +229,20 @@ def _write(path: Path, header: bytearray, tensors: Iterable[memoryview]) -> None
             stream.write(hashed.hexdigest().encode())
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(unfinished, 0o644)
+        os.chmod(unfinished, _mode(path))
         os.replace(unfinished, path)
     except BaseException:
         Path(unfinished).unlink(missing_ok=True)
         raise
+
+
+def _mode(path: Path) -> int:
+    """The permissions of the file that is replaced, or of a new one."""
+    if path.exists():
+        return stat.S_IMODE(path.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def table(packed: Mapping[str, Packed | Tensor]) -> str:

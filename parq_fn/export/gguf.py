@@ -19,6 +19,10 @@ from parq_fn.export.grid import even_grid, off_grid
 from parq_fn.export.packing import Packed
 from parq_fn.tree import matches
 
+_WHOLE = (
+    torch.float16, torch.float32, torch.float64,
+    torch.int8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
 _SIZES = {"Q4_0": 32, "TQ1_0": 256, "TQ2_0": 256}
 
 
@@ -28,7 +32,7 @@ def to_gguf(
     *,
     arch: str = "parq_fn",
     ternary: Literal["TQ1_0", "TQ2_0"] = "TQ2_0",
-    in_full: Iterable[str] = (),
+    in_full: str | Iterable[str] = (),
     rounded: bool = False,
 ) -> dict[str, str]:
     """Writes a packed model as a GGUF file; returns the type that each packed weight got.
@@ -46,17 +50,21 @@ def to_gguf(
     if ternary not in ("TQ1_0", "TQ2_0"):
         raise ValueError(f"to_gguf: ternary must be 'TQ1_0' or 'TQ2_0', got {ternary!r}")
     gguf = _gguf()
-    patterns, kinds = list(in_full), {}
+    patterns = [in_full] if isinstance(in_full, str) else list(in_full)
+    kinds: dict[str, str] = {}
     tensors: list[tuple[str, np.ndarray, Any]] = []
     for name, entry in packed.items():
         if not isinstance(entry, Packed) or any(matches(p, name) for p in patterns):
             full = entry.unpack() if isinstance(entry, Packed) else entry
             wide = full.float() if full.dtype == torch.bfloat16 else full
+            if wide.dtype not in _WHOLE:
+                raise ValueError(f"{name!r} is {wide.dtype}, which GGUF has no type for")
             tensors.append((name, wide.detach().cpu().contiguous().numpy(), None))
             continue
         kind, codes, scale = _blocks(name, entry, ternary, rounded)
         kinds[name] = kind
         data = (_q4_0 if kind == "Q4_0" else _ternary(gguf, kind))(codes, scale)
+        data = data.reshape(*entry.shape[:-1], -1)
         tensors.append((name, data, gguf.GGMLQuantizationType[kind]))
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,12 +100,13 @@ def _blocks(
     multiples, unit = grid.multiples, grid.unit
     kind = ternary if bool((multiples.abs() <= 1).all()) else "Q4_0"
     error = (multiples.float() * unit.half().float() - levels).double().abs().amax(-1)
+    error = torch.where(unit.half().isfinite().squeeze(-1), error, torch.inf)
     if bool(error.any()):
         reason = f"multiples -8 .. 7 of one float16, as {kind} blocks hold them"
         off_grid(name, levels, error, reason, rounded)
     size = _SIZES[kind]
-    (*_, last), (r, n) = entry.shape, entry.indices().shape
-    if last % size or (n % size and r > 1):
+    (*_, last), (r, n) = (1, *entry.shape), entry.indices().shape
+    if not entry.shape or not last or last % size or (n % size and r > 1):
         raise ValueError(
             f"parameter {name!r}: {kind} holds blocks of {size} along the last dimension; its "
             f"shape is {tuple(entry.shape)} in rows of {n}; name it in in_full to keep it in float"

@@ -95,6 +95,8 @@ def _found(levels: Tensor, unit: Tensor, nearest: Callable[[Tensor], Tensor]) ->
 def off_grid(name: str, levels: Tensor, error: Tensor, reason: str, rounded: bool) -> None:
     """Raises ValueError, with the parameter's name and the worst row, for levels that a format
     does not hold exactly; with `rounded` it warns how far they are off instead."""
+    if not bool(error.isfinite().all()):
+        raise ValueError(f"parameter {name!r}: levels are not finite, or not in the format's range")
     share = error / levels.double().abs().amax(-1).clamp(min=1e-300)
     worst = int(share.argmax())
     row, off = [round(level, 6) for level in levels[worst].tolist()], f"{float(share[worst]):.2g}"
@@ -116,8 +118,8 @@ def halved(grid: Grid) -> Grid:
 
 def shifted(grid: Grid) -> tuple[Tensor, Tensor, int]:
     """(codes [r, k] and zero points [r, 1] with code - zero point = multiple; bits b), the codes
-    in -2^(b-1) .. 2^(b-1) - 1, and b as small as the widest row allows. The zero points are 0
-    where no row needs others.
+    and zero points in -2^(b-1) .. 2^(b-1) - 1, and b as small as all rows allow. Zero points are
+    as near to 0 as they can be.
 
     >>> codes, zero, bits = shifted(even_grid(torch.tensor([[0.0, 1.0, 2.0, 3.0]])))
     >>> codes, zero, bits
@@ -125,10 +127,13 @@ def shifted(grid: Grid) -> tuple[Tensor, Tensor, int]:
     """
     low, high = grid.multiples.amin(-1, keepdim=True), grid.multiples.amax(-1, keepdim=True)
     bits = max(1, int((high - low).max()).bit_length())
-    half = 2 ** (bits - 1)
-    fits = bool((low >= -half).all()) and bool((high < half).all())
-    zero = torch.zeros_like(low) if fits else -low - half
-    return grid.multiples + zero, zero, bits
+    while True:
+        half = 2 ** (bits - 1)
+        least, most = (-half - low).clamp(min=-half), (half - 1 - high).clamp(max=half - 1)
+        if bool((least <= most).all()):
+            zero = torch.zeros_like(low).maximum(least).minimum(most)
+            return grid.multiples + zero, zero, bits
+        bits += 1
 
 
 def _error(levels: Tensor, multiples: Tensor, unit: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class ParqFnQuantizer(HfQuantizer):  # type: ignore[misc] # of no known type
         config: Any = self.quantization_config
         for name, about in config.layers.items():
             r, k = about["levels"]
-            layer, shape = model.get_submodule(name), tuple(about["shape"])
+            layer, shape = _layer(model, name), tuple(about["shape"])
             if not packs(layer):
                 raise ValueError(f"{name} is a {type(layer).__name__}, which cannot be packed")
             empty = {"device": layer.weight.device, "dtype": torch.uint8}
@@ -104,6 +104,16 @@ def quantize_pretrained(model: PreTrainedModel, file: str | os.PathLike[str]) ->
     model.is_quantized, model.quantization_method = True, METHOD
     _untie(model)
     return model
+
+
+def _layer(model: Any, name: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"{type(model).__name__} has no layer {name}; a packed checkpoint loads into the class "
+            "that it was saved from"
+        ) from None
 
 
 def _share(layer: nn.Module, owner: Any) -> None:

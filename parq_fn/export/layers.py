@@ -14,10 +14,10 @@ from parq_fn.export.packing import Packed, decoded, unpack
 
 
 def load_into(module: nn.Module, file: str | os.PathLike[str]) -> None:
-    """Unpacks a file into a plain module with the same names.
+    """Unpacks a file into a plain module with the same names, in the module's dtypes.
 
-    Raises ValueError, and changes nothing, for names that are missing or unknown and for other
-    shapes, and as `load` does.
+    Raises ValueError, and changes nothing, for names that are missing or unknown, other shapes,
+    a module on the meta device, and as `load` does.
     """
     packed = load(file)
     check_fit(module, packed)
@@ -45,6 +45,11 @@ def check_fit(module: nn.Module, packed: Mapping[str, Packed | Tensor]) -> None:
         raise ValueError(
             f"the packed model lacks {', '.join(missing) or 'nothing'} of the module, and has "
             f"{', '.join(unknown) or 'nothing'} that the module has not"
+        )
+    absent = [name for name in packed if own[name].is_meta]
+    if absent:
+        raise ValueError(
+            f"{absent[0]} is on the meta device, which holds nothing; make the module on a device"
         )
     wrong = [name for name, entry in packed.items() if own[name].shape != torch.Size(entry.shape)]
     if wrong:
@@ -132,10 +137,11 @@ def quantized(module: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
     packed = load(file)
     check_fit(module, packed)
     own, names = module.state_dict(keep_vars=True), names_of_tied(module)
-    layers = dict(module.named_modules())
+    layers = dict(module.named_modules(remove_duplicate=False))
     with torch.no_grad():
         for name, entry in packed.items():
-            holders = [layers[alias.rpartition(".")[0]] for alias in names[name]]
+            found = [layers[alias.rpartition(".")[0]] for alias in names[name]]
+            holders = list({id(layer): layer for layer in found}.values())  # one of several names
             whole = all(alias.rpartition(".")[2] == "weight" for alias in names[name])
             if isinstance(entry, Packed) and whole and all(map(packs, holders)):
                 device = own[name].device

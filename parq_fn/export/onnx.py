@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ def to_onnx(
     Levels that are whole multiples of one number in 4 bits, or in no more than their codes take,
     become integers behind DequantizeLinear: INT2 (from opset 25 on), INT4 or INT8, with zero
     points where they are needed. Others become codes into their table behind GatherElements, and
-    are exact too.
+    are as exact, in float32.
 
     fuse: let runtimes replace DequantizeLinear and MatMul by one kernel. That of onnxruntime rounds
     activations to 8 bits unless its session is told otherwise, so outputs differ; without it a
@@ -57,10 +58,12 @@ def to_onnx(
     with torch.no_grad():
         for name, weight in unpack(dict(packed)).items():
             own[name].copy_(weight)
+    given: Any = args
+    traced: Any = optree.tree_map(_single, given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's about itself
         program = torch.onnx.export(
-            made, args, dynamo=True, optimize=False, verbose=False, opset_version=opset, **options
+            made, traced, dynamo=True, optimize=False, verbose=False, opset_version=opset, **options
         )
     model: Any = program.model_proto  # type: ignore[union-attr] # of the dynamo exporter
     graph, kinds = model.graph, {}
@@ -90,6 +93,12 @@ def to_onnx(
     return kinds
 
 
+def _single(given: Any) -> Any:
+    """Floating inputs in float32, as the module is."""
+    is_floating = isinstance(given, Tensor) and given.is_floating_point()
+    return given.float() if is_floating else given
+
+
 def _onnx() -> Any:
     try:
         import onnx
@@ -107,6 +116,8 @@ def _standing_for(
     r, k = levels.shape
     grid = even_grid(levels, -127, 127)
     codes, zero, bits = shifted(grid)
+    if not bool(levels.isfinite().all()):
+        raise ValueError(f"parameter {name!r}: levels are not finite in float32")
     stored, coded = _stored(bits, opset), _stored((k - 1).bit_length(), opset)
     if bool(grid.is_exact.all()) and stored <= max(4, coded):
         kind = f"INT{stored}"
@@ -162,7 +173,7 @@ def _shaped(
 
 def _stored(bits: int, opset: int) -> int:
     """The bits of the smallest integer type that has so many."""
-    return next(b for b in (2, 4, 8) if bits <= b and (b > 2 or opset >= _INT2_SINCE))
+    return next(b for b in (2, 4, 8, 64) if bits <= b and (b > 2 or opset >= _INT2_SINCE))
 
 
 def _integers(onnx: Any, name: str, kind: str, values: Tensor) -> Any:

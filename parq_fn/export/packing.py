@@ -94,14 +94,17 @@ def pack_weight(
 ) -> Packed:
     """A weight of r rows one after another, each of whose elements is a level of its row [r, k].
 
-    snap: round what is on no level to the nearest; without it that is an error.
-    Raises ValueError, with the name and the share, for weights off their levels.
+    snap: round what is on no level to the nearest; without it that is an error. What unpacks is
+    equal; a zero has the sign of its level.
+    Raises ValueError, with the name, for weights off their levels, with the share of them; for
+    levels that are not rows of 1 to 256 sorted ones; and for a shape that is not their rows.
 
     >>> packed = pack_weight(torch.tensor([[1.0, -1.0, 1.0]]), torch.tensor([[-1.0, 1.0]]))
     >>> packed.codes, packed.unpack()
     (tensor([5], dtype=torch.uint8), tensor([[ 1., -1.,  1.]]))
     """
     levels = levels.detach().to(weight.dtype).contiguous()
+    _check_levels(name, weight, levels)
     rows = weight.detach().reshape(len(levels), -1)
     if snap:
         rows = nearest(rows, levels)
@@ -116,6 +119,20 @@ def pack_weight(
     return Packed(packed, levels.clone(), tuple(weight.shape), quantizer, granularity)
 
 
+def _check_levels(name: str, weight: Tensor, levels: Tensor) -> None:
+    shape = tuple(levels.shape)
+    if levels.dim() != 2 or not (shape[0] >= 1 and 1 <= shape[1] <= 256):
+        raise ValueError(f"parameter {name!r}: expected levels [r, 1 to 256], got {shape}")
+    if weight.numel() % shape[0]:
+        raise ValueError(
+            f"parameter {name!r}: shape {tuple(weight.shape)} is not {shape[0]} rows of one length"
+        )
+    if bool((levels.diff() < 0).any()):
+        raise ValueError(f"parameter {name!r}: its levels are not sorted")
+    if bool(weight.isnan().any()):
+        raise ValueError(f"parameter {name!r}: some of its weights are not numbers")
+
+
 def pack(
     params: PyTree | nn.Module,
     transformation: Transformation | QuantOptimizer | TransformOptimizer,
@@ -128,9 +145,10 @@ def pack(
     pack(params, transformation, state): latent params of a functional loop.
     pack(module, optimizer): a module trained by one of the adapters, with its buffers; sharded
     parameters are gathered, one at a time, on every rank. Tied parameters come once, under their
-    first name.
+    first name; extra state that is no tensor is not kept.
 
-    Raises ValueError for a weight that is on none of its levels, with its name, unless `snap`.
+    Raises ValueError for a weight that is on none of its levels, with its name, unless `snap`, and
+    for a module that has none of the optimizer's quantized parameters, such as a copy.
 
     >>> from parq_fn import chain, hard_prox, lsbq, sgd
     >>> params, transform = {"w": torch.tensor([[1.0, -3.0]])}, chain(sgd(0.1), hard_prox(lsbq(1)))
@@ -194,6 +212,11 @@ def stream(
                 f"{type(transformation).__name__}"
             )
         entries, found = _of_module(params), _of_optimizer(params, transformation)
+        if not found.keys() & dict(params.named_parameters()).keys():
+            raise ValueError(
+                "pack: the module has none of the parameters that the optimizer quantizes; a copy "
+                "of the module has parameters of its own"
+            )
     else:
         weights = transformation.weights(state, params)
         entries = zip(names_of(params), tree_leaves(weights), strict=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from parq_fn.export.grid import even_grid, halved, off_grid, shifted
-from parq_fn.export.layers import check_fit, names_of_tied
+from parq_fn.export.layers import check_fit, names_of_tied, packs
 from parq_fn.export.packing import Packed
 
 
@@ -29,7 +29,9 @@ def to_torchao(
 
     Levels that are odd multiples of one number, such as those of `uniform`, get the zero point
     -1/2 and as many bits as they have; others an integer zero point. A level for the whole weight
-    is given to every channel. What is not packed is loaded as it is; tied weights stay tied.
+    is given to every channel. These are of nn.Linear, nn.Conv2d and nn.Embedding, of exactly those
+    classes; other packed weights are unpacked, what is not packed is loaded as it is, and tied
+    weights stay tied.
 
     int8_activations: inputs of linear layers are quantized to 8 bits as they come, asymmetrically
     and per token.
@@ -37,21 +39,22 @@ def to_torchao(
     the error; without it they are refused.
 
     Raises ImportError without torchao; ValueError, with the parameter's name, for levels that are
-    not evenly spaced, and for rows that cross output channels.
+    not evenly spaced, rows that cross output channels, and float64.
     """
     tensor_class, activation = _torchao()
     made = copy.deepcopy(module)
     check_fit(made, packed)
     own, tied = made.state_dict(keep_vars=True), names_of_tied(made)
-    layers = dict(made.named_modules())
+    layers = dict(made.named_modules(remove_duplicate=False))
     with torch.no_grad():
         for name, entry in packed.items():
-            if not isinstance(entry, Packed):
-                own[name].copy_(entry)
+            holders = [layers[alias.rpartition(".")[0]] for alias in tied[name]]
+            whole = all(alias.rpartition(".")[2] == "weight" for alias in tied[name])
+            if not (isinstance(entry, Packed) and whole and all(map(packs, holders))):
+                own[name].copy_(entry.unpack() if isinstance(entry, Packed) else entry)
                 continue
             codes, scale, zero, bits = _affine(name, entry, rounded)
             block = [n // m for n, m in zip(entry.shape, scale.shape, strict=True)]
-            holders = [layers[alias.rpartition(".")[0]] for alias in tied[name]]
             linear = all(isinstance(layer, nn.Linear) for layer in holders)
             quantize = activation.INT8_ASYM_PER_TOKEN if int8_activations and linear else None
             device, target = own[name].device, getattr(torch, f"int{bits}")
@@ -78,6 +81,11 @@ def _torchao() -> tuple[Any, Any]:
 
 def _affine(name: str, entry: Packed, rounded: bool) -> tuple[Tensor, Tensor, Tensor, int]:
     """(codes of the weight's shape, int8; scale and zero point of its blocks; bits)."""
+    if entry.levels.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"parameter {name!r} is {entry.levels.dtype}, expected 32 bits or less; convert the "
+            "module before it is packed"
+        )
     blocks = _blocks(name, entry)
     grid = even_grid(entry.levels)
     odd = bool((grid.multiples % 2 != 0).all())
@@ -89,6 +97,8 @@ def _affine(name: str, entry: Packed, rounded: bool) -> tuple[Tensor, Tensor, Te
     odd = bool((grid.multiples % 2 != 0).all())
     codes, whole, bits = shifted(halved(grid) if odd else grid)
     scale = 2 * grid.unit if odd else grid.unit
+    if bits > 8 or not bool(scale.isfinite().all()):
+        off_grid(name, entry.levels, torch.full_like(grid.error, torch.inf), "", rounded)
     zero = whole.float() - 0.5 if odd else whole.to(torch.int8)
     rows = entry.indices()
     chosen = codes.gather(1, rows).to(torch.int8).reshape(entry.shape)

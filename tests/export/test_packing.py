@@ -183,5 +183,5 @@ def test_bad_input() -> None:
         Packed(torch.zeros(2, dtype=torch.uint8), levels, (1, 4))
     with pytest.raises(ValueError, match="is not 2 rows of one length"):
         Packed(torch.zeros(1, dtype=torch.uint8), levels.expand(2, 2), (1, 3))
-    with pytest.raises(ValueError, match="100 % of its weights"):
-        pack_weight(torch.full((1, 2), torch.nan), levels)
+    with pytest.raises(ValueError, match="'w': some of its weights are not numbers"):
+        pack_weight(torch.full((1, 2), torch.nan), levels, name="w")

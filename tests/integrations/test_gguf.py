@@ -83,3 +83,23 @@ def test_shapes_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
         to_gguf({"w": weight}, tmp_path / "x.gguf")
     with pytest.raises(ValueError, match="ternary must be 'TQ1_0' or 'TQ2_0', got 'Q4_0'"):
         to_gguf({}, tmp_path / "x.gguf", ternary="Q4_0")  # type: ignore[arg-type]
+
+
+def test_scales_beyond_float16_are_refused_even_when_rounded(tmp_path: Path) -> None:
+    weight = pack_weight(torch.full((1, 256), 1e5), torch.tensor([[-1e5, 0.0, 1e5]]), name="w")
+    for rounded in (False, True):
+        with pytest.raises(ValueError, match="'w': levels are not finite, or not in the format's"):
+            to_gguf({"w": weight}, tmp_path / "x.gguf", rounded=rounded)
+
+
+def test_shapes_are_kept_and_a_pattern_may_stand_alone(tmp_path: Path) -> None:
+    levels = torch.tensor([[-0.5, 0.0, 0.5]])
+    weight = pack_weight(torch.full((2, 3, 256), 0.5), levels)
+    assert to_gguf({"a.w": weight, "b.w": weight}, tmp_path / "x.gguf", in_full="a.*") == {
+        "b.w": "TQ2_0"
+    }
+    found = read(tmp_path / "x.gguf")
+    assert torch.equal(found["a.w"][1], weight.unpack())
+    assert torch.equal(found["b.w"][1], weight.unpack())
+    with pytest.raises(ValueError, match=r"'mask' is torch\.bool, which GGUF has no type for"):
+        to_gguf({"mask": torch.ones(2, dtype=torch.bool)}, tmp_path / "x.gguf")

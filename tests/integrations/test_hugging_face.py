@@ -13,7 +13,7 @@ pytest.importorskip(
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import parq_fn as pf
 from parq_fn.export import PackedLayer, pack, save
@@ -62,3 +62,11 @@ def test_saved_and_reloaded(tie: bool, tmp_path: Path) -> None:
         assert "model.layers.0.mlp.up_proj.weight" not in names
         assert ("lm_head.codes" in names) == (not tie)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / str(k)).eval()
+
+
+def test_another_class_is_told(tmp_path: Path) -> None:
+    model, packed = trained(tie=True)
+    save(packed, tmp_path / "packed")
+    quantize_pretrained(model, tmp_path / "packed").save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"LlamaModel has no layer .* loads into the class"):
+        AutoModel.from_pretrained(tmp_path / "saved")

@@ -14,6 +14,7 @@ import onnxruntime
 import torch
 
 import parq_fn as pf
+from parq_fn.export import pack_weight
 from parq_fn.export.onnx import to_onnx
 from tests.integrations.models import TOKENS, on_levels
 
@@ -58,6 +59,27 @@ def test_bfloat16_models_become_float32(tmp_path: Path) -> None:
         expected = quantized.float()(TOKENS)
     torch.testing.assert_close(run(tmp_path / "net.onnx"), expected, rtol=1e-5, atol=1e-5)
     assert net.linear.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("opset", [21, 25])
+def test_levels_far_from_zero(opset: int, tmp_path: Path) -> None:
+    levels = torch.tensor([[120.0, 121.0], [0.0, 16.0]])
+    net = torch.nn.Linear(2, 2, bias=False)
+    to_onnx(
+        net, {"weight": pack_weight(levels, levels)}, (torch.eye(2).half(),),
+        tmp_path / "net.onnx", opset=opset,
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    name = session.get_inputs()[0].name
+    got = torch.from_numpy(session.run(None, {name: torch.eye(2).numpy()})[0])
+    assert torch.equal(got.T, levels)
+
+
+def test_levels_beyond_float32_are_refused(tmp_path: Path) -> None:
+    levels = torch.tensor([[1.0, 1e300]], dtype=torch.float64)
+    net = torch.nn.Linear(2, 1, bias=False)
+    with pytest.raises(ValueError, match="'weight': levels are not finite in float32"):
+        to_onnx(net, {"weight": pack_weight(levels, levels)}, (torch.eye(2),), tmp_path / "x")
 
 
 def test_kernels_that_fuse_round_activations(tmp_path: Path) -> None:

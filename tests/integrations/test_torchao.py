@@ -82,6 +82,34 @@ def test_uneven_levels_are_refused_or_rounded() -> None:
     assert bool((off <= weight.abs().amax(-1) / 127 * 0.51).all())
 
 
+def test_zero_points_and_scales_that_do_not_fit(tmp_path: Path) -> None:
+    levels = torch.tensor([[122.0, 127.0], [1.0, 50.0]])
+    net = nn.Linear(2, 2, bias=False)
+    made = to_torchao(net, {"weight": pf.export.pack_weight(levels, levels)})
+    assert torch.equal(made.weight.dequantize(), levels)
+    huge = torch.tensor([[-3e38, 3e38]]).expand(2, 2)
+    with pytest.raises(ValueError, match="'weight': levels are not finite, or not in the format's"):
+        to_torchao(net, {"weight": pf.export.pack_weight(huge.contiguous(), huge[:1])})
+    with pytest.raises(ValueError, match=r"'weight' is torch\.float64, expected 32 bits or less"):
+        to_torchao(net, {"weight": pf.export.pack_weight(levels.double(), levels.double())})
+
+
+def test_layers_that_torchao_cannot_run_stay_in_float() -> None:
+    net = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
+    packed: dict = {}
+    for name, p in net.named_parameters():
+        if p.dim() > 1:
+            p.data = torch.where(p >= 0, 0.25, -0.25)
+            packed[name] = pf.export.pack_weight(p, torch.tensor([[-0.25, 0.25]]))
+        else:
+            packed[name] = p.detach()
+    x = torch.randn(2, 3, 32)
+    made = to_torchao(net, packed)
+    torch.testing.assert_close(made(x), net(x))
+    assert isinstance(made.linear1.weight, IntxUnpackedToInt8Tensor)
+    assert torch.equal(made.self_attn.in_proj_weight, net.self_attn.in_proj_weight)
+
+
 def test_the_readme_s_way_from_training_to_integers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

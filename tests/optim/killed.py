@@ -27,7 +27,7 @@ from parq_fn.optim import load_checkpoint, save_checkpoint
 from tests.optim.test_checkpoint import scheduled, state_of
 from tests.optim.test_sharded import train
 
-STEPS, EVERY = 7, 2
+STEPS, EVERY = 5, 2
 FILES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 
 
