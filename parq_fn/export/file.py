@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from parq_fn.export.codes import num_bytes
 from parq_fn.export.packing import Entry, Packed
@@ -41,14 +42,18 @@ def save(packed: Mapping[str, Packed | Tensor] | list[Entry], file: str | os.Pat
     """Writes a packed model, as of `pack` or `stream`, to a file, which is replaced in one move.
 
     save(stream(module, optimizer), file) holds one parameter at a time. Every rank of a sharded
-    module calls it; the first one writes, the others return when the file is there.
+    module calls it; the first one writes, the others return when the file is there. What is not
+    sharded is written by whoever calls.
 
     The same model gives the same bytes, sharded or not. Raises TypeError for a dtype that files
     have no name for, ValueError for names that would collide and as `pack` does; and OSError, on
     every rank, where the file cannot be written.
     """
     parts = _parts(packed)
-    _in_ranks(Path(file), parts, _header_of(packed, parts))
+    sharded = any(
+        isinstance(e, Entry) and isinstance(e.source, DTensor) for _, e in _entries(packed)
+    )
+    _in_ranks(Path(file), parts, _header_of(packed, parts), sharded)
 
 
 class _Part(NamedTuple):
@@ -133,10 +138,9 @@ def _bytes_of(part: _Part) -> memoryview:
     return memoryview(flat)
 
 
-def _in_ranks(path: Path, parts: list[_Part], header: bytearray) -> None:
-    """Makes the tensors on every rank, and writes them on the first; what fails there fails on
-    all, when all have made theirs."""
-    many = dist.is_available() and dist.is_initialized()
+def _in_ranks(path: Path, parts: list[_Part], header: bytearray, many: bool) -> None:
+    """Makes the tensors on every rank, where there are many, and writes them on the first; what
+    fails there fails on all, when all have made theirs."""
     if many and dist.get_rank():
         for part in parts:
             part.make()
@@ -171,11 +175,14 @@ def load(file: str | os.PathLike[str]) -> dict[str, Packed | Tensor]:
     whole = bytes(data)
     tensors: dict[str, Any] = safetensors.torch.load(whole)
     header = _header(whole)
-    for name, own in header["packed"].items():
-        codes, levels = tensors[f"{name}.codes"], tensors[f"{name}.levels"]
-        shape = tuple(own["shape"])
-        tensors[name] = Packed(codes, levels, shape, own["quantizer"], own["granularity"])
-    return {name: tensors[name] for name in header["names"]}
+    try:
+        for name, own in header["packed"].items():
+            codes, levels = tensors[f"{name}.codes"], tensors[f"{name}.levels"]
+            shape = tuple(own["shape"])
+            tensors[name] = Packed(codes, levels, shape, own["quantizer"], own["granularity"])
+        return {name: tensors[name] for name in header["names"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has a header that does not fit its tensors: {error}") from None
 
 
 def _end_of_header(data: bytes | bytearray) -> int:

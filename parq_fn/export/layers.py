@@ -79,15 +79,15 @@ class PackedLayer(nn.Module):
         return f"{super().extra_repr()}, {k} levels in {r} {'row' if r == 1 else 'rows'}"
 
 
-class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # weight
+class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # weight is decoded
     """nn.Linear with a packed weight."""
 
 
-class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override] # weight
+class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override] # weight is decoded
     """nn.Conv2d with a packed weight."""
 
 
-class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # weight
+class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # weight is decoded
     """nn.Embedding with a packed weight, of which the rows that are looked up are decoded."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,6 +115,19 @@ def packs(layer: nn.Module) -> bool:
     return type(layer) in _PACKED and plain
 
 
+def holders_of(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """The layers that a parameter is the weight of, by its first name, each of them once, where
+    all of them can hold a packed one."""
+    layers = dict(module.named_modules(remove_duplicate=False))
+    holders = {}
+    for name, aliases in names_of_tied(module).items():
+        parts = [alias.rpartition(".") for alias in aliases]
+        found = {id(layers[above]): layers[above] for above, _, _ in parts}
+        if all(last == "weight" for _, _, last in parts) and all(map(packs, found.values())):
+            holders[name] = list(found.values())
+    return holders
+
+
 def pack_layer(layer: nn.Module, codes: Tensor, levels: Tensor, shape: tuple[int, ...]) -> None:
     """Takes codes and levels for the layer's weight, in place."""
     del layer.weight
@@ -136,17 +149,13 @@ def quantized(module: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
     """
     packed = load(file)
     check_fit(module, packed)
-    own, names = module.state_dict(keep_vars=True), names_of_tied(module)
-    layers = dict(module.named_modules(remove_duplicate=False))
+    own, holders = module.state_dict(keep_vars=True), holders_of(module)
     with torch.no_grad():
         for name, entry in packed.items():
-            found = [layers[alias.rpartition(".")[0]] for alias in names[name]]
-            holders = list({id(layer): layer for layer in found}.values())  # one of several names
-            whole = all(alias.rpartition(".")[2] == "weight" for alias in names[name])
-            if isinstance(entry, Packed) and whole and all(map(packs, holders)):
+            if isinstance(entry, Packed) and name in holders:
                 device = own[name].device
                 codes, levels = entry.codes.to(device), entry.levels.to(own[name])
-                for layer in holders:
+                for layer in holders[name]:
                     pack_layer(layer, codes, levels, tuple(entry.shape))
             else:
                 own[name].copy_(entry.unpack() if isinstance(entry, Packed) else entry)

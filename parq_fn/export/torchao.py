@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from parq_fn.export.grid import even_grid, halved, off_grid, shifted
-from parq_fn.export.layers import check_fit, names_of_tied, packs
+from parq_fn.export.layers import check_fit, holders_of
 from parq_fn.export.packing import Packed
 
 
@@ -44,18 +44,15 @@ def to_torchao(
     tensor_class, activation = _torchao()
     made = copy.deepcopy(module)
     check_fit(made, packed)
-    own, tied = made.state_dict(keep_vars=True), names_of_tied(made)
-    layers = dict(made.named_modules(remove_duplicate=False))
+    own, holders = made.state_dict(keep_vars=True), holders_of(made)
     with torch.no_grad():
         for name, entry in packed.items():
-            holders = [layers[alias.rpartition(".")[0]] for alias in tied[name]]
-            whole = all(alias.rpartition(".")[2] == "weight" for alias in tied[name])
-            if not (isinstance(entry, Packed) and whole and all(map(packs, holders))):
+            if not (isinstance(entry, Packed) and name in holders):
                 own[name].copy_(entry.unpack() if isinstance(entry, Packed) else entry)
                 continue
             codes, scale, zero, bits = _affine(name, entry, rounded)
             block = [n // m for n, m in zip(entry.shape, scale.shape, strict=True)]
-            linear = all(isinstance(layer, nn.Linear) for layer in holders)
+            linear = all(isinstance(layer, nn.Linear) for layer in holders[name])
             quantize = activation.INT8_ASYM_PER_TOKEN if int8_activations and linear else None
             device, target = own[name].device, getattr(torch, f"int{bits}")
             weight = tensor_class(
@@ -63,8 +60,8 @@ def to_torchao(
                 target, tuple(block), entry.levels.dtype, quantize,
             )  # fmt: skip
             parameter = nn.Parameter(weight, requires_grad=False)
-            for alias, layer in zip(tied[name], holders, strict=True):
-                setattr(layer, alias.rpartition(".")[2], parameter)
+            for layer in holders[name]:
+                layer.weight = parameter
     return made
 
 

@@ -115,3 +115,15 @@ def test_versions_that_never_were_are_refused(version: Any, tmp_path: Path) -> N
     _write(tmp_path / "file", header, [])
     with pytest.raises(ValueError, match="is of format version"):
         load(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "own", [{"names": ["w"]}, {"packed": {"w": {"shape": [2]}}}, {"packed": [3]}]
+)
+def test_headers_that_fit_no_tensors_are_refused(own: dict[str, Any], tmp_path: Path) -> None:
+    own = {"names": [], "packed": {}, "sha256": _BLANK, "version": 1, **own}
+    text = json.dumps({"__metadata__": {"parq_fn": json.dumps(own, separators=(",", ":"))}})
+    header = bytearray(len(text).to_bytes(8, "little") + text.encode())
+    _write(tmp_path / "file", header, [])
+    with pytest.raises(ValueError, match="has a header that does not fit its tensors"):
+        load(tmp_path / "file")

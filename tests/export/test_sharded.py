@@ -77,6 +77,18 @@ def test_the_file_is_that_of_one_process_byte_for_byte(world: int, tmp_path: Pat
                 assert torch.equal(weight, net.state_dict()[name]), name
 
 
+def one_alone(folder: str) -> None:
+    if dist.get_rank() == 0:  # the others are not needed, and do not come
+        net = Net()
+        save(stream(net, trained(net, "QuantOptimizer", "channel")), Path(folder) / "alone")
+        save(load(Path(folder) / "alone"), Path(folder) / "again")
+        assert (Path(folder) / "alone").read_bytes() == (Path(folder) / "again").read_bytes()
+
+
+def test_what_is_not_sharded_is_written_by_one_rank_alone(tmp_path: Path) -> None:
+    on_processes(one_alone, 2, tmp_path, str(tmp_path))
+
+
 def fail(folder: str) -> None:
     net = Net()
     fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
