@@ -82,7 +82,7 @@ def test_shapes_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'w': TQ2_0 holds blocks of 256 .* shape is \(4, 100\)"):
         to_gguf({"w": weight}, tmp_path / "x.gguf")
     with pytest.raises(ValueError, match="ternary must be 'TQ1_0' or 'TQ2_0', got 'Q4_0'"):
-        to_gguf({}, tmp_path / "x.gguf", ternary="Q4_0")  # type: ignore[arg-type]
+        to_gguf({}, tmp_path / "x.gguf", ternary="Q4_0")  # type: ignore[arg-type] # it is refused
 
 
 def test_scales_beyond_float16_are_refused_even_when_rounded(tmp_path: Path) -> None:
