@@ -7,6 +7,10 @@ bit-equal to it. NaN gives NaN; an infinity goes to the end level, except where 
 bounded range. A coefficient is a number or a 0-d tensor. TypeError and ValueError as
 `levels.prepare` raises them.
 
+`sharp` says whether the coefficient is the one at which the map is `hard`, where the caller knows
+and a compiler cannot read it: it chooses the program, never the result. Without it the
+coefficient is read, or where it cannot be, both are computed.
+
 A regularizer takes (w [r, n], levels [r, k], coefficient) and gives the penalty at every w:
 map(u) = argmin_w (w - u)^2 / 2 + penalty(w).
 """
@@ -20,7 +24,18 @@ import torch
 from torch import Tensor
 
 from parq_fn.interval import Interval
-from parq_fn.levels import between, cell, midpoint, nearer, nearest, prepare, search
+from parq_fn.levels import (
+    between,
+    cell,
+    closest,
+    midpoint,
+    nan_with,
+    nearer,
+    nearest,
+    prepare,
+    search,
+)
+from parq_fn.scalar import concrete
 from parq_fn.traits import ProxTraits, Slopes, declares, unchanged
 
 #: What every map here but `par` declares besides its own.
@@ -91,8 +106,8 @@ def hard(u: Tensor, levels: Tensor) -> Tensor:
 def hard_regularizer(w: Tensor, levels: Tensor) -> Tensor:
     """0 for w in Q, else infinity."""
     x, q = prepare(w, levels)
-    _, hi = cell(x, q)
-    return torch.where(x == hi, torch.zeros_like(x), torch.inf).to(w.dtype)
+    lo, hi = cell(x, q)
+    return torch.where((x == lo) | (x == hi), torch.zeros_like(x), torch.inf).to(w.dtype)
 
 
 @declares(
@@ -117,7 +132,9 @@ def hard_regularizer(w: Tensor, levels: Tensor) -> Tensor:
         share=lambda s: 1 - s,
     )
 )
-def parq(u: Tensor, levels: Tensor, inverse_slope: float | Tensor) -> Tensor:
+def parq(
+    u: Tensor, levels: Tensor, inverse_slope: float | Tensor, *, sharp: bool | None = None
+) -> Tensor:
     """argmin_w (w - u)^2 / 2 + h_s(w), h_s(w) = (1 - s) / 2 * (w - q_i) (q_{i+1} - w) on each
     cell, infinite outside [q_1, q_k]; s the inverse slope in (0, 1].
 
@@ -131,15 +148,19 @@ def parq(u: Tensor, levels: Tensor, inverse_slope: float | Tensor) -> Tensor:
     Source: Jin et al., PARQ, arXiv 2503.15748, equation (8) and figure 3.
     """
     x, q, s = prepare(u, levels, inverse_slope)
-    lo, hi = cell(x, q)
+    sharp = concrete(s <= 0) if sharp is None else sharp
+    if sharp:
+        return nearest(u, levels)
     # c + (v - c)/s = v + (v - c)(1 - s)/s, written so that v = c and s = 1 give v itself;
-    # v is u held to the cell first, for infinities.
-    v = between(x, lo, hi)
+    # v is u held to the range first, for infinities.
+    v = between(x, q[..., :1], q[..., -1:])
+    lo, hi = cell(v, q)
     # for a gradient at s = 0, and lest a subnormal s overflow to inf * 0
     safe = s.clamp(min=torch.finfo(x.dtype).tiny)
-    steep = v + (v - midpoint(lo, hi)) * ((1 - safe) / safe)
-    w = between(steep, lo, hi)
-    return torch.where(s > 0, w, nearer(x, lo, hi)).to(u.dtype)
+    w = between(v + (v - midpoint(lo, hi)) * ((1 - safe) / safe), lo, hi)
+    if sharp is None:
+        w = torch.where(s > 0, w, nan_with(v, nearer(v, lo, hi)))
+    return w.to(u.dtype)
 
 
 def parq_regularizer(w: Tensor, levels: Tensor, inverse_slope: float | Tensor) -> Tensor:
@@ -181,7 +202,9 @@ def interpolant(w: Tensor, levels: Tensor) -> Tensor:
         soft_map=clip,
     )
 )
-def soft(u: Tensor, levels: Tensor, temperature: float | Tensor) -> Tensor:
+def soft(
+    u: Tensor, levels: Tensor, temperature: float | Tensor, *, sharp: bool | None = None
+) -> Tensor:
     """c_i + (q_{i+1} - q_i) / 2 * (sigma(T (x - 1/2)) - 1/2) / (sigma(T / 2) - 1/2) in a cell,
     x = (u - q_i) / (q_{i+1} - q_i), sigma(z) = 1 / (1 + exp(-z)); the end level outside.
 
@@ -194,8 +217,11 @@ def soft(u: Tensor, levels: Tensor, temperature: float | Tensor) -> Tensor:
     Source: the smooth relaxation that PARQ is compared with, arXiv 2503.15748, section 5.
     """
     x, q, t = prepare(u, levels, temperature)
-    lo, hi = cell(x, q)
-    v = between(x, lo, hi)
+    sharp = concrete(t == torch.inf) if sharp is None else sharp
+    if sharp:
+        return nearest(u, levels)
+    v = between(x, q[..., :1], q[..., -1:])
+    lo, hi = cell(v, q)
     # sigma(z) - 1/2 = tanh(z/2) / 2, odd and without cancellation.
     half = 0.5 * hi - 0.5 * lo  # of the width, which may overflow
     offset = (0.5 * v - 0.5 * lo) / torch.where(half > 0, half, 1.0) - 0.5
@@ -204,8 +230,9 @@ def soft(u: Tensor, levels: Tensor, temperature: float | Tensor) -> Tensor:
     share = torch.tanh(safe * offset / 2) / torch.tanh(safe / 4)
     w = midpoint(lo, hi) + half * share
     w = torch.where(share <= -1, lo, torch.where(share >= 1, hi, w))  # saturated: a level
-    w = between(w, lo, hi)
-    w = torch.where(usable, w, torch.where(t > 0, nearer(x, lo, hi), v))
+    w = torch.where(t > 0, between(w, lo, hi), v)
+    if sharp is None:
+        w = torch.where(t < torch.inf, w, nan_with(v, nearer(v, lo, hi)))
     return w.to(u.dtype)
 
 
@@ -220,7 +247,9 @@ def soft(u: Tensor, levels: Tensor, temperature: float | Tensor) -> Tensor:
         soft_map=unchanged,
     )
 )
-def binary_relax(u: Tensor, levels: Tensor, theta: float | Tensor) -> Tensor:
+def binary_relax(
+    u: Tensor, levels: Tensor, theta: float | Tensor, *, sharp: bool | None = None
+) -> Tensor:
     """argmin_w (w - u)^2 / 2 + lam / 2 * dist(w, Q)^2, theta = lam / (1 + lam) in [0, 1]:
     (1 - theta) u + theta * nearest level.
 
@@ -233,17 +262,22 @@ def binary_relax(u: Tensor, levels: Tensor, theta: float | Tensor) -> Tensor:
     Source: Yin et al., BinaryRelax, arXiv 1801.06313, equation (5).
     """
     x, q, theta = prepare(u, levels, theta)
-    near = nearer(x, *cell(x, q))
+    sharp = concrete(theta >= 1) if sharp is None else sharp
+    if sharp:
+        return nearest(u, levels)
+    near = closest(x, q)
     mixed = (1 - theta) * x + theta * near
     # rounding must not carry w past u or its level, nor a level off itself
-    mixed = between(mixed, torch.minimum(x, near), torch.maximum(x, near))
-    return torch.where(theta < 1, mixed, near).to(u.dtype)
+    w = between(mixed, torch.minimum(x, near), torch.maximum(x, near))
+    if sharp is None:  # and x may be infinite
+        w = torch.where(theta < 1, w, nan_with(x, near))
+    return w.to(u.dtype)
 
 
 def binary_relax_regularizer(w: Tensor, levels: Tensor, theta: float | Tensor) -> Tensor:
     """lam / 2 * dist(w, Q)^2 with lam = theta / (1 - theta); at theta = 1 the indicator of Q."""
     x, q, theta = prepare(w, levels, theta)
-    distance = x - nearer(x, *cell(x, q))
+    distance = x - closest(x, q)
     relaxed = theta / (2 * torch.where(theta < 1, 1 - theta, 1.0)) * distance.square()
     off = torch.where(distance == 0, torch.zeros_like(x), torch.inf)
     return torch.where(theta < 1, relaxed, off).to(w.dtype)
@@ -274,7 +308,7 @@ def proxquant(u: Tensor, levels: Tensor, strength: float | Tensor) -> Tensor:
     Source: Bai, Wang, Liberty, ProxQuant, arXiv 1810.00861, section 3.
     """
     x, q, lam = prepare(u, levels, strength)
-    near = nearer(x, *cell(x, q))
+    near = closest(x, q)
     gap = x - near
     moved = x - between(gap, -lam, lam)
     return torch.where(gap.abs() <= lam, near, moved).to(u.dtype)
@@ -283,7 +317,7 @@ def proxquant(u: Tensor, levels: Tensor, strength: float | Tensor) -> Tensor:
 def proxquant_regularizer(w: Tensor, levels: Tensor, strength: float | Tensor) -> Tensor:
     """lam * dist(w, Q)."""
     x, q, lam = prepare(w, levels, strength)
-    return (lam * (x - nearer(x, *cell(x, q))).abs()).to(w.dtype)
+    return (lam * (x - closest(x, q)).abs()).to(w.dtype)
 
 
 @declares(
@@ -329,7 +363,7 @@ def par(u: Tensor, levels: Tensor, slopes: Tensor) -> Tensor:
     hi = torch.cat([q, torch.full_like(q[..., :1], torch.inf)], -1).gather(-1, passed)
     slope = a.gather(-1, passed)
     moved = torch.minimum(x - slope, hi)
-    return torch.where(slope == -torch.inf, hi, moved).to(u.dtype)  # for u = -inf too
+    return torch.where(slope == -torch.inf, nan_with(x, hi), moved).to(u.dtype)  # u = -inf too
 
 
 def par_regularizer(w: Tensor, levels: Tensor, slopes: Tensor) -> Tensor:

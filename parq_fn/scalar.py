@@ -62,6 +62,22 @@ def concrete(tensor: Tensor) -> Any:
         return None
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but values in the CPU's memory, which numpy may read: traced by
+    no compiler, batched or differentiated by no transformation.
+
+    >>> is_plain(torch.ones(2)), is_plain(torch.ones(2, requires_grad=True))
+    (True, False)
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    try:
+        tensor.numpy()
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 def to_device(scalar: Tensor, like: Tensor) -> Tensor:
     """The scalar on the device of `like`, without waiting for either device."""
     return scalar if scalar.device == like.device else scalar.to(like.device, non_blocking=True)

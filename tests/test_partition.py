@@ -15,11 +15,12 @@ from torch import Tensor
 
 from parq_fn.quantizers import _partition
 from parq_fn.quantizers._partition import (
+    _at,
     _best_cuts,
     _candidate_cuts,
     _cuts_op,
     _dynamic_program,
-    _prefix_table,
+    _prefix,
     least_squares_levels,
 )
 
@@ -187,6 +188,27 @@ def test_a_wide_gap_takes_one_candidate_cut() -> None:
     assert len(cuts.unique()) > 900
 
 
+@pytest.mark.parametrize("run", [2, 16, 256])
+def test_sums_kept_at_some_values_alone_give_those_at_all(run: int) -> None:
+    values = torch.cat([rand(2, 5003), rand(1, 5003) ** 5]).sort().values
+    index = torch.cat([torch.arange(0, 5004, 7), torch.tensor([256, 5002, 5003])]).expand(3, -1)
+    every, some = _at(_prefix(values, 1), index), _at(_prefix(values, run), index)
+    torch.testing.assert_close(some, every, rtol=0, atol=1e-11)
+    assert torch.equal(_candidate_cuts(values, 1000, run), _candidate_cuts(values, 1000))
+
+
+def test_a_very_long_row_is_solved_as_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.cat(list(samples(20_000).values()))
+    for k in (2, 8):
+        long = least_squares_levels(x, k)
+        monkeypatch.setattr(_partition, "_CHUNK", 10_000)
+        very_long = least_squares_levels(x, k)
+        monkeypatch.undo()
+        torch.testing.assert_close(
+            squared_error(x, very_long), squared_error(x, long), rtol=1e-4, atol=1e-12
+        )
+
+
 def test_long_rows_are_polished(monkeypatch: pytest.MonkeyPatch) -> None:
     """What 192 candidates alone give is off by more than 0.3 % here."""
     rows = torch.randn(4, 6000, generator=torch.Generator().manual_seed(0), dtype=F64)
@@ -198,7 +220,7 @@ def test_long_rows_are_polished(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_operator_s_fake_and_batching_are_its_own() -> None:
-    table = _prefix_table(rand(5, 12).sort().values)
+    table = _prefix(rand(5, 12).sort().values, 1).table
     torch.library.opcheck(_cuts_op, (table, 3), test_utils=("test_schema", "test_faketensor"))
 
 

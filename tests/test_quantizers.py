@@ -339,9 +339,8 @@ def test_rows_are_scaled_by_the_power_of_two_below_their_maximum(dtype) -> None:
     low, high = math.frexp(limits.tiny)[1] - 1, math.frexp(limits.max)[1] - 2
     for exponent in (0, 1, -1, 5, -100, 100, low, high - 1, high):
         for fraction in (1.0, 1.25, 2 - limits.eps):
-            x = torch.tensor([[0.0, -fraction], [0.5, 0.25]], dtype=dtype)
-            x[0] *= 2.0**exponent
-            assert power_of_two(x).tolist() == [[2.0**exponent], [0.5]]
+            top = torch.tensor([[fraction * 2.0**exponent], [0.5]], dtype=dtype)
+            assert power_of_two(top).tolist() == [[2.0**exponent], [0.5]]
     tops = [[limits.max], [limits.tiny], [limits.tiny * limits.eps], [0.0]]
     ends = torch.tensor(tops, dtype=dtype)
     assert power_of_two(ends)[3] == 1

@@ -7,15 +7,18 @@ or reduces in an order that depends on how many rows there are.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from parq_fn.quantizers._rows import in_order, run_sums, total
 
 _CHUNK = 1 << 17  # sorted values per chunk: amortises the calls, stays near the cache
 _DOUBLES = 1 << 25  # 256 MB of float64, the bound on one chunk's temporaries
 _CANDIDATES = 4096  # least number of candidate cuts of a long row
 _LLOYD = 12  # polishing steps of a long row
+_RUN = 256  # of a row longer than a chunk sums are kept at every so manieth value
 
 
 def least_squares_levels(x: Tensor, num_levels: int, *, exact_up_to: int = 4096) -> Tensor:
@@ -49,28 +52,62 @@ def least_squares_levels(x: Tensor, num_levels: int, *, exact_up_to: int = 4096)
 
 
 def _solve(x: Tensor, k: int, m: int) -> Tensor:
-    values = _sorted_rows(x).double()
-    table = _prefix_table(values)
-    if m == x.shape[1]:
-        return _means(values, table, _best_cuts(table, k)).to(x.dtype)
-    candidates = _candidate_cuts(values, m)
-    cuts = candidates.gather(1, _best_cuts(_pick(table, candidates), k))
-    return _polish(values, table, cuts).to(x.dtype)
+    values = in_order(x)
+    exact, run = m == x.shape[1], 1
+    if not exact and x.shape[1] > _CHUNK:
+        run = _RUN
+    else:
+        values = values.double()
+    prefix = _prefix(values, run)
+    if exact:
+        return _means(values, prefix, _best_cuts(prefix.table, k)).to(x.dtype)
+    candidates = _candidate_cuts(values, m, run)
+    cuts = candidates.gather(1, _best_cuts(_at(prefix, candidates), k))
+    return _polish(values, prefix, cuts).to(x.dtype)
 
 
-def _sorted_rows(x: Tensor) -> Tensor:
-    return x.sort(dim=1).values
-
-
-def _prefix_table(values: Tensor) -> Tensor:
-    """``[r, 3, n + 1]``: count, sum and sum of squares of the first ``i`` values of each row.
+class _Prefix(NamedTuple):
+    """What the first values of each sorted row [r, n] sum to.
 
     Values are taken relative to the row's median: far outliers then cost the bulk no digits.
     """
+
+    values: Tensor  # [r, n]
+    median: Tensor  # [r, 1], float64
+    table: Tensor  # [r, 3, n // run + 1], float64: count, sum and sum of squares before each run
+    run: int  # a power of two
+
+
+def _prefix(values: Tensor, run: int) -> _Prefix:
     n = values.shape[1]
-    y = values - values[:, n // 2 : n // 2 + 1]
-    steps = torch.stack((torch.ones_like(y), y, y * y), 1)
-    return torch.nn.functional.pad(steps.cumsum(2), (1, 0))
+    median = values[:, n // 2 : n // 2 + 1].double()
+    sums, squares = (run_sums(values, run, part, median) for part in (_value, _square))
+    steps = torch.stack((torch.full_like(sums, run), sums, squares), 1)
+    table = torch.nn.functional.pad(steps.cumsum(2), (1, 0))
+    return _Prefix(values, median, table, run)
+
+
+def _value(x: Tensor, median: Tensor) -> Tensor:
+    return x.double() - median
+
+
+def _square(x: Tensor, median: Tensor) -> Tensor:
+    return _value(x, median).square()
+
+
+def _at(prefix: _Prefix, index: Tensor) -> Tensor:
+    """``[r, 3, m]``: count, sum and sum of squares of the first ``index [r, m]`` values."""
+    values, median, table, run = prefix
+    if run == 1:
+        return _pick(table, index)
+    whole = index >> (run.bit_length() - 1)  # runs
+    within = torch.arange(run, device=index.device)
+    begun = (whole * run).unsqueeze(2) + within  # [r, m, run]
+    taken = values.gather(1, begun.flatten(1).clamp(max=values.shape[1] - 1)).view_as(begun)
+    inside = begun < index.unsqueeze(2)
+    y = torch.where(inside, _value(taken, median.unsqueeze(2)), 0.0)
+    rest = torch.stack([part.sum(2) for part in (inside.double(), y, y * y)], 1)
+    return _pick(table, whole) + rest
 
 
 def _pick(table: Tensor, index: Tensor) -> Tensor:
@@ -177,17 +214,17 @@ def _best_starts(table: Tensor, error: Tensor) -> Tensor:
     return torch.cat((zero, known.gather(1, order.expand(len(known), -1))), 1)
 
 
-def _means(values: Tensor, table: Tensor, cuts: Tensor) -> Tensor:
+def _means(values: Tensor, prefix: _Prefix, cuts: Tensor) -> Tensor:
     """Each run's mean, kept within the run so that rounding cannot unsort the levels."""
     n = values.shape[1]
     low = values.gather(1, cuts[:, :-1].clamp(max=n - 1))
     high = torch.maximum(low, values.gather(1, (cuts[:, 1:] - 1).clamp(min=0)))
-    count, total, _ = _pick(table, cuts).diff(dim=2).unbind(1)
-    mean = values[:, n // 2 : n // 2 + 1] + total / count.clamp(min=1)
+    count, total, _ = _at(prefix, cuts).diff(dim=2).unbind(1)
+    mean = prefix.median + total / count.clamp(min=1)
     return torch.minimum(torch.maximum(mean, low), high)
 
 
-def _candidate_cuts(values: Tensor, m: int) -> Tensor:
+def _candidate_cuts(values: Tensor, m: int, run: int = 1) -> Tensor:
     """``[r, m + 1]`` sorted cuts, 0 and ``n`` among them, dense where optimal cuts are dense.
 
     Optimal cuts have density proportional to (data density)^(1/3), which is what equal steps of
@@ -196,31 +233,41 @@ def _candidate_cuts(values: Tensor, m: int) -> Tensor:
     within a tie, whose gaps are 0.
     """
     n = values.shape[1]
-    share = values.diff(dim=1).pow(2 / 3)
-    for _ in range(3):
-        share = share.clamp(max=share.cumsum(1)[:, -1:] / m)
-    total = share.cumsum(1)
-    step = torch.arange(1, m, device=values.device, dtype=values.dtype) / m
-    cuts = torch.searchsorted(total, total[:, -1:] * step).clamp(max=n - 2) + 1
+    share = values.detach().diff(dim=1).pow_(2 / 3)
+    cap = total(share, torch.clone) / m
+    for _ in range(2):
+        cap = total(share, torch.minimum, cap.to(share.dtype)) / m
+    cap = cap.to(share.dtype)
+    sums = run_sums(share, run, torch.minimum, cap).cumsum(1)
+    whole = total(share, torch.minimum, cap)
+    step = whole * (torch.arange(1, m, device=values.device, dtype=torch.float64) / m)
+    cuts = torch.searchsorted(sums, step)  # runs that lie before the step
+    if run > 1:
+        begun = (cuts * run).unsqueeze(2) + torch.arange(run, device=values.device)
+        within = share.gather(1, begun.flatten(1).clamp(max=n - 2)).view_as(begun)
+        within = torch.minimum(within, cap.unsqueeze(2)).double().cumsum(2)
+        before = torch.nn.functional.pad(sums, (1, 0)).gather(1, cuts)
+        cuts = cuts * run + (within < (step - before).unsqueeze(2)).sum(2)
+    cuts = cuts.clamp(max=n - 2) + 1
     return torch.nn.functional.pad(torch.nn.functional.pad(cuts, (1, 0)), (0, 1), value=n)
 
 
-def _polish(values: Tensor, table: Tensor, cuts: Tensor) -> Tensor:
+def _polish(values: Tensor, prefix: _Prefix, cuts: Tensor) -> Tensor:
     """Lloyd's iteration: cut halfway between levels, take means, return the best levels seen."""
-    best = _means(values, table, cuts)
+    best = _means(values, prefix, cuts)
     levels = best
-    least = _total(table, cuts)
+    least = _total(prefix, cuts)
     for _ in range(_LLOYD):
         halfway = (levels[:, 1:] + levels[:, :-1]) / 2
-        inner = torch.searchsorted(values, halfway)
+        inner = torch.searchsorted(values.detach(), halfway.detach().to(values.dtype))
         cuts = torch.cat((cuts[:, :1], inner, cuts[:, -1:]), 1)
-        levels = _means(values, table, cuts)
-        error = _total(table, cuts)
+        levels = _means(values, prefix, cuts)
+        error = _total(prefix, cuts)
         best = torch.where(error < least, levels, best)
         least = torch.minimum(error, least)
     return best
 
 
-def _total(table: Tensor, cuts: Tensor) -> Tensor:
-    ends = _pick(table, cuts)
+def _total(prefix: _Prefix, cuts: Tensor) -> Tensor:
+    ends = _at(prefix, cuts)
     return _spread(ends[:, :, 1:], ends[:, :, :-1]).cumsum(1)[:, -1:]  # sum's order may vary

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from parq_fn.levels import nearest
+from parq_fn.quantizers._rows import largest, pieces
 from parq_fn.scalar import concrete
 from parq_fn.traits import QuantizerTraits
 from parq_fn.value import Value, value
@@ -31,6 +34,9 @@ class Quantizer(Value):
     tensor([[-3.,  3.]])
     """
 
+    #: Whether levels(2^i x) = 2^i levels(x), bit for bit; then rows near 1 are not scaled.
+    homogeneous: ClassVar[bool] = False
+
     @property
     def num_levels(self) -> int:
         """k, the number of levels of every row."""
@@ -51,21 +57,27 @@ class Quantizer(Value):
         Computed in float32 or better, then rounded. A row that holds NaN or an infinity gets
         NaN levels and leaves the other rows alone; an empty row gets zeros.
         """
-        x = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        if x.shape[-1] == 0:
+        if rows.shape[-1] == 0:
             return rows.new_zeros((*rows.shape[:-1], self.num_levels))
-        finite = x.isfinite().all(-1, keepdim=True)
-        x = torch.where(finite, x, 0.0)
-        scale = power_of_two(x)
-        levels = self.levels(x / scale)
+        x = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        end = torch.finfo(rows.dtype).max
+        levels = torch.cat([self._fit(piece) for piece in pieces(x, 0)])
+        return levels.clamp(-end, end).to(rows.dtype)
+
+    def _fit(self, x: Tensor) -> Tensor:
+        top = largest(x)
+        finite = top.isfinite()
+        if concrete(finite.all()) is not True:
+            x, top = torch.where(finite, x, 0.0), torch.where(finite, top, 0.0)
+        scale = power_of_two(top)
+        near = self.homogeneous and concrete(((top > 2.0**-32) & (top < 2.0**32)).all())
+        levels = self.levels(x if near else x / scale)
         if levels.shape != (*x.shape[:-1], self.num_levels):
             raise ValueError(
                 f"{self!r}: levels(x) has shape {tuple(levels.shape)}, expected "
                 f"{(*x.shape[:-1], self.num_levels)}: [r, num_levels]"
             )
-        levels = levels * scale
-        largest = torch.finfo(rows.dtype).max
-        return torch.where(finite, levels.clamp(-largest, largest), torch.nan).to(rows.dtype)
+        return torch.where(finite, levels if near else levels * scale, torch.nan)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Levels [r, k] of rows [r, n], in their dtype, sorted.
@@ -91,17 +103,17 @@ class Quantizer(Value):
         return nearest(rows, levels)
 
 
-def power_of_two(x: Tensor) -> Tensor:
-    """2 ** floor(log2 max|x|) of each row, [r, 1], held to the range whose inverse is normal.
+def power_of_two(top: Tensor) -> Tensor:
+    """2 ** floor(log2 top), held to the range whose inverse is normal; 1 for 0.
 
-    The exponent bits of the maximum: exact, so that scaling by it rounds nothing, and squares
-    of huge or tiny rows neither overflow nor vanish.
+    The exponent bits of the largest magnitude: exact, so that scaling by it rounds nothing, and
+    squares of huge or tiny rows neither overflow nor vanish.
     """
-    top = x.detach().abs().amax(-1, keepdim=True)
-    wide = x.dtype == torch.float64
+    top = top.detach()
+    wide = top.dtype == torch.float64
     bits, mask = (torch.int64, 0x7FF0000000000000) if wide else (torch.int32, 0x7F800000)
-    tiny = torch.finfo(x.dtype).tiny
-    power = (top.view(bits) & mask).view(x.dtype).clamp(tiny, 1 / tiny)
+    tiny = torch.finfo(top.dtype).tiny
+    power = (top.view(bits) & mask).view(top.dtype).clamp(tiny, 1 / tiny)
     return torch.where(top > 0, power, 1.0)
 
 

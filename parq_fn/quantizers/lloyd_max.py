@@ -36,6 +36,7 @@ class lloyd_max(Quantizer):
 
     bits: int
     symmetric: bool = True
+    homogeneous = True
 
     def __post_init__(self) -> None:
         check_whole("lloyd_max", 1, 8, bits=self.bits)

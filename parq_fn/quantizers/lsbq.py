@@ -11,6 +11,7 @@ from torch import Tensor
 
 from parq_fn.checks import POSITIVE, check_numbers, check_whole
 from parq_fn.levels import between
+from parq_fn.quantizers._rows import in_order, mean, pieces, total
 from parq_fn.quantizers.base import Quantizer, mirror, with_zero
 from parq_fn.quantizers.uniform import around_mean
 from parq_fn.traits import QuantizerTraits
@@ -51,6 +52,7 @@ class lsbq(Quantizer):
     method: Literal["greedy", "optimal", "alternating"] = "greedy"
     center: bool = False
     multiplier: float = 1.1
+    homogeneous = True
 
     def __post_init__(self) -> None:
         check_whole("lsbq", 0, 8, bits=self.bits)
@@ -100,30 +102,35 @@ class lsbq(Quantizer):
     def levels(self, x: Tensor) -> Tensor:
         if self.method == "alternating":
             # which minimum it comes to may hang on a sum's last bit, and so on a row's order
-            x = x.sort(-1).values
+            x = in_order(x)
         return around_mean(x, self.center, self._levels)
 
     def _levels(self, x: Tensor) -> Tensor:
         if self.method == "optimal":
             return optimal_levels(x, self.bits)
-        start = [self.multiplier * _mean(x.abs())] if self.bits == 0 else greedy(x, self.bits)
+        start = [self.multiplier * mean(x, torch.abs)] if self.bits == 0 else greedy(x, self.bits)
         if self.method == "greedy":
             return with_zero(start[0]) if self.bits == 0 else all_sums(start).sort(-1).values
         codes = _codes(self.bits, x)
         return alternate(x, torch.cat(start, -1), codes)
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.mean(-1, keepdim=True)
-
-
 def greedy(x: Tensor, bits: int) -> list[Tensor]:
-    """v_1, ..., v_b, each [r, 1]: the mean magnitude of what the ones before it left."""
-    v, rest = [], x
+    """v_1, ..., v_b, each [r, 1]: the mean magnitude of what the ones before it left.
+
+    Of what is left the magnitude alone counts, and |r - v sign(r)| = ||r| - v|.
+    """
+    v: list[Tensor] = []
     for _ in range(bits):
-        v.append(_mean(rest.abs()))
-        rest = torch.where(rest >= 0, rest - v[-1], rest + v[-1])
+        v.append(mean(x, _left, *v))
     return v
+
+
+def _left(x: Tensor, *v: Tensor) -> Tensor:
+    left = x.abs()
+    for part in v:
+        left = (left - part).abs()
+    return left
 
 
 def all_sums(v: list[Tensor]) -> Tensor:
@@ -145,25 +152,31 @@ def optimal_levels(x: Tensor, bits: int) -> Tensor:
     of the n splits is found by looking at all. Ternary pins lo at 0: its first term goes.
     Of equally good splits the smallest j is taken; j = 0 puts lo on hi.
     """
-    magnitude = x.abs()
     if bits == 1:
-        return mirror(_mean(magnitude))
-    n = x.shape[-1]
-    data = magnitude.sort(-1).values.to(torch.float64)
-    total = data.cumsum(-1)
-    below = torch.cat([torch.zeros_like(total[..., :1]), total[..., :-1]], -1)  # S_j, j < n
-    above = total[..., -1:] - below
-    j = torch.arange(n, dtype=torch.float64, device=x.device)
-    gain = above.square() / (n - j)
-    if bits == 2:
-        gain = gain + below.square() / j.clamp(min=1)
-    best = gain.argmax(-1, keepdim=True)
+        return mirror(mean(x, torch.abs))
+    n, data = x.shape[-1], in_order(x.abs())
+    whole = total(data, Tensor.double)  # S_n
+    first, passed = 0, torch.zeros_like(whole)  # j and S_j where a piece begins
+    found: tuple[Tensor, ...] = (torch.full_like(whole, -1.0), passed.long(), passed)
+    for piece in pieces(data, 1):
+        sums = piece.double().cumsum(-1)
+        below = passed + torch.nn.functional.pad(sums[:, :-1], (1, 0))  # S_j
+        j = torch.arange(piece.shape[1], device=x.device) + first
+        gain = (whole - below).square() / (n - j)
+        if bits == 2:
+            gain = gain + below.square() / j.clamp(min=1)
+        here = gain.argmax(-1, keepdim=True)
+        new = gain.gather(-1, here), first + here, below.gather(-1, here)
+        better = new[0] > found[0]
+        found = tuple(torch.where(better, a, b) for a, b in zip(new, found, strict=True))
+        first, passed = first + piece.shape[1], passed + sums[:, -1:]
+    _, best, below = found
     # means held to their cluster, past which rounding may carry them
-    hi = between((above / (n - j)).gather(-1, best), data.gather(-1, best), data[..., -1:])
+    hi = between((whole - below) / (n - best), data.gather(-1, best), data[:, -1:])
     if bits == 0:
         return with_zero(hi.to(x.dtype))
     end = data.gather(-1, (best - 1).clamp(min=0))
-    lo = between((below / j.clamp(min=1)).gather(-1, best), data[..., :1], end)
+    lo = between(below / best.clamp(min=1), data[:, :1], end)
     lo = torch.where(best == 0, hi, lo)
     return mirror(torch.cat([lo, hi], -1).to(x.dtype))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from parq_fn.checks import check_whole
+from parq_fn.quantizers._rows import largest, mean
 from parq_fn.quantizers.base import Quantizer, with_zero
 from parq_fn.traits import QuantizerTraits
 from parq_fn.value import value
@@ -48,6 +49,7 @@ class uniform(Quantizer):
     bits: int
     scale: Literal["mean", "max"] = "mean"
     center: bool = False
+    homogeneous = True
 
     def __post_init__(self) -> None:
         check_whole("uniform", 1, 8, bits=self.bits)
@@ -75,10 +77,9 @@ class uniform(Quantizer):
         return around_mean(x, self.center, self._levels)
 
     def _levels(self, x: Tensor) -> Tensor:
-        magnitude = x.abs()
-        q_max = magnitude.amax(-1, keepdim=True)
+        q_max = largest(x)
         if self.scale == "mean":
-            q_max = torch.minimum(self.bits * magnitude.mean(-1, keepdim=True), q_max)
+            q_max = torch.minimum(self.bits * mean(x, torch.abs), q_max)
         half = self.num_levels / 2
         step = q_max / (half - 0.5)
         return step * (spaced(x, -half, half - 1) + 0.5)
@@ -99,6 +100,7 @@ class max_uniform(Quantizer):
 
     bits: int
     center: bool = False
+    homogeneous = True
 
     def __post_init__(self) -> None:
         check_whole("max_uniform", 2, 8, bits=self.bits)
@@ -126,7 +128,7 @@ class max_uniform(Quantizer):
 
     def _levels(self, x: Tensor) -> Tensor:
         top = self.num_levels // 2
-        return spaced(x, -top, top) * (x.abs().amax(-1, keepdim=True) / top)
+        return spaced(x, -top, top) * (largest(x) / top)
 
 
 @value
@@ -145,6 +147,7 @@ class asymmetric(Quantizer):
     """
 
     bits: int
+    homogeneous = True
 
     def __post_init__(self) -> None:
         check_whole("asymmetric", 1, 8, bits=self.bits)
@@ -186,6 +189,7 @@ class ternary_uniform(Quantizer):
     """
 
     center: bool = False
+    homogeneous = True
 
     @property
     def num_levels(self) -> int:
@@ -207,4 +211,4 @@ class ternary_uniform(Quantizer):
         return around_mean(x, self.center, self._levels)
 
     def _levels(self, x: Tensor) -> Tensor:
-        return with_zero(x.abs().amax(-1, keepdim=True) / 1.5)
+        return with_zero(largest(x) / 1.5)

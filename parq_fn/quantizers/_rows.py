@@ -1,0 +1,62 @@
+"""What quantizers ask of whole rows: sums, largest magnitudes, their order.
+
+A row may be a weight of millions, and tensors of its size cost more to allocate than their
+elements to compute. So elementwise functions are given, and applied to a piece of the rows at a
+time that stays in the cache; a compiler, which does as much by itself, gets all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parq_fn.scalar import is_plain
+
+#: Of elements and of tensors [r, 1], the same for all elements of a row.
+Elementwise = Callable[..., Tensor]
+
+_PIECE = 1 << 17  # elements of a piece
+_RUN = 1024  # elements that are summed in the dtype of the rows, before sums go on in float64
+
+
+def pieces(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """x cut along a dimension into pieces of some _PIECE elements; whole under a compiler."""
+    if torch.compiler.is_compiling() or x.numel() <= _PIECE:
+        return (x,)
+    return x.split(max(1, _PIECE * x.shape[dim] // x.numel()), dim)
+
+
+def run_sums(x: Tensor, run: int, f: Elementwise, *of_row: Tensor) -> Tensor:
+    """[r, n // run] float64: the sums of f(x, ...) over runs of a row, what is left over aside."""
+    runs = x[:, : x.shape[1] // run * run].unflatten(1, (-1, run))
+    own = [t.unsqueeze(-1) for t in of_row]
+    return torch.cat([f(piece, *own).sum(-1).double() for piece in pieces(runs, 1)], 1)
+
+
+def total(x: Tensor, f: Elementwise, *of_row: Tensor) -> Tensor:
+    """[r, 1] float64: the sum of f(x, ...) over each row, in an order that hangs on n alone."""
+    n = x.shape[1]
+    rest = f(x[:, n // _RUN * _RUN :], *of_row).sum(-1, keepdim=True).double()
+    return rest if n < _RUN else rest + run_sums(x, _RUN, f, *of_row).sum(-1, keepdim=True)
+
+
+def mean(x: Tensor, f: Elementwise, *of_row: Tensor) -> Tensor:
+    """[r, 1]: the mean of f(x, ...) over each row."""
+    return (total(x, f, *of_row) / x.shape[1]).to(x.dtype)
+
+
+def largest(x: Tensor) -> Tensor:
+    """[r, 1]: max |x| of each row; NaN where the row holds one."""
+    tops = [piece.abs().amax(-1, keepdim=True) for piece in pieces(x, 1)]
+    return tops[0] if len(tops) == 1 else torch.cat(tops, 1).amax(-1, keepdim=True)
+
+
+def in_order(x: Tensor) -> Tensor:
+    """Each row sorted."""
+    if is_plain(x) and x.dtype in (torch.float32, torch.float64):
+        # many times faster than torch's: numpy sorts whole vectors of the processor's
+        return torch.from_numpy(np.sort(x.numpy(), axis=-1))
+    return x.sort(-1).values
