@@ -90,14 +90,15 @@ def cell(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 def cell_by_halves(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """What `cell` gives, by halving the window of cells that are left."""
-    window = levels.split(1, -1)  # of the cells between neighbours
+    k = levels.shape[-1]
+    window = [levels[..., i : i + 1] for i in range(k)]  # of the cells between neighbours
     while len(window) > 2:
         cells = len(window) - 1
         half = (cells + 1) // 2
         second = cells - half  # the halves share a cell where they must
         above = x > window[second]
         pairs = zip(window[second:], window[: half + 1], strict=True)
-        window = tuple(torch.where(above, upper, lower) for upper, lower in pairs)
+        window = [torch.where(above, upper, lower) for upper, lower in pairs]
     return window[0], window[-1]
 
 

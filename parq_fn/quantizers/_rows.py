@@ -26,12 +26,13 @@ def pieces(x: Tensor, dim: int) -> tuple[Tensor, ...]:
     """x cut along a dimension into pieces of some _PIECE elements; whole under a compiler."""
     if torch.compiler.is_compiling() or x.numel() <= _PIECE:
         return (x,)
-    return x.split(max(1, _PIECE * x.shape[dim] // x.numel()), dim)
+    return torch.split(x, max(1, _PIECE * x.shape[dim] // x.numel()), dim)
 
 
 def run_sums(x: Tensor, run: int, f: Elementwise, *of_row: Tensor) -> Tensor:
     """[r, n // run] float64: the sums of f(x, ...) over runs of a row, what is left over aside."""
-    runs = x[:, : x.shape[1] // run * run].unflatten(1, (-1, run))
+    count = x.shape[1] // run
+    runs = x[:, : count * run].reshape(x.shape[0], count, run)
     own = [t.unsqueeze(-1) for t in of_row]
     return torch.cat([f(piece, *own).sum(-1).double() for piece in pieces(runs, 1)], 1)
 
