@@ -12,8 +12,10 @@ so it stands last of what moves its params.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import field
+from functools import partial
 from typing import Any, NamedTuple
 
 import optree
@@ -49,6 +51,9 @@ class ProxState(NamedTuple):
     lr_sum: Tensor  # [], float64: sum of the learning rates so far, where they are known
     levels: PyTree  # [r, k] for each param, in its dtype; zeros until a step has fitted them
 
+
+#: (u [r, n], levels [r, k], coefficient) -> weights [r, n].
+RowMap = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _PER_TENSOR = per_tensor()
 
@@ -142,6 +147,14 @@ class Prox(Link):
         """Latent rows [r, n], levels [r, k] -> weights [r, n]."""
         raise NotImplementedError(f"{type(self).__name__} must define proxmap")
 
+    def proxmap_at(self, coefficient: float) -> RowMap:
+        """What gives the weights of `proxmap` at this coefficient, perhaps with less work.
+
+        For a compiled program, which cannot read the coefficient that it is given.
+        """
+        del coefficient
+        return self.proxmap
+
     # The transformation.
 
     def init(self, params: PyTree) -> ProxState:
@@ -217,10 +230,22 @@ class Prox(Link):
 
         return state._replace(levels=tree_map(fit, state.levels, latents))
 
+    def active(self, state: ProxState) -> Tensor:
+        """Whether the map makes the weights; else they are the params."""
+        step = state.count - 1
+        return (step >= self.warmup) & (step >= self.begins)
+
+    def divisor(self, state: ProxState) -> Tensor | None:
+        """What map and quantizer divide the latent by, if by anything."""
+        if not self.shrink:
+            return None
+        if self.normal_map is not None:
+            return as_scalar(self.normal_map)
+        return state.lr_sum.clamp(min=1.0)
+
     def weights(self, state: ProxState, params: PyTree) -> PyTree:
         """map(params / shrink, levels, coefficient); the params before warmup and annealing."""
-        step = state.count - 1
-        active = (step >= self.warmup) & (step >= self.begins)
+        active = self.active(state)
         known = concrete(active)
         if known is False:
             return params
@@ -265,14 +290,25 @@ class Prox(Link):
         return torch.zeros_like(step)
 
     def _rows(self, latent: Tensor, state: ProxState, granularity: Granularity) -> Tensor:
-        if not self.shrink:
-            return granularity.rows(latent)
-        if self.normal_map is not None:
-            divisor = as_scalar(self.normal_map)
-        else:
-            divisor = state.lr_sum.clamp(min=1.0)
-        wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
-        return granularity.rows(wide / to_device(divisor, wide))
+        return granularity.rows(shrunk(latent, self.divisor(state)))
+
+
+def shrunk(latent: Tensor, divisor: Tensor | None) -> Tensor:
+    """The latent over the divisor, in float32 or better; itself where there is none."""
+    if divisor is None:
+        return latent
+    wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
+    return wide / to_device(divisor, wide)
+
+
+def _hard(u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+    del coefficient
+    return proxmaps.hard(u, levels)
+
+
+_parq, _soft, _binary_relax = (
+    partial(f, sharp=False) for f in (proxmaps.parq, proxmaps.soft, proxmaps.binary_relax)
+)
 
 
 @value
@@ -293,8 +329,11 @@ class hard_prox(Prox):
         return 0
 
     def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        return _hard(u, levels, coefficient)
+
+    def proxmap_at(self, coefficient: float) -> RowMap:
         del coefficient
-        return proxmaps.hard(u, levels)
+        return _hard
 
 
 @value
@@ -364,6 +403,9 @@ class parq_prox(_Annealed):
     def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
         return proxmaps.parq(u, levels, coefficient)
 
+    def proxmap_at(self, coefficient: float) -> RowMap:
+        return _hard if coefficient <= 0 else _parq
+
 
 @value
 class soft_prox(_Annealed):
@@ -395,6 +437,9 @@ class soft_prox(_Annealed):
     def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
         return proxmaps.soft(u, levels, coefficient)
 
+    def proxmap_at(self, coefficient: float) -> RowMap:
+        return _hard if coefficient == math.inf else _soft
+
 
 @value
 class binary_relax_prox(_Annealed):
@@ -415,6 +460,9 @@ class binary_relax_prox(_Annealed):
 
     def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
         return proxmaps.binary_relax(u, levels, coefficient)
+
+    def proxmap_at(self, coefficient: float) -> RowMap:
+        return _hard if coefficient >= 1 else _binary_relax
 
 
 @value
@@ -446,6 +494,9 @@ class proxquant_prox(_Annealed):
     def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
         return proxmaps.proxquant(u, levels, coefficient)
 
+    def proxmap_at(self, coefficient: float) -> RowMap:
+        return _hard if coefficient == math.inf else proxmaps.proxquant
+
 
 @value
 class custom_prox(Prox):
@@ -472,3 +523,7 @@ class custom_prox(Prox):
 
     def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
         return self.map(u, levels, coefficient)
+
+    def proxmap_at(self, coefficient: float) -> RowMap:
+        del coefficient
+        return self.map

@@ -14,7 +14,6 @@ in the model.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +26,7 @@ from parq_fn.checks import SHARE, check_numbers
 from parq_fn.links import times
 from parq_fn.optim.base_optimizer import steps_apart, template_of, widened
 from parq_fn.optim.groups import check_group, is_quantized, link_of
+from parq_fn.optim.passes import Job, Pass
 from parq_fn.optim.state import (
     Group,
     after_load,
@@ -55,16 +55,6 @@ _OWN = ("updates", *_QUANTIZED)
 _UNFIT = (torch.optim.LBFGS, torch.optim.SparseAdam)
 
 
-def _map(link: Prox, state: ProxState, latent: Tensor) -> Tensor:
-    weight: Tensor = link.weights(state, [latent])[0]
-    return weight
-
-
-def _refit(link: Prox, state: ProxState, latent: Tensor) -> Tensor:
-    levels: Tensor = link.refit(state, [latent]).levels[0]
-    return levels
-
-
 class QuantOptimizer(Optimizer):
     """A torch.optim optimizer whose quantized parameters hold map(latent, levels, coefficient).
 
@@ -75,7 +65,7 @@ class QuantOptimizer(Optimizer):
     prox: a prox link. Its learning rate is the group's.
     anneal_weight_decay: f in [0, 1]; a quantized group's weight decay is taken times
     f * s + 1 - f, s the inverse slope that the step before left (parq_prox only).
-    compile: maps and fits under torch.compile.
+    compile: the map under torch.compile, with the same weights, bit for bit.
 
     `param_groups` are the base's own, so a learning-rate scheduler may be built on either. A
     quantized group shows "inverse_slope" (the map's coefficient) and "lr_sum" as numbers, of the
@@ -142,7 +132,7 @@ class QuantOptimizer(Optimizer):
         self._written: dict[Tensor, tuple[int, int]] = {}
         self._order: list[list[Tensor]] = []
         self._bits: list[tuple[Any, Any]] = []
-        self._build()
+        self._pass = Pass(compile=compile)
         for index, group in enumerate(self.param_groups):
             check_group(group, index)
         if not any(map(is_quantized, self.param_groups)):
@@ -152,12 +142,6 @@ class QuantOptimizer(Optimizer):
             )
         for i in range(len(self.param_groups)):
             self._adopt(i)
-
-    def _build(self) -> None:
-        self._map, self._refit = _map, _refit
-        if self.compile:
-            self._map = torch.compile(_map, fullgraph=True)
-            self._refit = torch.compile(_refit, fullgraph=True)
 
     # Groups and their parameters.
 
@@ -309,10 +293,11 @@ class QuantOptimizer(Optimizer):
                     continue
                 self._wrote(p)
                 if mine.numel():
-                    entries = self.state[p]
-                    wrote = self._mapped(self.link(group), p, _prox_state(entries))
+                    link, state = self.link(group), _prox_state(self.state[p])
+                    job = self._job(link, p)._replace(weight=torch.empty_like(mine))
+                    self._pass(link, state, [job])
                     latent = local(self._latents[p])
-                    latent.copy_(taken_over(latent, mine, wrote))
+                    latent.copy_(taken_over(latent, mine, job.weight))
 
     # The step.
 
@@ -415,32 +400,33 @@ class QuantOptimizer(Optimizer):
 
     def _map_group(self, group: Group) -> None:
         link, rate = self.link(group), _rate(group)
-        advanced: dict[tuple[int, float], ProxState] = {}
-        for p in group["params"]:
-            if not p.requires_grad:
-                continue
+        trained = [p for p in group["params"] if p.requires_grad]
+        by_state: dict[tuple[int, float], list[Tensor]] = {}
+        for p in trained:  # those that were never frozen share theirs
             entries = self.state[p]
-            key = int(entries["count"]), float(entries["lr_sum"])
-            if key not in advanced:  # parameters that were never frozen share theirs
-                advanced[key] = link.advance(_prox_state(entries), rate)
-            state = advanced[key]._replace(levels=[entries["levels"]])
+            by_state.setdefault((int(entries["count"]), float(entries["lr_sum"])), []).append(p)
+        for params in by_state.values():
+            state = link.advance(_prox_state(self.state[params[0]]), rate)
             if concrete(link.due(state)) is not False:
-                entries["levels"] = self._refit(link, state, gathered(entries["latent"]))
-            mine = local(p)
-            if mine.numel():
-                mine.copy_(self._mapped(link, p, state))
-            entries.update(_scalars(state))
-            self._wrote(p)
-        if advanced:
-            _show(group, advanced[max(advanced)])
+                for p in params:
+                    self._refit(link, state, self.state[p])
+            self._pass(link, state, [self._job(link, p) for p in params])
+            for p in params:
+                self.state[p].update(_scalars(state))
+                self._wrote(p)
+        if by_state:
+            longest = by_state[max(by_state)][0]
+            _show(group, _prox_state(self.state[longest]))
 
-    def _mapped(self, link: Prox, p: Tensor, state: ProxState) -> Tensor:
-        """The weights of this rank's part of a parameter."""
+    def _refit(self, link: Prox, state: ProxState, entries: dict[str, Any]) -> None:
+        state = state._replace(levels=[entries["levels"]])
+        entries["levels"] = link.refit(state, [gathered(entries["latent"])]).levels[0]
+
+    def _job(self, link: Prox, p: Tensor) -> Job:
+        """The map of this rank's part of a parameter."""
         entries, part = self.state[p], part_of(p, link.granularity)
-        if part.granularity is not link.granularity:
-            link = dataclasses.replace(link, granularity=part.granularity)
-        state = state._replace(levels=[entries["levels"][part.rows]])
-        return self._map(link, state, local(entries["latent"]))
+        latent, levels = local(entries["latent"]), entries["levels"][part.rows]
+        return Job(latent, levels, part.granularity, local(p))
 
     # Saving and loading.
 
@@ -507,14 +493,13 @@ class QuantOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         names = "defaults state param_groups base prox anneal_weight_decay compile _latents _order"
         own = {name: self.__dict__[name] for name in [*names.split(), "_bits"]}
-        return {"_links": {}, "_written": {}, **own}
+        return {"_links": {}, "_written": {}, "_pass": Pass(compile=self.compile), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for p, latent in self._latents.items():
             if latent is not p:
                 self.state[p]["latent"] = latent.detach()  # pickle parts what shared memory
-        self._build()
 
 
 def _bits_of(group: Group) -> tuple[Any, Any]:

@@ -47,14 +47,17 @@ def check_dtype(who: str, p: Tensor, latent: Tensor, name: str) -> None:
         )
 
 
-def chunks(sizes: Mapping[Any, int]) -> list[list[Any]]:
-    """The keys, in runs whose sizes sum to no more than the largest of them.
+def chunks(sizes: Mapping[Any, int], bound: int | None = None) -> list[list[Any]]:
+    """The keys, in runs whose sizes sum to no more than the bound, by default the largest of them;
+    one that is larger stands alone.
 
     >>> chunks({"a": 3, "b": 1, "c": 2, "d": 1})
     [['a'], ['b', 'c'], ['d']]
     """
     runs: list[list[Any]] = []
-    bound, total = max(sizes.values(), default=0), 0
+    total = 0
+    if bound is None:
+        bound = max(sizes.values(), default=0)
     for key, size in sizes.items():
         if not runs or total + size > bound:
             runs.append([])

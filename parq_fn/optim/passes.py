@@ -1,0 +1,199 @@
+"""The prox pass of a step: latents in, weights out, of many parameters at once.
+
+It reads and writes memory and computes little, so that its cost is how often it goes through
+memory and how many operations it starts. `plain` is what it does, a parameter at a time with
+tensors of the parameter's size in between. `Pass` gives the same, bit for bit:
+
+- a large parameter a piece at a time, so that what lies in between stays in the cache, or with
+  `compile` in one loop that reads the latent and writes the weight;
+- small parameters together, copied into the rows of one buffer that is mapped whole.
+
+A compiled program is made for a map, a number of levels and dtypes, and serves rows of any number
+and length; steps, learning rates and coefficients are tensors to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from parq_fn.granularity import Granularity
+from parq_fn.optim.state import chunks
+from parq_fn.prox import Prox, ProxState, RowMap, shrunk
+from parq_fn.scalar import concrete
+
+_PIECE = 1 << 17  # elements that are mapped at a time
+_WIDTH = 1 << 10  # of the rows that a long row is cut into
+_SMALL = 1 << 12  # elements of a parameter that is mapped with others
+_TOGETHER = 1 << 16  # elements of those mapped at once
+
+
+class Job(NamedTuple):
+    """A parameter, or what a rank holds of it."""
+
+    latent: Tensor
+    levels: Tensor  # [r, k], of its rows
+    granularity: Granularity
+    weight: Tensor  # of the latent's shape; written to
+
+
+def plain(link: Prox, state: ProxState, jobs: Sequence[Job]) -> None:
+    """weight <- link.weights(state, latent), for each of the jobs."""
+    for latent, levels, granularity, weight in jobs:
+        own = dataclasses.replace(link, granularity=granularity)
+        weight.copy_(own.weights(state._replace(levels=[levels]), [latent])[0])
+
+
+class _Rows(NamedTuple):
+    """A job as rows of both its tensors, which share their memory or are copied back."""
+
+    latent: Tensor  # [r, n]
+    levels: Tensor  # [r, k]
+    weight: Tensor  # [r, n]
+    job: Job
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What rows that are mapped together have in common."""
+        tensors = self.latent, self.levels, self.weight
+        return self.latent.device, self.levels.shape[1], *(t.dtype for t in tensors)
+
+
+class Pass:
+    """`plain`, faster. What it keeps from call to call are compiled programs.
+
+    compile: with torch.compile.
+    """
+
+    def __init__(self, *, compile: bool = False):
+        self.compile = compile
+        self._programs: dict[Any, Callable[..., None]] = {}
+
+    def __call__(self, link: Prox, state: ProxState, jobs: Sequence[Job]) -> None:
+        """weight <- link.weights(state, latent), for each of the jobs."""
+        jobs = [job for job in jobs if job.weight.numel()]
+        active = concrete(link.active(state))
+        if active is None:  # a count on a device, which is not waited for
+            plain(link, state, jobs)
+        elif not active:
+            for job in jobs:
+                job.weight.copy_(job.latent)
+        else:
+            self._map(link, state, list(map(_rows_of, jobs)))
+
+    def _map(self, link: Prox, state: ProxState, all_rows: list[_Rows]) -> None:
+        small: dict[Any, list[_Rows]] = {}
+        for rows in all_rows:
+            if rows.latent.numel() <= _SMALL:
+                width = 1 << (rows.latent.shape[1] - 1).bit_length()
+                small.setdefault((width, *rows.kind), []).append(rows)
+            else:
+                self._run(link, state, rows.latent, rows.levels, rows.weight)
+        for (width, *_), together in small.items():
+            sizes = {i: rows.latent.shape[0] * width for i, rows in enumerate(together)}
+            for chunk in chunks(sizes, _TOGETHER):
+                self._run_together(link, state, [together[i] for i in chunk], width)
+        for rows in all_rows:
+            if rows.weight.data_ptr() != rows.job.weight.data_ptr():
+                rows.job.weight.copy_(rows.job.granularity.restore(rows.weight, rows.job.weight))
+
+    def _run_together(
+        self, link: Prox, state: ProxState, together: list[_Rows], width: int
+    ) -> None:
+        if len(together) == 1:
+            (rows,) = together
+            self._run(link, state, rows.latent, rows.levels, rows.weight)
+            return
+        shapes = [rows.latent.shape for rows in together]
+        size = sum(r for r, _ in shapes), width
+        latent = together[0].latent.new_zeros(size)
+        weight = together[0].weight.new_empty(size)
+        torch._foreach_copy_(_cut(latent, shapes), [rows.latent for rows in together])
+        self._run(link, state, latent, torch.cat([rows.levels for rows in together]), weight)
+        torch._foreach_copy_([rows.weight for rows in together], _cut(weight, shapes))
+
+    def _run(
+        self, link: Prox, state: ProxState, latent: Tensor, levels: Tensor, weight: Tensor
+    ) -> None:
+        """One map of rows of a latent."""
+        divisor = link.divisor(state)
+        if not self.compile:
+            for piece in _pieces(latent, levels, weight):
+                _write(link.proxmap, *piece, state.slope, divisor)
+            return
+        dtype = torch.promote_types(torch.promote_types(latent.dtype, levels.dtype), torch.float32)
+        row_map = link.proxmap_at(float(state.slope.to(dtype)))
+        r, k = levels.shape
+        dtypes = latent.dtype, levels.dtype, weight.dtype
+        key = _identity(row_map), r == 1, k, dtypes, divisor is None
+        if key not in self._programs:
+            self._programs[key] = _compiled(row_map)
+        self._programs[key](latent, levels, weight, state.slope, divisor)
+
+
+def _rows_of(job: Job) -> _Rows:
+    latent, weight = job.granularity.rows(job.latent), job.granularity.rows(job.weight)
+    if weight.data_ptr() != job.weight.data_ptr():  # a copy
+        weight = torch.empty_like(weight)
+    return _Rows(latent, job.levels, weight, job)
+
+
+def _cut(buffer: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The rows of a buffer, as parts of these shapes."""
+    parts = torch.split(buffer, [r for r, _ in shapes])
+    return [part[:, :n] for part, (_, n) in zip(parts, shapes, strict=True)]
+
+
+def _pieces(
+    latent: Tensor, levels: Tensor, weight: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Pieces of rows of a latent, with their levels, that fit into a processor's cache."""
+    r, n = latent.shape
+    if latent.device.type != "cpu" or r * n <= _WIDTH:
+        yield latent, levels, weight
+    elif r == 1 or n > _PIECE:
+        whole = n // _WIDTH * _WIDTH
+        for i in range(r):
+            for a in range(0, whole, _PIECE):
+                part = slice(a, min(a + _PIECE, whole))
+                tall = latent[i, part].view(-1, _WIDTH), weight[i, part].view(-1, _WIDTH)
+                yield tall[0], levels[i : i + 1].expand(len(tall[0]), -1), tall[1]
+            yield latent[i : i + 1, whole:], levels[i : i + 1], weight[i : i + 1, whole:]
+    else:
+        step = max(1, _PIECE // n)
+        for a in range(0, r, step):
+            yield latent[a : a + step], levels[a : a + step], weight[a : a + step]
+
+
+def _write(
+    row_map: RowMap,
+    latent: Tensor,
+    levels: Tensor,
+    weight: Tensor,
+    coefficient: Tensor,
+    divisor: Tensor | None,
+) -> None:
+    weight.copy_(row_map(shrunk(latent, divisor), levels, coefficient))
+
+
+def _compiled(row_map: RowMap) -> Callable[..., None]:
+    def run(
+        latent: Tensor, levels: Tensor, weight: Tensor, coefficient: Tensor, divisor: Tensor | None
+    ) -> None:
+        _write(row_map, latent, levels, weight, coefficient, divisor)
+
+    # a code object of its own, for a compiler counts the programs of each and stops at eight
+    own: Any = FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
+    program: Callable[..., None] = torch.compile(own, fullgraph=True, dynamic=True)
+    return program
+
+
+def _identity(row_map: Any) -> Any:
+    """A key for the map; of a link's method, for that link."""
+    owner = getattr(row_map, "__self__", None)
+    return row_map if owner is None else (row_map.__func__, id(owner))

@@ -1,0 +1,191 @@
+"""The prox pass in its fast forms gives what the plain one gives, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import parq_fn as pf
+from parq_fn.optim import passes
+from parq_fn.optim.passes import Job, Pass, plain
+from parq_fn.prox import Prox, ProxState
+
+SPAN: dict[str, Any] = {"anneal_start": 2, "anneal_end": 10}
+LINKS: dict[str, Any] = {
+    "hard": lambda q, **more: pf.hard_prox(q, **more),
+    "parq": lambda q, **more: pf.parq_prox(q, **SPAN, **more),
+    "parq clipped": lambda q, **more: pf.parq_prox(q, clipped_start=True, **SPAN, **more),
+    "soft": lambda q, **more: pf.soft_prox(q, **SPAN, **more),
+    "binary_relax": lambda q, **more: pf.binary_relax_prox(q, **SPAN, **more),
+    "proxquant": lambda q, **more: pf.proxquant_prox(q, strength=0.1, **SPAN, **more),
+    "custom": lambda q, **more: pf.custom_prox(
+        q, pf.proxmaps.binary_relax, pf.schedules.linear(0.0, 1.0, 0, 9), **more
+    ),
+}
+SHAPES = [(3,), (), (64,), (2, 4), (64, 64), (40, 96), (1, 5), (5000,), (300, 700), (0, 4)]
+
+
+def jobs_of(link: Prox, latents: list[Tensor], dtype: torch.dtype) -> list[Job]:
+    made = []
+    for latent in latents:
+        rows = link.granularity.rows(latent)
+        levels = link.quantizer.fit(rows).to(dtype)
+        weight = torch.full_like(latent, torch.nan, dtype=dtype)
+        made.append(Job(latent, levels, link.granularity, weight))
+    return made
+
+
+def state_at(link: Prox, step: int) -> ProxState:
+    """As after the update with that count."""
+    state = link.init([])._replace(
+        count=torch.tensor(step), lr_sum=torch.tensor(1.7, dtype=torch.float64)
+    )
+    return link.advance(state, torch.tensor(0.25, dtype=torch.float64))
+
+
+def both(fast: Pass, link: Prox, state: ProxState, jobs: list[Job]) -> None:
+    """Asserts that both forms write the same, and nothing else."""
+    wanted = [job._replace(weight=job.weight.clone()) for job in jobs]
+    before = [(job.latent.clone(), job.levels.clone()) for job in jobs]
+    plain(link, state, wanted)
+    fast(link, state, jobs)
+    for job, want, (latent, levels) in zip(jobs, wanted, before, strict=True):
+        assert torch.equal(job.weight, want.weight), (link, job.latent.shape, state)
+        assert job.weight.stride() == want.weight.stride()
+        assert torch.equal(job.latent, latent)
+        assert torch.equal(job.levels, levels)
+
+
+@given(
+    st.sampled_from(sorted(LINKS)),
+    st.sampled_from([pf.lsbq(1), pf.lsbq(0), pf.uniform(2), pf.lsbq(4), pf.uniform(6)]),
+    st.sampled_from([pf.per_tensor(), pf.per_channel()]),
+    st.lists(st.sampled_from(SHAPES), max_size=6),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.booleans(),
+    st.integers(0, 12),
+    st.integers(0, 2**20),
+)
+def test_in_pieces_and_together(
+    kind, quantizer, granularity, shapes, dtype, shrink, step, seed
+) -> None:
+    link = LINKS[kind](quantizer, granularity=granularity, shrink=shrink, learning_rate=0.1)
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    latents = [torch.randn(shape, generator=generator, dtype=wide) for shape in shapes]
+    both(Pass(), link, state_at(link, step), jobs_of(link, latents, dtype))
+
+
+@pytest.mark.parametrize("n", [1023, 1024, 1 << 17, (1 << 17) + 1, (1 << 18) + 1500])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_of_any_length(n: int, rows: int) -> None:
+    torch.manual_seed(0)
+    link = LINKS["parq"](pf.lsbq(2), granularity=pf.per_channel())
+    both(Pass(), link, state_at(link, 6), jobs_of(link, [torch.randn(rows, n)], torch.float32))
+
+
+def test_blocks_kernels_and_other_orders_of_memory() -> None:
+    torch.manual_seed(0)
+    kernel = torch.randn(16, 8, 3, 3)
+    latents = [
+        kernel,
+        kernel.to(memory_format=torch.channels_last),
+        torch.randn(70, 90).t(),
+        torch.randn(4, 4, 3, 3).to(memory_format=torch.channels_last),
+        torch.randn(2, 4).t(),
+    ]
+    link = LINKS["parq"](pf.lsbq(2), granularity=pf.per_channel())
+    both(Pass(), link, state_at(link, 6), jobs_of(link, latents, torch.float32))
+    link = LINKS["parq"](pf.lsbq(2), granularity=pf.per_block(32))
+    latents = [torch.randn(96), torch.randn(3, 64), torch.randn(700, 320)]
+    both(Pass(), link, state_at(link, 6), jobs_of(link, latents, torch.float32))
+
+
+def test_what_is_not_finite_stays_in_its_row() -> None:
+    torch.manual_seed(0)
+    link = LINKS["parq"](pf.lsbq(2), granularity=pf.per_channel())
+    jobs = jobs_of(link, [torch.randn(8, 16), torch.randn(4, 16), torch.randn(4, 9)], torch.float32)
+    for job in jobs:
+        job.latent[1, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+    wanted = [job._replace(weight=job.weight.clone()) for job in jobs]
+    state = state_at(link, 6)
+    plain(link, state, wanted)
+    Pass()(link, state, jobs)
+    for job, want in zip(jobs, wanted, strict=True):
+        torch.testing.assert_close(job.weight, want.weight, rtol=0, atol=0, equal_nan=True)
+        assert int(job.weight.isnan().sum()) == 1
+
+
+def test_counts_that_cannot_be_read_are_left_to_the_plain_form(monkeypatch) -> None:
+    torch.manual_seed(0)
+    link = LINKS["parq"](pf.lsbq(2))
+    monkeypatch.setattr(passes, "concrete", lambda _: None)  # as of a count on a device
+    both(Pass(), link, state_at(link, 6), jobs_of(link, [torch.randn(50, 99)], torch.float32))
+
+
+VIEWS = {"view", "alias", "slice", "split_with_sizes"}
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations that are dispatched, views aside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def operations(count: int, shapes: list[tuple[int, ...]]) -> int:
+    """That a pass over so many parameters of each shape takes."""
+    torch.manual_seed(0)
+    link = LINKS["parq"](pf.lsbq(2))
+    latents = [torch.randn(shape) for shape in shapes for _ in range(count)]
+    state, jobs = state_at(link, 6), jobs_of(link, latents, torch.float32)
+    with Counting() as seen:
+        Pass()(link, state, jobs)
+    return seen.count
+
+
+def test_many_small_parameters_take_the_operations_of_one() -> None:
+    one = operations(1, [(16, 16)])
+    assert operations(200, [(16, 16)]) <= one + 8
+    assert operations(100, [(16, 16), (15, 17)]) <= one + 8  # 256 and 255 elements
+    assert operations(100, [(16, 16), (5,), (40, 40)]) <= 6 * (one + 8)  # widths, and batches
+
+
+# Compiled: what is slow to compile is compiled once.
+
+
+@pytest.mark.parametrize("kind", ["hard", "parq", "binary_relax", "proxquant", "custom"])
+def test_compiled(kind: str) -> None:
+    torch.manual_seed(0)
+    fast = Pass(compile=True)
+    latents = [torch.randn(s) for s in [(64, 64), (60, 90), (5000,), (8, 8), (64,), (63,)]]
+    for granularity in (pf.per_tensor(), pf.per_channel()):
+        link = LINKS[kind](pf.lsbq(2), granularity=granularity)
+        for step in (0, 3, 6, 12):
+            both(fast, link, state_at(link, step), jobs_of(link, latents, torch.float32))
+
+
+def test_one_program_serves_every_step_shape_and_learning_rate() -> None:
+    torch.manual_seed(0)
+    fast = Pass(compile=True)
+    link = LINKS["parq"](pf.lsbq(2), granularity=pf.per_channel(), shrink=True, learning_rate=0.1)
+
+    def run(step: int, shapes: list[tuple[int, ...]]) -> None:
+        jobs = jobs_of(link, [torch.randn(shape) for shape in shapes], torch.float32)
+        state = state_at(link, step)
+        state = state._replace(lr_sum=state.lr_sum + step)
+        both(fast, link, state, jobs)
+
+    run(3, [(64, 96), (50, 100)])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in (4, 5, 8):
+            run(step, [(64, 96), (33, 777), (128, 65), (7, 5001)])
