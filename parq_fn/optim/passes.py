@@ -6,7 +6,8 @@ tensors of the parameter's size in between. `Pass` gives the same, bit for bit:
 
 - a large parameter a piece at a time, so that what lies in between stays in the cache, or with
   `compile` in one loop that reads the latent and writes the weight;
-- small parameters together, copied into the rows of one buffer that is mapped whole.
+- small parameters together, copied into the rows of one buffer that is mapped whole; `refit`
+  fits their levels together too.
 
 A compiled program is made for a map, a number of levels and dtypes, and serves rows of any number
 and length; steps, learning rates and coefficients are tensors to it.
@@ -22,10 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parq_fn.granularity import Granularity
+from parq_fn.granularity import Granularity, per_channel
 from parq_fn.optim.state import chunks
 from parq_fn.prox import Prox, ProxState, RowMap, shrunk
 from parq_fn.scalar import concrete
+from parq_fn.sharded import gathered
 
 _PIECE = 1 << 17  # elements that are mapped at a time
 _WIDTH = 1 << 10  # of the rows that a long row is cut into
@@ -47,6 +49,28 @@ def plain(link: Prox, state: ProxState, jobs: Sequence[Job]) -> None:
     for latent, levels, granularity, weight in jobs:
         own = dataclasses.replace(link, granularity=granularity)
         weight.copy_(own.weights(state._replace(levels=[levels]), [latent])[0])
+
+
+def refit(
+    link: Prox, state: ProxState, latents: Sequence[Tensor], levels: Sequence[Tensor]
+) -> list[Tensor]:
+    """link.refit of each latent, bit for bit: of small ones with rows of one length together."""
+    found: dict[int, Tensor] = {}
+    small: dict[Any, dict[int, Tensor]] = {}
+    for i, (latent, old) in enumerate(zip(latents, levels, strict=True)):
+        if 0 < latent.numel() <= _SMALL:
+            rows = link.granularity.rows(gathered(latent))
+            small.setdefault((rows.shape[1], rows.dtype, old.dtype, old.device), {})[i] = rows
+        else:
+            found[i] = link.refit(state._replace(levels=[old]), [latent]).levels[0]
+    of_rows = dataclasses.replace(link, granularity=per_channel())
+    for together in small.values():
+        for chunk in chunks({i: rows.numel() for i, rows in together.items()}, _TOGETHER):
+            own = state._replace(levels=[torch.cat([levels[i] for i in chunk])])
+            new = of_rows.refit(own, [torch.cat([together[i] for i in chunk])]).levels[0]
+            parts = torch.split(new, [len(together[i]) for i in chunk])
+            found.update(zip(chunk, (part.clone() for part in parts), strict=True))
+    return [found[i] for i in range(len(latents))]
 
 
 class _Rows(NamedTuple):

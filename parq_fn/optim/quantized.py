@@ -26,7 +26,7 @@ from parq_fn.checks import SHARE, check_numbers
 from parq_fn.links import times
 from parq_fn.optim.base_optimizer import steps_apart, template_of, widened
 from parq_fn.optim.groups import check_group, is_quantized, link_of
-from parq_fn.optim.passes import Job, Pass
+from parq_fn.optim.passes import Job, Pass, refit
 from parq_fn.optim.state import (
     Group,
     after_load,
@@ -47,7 +47,7 @@ from parq_fn.optim.state import (
 )
 from parq_fn.prox import Prox, ProxState, parq_prox
 from parq_fn.scalar import as_scalar, concrete, new_count
-from parq_fn.sharded import gathered, local, part_of
+from parq_fn.sharded import local, part_of
 
 #: The entries of a parameter's state that are ours; the others are the base optimizer's.
 _QUANTIZED = ("latent", "levels", "count", "slope", "lr_sum")
@@ -408,8 +408,10 @@ class QuantOptimizer(Optimizer):
         for params in by_state.values():
             state = link.advance(_prox_state(self.state[params[0]]), rate)
             if concrete(link.due(state)) is not False:
-                for p in params:
-                    self._refit(link, state, self.state[p])
+                entries = [self.state[p] for p in params]
+                columns = ([one[key] for one in entries] for key in ("latent", "levels"))
+                for one, levels in zip(entries, refit(link, state, *columns), strict=True):
+                    one["levels"] = levels
             self._pass(link, state, [self._job(link, p) for p in params])
             for p in params:
                 self.state[p].update(_scalars(state))
@@ -417,10 +419,6 @@ class QuantOptimizer(Optimizer):
         if by_state:
             longest = by_state[max(by_state)][0]
             _show(group, _prox_state(self.state[longest]))
-
-    def _refit(self, link: Prox, state: ProxState, entries: dict[str, Any]) -> None:
-        state = state._replace(levels=[entries["levels"]])
-        entries["levels"] = link.refit(state, [gathered(entries["latent"])]).levels[0]
 
     def _job(self, link: Prox, p: Tensor) -> Job:
         """The map of this rank's part of a parameter."""

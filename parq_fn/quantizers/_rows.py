@@ -18,7 +18,7 @@ from parq_fn.scalar import is_plain
 #: Of elements and of tensors [r, 1], the same for all elements of a row.
 Elementwise = Callable[..., Tensor]
 
-_PIECE = 1 << 17  # elements of a piece
+_PIECE = 1 << 18  # elements of a piece
 _RUN = 1024  # elements that are summed in the dtype of the rows, before sums go on in float64
 
 

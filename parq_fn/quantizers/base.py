@@ -67,7 +67,8 @@ class Quantizer(Value):
     def _fit(self, x: Tensor) -> Tensor:
         top = largest(x)
         finite = top.isfinite()
-        if concrete(finite.all()) is not True:
+        usable = concrete(finite.all())
+        if not usable:
             x, top = torch.where(finite, x, 0.0), torch.where(finite, top, 0.0)
         scale = power_of_two(top)
         near = self.homogeneous and concrete(((top > 2.0**-32) & (top < 2.0**32)).all())
@@ -77,7 +78,8 @@ class Quantizer(Value):
                 f"{self!r}: levels(x) has shape {tuple(levels.shape)}, expected "
                 f"{(*x.shape[:-1], self.num_levels)}: [r, num_levels]"
             )
-        return torch.where(finite, levels if near else levels * scale, torch.nan)
+        levels = levels if near else levels * scale
+        return levels if usable else torch.where(finite, levels, torch.nan)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Levels [r, k] of rows [r, n], in their dtype, sorted.

@@ -110,7 +110,7 @@ class lsbq(Quantizer):
             return optimal_levels(x, self.bits)
         start = [self.multiplier * mean(x, torch.abs)] if self.bits == 0 else greedy(x, self.bits)
         if self.method == "greedy":
-            return with_zero(start[0]) if self.bits == 0 else all_sums(start).sort(-1).values
+            return with_zero(start[0]) if self.bits == 0 else in_order(all_sums(start))
         codes = _codes(self.bits, x)
         return alternate(x, torch.cat(start, -1), codes)
 
@@ -129,7 +129,7 @@ def greedy(x: Tensor, bits: int) -> list[Tensor]:
 def _left(x: Tensor, *v: Tensor) -> Tensor:
     left = x.abs()
     for part in v:
-        left = (left - part).abs()
+        left = (left - part).abs_()
     return left
 
 

@@ -1,26 +1,51 @@
-"""Medians of repeated runs, and tables of them."""
+"""Medians of repeated runs, ratios of them, what work holds in memory, and tables."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch.profiler import ProfilerActivity, profile, record_function
 
-def seconds(work: Callable[[], Any], repeats: int, least: float = 0.05) -> list[float]:
+Work = Callable[[], Any]
+
+
+def seconds(work: Work, repeats: int, least: float = 0.05) -> list[float]:
     """The time of one call, `repeats` times over as many calls as take `least` seconds."""
-    work()
+    return interleaved({"": work}, repeats, least)[""]
+
+
+def interleaved(
+    works: Mapping[str, Work], repeats: int, least: float = 0.05, before: Work | None = None
+) -> dict[str, list[float]]:
+    """The time of one call of each work, taken in turns, so that what else the machine does falls
+    on all alike. `before` runs untimed before each call, and then each call is timed alone."""
+    calls = {}
+    for name, work in works.items():
+        _once(work, before)
+        took = _once(work, before)
+        calls[name] = 1 if before is not None else max(1, round(least / max(took, 1e-9)))
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            if before is not None:
+                found[name].append(_once(work, before))
+                continue
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                work()
+            found[name].append((time.perf_counter() - start) / calls[name])
+    return found
+
+
+def _once(work: Work, before: Work | None) -> float:
+    if before is not None:
+        before()
     start = time.perf_counter()
     work()
-    calls = max(1, round(least / max(time.perf_counter() - start, 1e-9)))
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(calls):
-            work()
-        found.append((time.perf_counter() - start) / calls)
-    return found
+    return time.perf_counter() - start
 
 
 def ratio(of: Sequence[float], to: Sequence[float]) -> tuple[float, float]:
@@ -30,6 +55,26 @@ def ratio(of: Sequence[float], to: Sequence[float]) -> tuple[float, float]:
     quarter = len(each) // 4
     spread = (each[-1 - quarter] - each[quarter]) / 2
     return statistics.median(of) / statistics.median(to), spread
+
+
+def peak(prepare: Callable[[], Work]) -> int:
+    """The most bytes held at once during the work that was prepared, besides those from before.
+
+    What is freed is known only if it was made under the same profiler.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work = prepare()
+        with record_function("work"):
+            work()
+    events = seen.profiler.kineto_results.events()
+    begin = next(e.start_ns() for e in events if e.name() == "work")
+    held = before = most = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        if event.start_ns() < begin:
+            before = most = held
+        most = max(most, held)
+    return most - before
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

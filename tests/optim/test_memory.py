@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
+from tests.benchmarks.measure import peak
 
 SPAN: dict[str, Any] = {"anneal_start": 0, "anneal_end": 20, "period": 2}
 LARGEST = 256 * 128
@@ -26,26 +26,6 @@ LINKS: dict[str, tuple[pf.Prox, float]] = {
     "optimal": (pf.parq_prox(pf.lsbq(2, "optimal"), **SPAN), 22),
     "lloyd_max": (pf.binary_relax_prox(pf.lloyd_max(2), **SPAN), 26),
 }
-
-
-def peak(prepare: Callable[[], Callable[[], Any]]) -> int:
-    """The most bytes held at once during the work that was prepared, besides those from before.
-
-    What is freed is known only if it was made under the same profiler.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        work = prepare()
-        with record_function("work"):
-            work()
-    events = seen.profiler.kineto_results.events()
-    begin = next(e.start_ns() for e in events if e.name() == "work")
-    held = before = most = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        if event.start_ns() < begin:
-            before = most = held
-        most = max(most, held)
-    return most - before
 
 
 def training(link: pf.Prox, count: int, dtype: torch.dtype) -> tuple[QuantOptimizer, list[Tensor]]:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import parq_fn as pf
 from parq_fn.optim import passes
-from parq_fn.optim.passes import Job, Pass, plain
+from parq_fn.optim.passes import Job, Pass, plain, refit
 from parq_fn.prox import Prox, ProxState
 
 SPAN: dict[str, Any] = {"anneal_start": 2, "anneal_end": 10}
@@ -130,6 +130,56 @@ def test_counts_that_cannot_be_read_are_left_to_the_plain_form(monkeypatch) -> N
 
 
 VIEWS = {"view", "alias", "slice", "split_with_sizes"}
+
+
+QUANTIZERS = [
+    pf.lsbq(2),
+    pf.lsbq(0),
+    pf.lsbq(2, "optimal"),
+    pf.lsbq(3, "alternating"),
+    pf.lsbq(2, center=True),
+    pf.uniform(3),
+    pf.asymmetric(2),
+    pf.max_uniform(3),
+    pf.ternary_uniform(),
+    pf.lloyd_max(2),
+]
+
+
+@given(
+    st.sampled_from(QUANTIZERS),
+    st.sampled_from([pf.per_tensor(), pf.per_channel(), pf.per_block(4)]),
+    st.lists(st.sampled_from([(8, 8), (64,), (4, 16), (7, 12), (60, 4), (100, 40)]), max_size=9),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.booleans(),
+    st.integers(0, 2**20),
+)
+def test_small_parameters_get_their_levels_together(
+    quantizer, granularity, shapes, dtype, bad, seed
+) -> None:
+    link = LINKS["parq"](quantizer, granularity=granularity, shrink=True, learning_rate=0.1)
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    latents = [torch.randn(shape, generator=generator, dtype=wide) for shape in shapes]
+    if bad and latents:
+        latents[0].view(-1)[0] = torch.nan
+    for step in (0, 7):
+        state = state_at(link, step)
+        old = [torch.ones_like(job.levels) for job in jobs_of(link, latents, dtype)]
+        found = refit(link, state, latents, old)
+        for latent, levels, got in zip(latents, old, found, strict=True):
+            want = link.refit(state._replace(levels=[levels]), [latent]).levels[0]
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+            assert got.untyped_storage().nbytes() == got.numel() * got.element_size()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 31, 100, 255, 1000, 1023, 1024, 1500, 4096])
+def test_a_row_has_the_levels_it_has_alone(n: int) -> None:
+    """Sums over a row must not hang on how many rows there are."""
+    rows = torch.randn(37, n, generator=torch.Generator().manual_seed(n))
+    for quantizer in QUANTIZERS:
+        alone = torch.cat([quantizer.fit(row[None]) for row in rows])
+        assert torch.equal(quantizer.fit(rows), alone), quantizer
 
 
 class Counting(TorchDispatchMode):

@@ -1,0 +1,62 @@
+"""What a benchmark found, against what it is held to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from tests.benchmarks.measure import table
+
+
+class Found(NamedTuple):
+    """A figure."""
+
+    group: str
+    case: str
+    what: str  # and its unit
+    value: float
+    spread: float = 0.0
+    limit: float | None = None  # None: not held to any
+    at_most: bool = True  # else at least
+
+    @property
+    def met(self) -> bool | None:
+        """Whether it keeps its limit; None without one."""
+        if self.limit is None:
+            return None
+        return self.value <= self.limit if self.at_most else self.value >= self.limit
+
+    @property
+    def cells(self) -> list[str]:
+        """The row of a table."""
+        shown = f"{self.value:.3g}" if self.value < 100 else f"{self.value:.0f}"
+        spread = f"+- {self.spread:.2g}" if self.spread else ""
+        limit = ""
+        if self.limit is not None:
+            limit = f"{'<=' if self.at_most else '>='} {self.limit:g}"
+        verdict = {None: "", True: "met", False: "MISSED"}[self.met]
+        return [self.case, self.what, shown, spread, limit, verdict]
+
+
+def show(found: Iterable[Found]) -> str:
+    """A table of one group's figures."""
+    return table([["case", "figure", "value", "", "limit", ""], *(one.cells for one in found)])
+
+
+def overall(found: Iterable[Found]) -> list[Found]:
+    """The geometric means over all passes that were held against the peer's, refits among them."""
+    made = []
+    for form, limit in (("eager", 2.0), ("compiled", 10.0)):
+        values = [one.value for one in found if one.what == f"{form}, times faster"]
+        if values:
+            what = f"{form}, times faster, geometric mean"
+            case = f"all {len(values)} passes against the peer"
+            made.append(Found("all", case, what, geometric_mean(values), 0.0, limit, False))
+    return made
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """exp(mean(log))."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))

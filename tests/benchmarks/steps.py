@@ -1,0 +1,186 @@
+"""Whole steps of QuantOptimizer(AdamW), against AdamW alone and the published optimizer; the
+functional loop; what a step holds in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import parq_fn as pf
+from parq_fn.optim import QuantOptimizer
+from tests.benchmarks import peer
+from tests.benchmarks.measure import interleaved, peak, ratio
+from tests.benchmarks.report import Found
+from tests.benchmarks.shapes import LISTS, Shapes
+
+SPAN: dict[str, Any] = {"anneal_start": 0, "anneal_end": 1_000_000}
+NEVER = 1_000_000  # the period of steps that are not to refit, after the first
+
+
+def link(period: int, granularity: pf.Granularity | None = None) -> pf.Prox:
+    return pf.parq_prox(
+        pf.lsbq(2), period=period, granularity=granularity or pf.per_tensor(), **SPAN
+    )
+
+
+def parameters(shapes: Shapes) -> list[Tensor]:
+    """Gaussian, with gradients."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, generator=generator) / 10) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator) / 100
+    return params
+
+
+def adamw(params: list[Tensor], fused: bool) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in params if p.dim() > 1], "quant_bits": 2},
+        {"params": [p for p in params if p.dim() < 2]},
+    ]
+    return torch.optim.AdamW(groups, lr=1e-3, fused=fused)
+
+
+def optimizers(shapes: Shapes, period: int, fused: bool, compiled: bool) -> dict[str, Any]:
+    """Each with parameters of its own, after two steps."""
+    made: dict[str, Any] = {"base": adamw(parameters(shapes), fused)}
+    made["eager"] = QuantOptimizer(adamw(parameters(shapes), fused), link(period))
+    if compiled:
+        base = adamw(parameters(shapes), fused)
+        made["compiled"] = QuantOptimizer(base, link(period), compile=True)
+    if peer.available:
+        base = adamw(parameters(shapes), fused)
+        made["peer"] = peer.optimizer(base, pf.lsbq(2), "parq", period, channel=False)
+    for optimizer in made.values():
+        for _ in range(2):
+            optimizer.step()
+    return made
+
+
+def check(made: dict[str, Any]) -> None:
+    """Eager and compiled have the same parameters and states, bit for bit."""
+    if "compiled" not in made:
+        return
+    one, other = made["eager"], made["compiled"]
+    for group, like in zip(one.param_groups, other.param_groups, strict=True):
+        for p, q in zip(group["params"], like["params"], strict=True):
+            assert torch.equal(p, q)
+            for key, entry in one.state[p].items():
+                assert torch.equal(entry, other.state[q][key]), key
+
+
+def steps(
+    name: str, shapes: Shapes, period: int, fused: bool, repeats: int, compiled: bool
+) -> Iterator[Found]:
+    """The time of a step, against that of the base optimizer alone."""
+    made = optimizers(shapes, period, fused, compiled)
+    before = {key: int(_count(one)) for key, one in made.items() if key in ("eager", "compiled")}
+    times = interleaved({key: one.step for key, one in made.items()}, repeats, least=0)
+    taken = {key: int(_count(made[key])) - at for key, at in before.items()}
+    if len(set(taken.values())) == 1:
+        check(made)
+    kind = "refit every step" if period == 1 else "plain step"
+    base = "AdamW(fused=True)" if fused else "AdamW"
+    held = name == "transformer" and period != 1 and not fused
+    for key in times.keys() - {"base"}:
+        value, spread = ratio(times[key], times["base"])
+        limit = {"eager": 2.5, "compiled": 1.5}.get(key) if held else None
+        yield Found("steps", f"{name}, {kind}", f"{key}, {base}'s time", value, spread, limit)
+
+
+def _count(optimizer: QuantOptimizer) -> Tensor:
+    state: Tensor = optimizer.state[optimizer.param_groups[0]["params"][0]]["updates"]
+    return state
+
+
+def small(repeats: int, compiled: bool) -> Iterator[Found]:
+    """Three hundred parameters of 16 by 16."""
+    yield from steps("300 of 16 x 16", [(16, 16)] * 300, NEVER, False, repeats, compiled)
+    yield from steps("300 of 16 x 16", [(16, 16)] * 300, 1, False, repeats, compiled)
+
+
+def compilation() -> Iterator[Found]:
+    """The first step with compile=True of 200 parameters, each of another shape; then others."""
+    shapes: Shapes = [(32 + i, 48 + i) for i in range(200)]
+    torch.compiler.reset()
+    for name, granularity in (("tensor", pf.per_tensor()), ("channel", pf.per_channel())):
+        base = adamw(parameters(shapes), fused=False)
+        optimizer = QuantOptimizer(base, link(2, granularity), compile=True)
+        start = time.perf_counter()
+        optimizer.step()
+        took = time.perf_counter() - start
+        yield Found("compile", f"200 parameters, {name}", "seconds, first step", took, 0.0, 60.0)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for _ in range(4):
+                optimizer.param_groups[0]["lr"] *= 0.9
+                optimizer.step()
+
+
+def memory(shapes: Shapes) -> Iterator[Found]:
+    """The most that a step holds besides parameters and states, against the largest parameter."""
+    largest = 4 * max(torch.Size(shape).numel() for shape in shapes)
+    for period, kind in ((NEVER, "plain step"), (1, "refit")):
+        names = ["base", "eager"] + ["peer"] * peer.available
+        for name in names:
+
+            def prepare(name: str = name, period: int = period) -> Any:
+                return optimizers(shapes, period, False, False)[name].step
+
+            value = peak(prepare) / largest
+            yield Found("memory", f"ResNet-18, {kind}", f"{name}, largest parameters", value)
+
+
+def loop(shapes: Shapes, repeats: int) -> Iterator[Found]:
+    """update, apply_updates and weights of the functional core, against AdamW's step."""
+    params = {f"p{i}": p.detach().clone() for i, p in enumerate(parameters(shapes))}
+    grads = {name: torch.full_like(p, 1e-3) for name, p in params.items()}
+    mask = {name: p.dim() > 1 for name, p in params.items()}
+    transform = pf.chain(pf.adamw(1e-3), pf.masked(link(10), mask))
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = transform.update(grads, state, params)
+        params = pf.apply_updates(params, updates)
+        return params, state, transform.weights(state, params)
+
+    state = transform.init(params)
+    compiled = torch.compile(step, fullgraph=True)
+    start = time.perf_counter()
+    got = compiled(params, state, grads)
+    took = time.perf_counter() - start
+    yield Found("loop", f"functional, {len(params)} parameters", "seconds to compile", took)
+    want = step(params, state, grads)
+    torch.testing.assert_close(got[0], want[0])  # fits sum in another order here
+    torch.testing.assert_close(pf.read(got[1], "levels"), pf.read(want[1], "levels"))
+    own = parameters(shapes)
+    base = adamw(own, fused=False)
+    base.step()
+    works = {
+        "eager": partial(step, params, want[1], grads),
+        "compiled": partial(compiled, params, got[1], grads),
+        "base": base.step,
+    }
+    times = interleaved(works, repeats, least=0)
+    for name in ("eager", "compiled"):
+        value, spread = ratio(times[name], times["base"])
+        yield Found("loop", "functional, plain step", f"{name}, AdamW's time", value, spread)
+
+
+def run(size: str, repeats: int) -> Iterator[Found]:
+    """The groups of this module."""
+    tiny = size == "tiny"
+    networks = {"tiny": lambda: [(8, 4, 3, 3), (64, 64), (64,)]} if tiny else LISTS
+    for name, shapes in networks.items():
+        for period in (NEVER, 1):
+            for fused in (False, True):
+                yield from steps(name, shapes(), period, fused, repeats, compiled=not tiny)
+    if not tiny:
+        yield from small(repeats, compiled=True)
+        yield from compilation()
+    first = next(iter(networks.values()))()
+    yield from memory(first)
+    if not tiny:
+        yield from loop(first, repeats)
