@@ -27,7 +27,8 @@ def as_scalar(value: float | Tensor, like: Tensor | None = None) -> Tensor:
     """The value as a tensor: numbers become float64 on the device of `like`."""
     if isinstance(value, Tensor):
         return value
-    return torch.tensor(value, dtype=torch.float64, device="cpu" if like is None else like.device)
+    device = "cpu" if like is None else like.device
+    return torch.full((), value, dtype=torch.float64, device=device)  # waits for no device
 
 
 def at(value: Scalar, count: Tensor) -> Tensor:

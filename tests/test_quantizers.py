@@ -446,3 +446,52 @@ def test_alternating_levels_do_not_hang_on_the_order_of_a_row(center: bool) -> N
     quantizer = pf.lsbq(3, "alternating", center=center)
     for order in itertools.permutations(range(6)):
         assert torch.equal(quantizer(row[None, list(order)]), quantizer(row[None]))
+
+
+@pytest.mark.parametrize("far", [1.0, 2.0**31, 2.0**33, 2.0**-31, 2.0**-33, 2.0**100, 2.0**-100])
+def test_levels_of_rows_that_are_scaled_first_are_the_same(far: float) -> None:
+    """What `homogeneous` says of a quantizer: it may see rows as they are, or scaled."""
+    quantizers = [pf.uniform(3), pf.max_uniform(3), pf.asymmetric(2), pf.ternary_uniform()]
+    quantizers += [pf.lsbq(b, m) for b in (0, 1, 2) for m in ("greedy", "optimal", "alternating")]
+    quantizers += [pf.lloyd_max(2), pf.lloyd_max(3, symmetric=False), pf.lsbq(3, center=True)]
+    rows = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    rows[1] *= 1e-3
+    rows[2] = 0
+    for quantizer in quantizers:
+        assert quantizer.homogeneous
+        assert torch.equal(quantizer.fit(rows * far), quantizer.fit(rows) * far), quantizer
+
+
+def test_a_quantizer_that_does_not_say_so_sees_scaled_rows() -> None:
+    seen = []
+
+    class watching(pf.Quantizer):
+        num_levels = 1
+
+        def levels(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return x[:, :1]
+
+    watching().fit(torch.tensor([[3.0, -5.0], [0.25, 0.0]]))
+    assert seen[0].tolist() == [[0.75, -1.25], [1.0, 0.0]]
+    assert not pf.Quantizer.homogeneous
+
+
+def test_a_long_row_is_split_where_a_short_one_is() -> None:
+    """Optimal splits are searched in pieces, of which the first best counts."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, (1 << 18) + 77, generator=generator, dtype=torch.float64).abs()
+    for bits in (0, 2):
+        levels = pf.lsbq(bits, "optimal").fit(x)
+        positive = levels[:, 2:]
+        data = x.sort(-1).values
+        sums = data.cumsum(-1)
+        n = x.shape[1]
+        j = torch.arange(1, n, dtype=torch.float64)
+        gain = (sums[:, -1:] - sums[:, :-1]).square() / (n - j)
+        gain += sums[:, :-1].square() / j if bits == 2 else 0
+        best = gain.argmax(-1, keepdim=True)
+        above = (sums[:, -1:] - sums.gather(1, best)) / (n - 1 - best)
+        below = sums.gather(1, best) / (best + 1)
+        want = torch.cat([below, above], 1) if bits == 2 else above
+        torch.testing.assert_close(positive, want, rtol=1e-10, atol=0)

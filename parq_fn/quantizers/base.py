@@ -13,6 +13,8 @@ from parq_fn.scalar import concrete
 from parq_fn.traits import QuantizerTraits
 from parq_fn.value import Value, value
 
+_FAR = 2.0**32  # up to here, and down to its inverse, squares and sums are in range
+
 
 @value
 class Quantizer(Value):
@@ -34,7 +36,8 @@ class Quantizer(Value):
     tensor([[-3.,  3.]])
     """
 
-    #: Whether levels(2^i x) = 2^i levels(x), bit for bit; then rows near 1 are not scaled.
+    #: Whether levels(2^i x) = 2^i levels(x), bit for bit; then only rows far from 1 are scaled,
+    #: which takes a copy of them.
     homogeneous: ClassVar[bool] = False
 
     @property
@@ -71,7 +74,7 @@ class Quantizer(Value):
         if not usable:
             x, top = torch.where(finite, x, 0.0), torch.where(finite, top, 0.0)
         scale = power_of_two(top)
-        near = self.homogeneous and concrete(((top > 2.0**-32) & (top < 2.0**32)).all())
+        near = self.homogeneous and concrete(((top * _FAR > 1) & (top < _FAR)).all())
         levels = self.levels(x if near else x / scale)
         if levels.shape != (*x.shape[:-1], self.num_levels):
             raise ValueError(

@@ -1,1 +1,1 @@
-"""Measurements, as ratios within one process; each module is run with python -m."""
+"""Measurements, as ratios within one process: python -m tests.benchmarks."""

@@ -1,0 +1,337 @@
+"""Thirty-two trainings as one program: learning rates, steepnesses, ends of annealing and seeds.
+
+    python -m examples.sweep
+    python -m examples.sweep --model conv --one-by-one
+
+A perceptron of 64, 128 and 10 units (or a small convolutional network) is trained on
+scikit-learn's 8x8 scans of handwritten digits with weights of one or more bits, once for every
+setting. Hyperparameters are tensors to a transformation, so that one training step, written for
+one setting, is batched over all of them by `torch.vmap` and compiled by `torch.compile`.
+
+Prints the test accuracy of every setting over its seeds, writes that table as JSON, and draws it.
+With --one-by-one the same step, compiled too, also trains the settings one after another, and
+the times are compared. Their results are held to those of the sweep with --dtype float64; in
+float32 roundings of the two grow apart where weights are about to jump to a level. The same call
+gives the same table again on the same machine and number of threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+import parq_fn as pq
+from examples.qat_simple import Data, at_least, load_data
+from parq_fn.tree import tree_map
+
+Params = dict[str, Tensor]
+
+
+class Setting(NamedTuple):
+    """What a run is given, each [] or, of a sweep, [runs]."""
+
+    learning_rate: Tensor  # float64
+    steepness: Tensor  # float64
+    anneal_end: Tensor  # float64, in steps
+    seed: Tensor  # int64
+
+
+# Two networks, as functions of their weights.
+
+
+def perceptron(weights: Params, images: Tensor) -> Tensor:
+    hidden = F.relu(images.flatten(1) @ weights["hidden"].T + weights["hidden_bias"])
+    return hidden @ weights["out"].T + weights["out_bias"]
+
+
+def convolutional(weights: Params, images: Tensor) -> Tensor:
+    x = F.relu(F.conv2d(images, weights["conv1"], weights["conv1_bias"], padding=1))
+    x = F.relu(F.conv2d(x, weights["conv2"], weights["conv2_bias"], stride=2, padding=1))
+    return x.mean((2, 3)) @ weights["out"].T + weights["out_bias"]
+
+
+MODELS: dict[str, tuple[Callable[[Params, Tensor], Tensor], dict[str, tuple[int, ...]]]] = {
+    "perceptron": (
+        perceptron,
+        {"hidden": (128, 64), "hidden_bias": (128,), "out": (10, 128), "out_bias": (10,)},
+    ),
+    "conv": (
+        convolutional,
+        {
+            "conv1": (16, 1, 3, 3),
+            "conv1_bias": (16,),
+            "conv2": (32, 16, 3, 3),
+            "conv2_bias": (32,),
+            "out": (10, 32),
+            "out_bias": (10,),
+        },
+    ),
+}
+
+
+def start(model: str, seed: int, dtype: torch.dtype) -> Params:
+    """Kaiming's normal start; biases are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, shape in MODELS[model][1].items():
+        made[name] = torch.zeros(shape)
+        if len(shape) > 1:
+            spread = math.sqrt(2 / math.prod(shape[1:]))
+            made[name] = spread * torch.randn(shape, generator=generator)
+    return {name: p.to(dtype) for name, p in made.items()}
+
+
+# One step, and one test, of one setting.
+
+
+class Sweep(NamedTuple):
+    """What all runs share."""
+
+    model: str
+    bits: int
+    anneal_start: int
+
+    def transform(self, setting: Setting) -> pq.Transformation:
+        prox = pq.parq_prox(
+            pq.lsbq(self.bits),
+            anneal_start=self.anneal_start,
+            anneal_end=setting.anneal_end,
+            steepness=setting.steepness,
+            granularity=pq.per_channel(),
+        )
+        matrices = [name for name, shape in MODELS[self.model][1].items() if len(shape) > 1]
+        return pq.chain(pq.adamw(setting.learning_rate), pq.masked(prox, matrices))
+
+    def begin(self, setting: Setting, params: Params) -> Any:
+        return self.transform(setting).init(params)
+
+    def step(
+        self, setting: Setting, params: Params, state: Any, images: Tensor, labels: Tensor
+    ) -> tuple[Params, Any]:
+        transform, network = self.transform(setting), MODELS[self.model][0]
+
+        def loss(weights: Params) -> Tensor:
+            return F.cross_entropy(network(weights, images), labels)
+
+        _, grads = pq.value_and_grad(loss, transform)(params, state)
+        updates, state = transform.update(grads, state, params)
+        return pq.apply_updates(params, updates), state
+
+    def test(self, test: Data, setting: Setting, params: Params, state: Any) -> Tensor:
+        """The test accuracy in percent."""
+        weights = self.transform(setting).weights(state, params)
+        right = MODELS[self.model][0](weights, test.images).argmax(1) == test.labels
+        return 100 * right.float().mean()
+
+
+def stacked(trees: Sequence[Params]) -> Params:
+    """One tree of all of them, stacked."""
+    return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
+
+
+def order_of(seeds: Tensor, steps: int, size: int, images: int) -> Tensor:
+    """[steps, runs, size]: the images of every batch; runs of one seed share theirs."""
+    own = {}
+    for seed in seeds.unique().tolist():
+        generator = torch.Generator().manual_seed(seed)
+        epochs = math.ceil(steps * size / images) + 1
+        shuffled = [torch.randperm(images, generator=generator) for _ in range(epochs)]
+        own[seed] = torch.cat(shuffled)[: steps * size].view(steps, size)
+    return torch.stack([own[seed] for seed in seeds.tolist()], 1)
+
+
+class Found(NamedTuple):
+    """What came of the runs."""
+
+    params: Params  # [runs, ...], latent
+    accuracy: Tensor  # [runs], percent
+    seconds: float  # of the steps after the first
+
+
+def at_once(
+    sweep: Sweep, settings: Setting, orders: Tensor, train: Data, test: Data, disable: bool | None
+) -> Found:
+    """All settings in every step."""
+    seeds = settings.seed.tolist()
+    params = stacked([start(sweep.model, seed, train.images.dtype) for seed in seeds])
+    state = torch.vmap(sweep.begin)(settings, params)
+    state = tree_map(torch.clone, state)  # what was the same for all is laid out for each
+    step = torch.compile(torch.vmap(sweep.step), fullgraph=True)
+    seconds = 0.0
+    for i, index in enumerate(tqdm(orders, f"{len(seeds)} runs at once", disable=disable)):
+        began = time.perf_counter()
+        images, labels = train.images[index], train.labels[index]
+        params, state = step(settings, params, state, images, labels)
+        seconds += time.perf_counter() - began if i else 0.0
+    accuracy = torch.vmap(partial(sweep.test, test))(settings, params, state)
+    return Found(params, accuracy, seconds)
+
+
+def one_by_one(
+    sweep: Sweep, settings: Setting, orders: Tensor, train: Data, test: Data, disable: bool | None
+) -> Found:
+    """One setting after the other, by the same compiled step."""
+    step = torch.compile(sweep.step, fullgraph=True)
+    seconds, ended, scores = 0.0, [], []
+    for i in tqdm(range(len(settings.seed)), "one after another", disable=disable):
+        setting = Setting(*(field[i] for field in settings))
+        params = start(sweep.model, int(setting.seed), train.images.dtype)
+        state = sweep.begin(setting, params)
+        for j, index in enumerate(orders[:, i]):
+            began = time.perf_counter()
+            images, labels = train.images[index], train.labels[index]
+            params, state = step(setting, params, state, images, labels)
+            seconds += time.perf_counter() - began if j else 0.0
+        ended.append(params)
+        scores.append(sweep.test(test, setting, params, state))
+    return Found(stacked(ended), torch.stack(scores), seconds)
+
+
+def hold(found: Found, alone: Found, dtype: torch.dtype) -> None:
+    """Raises AssertionError where the sweep's results are not those of the runs alone."""
+    apart = (found.accuracy - alone.accuracy).abs().max().item()
+    print(f"accuracies of runs at once and alone differ by up to {apart:.2f}", file=sys.stderr)
+    if dtype == torch.float64:
+        for name, p in alone.params.items():
+            assert torch.allclose(found.params[name], p, rtol=1e-5, atol=1e-8), name
+
+
+# What is printed and drawn.
+
+
+def settings_of(args: argparse.Namespace, steps: int) -> Setting:
+    """The grid, seeds last."""
+    ends = [round(share * steps) for share in args.anneal_end]
+    grid = list(itertools.product(args.lr, args.steepness, ends, range(args.seeds)))
+    *real, seeds = zip(*grid, strict=True)
+    return Setting(*(torch.tensor(c, dtype=torch.float64) for c in real), torch.tensor(seeds))
+
+
+def table(settings: Setting, accuracy: Tensor, seeds: int) -> list[dict[str, float]]:
+    """A row for each setting: mean and standard deviation over its seeds."""
+    rows = []
+    for first in range(0, len(accuracy), seeds):
+        own = accuracy[first : first + seeds]
+        rows.append(
+            {
+                "learning_rate": float(settings.learning_rate[first]),
+                "steepness": float(settings.steepness[first]),
+                "anneal_end": float(settings.anneal_end[first]),
+                "mean": float(own.mean()),
+                "deviation": float(own.std()) if seeds > 1 else 0.0,
+            }
+        )
+    return rows
+
+
+def draw(settings: Setting, accuracy: Tensor, seeds: int, title: str) -> Figure:
+    """Every run's accuracy against its learning rate, a panel for each end of annealing."""
+    ends, steeps = settings.anneal_end.unique().tolist(), settings.steepness.unique().tolist()
+    rates = settings.learning_rate.unique().tolist()
+    figure = Figure(figsize=(1.5 + 4.0 * len(ends), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(ends), sharey=True, squeeze=False)[0]
+    colors, markers = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"], "osD^"
+    for panel, end in zip(panels, ends, strict=True):
+        for k, steepness in enumerate(steeps):
+            here = (settings.anneal_end == end) & (settings.steepness == steepness)
+            aside = 0.16 * (k - (len(steeps) - 1) / 2)
+            at = [rates.index(rate) + aside for rate in settings.learning_rate[here].tolist()]
+            own = accuracy[here]
+            style = {"color": colors[k % 4], "marker": markers[k % 4], "linestyle": "none"}
+            panel.plot(at, own, **style, alpha=0.5, markersize=5)
+            means = own.view(-1, seeds).mean(1)
+            panel.plot(at[::seeds], means, **style, markersize=9, label=f"steepness {steepness:g}")
+        panel.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+        panel.set(xlabel="learning rate", xlim=(-0.5, len(rates) - 0.5))
+        panel.set_title(f"annealed until step {end:g}")
+        panel.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("test accuracy (%)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(steeps), frameon=False)
+    figure.suptitle(f"{title}; small marks are seeds, large ones their mean")
+    return figure
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    about = "Trains many settings of a small network on 8x8 digits in one compiled program."
+    parser = argparse.ArgumentParser("python -m examples.sweep", description=about)
+
+    def flag(name: str, default: Any, text: str, **options: Any) -> None:
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        text = f"{text} (default: {'off' if default is False else shown})"
+        parser.add_argument(name, default=default, help=text, **options)
+
+    several = {"type": at_least(1e-9), "nargs": "+"}
+    flag("--model", "perceptron", "what is trained", choices=tuple(MODELS))
+    flag("--quant-bits", 1, "bits of a weight, 0 to 8; 0 is ternary", type=int, choices=range(9))
+    flag("--lr", [0.003, 0.01], "learning rates", **several)
+    flag("--steepness", [5.0, 50.0], "steepnesses of the annealing", **several)
+    flag("--anneal-end", [0.5, 0.9], "ends of the annealing, as shares of all steps", **several)
+    flag("--seeds", 4, "seeds of the start and the batches, 0 and on", type=at_least(1, int))
+    flag("--steps", 400, "steps of a run", type=at_least(10, int))
+    flag("--batch-size", 32, "images in a step", type=at_least(1, int))
+    flag("--one-by-one", False, "also train them one after another", action="store_true")
+    text = "of weights and states"
+    flag("--dtype", "float32", text, choices=("float32", "float64"))
+    flag("--threads", 1, "CPU threads", type=at_least(1, int))
+    flag("--save-dir", Path("runs/sweep"), "folder for figure and table", type=Path)
+    flag("--no-progress", False, "no progress bars", action="store_true")
+    args = parser.parse_args(argv)
+    late = [share for share in args.anneal_end if not 0.1 < share <= 1]
+    if late:
+        parser.error(f"--anneal-end: expected shares above 0.1, up to 1, got {late}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
+    """Trains the grid, prints the table, writes it and the figure."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    train, test = (Data(data.images.to(dtype), data.labels) for data in load_data(0))
+    settings = settings_of(args, args.steps)
+    orders = order_of(settings.seed, args.steps, args.batch_size, len(train.labels))
+    sweep = Sweep(args.model, args.quant_bits, round(0.1 * args.steps))
+    inputs = sweep, settings, orders, train, test, args.no_progress or None
+    found = at_once(*inputs)
+    rows = table(settings, found.accuracy, args.seeds)
+    print("learning rate  steepness  annealed until  test accuracy (%)")
+    for row in rows:
+        print(
+            f"{row['learning_rate']:>13g}{row['steepness']:>11g}{row['anneal_end']:>16g}"
+            f"{row['mean']:>12.2f} +- {row['deviation']:.2f}"
+        )
+    report: dict[str, Any] = {"arguments": vars(args), "table": rows, "seconds": found.seconds}
+    runs = f"{len(orders[0])} runs of {args.steps} steps"
+    print(f"{runs} at once: {found.seconds:.1f} s", file=sys.stderr)
+    if args.one_by_one:
+        alone = one_by_one(*inputs)
+        hold(found, alone, dtype)
+        report["seconds_one_by_one"] = alone.seconds
+        ratio = alone.seconds / found.seconds
+        print(f"one after another: {alone.seconds:.1f} s, {ratio:.1f} times", file=sys.stderr)
+    args.save_dir.mkdir(parents=True, exist_ok=True)
+    title = f"{runs}, {args.model} at {'ternary' if not args.quant_bits else args.quant_bits} bit"
+    figure = draw(settings, found.accuracy, args.seeds, title)
+    figure.savefig(args.save_dir / "sweep.png", dpi=150)
+    (args.save_dir / "sweep.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
+    print(f"saved in {args.save_dir}", file=sys.stderr)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

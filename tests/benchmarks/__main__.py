@@ -1,0 +1,92 @@
+"""All benchmarks, or some: what parq_fn's parts take, as ratios within one process.
+
+python -m tests.benchmarks [pass fits steps sweep gpu] [--tiny] [--repeats 7] [--json FILE]
+
+The published package is measured beside them where it is installed: pip install -e '.[bench]'.
+On the same inputs it is asserted that eager and compiled forms agree bit for bit, and with
+float64 to rounding. Ends with an error where a figure misses its limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks import fits, gpu, peer, prox_pass, steps, sweep
+from tests.benchmarks.report import Found, overall, show
+
+GROUPS = {
+    "pass": prox_pass.run,
+    "fits": fits.run,
+    "steps": steps.run,
+    "sweep": sweep.run,
+    "gpu": gpu.run,
+}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures are of."""
+    return {
+        "threads": torch.get_num_threads(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchao": peer.version(),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; all by default")
+    parser.add_argument("--tiny", action="store_true", help="small inputs, nothing held to a limit")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each (default: 7)")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    args = parser.parse_args(argv)
+    unknown = set(args.groups) - set(GROUPS)
+    if unknown:
+        parser.error(f"no such group: {', '.join(sorted(unknown))}; they are {', '.join(GROUPS)}")
+    # the peer's own, of its parts that are not used here
+    warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors")
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    # A training step has freed tensors of many sizes before; glibc then keeps what is freed, and
+    # does not ask the system for fresh pages again and again.
+    torch.zeros(7 << 20)
+    print(json.dumps(machine()), flush=True)
+    found: list[Found] = []
+    start = time.perf_counter()
+    for name in args.groups or GROUPS:
+        own: list[Found] = []
+        for one in GROUPS[name]("tiny" if args.tiny else "full", args.repeats):
+            own.append(one._replace(limit=None) if args.tiny else one)
+            seconds = time.perf_counter() - start
+            print(f"{seconds:4.0f} s  {name}: {one.case}", file=sys.stderr, flush=True)
+        if own:
+            print(f"\n{name}\n{show(own)}", flush=True)
+        found += own
+    found += overall(found) if not args.tiny else []
+    if found and found[-1].group == "all":
+        print(f"\n{show([one for one in found if one.group == 'all'])}")
+    if args.json is not None:
+        figures = [{**one._asdict(), "met": one.met} for one in found]
+        report = {"machine": machine(), "repeats": args.repeats, "figures": figures}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    missed = [one for one in found if one.met is False]
+    held = sum(one.limit is not None for one in found)
+    print(f"\n{held - len(missed)} of {held} limits met; {time.perf_counter() - start:.0f} s")
+    if missed:
+        print(show(missed))
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

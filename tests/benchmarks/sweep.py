@@ -1,0 +1,44 @@
+"""Thirty-two runs in one compiled program, against the same runs one after another."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from examples.qat_simple import Data, load_data
+from examples.sweep import Sweep, at_once, hold, one_by_one, order_of, parse, settings_of
+from tests.benchmarks.measure import ratio
+from tests.benchmarks.report import Found
+
+
+def compared(model: str, batch: int, steps: int, repeats: int, held: float | None) -> Found:
+    """Times in float32, results in float64."""
+    settings = settings_of(parse([]), steps)
+    sweep = Sweep(model, 1, round(0.1 * steps))
+    times: dict[str, list[float]] = {"once": [], "one": []}
+    for dtype in (torch.float64, *[torch.float32] * repeats):
+        train, test = (Data(data.images.to(dtype), data.labels) for data in load_data(0))
+        orders = order_of(settings.seed, steps, batch, len(train.labels))
+        inputs = sweep, settings, orders, train, test, not sys.stderr.isatty()
+        found, alone = at_once(*inputs), one_by_one(*inputs)
+        if dtype == torch.float64:
+            hold(found, alone, dtype)
+        else:
+            times["once"].append(found.seconds)
+            times["one"].append(alone.seconds)
+    value, spread = ratio(times["one"], times["once"])
+    case = f"{model}, {len(settings.seed)} runs, batches of {batch}"
+    return Found("sweep", case, "times the throughput", value, spread, held, False)
+
+
+def run(size: str, repeats: int) -> Iterator[Found]:
+    """The groups of this module."""
+    if size == "tiny":
+        yield compared("perceptron", 16, 12, 1, None)
+        return
+    for batch in (32, 16, 64):
+        held = 5.0 if batch == 32 else None
+        yield compared("perceptron", batch, 400, min(repeats, 5), held)
+    yield compared("conv", 32, 100, 1, None)

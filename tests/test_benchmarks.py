@@ -1,0 +1,85 @@
+"""The benchmarks run, assert what they assert, and end with an error where a limit is missed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.benchmarks import __main__ as suite
+from tests.benchmarks import peer, prox_pass
+from tests.benchmarks.measure import interleaved, ratio, table
+from tests.benchmarks.report import Found, geometric_mean, overall, show
+
+
+def test_the_suite_runs_on_small_inputs(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(peer, "available", False)
+    file = tmp_path / "figures.json"
+    wanted = ["pass", "fits", "steps", "gpu", "--tiny", "--repeats", "1", "--json", str(file)]
+    assert suite.main(wanted) == 0
+    report = json.loads(file.read_text())
+    groups = {figure["group"] for figure in report["figures"]}
+    assert groups >= {"pass", "fits", "steps", "memory"}
+    assert report["machine"]["torch"] == torch.__version__
+    shown = capsys.readouterr().out
+    assert "parq, 16 levels, channel" in shown
+    assert ("no GPU is at hand" in shown) == (not torch.cuda.is_available())
+
+
+def test_a_missed_limit_is_an_error(monkeypatch, capsys) -> None:
+    found = [Found("g", "a case", "seconds", 2.0, 0.1, 1.0), Found("g", "b", "seconds", 0.5, 0, 1)]
+    monkeypatch.setattr(suite, "GROUPS", {"pass": lambda size, repeats: iter(found)})
+    assert suite.main(["--repeats", "1"]) == 1
+    shown = capsys.readouterr().out
+    assert "1 of 2 limits met" in shown
+    assert "MISSED" in shown
+    with pytest.raises(SystemExit):
+        suite.main(["passes"])
+    assert "no such group: passes; they are pass" in capsys.readouterr().err
+
+
+def test_figures_know_whether_they_keep_their_limit() -> None:
+    assert Found("", "", "", 1.0).met is None
+    assert Found("", "", "", 1.0, 0, 1.0).met is True
+    assert Found("", "", "", 1.1, 0, 1.0).met is False
+    assert Found("", "", "", 1.1, 0, 1.0, at_most=False).met is True
+    assert geometric_mean([1.0, 4.0]) == pytest.approx(2)
+    one, two = (Found("peer", "", "eager, times faster", v) for v in (1.0, 9.0))
+    (mean,) = overall([one, two, Found("peer", "", "eager, mean", 100.0)])
+    assert mean.value == pytest.approx(3)
+    assert mean.met
+    assert "MISSED" not in show([mean])
+
+
+def test_works_are_timed_in_turns_and_set_back_before_each() -> None:
+    seen: list[str] = []
+    works = {name: lambda name=name: seen.append(name) for name in ("a", "b")}
+    times = interleaved(works, 3, before=lambda: seen.append("-"))
+    assert seen[-12:] == ["-", "a", "-", "b"] * 3
+    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
+    assert ratio([2.0, 4.0, 6.0, 8.0], [1.0, 2.0, 3.0, 4.0]) == (2.0, 0.0)
+    assert table([["a", "b"], ["ccc", "d"]]) == "a    b\nccc  d"
+
+
+def test_a_wrong_weight_is_noticed(monkeypatch) -> None:
+    link = prox_pass.LINKS["parq"](prox_pass.QUANTIZERS[4])
+    state, jobs = prox_pass.state_of(link), prox_pass.jobs_of(link, [torch.randn(16, 16)])
+
+    class Wrong(prox_pass.Pass):
+        def __call__(self, link, state, jobs) -> None:
+            super().__call__(link, state, jobs)
+            jobs[0].weight.view(-1)[3] += 1e-6
+
+    prox_pass.check(link, state, jobs, {"right": prox_pass.Pass()})
+    with pytest.raises(AssertionError):
+        prox_pass.check(link, state, jobs, {"wrong": Wrong()})
+
+    def off(link, state, jobs) -> None:
+        for job in jobs:
+            job.weight.copy_(job.latent)
+
+    monkeypatch.setattr(prox_pass, "plain", off)  # far from what float64 gives
+    with pytest.raises(AssertionError):
+        prox_pass.check(link, state, jobs, {})

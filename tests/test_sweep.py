@@ -1,0 +1,50 @@
+"""examples/sweep.py: the same as runs alone, the same again, a table and a figure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.sweep import main
+
+SMALL = ["--steps", "24", "--lr", "0.01", "--anneal-end", "0.5", "--seeds", "2", "--no-progress"]
+
+
+def test_a_sweep_equals_its_runs_one_after_another(tmp_path: Path, capsys) -> None:
+    flags = [*SMALL, "--dtype", "float64", "--one-by-one", "--save-dir", str(tmp_path)]
+    rows = main(flags)  # raises where they differ
+    assert len(rows) == 2
+    assert {row["steepness"] for row in rows} == {5.0, 50.0}
+    assert all(10 < row["mean"] <= 100 for row in rows)
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    report = json.loads((tmp_path / "sweep.json").read_text())
+    assert report["table"] == rows
+    assert report["seconds_one_by_one"] > 0
+    shown = capsys.readouterr()
+    assert "test accuracy (%)" in shown.out
+    assert "differ by up to 0.00" in shown.err
+
+
+def test_a_sweep_gives_the_same_again(tmp_path: Path) -> None:
+    once, again = (main([*SMALL, "--save-dir", str(tmp_path / name)]) for name in "ab")
+    assert once == again
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--anneal-end", "0.05"], "expected shares above 0.1, up to 1, got [0.05]"),
+        (["--seeds", "0"], "expected a whole number from 1 on, got '0'"),
+        (["--lr", "-1"], "expected a number from"),
+        (["--model", "large"], "invalid choice: 'large'"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(flags, message: str, capsys) -> None:
+    threads = torch.get_num_threads()
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert message in capsys.readouterr().err
+    assert torch.get_num_threads() == threads
