@@ -36,6 +36,7 @@ from parq_fn.levels import (
     search,
 )
 from parq_fn.scalar import concrete
+from parq_fn.tanh import tanh
 from parq_fn.traits import ProxTraits, Slopes, declares, unchanged
 
 #: What every map here but `par` declares besides its own.
@@ -223,13 +224,12 @@ def soft(
     v = between(x, q[..., :1], q[..., -1:])
     lo, hi = cell(v, q)
     # sigma(z) - 1/2 = tanh(z/2) / 2, odd and without cancellation.
-    half = 0.5 * hi - 0.5 * lo  # of the width, which may overflow
-    offset = (0.5 * v - 0.5 * lo) / torch.where(half > 0, half, 1.0) - 0.5
+    half = (0.5 * hi - 0.5 * lo).clamp(min=torch.finfo(x.dtype).tiny)  # of the width
+    offset = (0.5 * v - 0.5 * lo) / half - 0.5
     usable = (t > 0) & t.isfinite()
     safe = torch.where(usable, t, 1.0).clamp(min=1e-9)  # below, tanh(z) = z to every digit
-    share = torch.tanh(safe * offset / 2) / torch.tanh(safe / 4)
-    w = midpoint(lo, hi) + half * share
-    w = torch.where(share <= -1, lo, torch.where(share >= 1, hi, w))  # saturated: a level
+    share = 0.5 * (tanh(0.5 * safe * offset) / tanh(0.25 * safe))
+    w = (0.5 - share) * lo + (0.5 + share) * hi  # the ends and their midpoint are met exactly
     w = torch.where(t > 0, between(w, lo, hi), v)
     if sharp is None:
         w = torch.where(t < torch.inf, w, nan_with(v, nearer(v, lo, hi)))

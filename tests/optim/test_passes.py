@@ -213,7 +213,7 @@ def test_many_small_parameters_take_the_operations_of_one() -> None:
 # Compiled: what is slow to compile is compiled once.
 
 
-@pytest.mark.parametrize("kind", ["hard", "parq", "binary_relax", "proxquant", "custom"])
+@pytest.mark.parametrize("kind", ["hard", "parq", "soft", "binary_relax", "proxquant", "custom"])
 def test_compiled(kind: str) -> None:
     torch.manual_seed(0)
     fast = Pass(compile=True)
