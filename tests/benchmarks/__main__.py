@@ -1,6 +1,6 @@
 """All benchmarks, or some: what parq_fn's parts take, as ratios within one process.
 
-python -m tests.benchmarks [pass fits steps sweep gpu] [--tiny] [--repeats 7] [--json FILE]
+python -m tests.benchmarks [pass fits steps sweep gpu] [--tiny] [--repeats 5] [--json FILE]
 
 The published package is measured beside them where it is installed: pip install -e '.[bench]'.
 On the same inputs it is asserted that eager and compiled forms agree bit for bit, and with
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tests.benchmarks", description=__doc__)
     parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; all by default")
     parser.add_argument("--tiny", action="store_true", help="small inputs, nothing held to a limit")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of each (default: 7)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each (default: 5)")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args(argv)
     unknown = set(args.groups) - set(GROUPS)

@@ -98,7 +98,7 @@ def against_copy(elements: int, repeats: int, compiled: bool = True) -> Iterator
                 }
                 works["copy"] = partial(jobs[0].weight.copy_, u)
                 times = interleaved(works, repeats, least=0)
-                check(link, state, jobs, fast)
+                check(link, state, jobs_of(link, [u[: len(u) // 64 + 1]]), fast)
                 for name in fast:
                     limit = 1.25 if k <= 4 else 2.0
                     affine = kind != "soft"  # which computes more than it reads
