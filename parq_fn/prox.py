@@ -36,7 +36,7 @@ from parq_fn.links import times
 from parq_fn.quantizers import Quantizer
 from parq_fn.scalar import Scalar, as_scalar, at, concrete, new_count, to_device
 from parq_fn.sharded import gathered, local, part_of, placed
-from parq_fn.traits import TransformationTraits
+from parq_fn.traits import ProxTraits, TransformationTraits
 from parq_fn.transformation import Link, apply_updates
 from parq_fn.tree import PyTree, check_floating, names_of, tree_map
 from parq_fn.value import same, state_class, value
@@ -152,8 +152,19 @@ class Prox(Link):
 
         For a compiled program, which cannot read the coefficient that it is given.
         """
-        del coefficient
-        return self.proxmap
+        if type(self).proxmap not in _KNOWN:  # a map of a subclass's own
+            return self.proxmap
+        is_sharp, relaxed = _KNOWN[type(self).proxmap]
+        return _hard if is_sharp(coefficient) else relaxed
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether a weight hangs on its own latent and the levels of its row alone, so that rows
+        may be cut and filled up: where the map is one of the library's, or declares traits.
+
+        A rank that holds part of a row maps that part by itself, whatever this says.
+        """
+        return type(self).proxmap in _KNOWN
 
     # The transformation.
 
@@ -331,10 +342,6 @@ class hard_prox(Prox):
     def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
         return _hard(u, levels, coefficient)
 
-    def proxmap_at(self, coefficient: float) -> RowMap:
-        del coefficient
-        return _hard
-
 
 @value
 class _Annealed(Prox):
@@ -403,9 +410,6 @@ class parq_prox(_Annealed):
     def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
         return proxmaps.parq(u, levels, coefficient)
 
-    def proxmap_at(self, coefficient: float) -> RowMap:
-        return _hard if coefficient <= 0 else _parq
-
 
 @value
 class soft_prox(_Annealed):
@@ -437,9 +441,6 @@ class soft_prox(_Annealed):
     def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
         return proxmaps.soft(u, levels, coefficient)
 
-    def proxmap_at(self, coefficient: float) -> RowMap:
-        return _hard if coefficient == math.inf else _soft
-
 
 @value
 class binary_relax_prox(_Annealed):
@@ -460,9 +461,6 @@ class binary_relax_prox(_Annealed):
 
     def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
         return proxmaps.binary_relax(u, levels, coefficient)
-
-    def proxmap_at(self, coefficient: float) -> RowMap:
-        return _hard if coefficient >= 1 else _binary_relax
 
 
 @value
@@ -494,9 +492,6 @@ class proxquant_prox(_Annealed):
     def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
         return proxmaps.proxquant(u, levels, coefficient)
 
-    def proxmap_at(self, coefficient: float) -> RowMap:
-        return _hard if coefficient == math.inf else proxmaps.proxquant
-
 
 @value
 class custom_prox(Prox):
@@ -524,6 +519,17 @@ class custom_prox(Prox):
     def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
         return self.map(u, levels, coefficient)
 
-    def proxmap_at(self, coefficient: float) -> RowMap:
-        del coefficient
-        return self.map
+    @property
+    def elementwise(self) -> bool:
+        own = type(self).proxmap is custom_prox.proxmap
+        return own and isinstance(getattr(self.map, "traits", None), ProxTraits)
+
+
+#: {proxmap: (whether it is hard at a coefficient, what it is at others)}.
+_KNOWN: dict[Any, tuple[Callable[[float], bool], RowMap]] = {
+    hard_prox.proxmap: (lambda _: True, _hard),
+    parq_prox.proxmap: (lambda c: c <= 0, _parq),
+    soft_prox.proxmap: (lambda c: c == math.inf, _soft),
+    binary_relax_prox.proxmap: (lambda c: c >= 1, _binary_relax),
+    proxquant_prox.proxmap: (lambda c: c == math.inf, proxmaps.proxquant),
+}

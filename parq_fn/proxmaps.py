@@ -224,7 +224,8 @@ def soft(
     v = between(x, q[..., :1], q[..., -1:])
     lo, hi = cell(v, q)
     # sigma(z) - 1/2 = tanh(z/2) / 2, odd and without cancellation.
-    half = (0.5 * hi - 0.5 * lo).clamp(min=torch.finfo(x.dtype).tiny)  # of the width
+    limits = torch.finfo(x.dtype)
+    half = (0.5 * hi - 0.5 * lo).clamp(min=limits.tiny * limits.eps)  # of the width
     offset = (0.5 * v - 0.5 * lo) / half - 0.5
     usable = (t > 0) & t.isfinite()
     safe = torch.where(usable, t, 1.0).clamp(min=1e-9)  # below, tanh(z) = z to every digit

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 #: A number, a 0-d tensor, or a schedule of the step count.
 Scalar = float | Tensor | Callable[[Tensor], Tensor]
@@ -70,13 +72,19 @@ def is_plain(tensor: Tensor) -> bool:
     >>> is_plain(torch.ones(2)), is_plain(torch.ones(2, requires_grad=True))
     (True, False)
     """
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or _is_traced():
         return False
     try:
         tensor.numpy()
     except (RuntimeError, TypeError):
         return False
-    return True
+    dual: Any = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call] # torch's own
+    return dual.tangent is None
+
+
+def _is_traced() -> bool:
+    """Whether operations are recorded, by a compiler or a dispatch mode."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def to_device(scalar: Tensor, like: Tensor) -> Tensor:

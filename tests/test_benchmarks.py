@@ -46,7 +46,7 @@ def test_figures_know_whether_they_keep_their_limit() -> None:
     assert Found("", "", "", 1.1, 0, 1.0).met is False
     assert Found("", "", "", 1.1, 0, 1.0, at_most=False).met is True
     assert geometric_mean([1.0, 4.0]) == pytest.approx(2)
-    one, two = (Found("peer", "", "eager, times faster", v) for v in (1.0, 9.0))
+    one, two = (Found("peer", "", "eager, peer's time over ours", v) for v in (1.0, 9.0))
     (mean,) = overall([one, two, Found("peer", "", "eager, mean", 100.0)])
     assert mean.value == pytest.approx(3)
     assert mean.met

@@ -207,3 +207,9 @@ def test_par_stays_on_its_piece_where_sums_are_rounded() -> None:
         for u in (start.nextafter(low - 9), start, start.nextafter(high + 9)):
             w = maps.par(u, q, a)
             assert bool(((low <= w) & (w <= high)).all())
+
+
+def test_soft_reaches_the_end_of_the_narrowest_cell() -> None:
+    levels = torch.tensor([[1e-45, 3e-45]])
+    got = maps.soft(torch.tensor([[-math.inf, math.inf]]), levels, 1000.0)
+    assert torch.equal(got, levels)

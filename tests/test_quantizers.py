@@ -495,3 +495,35 @@ def test_a_long_row_is_split_where_a_short_one_is() -> None:
         below = sums.gather(1, best) / (best + 1)
         want = torch.cat([below, above], 1) if bits == 2 else above
         torch.testing.assert_close(positive, want, rtol=1e-10, atol=0)
+
+
+SEVERAL = [pf.lsbq(1), pf.lsbq(2, "optimal"), pf.lsbq(3, "alternating"), pf.lloyd_max(2)]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's
+@pytest.mark.parametrize("quantizer", SEVERAL, ids=repr)
+def test_levels_have_their_tangent(quantizer) -> None:
+    """Rows are sorted by numpy only where nothing is to be known of how."""
+    x = torch.tensor([[1.0, -2.0, 3.0, -5.0]], dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = torch.autograd.forward_ad.unpack_dual(quantizer.fit(dual)).tangent
+    assert tangent is not None
+    slope = (quantizer.fit(x + 1e-6) - quantizer.fit(x - 1e-6)) / 2e-6
+    torch.testing.assert_close(tangent, slope, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantizer", SEVERAL, ids=repr)
+def test_a_traced_fit_fits_other_rows_too(quantizer) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(2, 30, generator=generator) for _ in range(2))
+    traced = make_fx(lambda x: quantizer.fit(x))(one)
+    torch.testing.assert_close(traced(other), quantizer.fit(other))
+
+
+@pytest.mark.parametrize("quantizer", [pf.lsbq(2), pf.uniform(3)], ids=repr)
+def test_the_layout_of_rows_changes_no_level(quantizer) -> None:
+    rows = torch.randn(300, 6, generator=torch.Generator().manual_seed(0)).t()
+    assert torch.equal(quantizer.fit(rows), quantizer.fit(rows.contiguous()))

@@ -36,9 +36,11 @@ def test_a_sweep_gives_the_same_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--anneal-end", "0.05"], "expected shares above 0.1, up to 1, got [0.05]"),
+        (["--anneal-end", "0.05"], "expected shares above 0.1 (step 40), up to 1, got [0.05]"),
+        (["--anneal-end", "0.11", "--steps", "10"], "expected shares above 0.1 (step 1), up to"),
         (["--seeds", "0"], "expected a whole number from 1 on, got '0'"),
-        (["--lr", "-1"], "expected a number from"),
+        (["--lr", "-1"], "expected a number above 0, got '-1'"),
+        (["--save-dir", "/dev/null/x"], "--save-dir: "),
         (["--model", "large"], "invalid choice: 'large'"),
     ],
 )

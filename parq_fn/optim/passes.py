@@ -113,7 +113,7 @@ class Pass:
     def _map(self, link: Prox, state: ProxState, all_rows: list[_Rows]) -> None:
         small: dict[Any, list[_Rows]] = {}
         for rows in all_rows:
-            if rows.latent.numel() <= _SMALL:
+            if rows.latent.numel() <= _SMALL and link.elementwise:
                 width = 1 << (rows.latent.shape[1] - 1).bit_length()
                 small.setdefault((width, *rows.kind), []).append(rows)
             else:
@@ -147,7 +147,8 @@ class Pass:
         """One map of rows of a latent."""
         divisor = link.divisor(state)
         if not self.compile:
-            for piece in _pieces(latent, levels, weight):
+            whole = [(latent, levels, weight)]
+            for piece in _pieces(latent, levels, weight) if link.elementwise else whole:
                 _write(link.proxmap, *piece, state.slope, divisor)
             return
         dtype = torch.promote_types(torch.promote_types(latent.dtype, levels.dtype), torch.float32)
@@ -187,7 +188,8 @@ def _pieces(
                 part = slice(a, min(a + _PIECE, whole))
                 tall = latent[i, part].view(-1, _WIDTH), weight[i, part].view(-1, _WIDTH)
                 yield tall[0], levels[i : i + 1].expand(len(tall[0]), -1), tall[1]
-            yield latent[i : i + 1, whole:], levels[i : i + 1], weight[i : i + 1, whole:]
+            if whole < n:
+                yield latent[i : i + 1, whole:], levels[i : i + 1], weight[i : i + 1, whole:]
     else:
         step = max(1, _PIECE // n)
         for a in range(0, r, step):
@@ -218,6 +220,6 @@ def _compiled(row_map: RowMap) -> Callable[..., None]:
 
 
 def _identity(row_map: Any) -> Any:
-    """A key for the map; of a link's method, for that link."""
+    """A key for the map, which its program keeps alive; of a link's method, for that link."""
     owner = getattr(row_map, "__self__", None)
-    return row_map if owner is None else (row_map.__func__, id(owner))
+    return id(row_map) if owner is None else (id(row_map.__func__), id(owner))

@@ -65,7 +65,9 @@ class QuantOptimizer(Optimizer):
     prox: a prox link. Its learning rate is the group's.
     anneal_weight_decay: f in [0, 1]; a quantized group's weight decay is taken times
     f * s + 1 - f, s the inverse slope that the step before left (parq_prox only).
-    compile: the map under torch.compile, with the same weights, bit for bit.
+    compile: the map under torch.compile, with the same weights, bit for bit; the base optimizer
+    and the fits of levels are not. A map is compiled when it is first met, some seconds where
+    annealing starts and where it ends, for which a CPU needs a C++ compiler.
 
     `param_groups` are the base's own, so a learning-rate scheduler may be built on either. A
     quantized group shows "inverse_slope" (the map's coefficient) and "lr_sum" as numbers, of the

@@ -62,7 +62,8 @@ class Quantizer(Value):
         """
         if rows.shape[-1] == 0:
             return rows.new_zeros((*rows.shape[:-1], self.num_levels))
-        x = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        # laid out in one way, for the order of a sum follows memory
+        x = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
         end = torch.finfo(rows.dtype).max
         levels = torch.cat([self._fit(piece) for piece in pieces(x, 0)])
         return levels.clamp(-end, end).to(rows.dtype)

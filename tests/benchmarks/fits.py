@@ -65,7 +65,7 @@ def large(elements: int, repeats: int) -> Iterator[Found]:
         times_of = interleaved(works, repeats)
         check(pf.lsbq(bits), x)
         value, spread = ratio(times_of["fit"], times_of["copy"])
-        what = "copies' time a bit"
+        what = "time a bit over a copy's"
         yield Found("fits", f"lsbq({bits}), one tensor", what, value / bits, spread / bits, 3.0)
     channels = x.view(1 << (elements.bit_length() // 2), -1)
     for name in ("lsbq(2, 'optimal')", "lloyd_max(2)"):
@@ -88,8 +88,8 @@ def optimal_against_peer(elements: int) -> Iterator[Found]:
         gap = x - quantizer.nearest(x, levels.sort().values[None])
         assert relative_error(x, quantizer) <= float(gap.square().sum() / x.square().sum()) + 1e-6
         value = theirs / statistics.median(ours)
-        case = f"{name}, {elements} weights, peer {theirs:.1f} s"
-        yield Found("fits", case, "times faster than the peer", value, 0.0, 100.0, False)
+        case = f"{name}, {elements} weights, peer {theirs:.3g} s"
+        yield Found("fits", case, "peer's time over ours", value, 0.0, 100.0, False)
 
 
 QUANTIZERS = [pf.uniform(b) for b in (1, 2, 4)] + [pf.lsbq(b) for b in (1, 2, 4, 0)]
@@ -139,9 +139,11 @@ def refits(shapes: list[tuple[int, ...]], repeats: int, compiled: bool = True) -
             found[name].append(value)
             held = 1.0 if name == "eager" else None
             case = f"{quantizer!r} and parq, {where}"
-            yield Found("refits", case, f"{name}, times faster", value, spread, held, False)
+            yield Found(
+                "refits", case, f"{name}, peer's time over ours", value, spread, held, False
+            )
     for name, values in found.items():
-        what = f"{name}, times faster, geometric mean"
+        what = f"{name}, peer's time over ours, geometric mean"
         mean = geometric_mean(values)
         yield Found("refits", f"{len(values)} cases", what, mean)
 

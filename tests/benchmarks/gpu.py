@@ -103,7 +103,7 @@ def graph() -> Iterator[Found]:
 def run(size: str, repeats: int) -> Iterator[Found]:
     """The groups of this module; nothing without a GPU."""
     if not torch.cuda.is_available():
-        print("no GPU is at hand: its benchmarks are not run")
+        print("no GPU is at hand: its benchmarks are skipped")
         return
     yield from bandwidth(1 << (20 if size == "tiny" else 28), repeats)
     yield from without_waiting()

@@ -104,7 +104,7 @@ def against_copy(elements: int, repeats: int, compiled: bool = True) -> Iterator
                     affine = kind != "soft"  # which computes more than it reads
                     held = limit if name == "compiled" and affine else None
                     value, spread = ratio(times[name], times["copy"])
-                    what = f"{name}, time of a copy's"
+                    what = f"{name}, time over a copy's"
                     yield Found("pass", f"{kind}, {k} levels, {where}", what, value, spread, held)
 
 
@@ -143,9 +143,9 @@ def against_peer(networks: dict[str, Any], repeats: int, compiled: bool = True) 
             found[name].append(value)
             case = f"{network}, {kind}, {k} levels, {where}"
             limit = 1.0 if name == "eager" else None
-            yield Found("peer", case, f"{name}, times faster", value, spread, limit, False)
+            yield Found("peer", case, f"{name}, peer's time over ours", value, spread, limit, False)
     for name, values in found.items():
-        what = f"{name}, times faster, geometric mean"
+        what = f"{name}, peer's time over ours, geometric mean"
         yield Found("peer", f"{len(values)} cases", what, geometric_mean(values))
 
 

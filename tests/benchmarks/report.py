@@ -48,9 +48,9 @@ def overall(found: Iterable[Found]) -> list[Found]:
     """The geometric means over all passes that were held against the peer's, refits among them."""
     made = []
     for form, limit in (("eager", 2.0), ("compiled", 10.0)):
-        values = [one.value for one in found if one.what == f"{form}, times faster"]
+        values = [one.value for one in found if one.what == f"{form}, peer's time over ours"]
         if values:
-            what = f"{form}, times faster, geometric mean"
+            what = f"{form}, peer's time over ours, geometric mean"
             case = f"all {len(values)} passes against the peer"
             made.append(Found("all", case, what, geometric_mean(values), 0.0, limit, False))
     return made

@@ -89,7 +89,7 @@ def steps(
     for key in times.keys() - {"base"}:
         value, spread = ratio(times[key], times["base"])
         limit = {"eager": 2.5, "compiled": 1.5}.get(key) if held else None
-        yield Found("steps", f"{name}, {kind}", f"{key}, {base}'s time", value, spread, limit)
+        yield Found("steps", f"{name}, {kind}", f"{key}, time over {base}'s", value, spread, limit)
 
 
 def _count(optimizer: QuantOptimizer) -> Tensor:
@@ -166,7 +166,7 @@ def loop(shapes: Shapes, repeats: int) -> Iterator[Found]:
     times = interleaved(works, repeats, least=0)
     for name in ("eager", "compiled"):
         value, spread = ratio(times[name], times["base"])
-        yield Found("loop", "functional, plain step", f"{name}, AdamW's time", value, spread)
+        yield Found("loop", "functional, plain step", f"{name}, time over AdamW's", value, spread)
 
 
 def run(size: str, repeats: int) -> Iterator[Found]:

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("torchao", reason="torchao, of the extra integrations, is not installed")
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -19,4 +23,8 @@ def test_the_suite_measures_the_published_package(tmp_path: Path) -> None:
     report = json.loads(file.read_text())
     assert report["machine"]["torchao"] != "not installed"
     whats = {figure["what"] for figure in report["figures"]}
-    assert {"eager, times faster", "times faster than the peer", "peer, AdamW's time"} <= whats
+    assert {
+        "eager, peer's time over ours",
+        "peer's time over ours",
+        "peer, time over AdamW's",
+    } <= whats

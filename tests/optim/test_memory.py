@@ -15,22 +15,22 @@ from parq_fn.optim import QuantOptimizer, TransformOptimizer
 from tests.benchmarks.measure import peak
 
 SPAN: dict[str, Any] = {"anneal_start": 0, "anneal_end": 20, "period": 2}
-LARGEST = 256 * 128
+LARGEST = 1024 * 512
 #: (link, the largest parameters that a step may hold besides the state, in its latent's dtype)
 LINKS: dict[str, tuple[pf.Prox, float]] = {
-    "hard": (pf.hard_prox(pf.uniform(2), period=2), 7),
-    "parq": (pf.parq_prox(pf.lsbq(2), **SPAN), 9),
-    "channel": (pf.parq_prox(pf.lsbq(2), **SPAN, granularity=pf.per_channel()), 9),
-    "normal_map": (pf.parq_prox(pf.lsbq(2), **SPAN, normal_map=3.0), 9),
-    "soft": (pf.soft_prox(pf.lsbq(2), **SPAN), 11),
-    "optimal": (pf.parq_prox(pf.lsbq(2, "optimal"), **SPAN), 22),
-    "lloyd_max": (pf.binary_relax_prox(pf.lloyd_max(2), **SPAN), 26),
+    "hard": (pf.hard_prox(pf.uniform(2), period=2), 3.5),
+    "parq": (pf.parq_prox(pf.lsbq(2), **SPAN), 3.5),
+    "channel": (pf.parq_prox(pf.lsbq(2), **SPAN, granularity=pf.per_channel()), 3.5),
+    "normal_map": (pf.parq_prox(pf.lsbq(2), **SPAN, normal_map=3.0), 4.5),
+    "soft": (pf.soft_prox(pf.lsbq(2), **SPAN), 3.5),
+    "optimal": (pf.parq_prox(pf.lsbq(2, "optimal"), **SPAN), 9),
+    "lloyd_max": (pf.binary_relax_prox(pf.lloyd_max(2), **SPAN), 20.5),
 }
 
 
 def training(link: pf.Prox, count: int, dtype: torch.dtype) -> tuple[QuantOptimizer, list[Tensor]]:
     torch.manual_seed(0)
-    shapes = [(256, 128), *[(64, 128)] * count]
+    shapes = [(1024, 512), *[(256, 512)] * count]
     params = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
     base = torch.optim.AdamW([{"params": params, "quant_bits": 2}], lr=0.01, foreach=False)
     return QuantOptimizer(base, link), params
@@ -70,7 +70,7 @@ def steps_of(transform: Any, count: int, dtype: torch.dtype) -> int:
 
     def prepare() -> Callable[[], None]:
         torch.manual_seed(0)
-        shapes = {"large": (256, 128), **{f"small{i}": (64, 128) for i in range(count)}}
+        shapes = {"large": (1024, 512), **{f"small{i}": (256, 512) for i in range(count)}}
         params = {name: nn.Parameter(torch.randn(s, dtype=dtype)) for name, s in shapes.items()}
         optimizer = TransformOptimizer(params.items(), transform)
         return stepping(optimizer, list(params.values()))

@@ -239,3 +239,57 @@ def test_one_program_serves_every_step_shape_and_learning_rate() -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in (4, 5, 8):
             run(step, [(64, 96), (33, 777), (128, 65), (7, 5001)])
+
+
+# Maps of a user's own.
+
+
+def centered(u: Tensor, levels: Tensor, c: Tensor) -> Tensor:
+    """Looks at the whole of a row, and refuses an empty one."""
+    return u / u.abs().amax(-1, keepdim=True) * c.to(u.dtype) + levels[..., :1]
+
+
+class twice(pf.parq_prox):
+    """A map instead of the one that it inherits."""
+
+    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        return 2 * pf.proxmaps.parq(u, levels, coefficient)
+
+
+class Unhashable:
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None
+
+    def __call__(self, u: Tensor, levels: Tensor, c: Tensor) -> Tensor:
+        return pf.proxmaps.binary_relax(u, levels, c)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("map_", [centered, Unhashable(), "twice"])
+def test_a_map_of_ones_own_sees_whole_rows(map_, compiled: bool) -> None:
+    torch.manual_seed(0)
+    granularity = pf.per_channel()
+    if map_ == "twice":
+        link: Prox = twice(pf.lsbq(2), granularity=granularity, **SPAN)
+    else:
+        link = pf.custom_prox(pf.lsbq(2), map_, 0.5, granularity=granularity)
+    assert not link.elementwise
+    shapes = [(3, 5), (3, 7), (2048,), (1, 2049), (300, 500)]
+    jobs = jobs_of(link, [torch.randn(shape) for shape in shapes], torch.float32)
+    wanted = [job._replace(weight=job.weight.clone()) for job in jobs]
+    for step in (6, 12):
+        state = state_at(link, step)
+        plain(link, state, wanted)
+        Pass(compile=compiled)(link, state, jobs)
+        for job, want in zip(jobs, wanted, strict=True):
+            torch.testing.assert_close(job.weight, want.weight, rtol=1e-6, atol=1e-6)
+
+
+def test_no_piece_is_empty() -> None:
+    for shape in [(1, 1024), (1, 2048), (2, 1 << 18), (1, 1025), (3, 7)]:
+        tensors = torch.ones(shape), torch.ones(shape[0], 2), torch.ones(shape)
+        pieces = list(passes._pieces(*tensors))
+        assert all(piece[0].numel() for piece in pieces)
+        assert sum(piece[0].numel() for piece in pieces) == tensors[0].numel()
