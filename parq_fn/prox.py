@@ -309,7 +309,7 @@ def shrunk(latent: Tensor, divisor: Tensor | None) -> Tensor:
     if divisor is None:
         return latent
     wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
-    return wide / to_device(divisor, wide)
+    return wide / to_device(divisor, wide).to(wide.dtype)  # or a 0-d latent would be promoted
 
 
 def _hard(u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:

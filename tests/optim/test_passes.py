@@ -90,6 +90,12 @@ def test_rows_of_any_length(n: int, rows: int) -> None:
     both(Pass(), link, state_at(link, 6), jobs_of(link, [torch.randn(rows, n)], torch.float32))
 
 
+def test_a_latent_of_no_dimension_is_divided_in_its_own_dtype() -> None:
+    """Found by a thorough run: it was promoted to the divisor's float64."""
+    link = LINKS["binary_relax"](pf.lsbq(1), shrink=True, learning_rate=0.1)
+    both(Pass(), link, state_at(link, 2), jobs_of(link, [torch.tensor(1.5410)], torch.float32))
+
+
 def test_blocks_kernels_and_other_orders_of_memory() -> None:
     torch.manual_seed(0)
     kernel = torch.randn(16, 8, 3, 3)
