@@ -402,11 +402,12 @@ class QuantOptimizer(Optimizer):
 
     def _map_group(self, group: Group) -> None:
         link, rate = self.link(group), _rate(group)
-        trained = [p for p in group["params"] if p.requires_grad]
         by_state: dict[tuple[int, float], list[Tensor]] = {}
-        for p in trained:  # those that were never frozen share theirs
-            entries = self.state[p]
-            by_state.setdefault((int(entries["count"]), float(entries["lr_sum"])), []).append(p)
+        for p in group["params"]:  # those that were never frozen share theirs
+            if p.requires_grad:
+                entries = self.state[p]
+                key = int(entries["count"]), float(entries["lr_sum"])
+                by_state.setdefault(key, []).append(p)
         for params in by_state.values():
             state = link.advance(_prox_state(self.state[params[0]]), rate)
             if concrete(link.due(state)) is not False:

@@ -18,7 +18,7 @@ _CHUNK = 1 << 17  # sorted values per chunk: amortises the calls, stays near the
 _DOUBLES = 1 << 25  # 256 MB of float64, the bound on one chunk's temporaries
 _CANDIDATES = 4096  # least number of candidate cuts of a long row
 _LLOYD = 12  # polishing steps of a long row
-_RUN = 256  # of a row longer than a chunk sums are kept at every so manieth value
+_RUN = 256  # of a row longer than a chunk, sums are kept before every run of so many values
 
 
 def least_squares_levels(x: Tensor, num_levels: int, *, exact_up_to: int = 4096) -> Tensor:

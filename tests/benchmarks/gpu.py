@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ def bandwidth(elements: int, repeats: int) -> Iterator[Found]:
             for where, granularity in GRANULARITIES.items():
                 link = LINKS[kind](quantizer, granularity=granularity)
                 state, jobs = state_of(link), jobs_of(link, [u])
-                own = milliseconds(lambda: fast["compiled"](link, state, jobs), repeats)  # noqa: B023
-                copy = milliseconds(lambda: jobs[0].weight.copy_(u), repeats)  # noqa: B023
+                own = milliseconds(partial(fast["compiled"], link, state, jobs), repeats)
+                copy = milliseconds(partial(jobs[0].weight.copy_, u), repeats)
                 check(link, state, jobs, fast)
                 value = copy[repeats // 2] / own[repeats // 2]
                 case = f"{kind}, {k} levels, {where}"
