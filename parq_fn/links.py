@@ -265,8 +265,8 @@ class scale_by_adam(Link):
         del params, extra
         count = state.step + 1
         b1, b2, eps = (at(c, count) for c in (self.b1, self.b2, self.eps))
-        one = 1.0 - b1**count
-        two = 1.0 - b2**count
+        # b^t through exp, which a compiler takes once a step and not once an element
+        one, two = (1.0 - (count * b.log()).exp() for b in (b1, b2))
 
         def mean(m: Tensor, u: Tensor | None) -> Tensor:
             return m if u is None else times(m, b1) + times(u, 1.0 - b1).to(m.dtype)

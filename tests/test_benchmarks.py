@@ -11,14 +11,14 @@ import torch
 from tests.benchmarks import __main__ as suite
 from tests.benchmarks import peer, prox_pass
 from tests.benchmarks.measure import interleaved, ratio, table
-from tests.benchmarks.report import Found, geometric_mean, overall, show
+from tests.benchmarks.report import Found, combined, geometric_mean, overall, show
 
 
 def test_the_suite_runs_on_small_inputs(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(peer, "available", False)
     file = tmp_path / "figures.json"
-    wanted = ["pass", "fits", "steps", "gpu", "--tiny", "--repeats", "1", "--json", str(file)]
-    assert suite.main(wanted) == 0
+    wanted = ["pass", "fits", "steps", "gpu", "--tiny", "--repeats", "1", "--rounds", "1"]
+    assert suite.main([*wanted, "--json", str(file)]) == 0
     report = json.loads(file.read_text())
     groups = {figure["group"] for figure in report["figures"]}
     assert groups >= {"pass", "fits", "steps", "memory"}
@@ -51,6 +51,17 @@ def test_figures_know_whether_they_keep_their_limit() -> None:
     assert mean.value == pytest.approx(3)
     assert mean.met
     assert "MISSED" not in show([mean])
+
+
+def test_a_slow_round_is_seen_in_the_spread() -> None:
+    """It changes no median, and what changes a case's name between rounds is refused."""
+    rounds = [[Found("g", "a", "s", value, 0.1, 1.0)] for value in (0.9, 2.9, 0.8)]
+    (one,) = combined(rounds)
+    assert (one.value, one.met) == (0.9, True)
+    assert one.spread == pytest.approx(1.05)
+    assert combined(rounds[:1]) == rounds[0]
+    with pytest.raises(ValueError, match="rounds differ"):
+        combined([rounds[0], [rounds[0][0]._replace(case="b")]])
 
 
 def test_works_are_timed_in_turns_and_set_back_before_each() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import parq_fn as pf
+from parq_fn.quantizers import _rows
 from parq_fn.quantizers.base import power_of_two
 from parq_fn.quantizers.lsbq import greedy
 
@@ -527,3 +528,19 @@ def test_a_traced_fit_fits_other_rows_too(quantizer) -> None:
 def test_the_layout_of_rows_changes_no_level(quantizer) -> None:
     rows = torch.randn(300, 6, generator=torch.Generator().manual_seed(0)).t()
     assert torch.equal(quantizer.fit(rows), quantizer.fit(rows.contiguous()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "quantizer",
+    [pf.lsbq(3), pf.lsbq(0), pf.lsbq(2, "optimal"), pf.lsbq(0, "optimal"), pf.lloyd_max(2)],
+    ids=repr,
+)
+def test_rows_in_pieces_are_left_alone(quantizer, dtype, monkeypatch) -> None:
+    """Pieces share memory for what is made of them, never that of the rows."""
+    x = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    whole = quantizer.fit(x)
+    monkeypatch.setattr(_rows, "_PIECE", 2048)
+    before = x.clone()
+    torch.testing.assert_close(quantizer.fit(x), whole)
+    assert torch.equal(x, before)

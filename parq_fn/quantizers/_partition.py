@@ -87,12 +87,12 @@ def _prefix(values: Tensor, run: int) -> _Prefix:
     return _Prefix(values, median, table, run)
 
 
-def _value(x: Tensor, median: Tensor) -> Tensor:
-    return x.double() - median
+def _value(x: Tensor, median: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.sub(x, median, out=out)  # which is float64
 
 
-def _square(x: Tensor, median: Tensor) -> Tensor:
-    return _value(x, median).square()
+def _square(x: Tensor, median: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.square(_value(x, median, out), out=out)
 
 
 def _at(prefix: _Prefix, index: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def _candidate_cuts(values: Tensor, m: int, run: int = 1) -> Tensor:
     """
     n = values.shape[1]
     share = values.detach().diff(dim=1).pow_(2 / 3)
-    cap = total(share, torch.clone) / m
+    cap = total(share, torch.abs) / m  # which they are
     for _ in range(2):
         cap = total(share, torch.minimum, cap.to(share.dtype)) / m
     cap = cap.to(share.dtype)

@@ -2,12 +2,13 @@
 
 A row may be a weight of millions, and tensors of its size cost more to allocate than their
 elements to compute. So elementwise functions are given, and applied to a piece of the rows at a
-time that stays in the cache; a compiler, which does as much by itself, gets all of them at once.
+time that stays in the cache, all results in the memory of the first; a compiler, which does as
+much by itself, gets all of them at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from parq_fn.scalar import is_plain
 
-#: Of elements and of tensors [r, 1], the same for all elements of a row.
+#: f(x, *of_row, out=None): of elements and of tensors [r, 1], the same for all elements of a row;
+#: the result lies in `out` where it is given, as that of torch.abs, else in memory of its own.
 Elementwise = Callable[..., Tensor]
 
 _PIECE = 1 << 18  # elements of a piece
@@ -29,12 +31,23 @@ def pieces(x: Tensor, dim: int) -> tuple[Tensor, ...]:
     return torch.split(x, max(1, _PIECE * x.shape[dim] // x.numel()), dim)
 
 
+def of_pieces(x: Tensor, dim: int, f: Elementwise, *of_row: Tensor) -> Iterator[Tensor]:
+    """f of each piece. A result is good until the next is made, which may take its memory."""
+    first, *rest = pieces(x, dim)
+    made = f(first, *of_row)
+    yield made
+    own = bool(rest) and all(map(is_plain, (x, *of_row)))
+    for piece in rest:
+        room = made.narrow(dim, 0, piece.shape[dim]) if own else None
+        yield f(piece, *of_row, out=room)
+
+
 def run_sums(x: Tensor, run: int, f: Elementwise, *of_row: Tensor) -> Tensor:
     """[r, n // run] float64: the sums of f(x, ...) over runs of a row, what is left over aside."""
     count = x.shape[1] // run
     runs = x[:, : count * run].reshape(x.shape[0], count, run)
     own = [t.unsqueeze(-1) for t in of_row]
-    return torch.cat([f(piece, *own).sum(-1).double() for piece in pieces(runs, 1)], 1)
+    return torch.cat([y.sum(-1).double() for y in of_pieces(runs, 1, f, *own)], 1)
 
 
 def total(x: Tensor, f: Elementwise, *of_row: Tensor) -> Tensor:
@@ -51,7 +64,7 @@ def mean(x: Tensor, f: Elementwise, *of_row: Tensor) -> Tensor:
 
 def largest(x: Tensor) -> Tensor:
     """[r, 1]: max |x| of each row; NaN where the row holds one."""
-    tops = [piece.abs().amax(-1, keepdim=True) for piece in pieces(x, 1)]
+    tops = [y.amax(-1, keepdim=True) for y in of_pieces(x, 1, torch.abs)]
     return tops[0] if len(tops) == 1 else torch.cat(tops, 1).amax(-1, keepdim=True)
 
 

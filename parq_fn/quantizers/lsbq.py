@@ -100,12 +100,14 @@ class lsbq(Quantizer):
         )
 
     def levels(self, x: Tensor) -> Tensor:
-        if self.method == "alternating":
+        if self.method == "alternating" and self.bits != 1:
             # which minimum it comes to may hang on a sum's last bit, and so on a row's order
             x = in_order(x)
         return around_mean(x, self.center, self._levels)
 
     def _levels(self, x: Tensor) -> Tensor:
+        if self.bits == 1:  # sum (|x| - v)^2 is least at mean|x|, by whatever method
+            return mirror(mean(x, torch.abs))
         if self.method == "optimal":
             return optimal_levels(x, self.bits)
         start = [self.multiplier * mean(x, torch.abs)] if self.bits == 0 else greedy(x, self.bits)
@@ -126,11 +128,15 @@ def greedy(x: Tensor, bits: int) -> list[Tensor]:
     return v
 
 
-def _left(x: Tensor, *v: Tensor) -> Tensor:
-    left = x.abs()
+def _left(x: Tensor, *v: Tensor, out: Tensor | None = None) -> Tensor:
+    left = torch.abs(x, out=out)
     for part in v:
-        left = (left - part).abs_()
+        left = torch.abs(torch.sub(left, part, out=out), out=out)
     return left
+
+
+def _double(x: Tensor, out: Tensor | None = None) -> Tensor:
+    return x.to(torch.float64, copy=True) if out is None else out.copy_(x)
 
 
 def all_sums(v: list[Tensor]) -> Tensor:
@@ -143,19 +149,16 @@ def all_sums(v: list[Tensor]) -> Tensor:
 
 
 def optimal_levels(x: Tensor, bits: int) -> Tensor:
-    """The least-squares optimum for bits 0, 1, 2.
+    """The least-squares optimum for bits 0 and 2.
 
-    1 bit: sum (|x| - v)^2 is least at v = mean|x|. 2 bits: +-v_1 +-v_2 with v_1 >= v_2 >= 0 has
-    magnitudes lo = v_1 - v_2 <= hi = v_1 + v_2 that may be any two, so the problem is 2-means
-    on |x|, whose clusters split the sorted magnitudes at some j. Of the error only
-    - S_j^2 / j - (S_n - S_j)^2 / (n - j) depends on j, S_j the sum of the j smallest; the best
-    of the n splits is found by looking at all. Ternary pins lo at 0: its first term goes.
-    Of equally good splits the smallest j is taken; j = 0 puts lo on hi.
+    2 bits: +-v_1 +-v_2 with v_1 >= v_2 >= 0 has magnitudes lo = v_1 - v_2 <= hi = v_1 + v_2 that
+    may be any two, so the problem is 2-means on |x|, whose clusters split the sorted magnitudes
+    at some j. Of the error only - S_j^2 / j - (S_n - S_j)^2 / (n - j) depends on j, S_j the sum
+    of the j smallest; the best of the n splits is found by looking at all. Ternary pins lo at 0:
+    its first term goes. Of equally good splits the smallest j is taken; j = 0 puts lo on hi.
     """
-    if bits == 1:
-        return mirror(mean(x, torch.abs))
     n, data = x.shape[-1], in_order(x.abs())
-    whole = total(data, Tensor.double)  # S_n
+    whole = total(data, _double)  # S_n
     first, passed = 0, torch.zeros_like(whole)  # j and S_j where a piece begins
     found: tuple[Tensor, ...] = (torch.full_like(whole, -1.0), passed.long(), passed)
     for piece in pieces(data, 1):

@@ -16,6 +16,7 @@ float64 to rounding. Ends with an error where a figure misses its limit.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import platform
@@ -29,7 +30,7 @@ import torch
 
 from examples.qat_simple import at_least
 from tests.benchmarks import fits, gpu, peer, prox_pass, steps, sweep
-from tests.benchmarks.report import Found, overall, show
+from tests.benchmarks.report import Found, combined, overall, show
 
 GROUPS = {
     "pass": prox_pass.run,
@@ -62,7 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("groups", nargs="*", help="all by default", metavar="group")
     parser.add_argument("--tiny", action="store_true", help="small inputs, nothing held to a limit")
     parser.add_argument(
-        "--repeats", type=at_least(1, int), default=5, help="runs of each (default: 5)"
+        "--repeats", type=at_least(1, int), default=3, help="runs of each in a round (default: 3)"
+    )
+    parser.add_argument(
+        "--rounds", type=at_least(1, int), default=3, help="rounds of all, whose medians are taken"
     )
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args(argv)
@@ -81,12 +85,17 @@ def main(argv: list[str] | None = None) -> int:
     print(json.dumps(machine()), flush=True)
     found: list[Found] = []
     start = time.perf_counter()
-    for name in args.groups or GROUPS:
+    names = args.groups or list(GROUPS)
+    of_rounds: dict[str, list[list[Found]]] = {name: [] for name in names}
+    for i, name in itertools.product(range(args.rounds), names):
         own: list[Found] = []
         for one in GROUPS[name]("tiny" if args.tiny else "full", args.repeats):
             own.append(one._replace(limit=None) if args.tiny else one)
-            seconds = time.perf_counter() - start
-            print(f"{seconds:4.0f} s  {name}: {one.case}", file=sys.stderr, flush=True)
+            head = f"{time.perf_counter() - start:4.0f} s  round {i + 1}"
+            print(f"{head}, {name}: {one.case}: {one.value:.3g}", file=sys.stderr, flush=True)
+        of_rounds[name].append(own)
+    for name, rounds in of_rounds.items():
+        own = combined(rounds)
         if own:
             print(f"\n{name}\n{show(own)}", flush=True)
         found += own
@@ -95,7 +104,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{show([one for one in found if one.group == 'all'])}")
     if args.json is not None:
         figures = [{**one._asdict(), "met": one.met} for one in found]
-        report = {"machine": machine(), "repeats": args.repeats, "figures": figures}
+        report = {"machine": machine(), "repeats": args.repeats, "rounds": args.rounds}
+        report["figures"] = figures
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     missed = [one for one in found if one.met is False]
     held = sum(one.limit is not None for one in found)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from tests.benchmarks.measure import table
@@ -16,7 +17,7 @@ class Found(NamedTuple):
     case: str
     what: str  # and its unit
     value: float
-    spread: float = 0.0
+    spread: float = 0.0  # half the distance of the quartiles of repeats, or of all rounds
     limit: float | None = None  # None: not held to any
     at_most: bool = True  # else at least
 
@@ -42,6 +43,23 @@ class Found(NamedTuple):
 def show(found: Iterable[Found]) -> str:
     """A table of one group's figures."""
     return table([["case", "figure", "value", "", "limit", ""], *(one.cells for one in found)])
+
+
+def combined(rounds: Sequence[Sequence[Found]]) -> list[Found]:
+    """The median of the rounds, and half the distance of the most apart, or a round's own spread
+    where that is more.
+
+    A machine that is slow for a minute is slow in one round, and so in the spread.
+    """
+    made = []
+    for of_case in zip(*rounds, strict=True):
+        if len({(one.case, one.what) for one in of_case}) > 1:
+            raise ValueError(f"rounds differ: {of_case}")
+        values = [one.value for one in of_case]
+        spreads = [(max(values) - min(values)) / 2, *(one.spread for one in of_case)]
+        value, spread = statistics.median(values), max(spreads)
+        made.append(of_case[0]._replace(value=value, spread=spread))
+    return made
 
 
 def overall(found: Iterable[Found]) -> list[Found]:
