@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.benchmarks import __main__ as suite
-from tests.benchmarks import peer, prox_pass
+from tests.benchmarks import measure, peer, prox_pass
 from tests.benchmarks.measure import interleaved, ratio, table
 from tests.benchmarks.report import Found, combined, geometric_mean, overall, show
 
@@ -72,6 +72,20 @@ def test_works_are_timed_in_turns_and_set_back_before_each() -> None:
     assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
     assert ratio([2.0, 4.0, 6.0, 8.0], [1.0, 2.0, 3.0, 4.0]) == (2.0, 0.0)
     assert table([["a", "b"], ["ccc", "d"]]) == "a    b\nccc  d"
+
+
+def test_what_slow_cores_measure_is_measured_again(monkeypatch) -> None:
+    cores, made = measure.Cores(), []
+    monkeypatch.setattr(measure.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(cores, "seconds", lambda: 1.2 if len(made) in (1, 2) else 1.0)
+    cores.least, cores.patience = 1.0, 60.0
+    assert cores.steady(lambda: made.append(len(made)) or len(made)) == 4
+    assert (cores.again, cores.kept) == (3, 0)
+    monkeypatch.setattr(cores, "seconds", lambda: 2.0)
+    cores.patience = 1e-9
+    assert cores.steady(lambda: 5) == 5
+    assert (cores.again, cores.kept) == (3, 1)
+    assert cores.steady(lambda: 6) == 6  # without patience
 
 
 def test_a_wrong_weight_is_noticed(monkeypatch) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 
 from examples.qat_simple import Data, load_data
 from examples.sweep import Sweep, at_once, hold, one_by_one, order_of, parse, settings_of
-from tests.benchmarks.measure import ratio
+from tests.benchmarks.measure import CORES, ratio
 from tests.benchmarks.report import Found
+
+
+def both(inputs: Any) -> tuple[Any, Any]:
+    return at_once(*inputs), one_by_one(*inputs)
 
 
 def compared(model: str, batch: int, steps: int, repeats: int, held: float | None) -> Found:
@@ -23,7 +29,7 @@ def compared(model: str, batch: int, steps: int, repeats: int, held: float | Non
         train, test = (Data(data.images.to(dtype), data.labels) for data in load_data(0))
         orders = order_of(settings.seed, steps, batch, len(train.labels))
         inputs = sweep, settings, orders, train, test, not sys.stderr.isatty()
-        found, alone = at_once(*inputs), one_by_one(*inputs)
+        found, alone = CORES.steady(partial(both, inputs))
         if dtype == torch.float64:
             hold(found, alone, dtype)
         else:
