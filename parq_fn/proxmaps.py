@@ -35,9 +35,11 @@ from parq_fn.levels import (
     prepare,
     search,
 )
-from parq_fn.scalar import concrete
+from parq_fn.scalar import concrete, is_plain
 from parq_fn.tanh import tanh
 from parq_fn.traits import ProxTraits, Slopes, declares, unchanged
+
+_FEW = 5  # levels up to which a line for each cell costs less than the search for a weight's own
 
 #: What every map here but `par` declares besides its own.
 _follows_levels = functools.partial(
@@ -155,13 +157,34 @@ def parq(
     # c + (v - c)/s = v + (v - c)(1 - s)/s, written so that v = c and s = 1 give v itself;
     # v is u held to the range first, for infinities.
     v = between(x, q[..., :1], q[..., -1:])
-    lo, hi = cell(v, q)
     # for a gradient at s = 0, and lest a subnormal s overflow to inf * 0
     safe = s.clamp(min=torch.finfo(x.dtype).tiny)
-    w = between(v + (v - midpoint(lo, hi)) * ((1 - safe) / safe), lo, hi)
+    steep = (1 - safe) / safe
+    if sharp is False and 2 <= q.shape[-1] <= _FEW and all(map(is_plain, (v, q, steep))):
+        return _highest_line(v, q, steep).to(u.dtype)
+    lo, hi = cell(v, q)
+    w = between(v + (v - midpoint(lo, hi)) * steep, lo, hi)
     if sharp is None:
         w = torch.where(s > 0, w, nan_with(v, nearer(v, lo, hi)))
     return w.to(u.dtype)
+
+
+def _highest_line(v: Tensor, q: Tensor, steep: Tensor) -> Tensor:
+    """`parq` of v in [q_1, q_k] without a search: the largest of min(l_i(v), q_{i+1}) and q_1,
+    l_i(v) = v + (v - c_i) * steep the line of cell i.
+
+    For v in cell i, those of the cells before are at their upper ends, of which q_i is the largest,
+    as l_j(v) >= v there; those of the cells after are at most v and at most l_i(v), as c_j grows.
+    Rounding keeps order, so this holds to the bit. In memory of its own, in place.
+    """
+    w: Tensor | None = None
+    for i in range(q.shape[-1] - 1):
+        lo, hi = q[..., i : i + 1], q[..., i + 1 : i + 2]
+        line = v - midpoint(lo, hi)
+        line = torch.minimum(line.mul_(steep).add_(v), hi, out=line)
+        w = torch.maximum(line, lo if w is None else w, out=line)
+    assert w is not None  # k >= 2
+    return w
 
 
 def parq_regularizer(w: Tensor, levels: Tensor, inverse_slope: float | Tensor) -> Tensor:

@@ -76,16 +76,33 @@ def test_works_are_timed_in_turns_and_set_back_before_each() -> None:
 
 def test_what_slow_cores_measure_is_measured_again(monkeypatch) -> None:
     cores, made = measure.Cores(), []
+
+    def work() -> int:
+        made.append(len(made))
+        return len(made)
+
+    assert cores.steady(work, 2) == [1, 2]  # without patience nothing is asked
     monkeypatch.setattr(measure.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(cores, "seconds", lambda: 1.2 if len(made) in (1, 2) else 1.0)
-    cores.least, cores.patience = 1.0, 60.0
-    assert cores.steady(lambda: made.append(len(made)) or len(made)) == 4
-    assert (cores.again, cores.kept) == (3, 0)
+    monkeypatch.setattr(cores, "seconds", lambda: 1.2 if len(made) in (3, 4) else 1.0)
+    cores.least, cores.patience = 1.0, 3
+    assert cores.steady(work, 2) == [6, 7]
+    assert (cores.again, cores.slow_repeats) == (3, 0)
     monkeypatch.setattr(cores, "seconds", lambda: 2.0)
-    cores.patience = 1e-9
-    assert cores.steady(lambda: 5) == 5
-    assert (cores.again, cores.kept) == (3, 1)
-    assert cores.steady(lambda: 6) == 6  # without patience
+    assert cores.steady(work, 2) == [11, 12]
+    assert (cores.again, cores.slow_repeats) == (6, 2)
+
+
+def test_rounds_of_slow_cores_count_only_without_others() -> None:
+    def rounds(*slow: int) -> list[list[Found]]:
+        values = zip((1.0, 2.0, 4.0), slow, strict=True)
+        return [[Found("g", "a", "s", value, slow=n)] for value, n in values]
+
+    assert [combined(rounds(*slow))[0].value for slow in ((0, 1, 2), (1, 0, 0), (1, 1, 1))] == [
+        1.0,
+        3.0,
+        2.0,
+    ]
+    assert combined(rounds(1, 1, 1))[0].slow
 
 
 def test_a_wrong_weight_is_noticed(monkeypatch) -> None:

@@ -97,3 +97,22 @@ def test_what_is_said_of_the_coefficient_changes_no_weight(case, c: float) -> No
             both = torch.vmap(lambda c, f=f: f(x, levels, c))(one)[0]  # where it cannot be read
             assert torch.equal(said, both), f.__name__
             assert torch.equal(said, f(x, levels, coefficient)), f.__name__
+
+
+@given(cases(most=9), st.sampled_from([1e-300, 1e-40, 1e-9, 0.03, 0.5, 0.999, 1.0]))
+def test_the_highest_line_is_the_line_of_the_cell(case, slope: float) -> None:
+    """parq by the largest of all cells' lines, for few levels, and by a search for the cell."""
+    x, q = case
+    x = torch.cat([x, torch.full_like(x[:, :1], torch.nan), q * 1e30, q * 1e-42], 1)
+    before = x.clone()
+    s = torch.tensor(slope, dtype=torch.float64)
+    few = proxmaps._FEW
+    try:
+        proxmaps._FEW = 0
+        wanted = proxmaps.parq(x, q, s, sharp=False)
+        proxmaps._FEW = 99
+        found = proxmaps.parq(x, q, s, sharp=False)
+    finally:
+        proxmaps._FEW = few
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)

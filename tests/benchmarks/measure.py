@@ -24,8 +24,9 @@ class Cores:
     slow = 1.15  # times the least that the calculation has taken
 
     def __init__(self) -> None:
-        self.patience = 0.0  # seconds that may still be spent on works made again
-        self.again = self.kept = 0  # repeats in slow stretches: made again, kept all the same
+        self.patience = 0  # times that one repeat may be made again; with none, nothing is asked
+        self.again = 0  # repeats made again so far
+        self.slow_repeats = 0  # of the works measured last, kept all the same
         self.least = float("inf")
         self.x = torch.rand(1 << 16)  # half of it for each of two cores, next to them
 
@@ -40,24 +41,24 @@ class Cores:
         self.least = min(self.least, *took)
         return min(took)
 
-    def are_slow(self) -> bool:
-        return self.patience > 0 and self.seconds() > self.slow * self.least
+    def steady(self, work: Callable[[], Any], repeats: int = 1) -> list[Any]:
+        """What the work gives, each time; again where the cores were slow before or after it."""
+        found: list[Any] = []
+        self.slow_repeats = left = 0
+        while len(found) < repeats:
+            bad = self._are_slow()
+            result = work()
+            bad = self._are_slow() or bad
+            if bad and left < self.patience:
+                left, self.again = left + 1, self.again + 1
+                time.sleep(0.5)
+                continue
+            found.append(result)
+            self.slow_repeats += bad
+        return found
 
-    def steady(self, work: Callable[[], Any]) -> Any:
-        """What the work gives; made again where the cores were slow before or after it."""
-        while True:
-            start = time.perf_counter()
-            bad = self.are_slow()
-            found = work()
-            bad = self.are_slow() or bad
-            if not bad:
-                return found
-            self.again += 1
-            time.sleep(0.5)
-            self.patience -= time.perf_counter() - start
-            if self.patience <= 0:
-                self.again, self.kept = self.again - 1, self.kept + 1
-                return found
+    def _are_slow(self) -> bool:
+        return self.patience > 0 and self.seconds() > self.slow * self.least
 
 
 CORES = Cores()  # without patience, everything is measured once
@@ -91,7 +92,7 @@ def interleaved(
             took[name] = (time.perf_counter() - start) / calls[name]
         return took
 
-    rows = [CORES.steady(each) for _ in range(repeats)]
+    rows = CORES.steady(each, repeats)
     return {name: [row[name] for row in rows] for name in works}
 
 

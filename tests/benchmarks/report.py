@@ -20,6 +20,7 @@ class Found(NamedTuple):
     spread: float = 0.0  # half the distance of the quartiles of repeats, or of all rounds
     limit: float | None = None  # None: not held to any
     at_most: bool = True  # else at least
+    slow: int = 0  # repeats, of those it is of, that were made while the cores ran slow
 
     @property
     def met(self) -> bool | None:
@@ -47,18 +48,17 @@ def show(found: Iterable[Found]) -> str:
 
 def combined(rounds: Sequence[Sequence[Found]]) -> list[Found]:
     """The median of the rounds, and half the distance of the most apart, or a round's own spread
-    where that is more.
-
-    A machine that is slow for a minute is slow in one round, and so in the spread.
+    where that is more. Rounds in which the cores ran slow count where there are no others.
     """
     made = []
     for of_case in zip(*rounds, strict=True):
         if len({(one.case, one.what) for one in of_case}) > 1:
             raise ValueError(f"rounds differ: {of_case}")
-        values = [one.value for one in of_case]
-        spreads = [(max(values) - min(values)) / 2, *(one.spread for one in of_case)]
+        counted = [one for one in of_case if not one.slow] or of_case
+        values = [one.value for one in counted]
+        spreads = [(max(values) - min(values)) / 2, *(one.spread for one in counted)]
         value, spread = statistics.median(values), max(spreads)
-        made.append(of_case[0]._replace(value=value, spread=spread))
+        made.append(counted[0]._replace(value=value, spread=spread))
     return made
 
 
