@@ -1,0 +1,1 @@
+"""What the three published recipes share: all but their networks and their numbers."""

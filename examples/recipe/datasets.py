@@ -1,0 +1,325 @@
+"""Images with labels, read one at a time: CIFAR-10, ImageNet as folders or HDF5, drawn shapes.
+
+A data set has `classes`, the names of its labels; `len`; and `read(index)`, which gives an image
+and its label, or raises Unreadable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import pickle
+import tarfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from examples.recipe.problem import Problem
+
+
+class Unreadable(Exception):
+    """An image that cannot be decoded, with where it lies."""
+
+
+class DataSet(Protocol):
+    """See the module."""
+
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+# CIFAR-10, as it is distributed.
+
+CIFAR_FOLDER = "cifar-10-batches-py"
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
+
+
+class _Arrays(pickle.Unpickler):
+    """Unpickles arrays and plain values, and nothing that could do anything else."""
+
+    allowed = frozenset({"_reconstruct", "ndarray", "dtype", "scalar", "encode"})
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in self.allowed and module.split(".")[0] in ("numpy", "_codecs"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
+
+
+def _unpickle(file: Path) -> dict[bytes, Any]:
+    if not file.is_file():
+        raise Problem(f"{file} is missing; delete {file.parent}, and it is downloaded anew")
+    try:
+        with file.open("rb") as opened:
+            found = _Arrays(opened, encoding="bytes").load()
+        if not isinstance(found, dict):
+            raise pickle.UnpicklingError(f"it holds a {type(found).__name__}, not a dict")
+    except (EOFError, pickle.UnpicklingError, ValueError, IndexError) as error:
+        raise Problem(
+            f"{file} is no batch of CIFAR-10 or was cut off ({error}; {file.stat().st_size} "
+            f"bytes); delete {file.parent}, and it is downloaded anew"
+        ) from None
+    return found
+
+
+class Cifar10:
+    """The batches of python pickles: 32 x 32 images, 10 classes.
+
+    Raises Problem for batches that are missing, cut off, or hold something else.
+    """
+
+    def __init__(self, data_dir: Path, train: bool) -> None:
+        folder = data_dir / CIFAR_FOLDER
+        if not folder.is_dir():
+            download_cifar10(data_dir)
+        self.classes = [n.decode() for n in _unpickle(folder / "batches.meta")[b"label_names"]]
+        images, labels = [], []
+        for name in [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]:
+            batch = _unpickle(folder / name)
+            data, own = batch.get(b"data"), batch.get(b"labels")
+            if getattr(data, "shape", None) != (len(own or ()), 3072) or data.dtype != np.uint8:
+                raise Problem(
+                    f"{folder / name}: expected uint8 data of shape [n, 3072] and n labels; "
+                    f"delete {folder}, and it is downloaded anew"
+                )
+            if not all(0 <= label < len(self.classes) for label in own):
+                raise Problem(f"{folder / name}: expected labels from 0 to {len(self.classes) - 1}")
+            images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+            labels += own
+        self.images, self.labels = np.ascontiguousarray(np.concatenate(images)), labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+
+def download_cifar10(data_dir: Path, url: str = CIFAR_URL, md5: str = CIFAR_MD5) -> None:
+    """Downloads, checks and unpacks the batches; what was only begun leaves nothing behind.
+
+    Raises Problem where the address is out of reach or the bytes are others.
+    """
+    by_hand = f"put the folder {CIFAR_FOLDER} there by hand, or pass --data synthetic"
+    data_dir.mkdir(parents=True, exist_ok=True)
+    archive = data_dir / "cifar-10-python.tar.gz.part"
+    found = hashlib.md5(usedforsecurity=False)
+    try:
+        with urllib.request.urlopen(url, timeout=30) as source, archive.open("wb") as target:
+            total = int(source.headers.get("Content-Length") or 0) or None
+            with tqdm(total=total, unit="B", unit_scale=True, desc="CIFAR-10") as progress:
+                while block := source.read(1 << 20):
+                    target.write(block)
+                    found.update(block)
+                    progress.update(len(block))
+        if found.hexdigest() != md5:
+            raise Problem(
+                f"{url} gave other bytes than expected (md5 {found.hexdigest()}, not {md5}): "
+                f"try again, or {by_hand}"
+            )
+        unpacked = data_dir / f"{CIFAR_FOLDER}.part"
+        with tarfile.open(archive) as opened:
+            opened.extractall(unpacked, filter="data")
+        (unpacked / CIFAR_FOLDER).rename(data_dir / CIFAR_FOLDER)
+        unpacked.rmdir()
+    except OSError as error:
+        raise Problem(f"no {CIFAR_FOLDER} in {data_dir}, and {url}: {error}; {by_hand}") from None
+    finally:
+        archive.unlink(missing_ok=True)
+
+
+# ImageNet, as folders of JPEGs or as HDF5 files of them.
+
+_SUFFIXES = {".jpeg", ".jpg", ".png"}
+
+
+def decoded(data: bytes, where: str) -> Image.Image:
+    """The image of a file's bytes, as RGB. Raises Unreadable, with where they are from."""
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise Unreadable(f"{where}: {error}") from None
+
+
+class ImageFolder:
+    """A folder for each class, as ImageNet is unpacked: train/n01440764/....JPEG, val/...
+
+    Labels count the folders in alphabetical order. Raises Problem where there are none, or one
+    is empty.
+    """
+
+    def __init__(self, data_dir: Path, train: bool) -> None:
+        folder = data_dir / ("train" if train else "val")
+        if not folder.is_dir():
+            raise Problem(
+                f"no folder {folder}; --data-dir takes a folder of train and val, each with a "
+                "folder of JPEGs for every class, or pass --data synthetic"
+            )
+        self.classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        if not self.classes:
+            raise Problem(f"{folder} has no folders of classes")
+        self.files: list[tuple[Path, int]] = []
+        for label, name in enumerate(self.classes):
+            own = sorted(f for f in (folder / name).iterdir() if f.suffix.lower() in _SUFFIXES)
+            if not own:
+                raise Problem(f"{folder / name} holds no .jpeg, .jpg or .png")
+            self.files += [(file, label) for file in own]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def data(self, index: int) -> bytes:
+        """The file's bytes."""
+        return self.files[index][0].read_bytes()
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        file, label = self.files[index]
+        return decoded(self.data(index), str(file)), label
+
+
+class Hdf5:
+    """train.hdf5 and val.hdf5, as examples.create_hdf5 makes them of folders: the bytes of the
+    JPEGs ("images"), their labels, and the names of the classes.
+
+    Raises Problem for a file that is missing, cut off, or of something else.
+    """
+
+    def __init__(self, data_dir: Path, train: bool) -> None:
+        import h5py
+
+        self.path = data_dir / ("train.hdf5" if train else "val.hdf5")
+        how = f"python -m examples.create_hdf5 --data-dir FOLDER --save-dir {data_dir}"
+        if not self.path.is_file():
+            raise Problem(f"no file {self.path}; make it of folders of JPEGs: {how}")
+        try:
+            with h5py.File(self.path, "r") as file:
+                self.labels = file["labels"][:].tolist()
+                self.classes = [name.decode() for name in file["classes"][:]]
+                count = len(file["images"])
+        except (OSError, KeyError, RuntimeError) as error:
+            raise Problem(
+                f"{self.path} is not such a file, or was cut off ({error}): {how}"
+            ) from None
+        if count != len(self.labels):
+            raise Problem(f"{self.path} has {count} images and {len(self.labels)} labels: {how}")
+        self._file: Any = None  # of the process that reads
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        import h5py
+
+        if self._file is None:
+            self._file = h5py.File(self.path, "r")
+        data = self._file["images"][index].tobytes()
+        return decoded(data, f"{self.path}, image {index}"), self.labels[index]
+
+
+# Drawn shapes, for runs without data.
+
+SHAPES = [
+    "disk", "ring", "square", "frame", "triangle", "diamond", "plus", "cross", "star", "half disk",
+]  # fmt: skip
+
+
+class Shapes:
+    """Shapes of ten classes at random places, in random sizes, colors and turns, on a background
+    of other colors, under noise. Image i is always the same; train and test share none.
+    """
+
+    classes = SHAPES
+
+    def __init__(self, count: int, size: int, train: bool) -> None:
+        self.count, self.size, self.train = count, size, train
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        random = np.random.default_rng([index, int(self.train)])
+        label, fine = index % len(SHAPES), 2 * self.size  # drawn twice as large, for smooth edges
+        while True:
+            ends, ink = random.integers(0, 256, (2, 3)), random.integers(0, 256, 3)
+            if np.abs(ends.mean(0) - ink).max() > 60:
+                break
+        ramp = np.linspace(0, 1, self.size)[:, None, None]
+        ground = (1 - ramp) * ends[0] + ramp * ends[1] + np.zeros((1, self.size, 1))
+        mask = Image.new("L", (fine, fine))
+        radius = fine * random.uniform(0.18, 0.36)
+        center = random.uniform(radius, fine - radius, 2)
+        turn = math.radians(random.uniform(-12, 12))
+        _draw(ImageDraw.Draw(mask), SHAPES[label], center, radius, turn)
+        cover = (
+            np.asarray(mask.resize((self.size, self.size), Image.Resampling.BOX))[..., None] / 255
+        )
+        pixels = (1 - cover) * ground + cover * ink + random.normal(0, 24, ground.shape)
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), label
+
+
+def _draw(
+    draw: ImageDraw.ImageDraw, shape: str, center: np.ndarray, radius: float, turn: float
+) -> None:
+    def points(angles: Any, radii: Any) -> list[tuple[float, float]]:
+        at = np.asarray(angles) + turn
+        xy = center + np.stack([np.cos(at), np.sin(at)], -1) * np.asarray(radii)[..., None]
+        return [(float(x), float(y)) for x, y in xy]
+
+    def regular(corners: int, begin: float, radius: float) -> list[tuple[float, float]]:
+        angles = np.linspace(0, 2 * np.pi, corners, endpoint=False) + begin
+        return points(angles, np.full(corners, radius))
+
+    x, y = center
+    box = (x - radius, y - radius, x + radius, y + radius)
+    half, quarter = np.pi / 2, np.pi / 4
+    if shape == "disk":
+        draw.ellipse(box, fill=255)
+    elif shape == "half disk":
+        begin = math.degrees(turn)
+        draw.pieslice(box, begin, begin + 180, fill=255)
+    elif shape == "ring":
+        draw.ellipse(box, outline=255, width=round(0.35 * radius))
+    elif shape == "square":
+        draw.polygon(regular(4, quarter, radius), fill=255)
+    elif shape == "frame":
+        draw.polygon(regular(4, quarter, radius), fill=255)
+        draw.polygon(regular(4, quarter, 0.6 * radius), fill=0)
+    elif shape == "diamond":
+        draw.polygon(
+            points([0, half, 2 * half, 3 * half], radius * np.array([0.6, 1, 0.6, 1])), 255
+        )
+    elif shape == "triangle":
+        draw.polygon(regular(3, -half, radius), fill=255)
+    elif shape == "star":
+        radii = radius * np.where(np.arange(10) % 2, 0.42, 1.0)
+        draw.polygon(points(np.linspace(0, 2 * np.pi, 10, endpoint=False) - half, radii), fill=255)
+    else:  # plus, or turned by 45 degrees, a cross
+        begin = quarter if shape == "cross" else 0.0
+        for bar in (begin, begin + half):
+            reach = [bar - 0.25, bar + 0.25, bar + np.pi - 0.25, bar + np.pi + 0.25]
+            draw.polygon(points(reach, np.full(4, radius)), fill=255)
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes its name when all is written; else nothing is left."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

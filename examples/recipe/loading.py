@@ -1,0 +1,126 @@
+"""Batches of a data set, in an order that a seed and an epoch decide, read in worker processes.
+
+A step takes the same images on whatever number of processes; each reads its part of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from examples.recipe.datasets import DataSet, Unreadable
+from examples.recipe.problem import Problem
+from examples.recipe.transforms import Transform, drawing
+
+
+class Key(NamedTuple):
+    """What is read for one place of a batch."""
+
+    index: int  # of the image; below 0 for a place that is left empty
+    epoch: int = 0
+    copy: int = 0  # which of an image's views in the epoch
+
+
+class Batch(NamedTuple):
+    """What a process gets of a step."""
+
+    images: Tensor  # [n, 3, h, w]
+    labels: Tensor  # [n], below 0 for what counts nothing
+    skipped: int  # images that could not be read
+    problem: str  # of the first of them, unless they may be skipped
+
+
+class Views(Dataset[tuple[Tensor, int, str]]):
+    """Transformed images by key: (image, label, what was wrong).
+
+    Of an image that cannot be read the next one takes the place in training; in evaluation the
+    place stays empty.
+    """
+
+    def __init__(self, images: DataSet, transform: Transform, seed: int, training: bool) -> None:
+        self.images, self.transform, self.seed, self.training = images, transform, seed, training
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int, str]:
+        problem = ""
+        for further in range(min(100, len(self.images)) if self.training else 1):
+            index = (key.index + further) % len(self.images) if key.index >= 0 else 0
+            try:
+                image, label = self.images.read(index)
+            except Unreadable as error:
+                problem = problem or str(error)
+                continue
+            with drawing(self.seed, key.epoch, key.index, key.copy):
+                seen = self.transform(image)
+            return seen, label if key.index >= 0 else -1, problem
+        return torch.empty(0), -1, problem
+
+
+def gathered(views: Sequence[tuple[Tensor, int, str]]) -> Batch:
+    """One batch of views; zeros for those that are not there."""
+    images = [image for image, _, _ in views]
+    like = next((image for image in images if image.numel()), None)
+    if like is not None:
+        images = [image if image.numel() else torch.zeros_like(like) for image in images]
+    problems = [problem for _, _, problem in views if problem]
+    labels = torch.tensor([label for _, label, _ in views])
+    return Batch(torch.stack(images), labels, len(problems), problems[0] if problems else "")
+
+
+def steps_of(count: int, batch_size: int) -> int:
+    """Whole batches of so many images."""
+    return count // batch_size
+
+
+def training_keys(
+    count: int, batch_size: int, seed: int, epoch: int, repeats: int, rank: int, size: int
+) -> list[list[Key]]:
+    """The keys of every step of an epoch, for one process of `size`.
+
+    The images are shuffled, and what fills no batch is left out. With repeats > 1 every image
+    comes so many times, next to each other and so on different processes, and an epoch, no longer
+    than others, has so many times fewer images.
+
+    Source of repeated augmentation: Hoffer et al., arXiv 1901.09335; Touvron et al., 2012.12877.
+    """
+    with drawing(seed, epoch, "order"):
+        shuffled = torch.randperm(count).tolist()
+    keys = [Key(i, epoch, copy) for i in shuffled for copy in range(repeats)]
+    whole = steps_of(count, batch_size) * batch_size
+    return [keys[i : i + batch_size][rank::size] for i in range(0, whole, batch_size)]
+
+
+def evaluation_keys(count: int, batch_size: int, rank: int, size: int) -> list[list[Key]]:
+    """The keys of all images in their order; every process has as many batches, as large."""
+    each = max(1, batch_size // size)
+    keys = [Key(i) for i in range(count)]
+    keys += [Key(-1)] * (-count % (each * size))
+    own = keys[rank::size]
+    return [own[i : i + each] for i in range(0, len(own), each)]
+
+
+def batches(
+    views: Views, keys: list[list[Key]], workers: int, device: torch.device, skip: bool
+) -> Iterator[Batch]:
+    """The batches of the keys, on the device. Raises Problem for an image that cannot be read,
+    unless such images are to be skipped."""
+    loader = DataLoader(
+        views,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=gathered,
+        pin_memory=device.type == "cuda",
+    )
+    for batch in loader:
+        too_many = views.training and bool((batch.labels < 0).any())  # a hundred in a row
+        if batch.problem and (too_many or not skip):
+            raise Problem(
+                f"{batch.problem}; delete or repair the file, or leave such images out and have "
+                "them counted: --skip-corrupt",
+                here=True,
+            )
+        images = batch.images.to(device, non_blocking=True)
+        yield batch._replace(images=images, labels=batch.labels.to(device, non_blocking=True))

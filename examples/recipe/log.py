@@ -1,0 +1,124 @@
+"""What a run tells: a line of JSON an epoch, TensorBoard's scalars and figures, progress bars.
+
+Only the first process tells anything. A run that goes on drops what was told of epochs that it
+takes again, so that the log is that of a run which never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from examples.recipe.datasets import unfinished
+from examples.recipe.parallel import World, whole
+from parq_fn.optim import QuantOptimizer
+
+LOG = "log.jsonl"
+
+
+class Log:
+    """Writes in a folder; silent on all processes but the first."""
+
+    def __init__(self, folder: Path, world: World, epoch: int, step: int) -> None:
+        """epoch, step: where the run begins, the step counted over all epochs."""
+        self.world, self.file = world, folder / LOG
+        self.board: SummaryWriter | None = None
+        if not world.first:
+            return
+        told = self.file.read_text().splitlines() if self.file.exists() else []
+        kept = [line for line in told if json.loads(line)["epoch"] < epoch]
+        with unfinished(self.file) as part:
+            part.write_text("".join(f"{line}\n" for line in kept))
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=step)
+
+    def epoch(self, step: int, record: dict[str, Any]) -> None:
+        """Tells of an epoch: JSON, scalars, and a line to read."""
+        if self.board is None:
+            return
+        with self.file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.scalars(step, {k: v for k, v in record.items() if k not in ("epoch", "skipped")})
+        told = " ".join(f"{k} {v:.5g}" for k, v in record.items() if isinstance(v, float))
+        tqdm.write(f"epoch {record['epoch']}: {told}")
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        if self.board is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, step)
+
+    def figure(self, step: int, name: str, figure: Figure) -> None:
+        if self.board is not None:
+            self.board.add_figure(name, figure, step)
+
+    def say(self, text: str) -> None:
+        """A line for who looks on."""
+        if self.world.first:
+            tqdm.write(text, file=sys.stderr)
+
+    def bar(self, total: int, done: int, text: str, off: bool) -> Any:
+        """A progress bar, where there is a terminal."""
+        disable = True if off or not self.world.first else None
+        return tqdm(total=total, initial=done, desc=text, disable=disable, leave=False)
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+def on_levels(optimizer: QuantOptimizer) -> float:
+    """The share of quantized weights that are bit-equal to a level of their row."""
+    on = total = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            levels = optimizer.state.get(p, {}).get("levels")
+            if levels is None:
+                continue
+            rows = optimizer.link(group).granularity.rows(whole(p))
+            # a level at a time: rows for every level would be many times the weight
+            hit = torch.zeros_like(rows, dtype=torch.bool)
+            for level in levels.unbind(1):
+                hit |= rows == level.unsqueeze(1)
+            on, total = on + int(hit.sum()), total + rows.numel()
+    return on / total
+
+
+def levels_of(net: nn.Module, optimizer: QuantOptimizer) -> dict[str, float]:
+    """Each level of every quantized parameter, the mean over its rows."""
+    found = {}
+    for name, p in net.named_parameters():
+        levels = optimizer.state.get(p, {}).get("levels")
+        if levels is not None:
+            means = levels.float().mean(0).tolist()
+            found |= {f"levels/{name}/{i}": mean for i, mean in enumerate(means)}
+    return found
+
+
+def drawn(net: nn.Module, optimizer: QuantOptimizer, most: int = 6) -> Figure:
+    """Weights against latents, of up to so many layers, evenly chosen."""
+    names = [n for n, p in net.named_parameters() if "latent" in optimizer.state.get(p, {})]
+    chosen = [names[round(i)] for i in torch.linspace(0, len(names) - 1, most).tolist()]
+    parameters = dict(net.named_parameters())
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    panels = figure.subplots(2, most // 2, squeeze=False).flat
+    for panel, name in zip(panels, dict.fromkeys(chosen), strict=False):
+        u, w = (
+            whole(t).float().flatten().cpu()
+            for t in (optimizer.state[parameters[name]]["latent"], parameters[name])
+        )
+        order = u.argsort()[:: max(1, len(u) // 2000)]
+        panel.plot(u[order], u[order], color="0.7", linewidth=0.8)
+        panel.plot(u[order], w[order], ".", color="#0072B2", markersize=2)
+        panel.set_title(name, fontsize="small")
+        panel.tick_params(labelsize="small")
+    figure.supxlabel("latent weight")
+    figure.supylabel("weight")
+    return figure

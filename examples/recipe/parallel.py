@@ -1,0 +1,142 @@
+"""One process or several: where they run, how a network lies on them, what they tell each other."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from examples.recipe.problem import Problem
+
+MODES = ("none", "ddp", "fsdp2")
+
+
+class World(NamedTuple):
+    """This process and the others."""
+
+    mode: str  # of MODES
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, *values: float) -> list[float]:
+        """The sums over all processes, in float64."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(sums)
+        return sums.tolist()
+
+    def any(self, here: bool) -> bool:
+        """Whether it holds on any process."""
+        return self.total(float(here))[0] > 0
+
+
+@contextmanager
+def world_of(mode: str | None, program: str) -> Iterator[World]:
+    """Joins the processes that torchrun started; None is ddp where it started any, else none.
+
+    Of several processes none gets out of it: all end by `leave`. Raises Problem where mode and
+    processes do not fit.
+    """
+    launched = "WORLD_SIZE" in os.environ
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    mode = mode or ("ddp" if launched else "none")
+    if mode != "none" and not launched:
+        raise Problem(
+            f"--parallel {mode} takes its processes from torchrun: torchrun --nproc-per-node 2 -m "
+            f"examples.{program} --parallel {mode} ..."
+        )
+    if mode == "none" and size > 1:
+        raise Problem(f"torchrun started {size} processes; pass --parallel ddp or fsdp2")
+    gpu = torch.cuda.is_available()
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    )
+    if gpu:
+        torch.cuda.set_device(device)
+    elif launched:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    if mode == "none":
+        yield World(mode, 0, 1, device)
+        return
+    # what is told on the host goes by gloo, and waits for no device
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    try:
+        yield World(mode, dist.get_rank(), dist.get_world_size(), device)
+    except Exception:
+        if size > 1:
+            traceback.print_exc()
+            leave(1)
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """Ends one of several processes at once: gloo's threads may abort one that unwinds, or never
+    let it end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def spread(net: nn.Module, blocks: type | tuple[type, ...], world: World) -> nn.Module:
+    """The network to be called, on the device; its parameters stay those of `net`.
+
+    ddp: every process has all of it; fsdp2: parameters are sharded, a block at a time.
+    """
+    net.to(world.device)
+    if world.mode == "ddp":
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        return DistributedDataParallel(net, device_ids=ids)
+    if world.mode == "fsdp2":
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for module in list(net.modules()):
+            if isinstance(module, blocks):
+                fully_shard(module, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    return net
+
+
+def agree_on_buffers(net: nn.Module, world: World) -> None:
+    """Running statistics become the first process's: each has those of its own images."""
+    if world.size > 1:
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def reshard(net: nn.Module) -> None:
+    """Parameters that a forward pass gathered become sharded again, as the optimizer has them."""
+    for module in net.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a parameter, on every process."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's words on what it does by itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch")
+        yield

@@ -1,0 +1,328 @@
+"""The published recipes, run for real on small data sets in the real formats."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples import create_hdf5, qat_resnet_cifar10, qat_resnet_imagenet, qat_vit_imagenet
+from examples.recipe.log import LOG
+from parq_fn import export
+from tests.examples.data_sets import cifar_batches, image_folders
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["--workers", "0", "--save-every", "1", "--quant-period", "2", "--quant-warmup-steps", "1"]
+SHORT += ["--no-progress"]
+
+
+@pytest.fixture(scope="session")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cifar_batches(tmp_path_factory.mktemp("cifar"))
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folders(tmp_path_factory.mktemp("imagenet"))
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The log, but for the times."""
+    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def printed_accuracy(shown: str) -> float:
+    """The accuracy that --evaluate printed."""
+    found = re.search(r"test accuracy ([\d.]+) %", shown)
+    assert found is not None, shown
+    return float(found[1])
+
+
+CASES = {
+    "cifar": (qat_resnet_cifar10, ["--batch-size", "20", "--lr", "0.02"]),
+    "resnet": (
+        qat_resnet_imagenet,
+        ["--arch", "resnet18", "--image-size", "32", "--batch-size", "20", "--lr", "0.02"],
+    ),
+    "deit": (
+        qat_vit_imagenet,
+        ["--image-size", "32", "--batch-size", "20", "--warmup-epochs", "0"]
+        + ["--const-lr-epochs", "0", "--lr", "1e-3"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_recipe_trains_tests_and_saves(
+    case: str, cifar: Path, folders: Path, tmp_path: Path, capsys
+) -> None:
+    module, flags = CASES[case]
+    data = cifar if case == "cifar" else folders
+    flags = [*flags, *SHORT, "--epochs", "2", "--data-dir", str(data), "--save-dir", str(tmp_path)]
+    assert module.main(flags) == 0
+    told = records(tmp_path)
+    assert [line["epoch"] for line in told] == [0, 1]
+    assert told[-1]["on_levels"] > 0.99
+    assert all(0 <= line["test_accuracy"] <= 100 and line["skipped"] == 0 for line in told)
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    packed = export.load(tmp_path / "quantized.safetensors")
+    quantized = [name for name, entry in packed.items() if isinstance(entry, export.Packed)]
+    first, last = {"cifar": (True, True)}.get(case, (False, False))
+    assert ("conv1.weight" in quantized or "patch_embed.proj.weight" in quantized) == first
+    assert ("fc.weight" in quantized or "head.weight" in quantized) == last
+    capsys.readouterr()
+    assert module.main([*flags, "--evaluate"]) == 0
+    assert printed_accuracy(capsys.readouterr().out) == pytest.approx(
+        told[-1]["test_accuracy"], abs=1e-4
+    )
+
+
+def test_hdf5_files_are_the_folders_they_were_made_of(
+    folders: Path, tmp_path: Path, capsys
+) -> None:
+    assert create_hdf5.main(["--data-dir", str(folders), "--save-dir", str(tmp_path)]) == 0
+    flags = [*CASES["resnet"][1], *SHORT, "--epochs", "1"]
+    sources = [["--data-dir", str(folders)], ["--data-dir", str(tmp_path), "--hdf5-data"]]
+    told = []
+    for i, source in enumerate(sources):
+        folder = tmp_path / str(i)
+        assert qat_resnet_imagenet.main([*flags, *source, "--save-dir", str(folder)]) == 0
+        told.append(records(folder))
+    assert told[0] == told[1]
+
+
+def test_full_precision_and_synthetic_data(tmp_path: Path) -> None:
+    flags = ["--data", "synthetic", "--synthetic-images", "100", "--full-prec", "--epochs", "1"]
+    flags += ["--batch-size", "20", "--lr", "0.02", "--custom-train-transform", "--cutmix-mixup"]
+    assert qat_resnet_cifar10.main([*flags, *SHORT, "--save-dir", str(tmp_path)]) == 0
+    (line,) = records(tmp_path)
+    assert "inverse_slope" not in line
+    assert "on_levels" not in line
+    assert not (tmp_path / "quantized.safetensors").exists()
+
+
+# Runs as they are started by hand, by torchrun, and stopped by a scheduler.
+
+
+class Started:
+    """A recipe on some processes."""
+
+    def __init__(self, folder: Path, world: int, *flags: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        shared |= {"LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "examples.qat_resnet_cifar10", *flags]
+        self.processes = [
+            subprocess.Popen(
+                [*command, "--save-dir", str(folder)],
+                cwd=ROOT,
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        self.shown = ""
+
+    def until(self, text: str) -> None:
+        """Reads what the first process says up to a line with this text."""
+        stream = self.processes[0].stdout
+        assert stream is not None
+        for line in stream:
+            self.shown += line
+            if text in line:
+                return
+        raise AssertionError(self.shown)
+
+    def end(self, status: int = 0) -> str:
+        """What the first process said; all are to end with this status."""
+        end = time.monotonic() + 180
+        while any(process.poll() is None for process in self.processes):
+            wrong = {process.poll() for process in self.processes} - {None, status}
+            if wrong or time.monotonic() > end:  # the others would wait for one that failed
+                for process in self.processes:
+                    process.kill()
+            time.sleep(0.1)
+        texts = [process.communicate()[0] for process in self.processes]
+        assert [p.returncode for p in self.processes] == [status] * len(texts), texts
+        return self.shown + texts[0]
+
+
+@pytest.mark.parametrize("mode", ["none", "ddp", "fsdp2"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(mode: str, cifar: Path, tmp_path: Path) -> None:
+    """SIGTERM in the middle of an epoch, as a scheduler sends it; on several processes, too."""
+    world = 1 if mode == "none" else 2
+    flags = [*SHORT[:-1], "--batch-size", "10", "--lr", "0.02", "--epochs", "2", "--print-freq"]
+    flags += ["1", "--data-dir", str(cifar), "--parallel", mode, "--resume"]
+    flags[1] = "1" if mode == "ddp" else "0"  # workers
+    if mode == "none":
+        flags += ["--cutmix-mixup", "--custom-train-transform"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run = Started(whole, world, *flags)
+    run.end()
+    run = Started(parts, world, *flags)
+    run.until("epoch 0, step 4 of 10")
+    for process in run.processes:
+        process.send_signal(signal.SIGTERM)
+    assert "--resume goes on" in run.end(128 + signal.SIGTERM)
+    assert not (parts / LOG).read_text()
+    run = Started(parts, world, *flags)
+    assert "goes on from" in run.end()
+    assert records(parts) == records(whole)
+    file = "quantized.safetensors"
+    assert (parts / file).read_bytes() == (whole / file).read_bytes()
+    shown = Started(parts, world, *flags, "--evaluate").end()
+    assert printed_accuracy(shown) == pytest.approx(records(whole)[-1]["test_accuracy"], abs=1e-4)
+
+
+# What can be wrong.
+
+
+def wrong(
+    capsys: pytest.CaptureFixture[str], module: Any, *flags: str, started: bool = False
+) -> str:
+    """The one line that a program says before it ends with 2."""
+    try:
+        status = module.main([*SHORT, *flags])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    *before, line = capsys.readouterr().err.strip().splitlines()
+    assert len(before) <= started  # what a run says as it begins
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--arch resnet21", "argument --arch: invalid choice: 'resnet21'"),
+        ("--quant-bitz 2", "unrecognized arguments: --quant-bitz 2"),
+        ("--quant-bits 9", "argument --quant-bits: invalid choice: 9"),
+        ("--hdf5-data", "--hdf5-data is for ImageNet"),
+        ("--epochs 0", "expected a whole number from 1 on, got '0'"),
+        ("--anneal-start 9 --anneal-end 3 --epochs 10", "must come in this order, got 9, 3 and 10"),
+        ("--anneal-end 20 --epochs 10", "must come in this order, got 0, 20 and 10"),
+        ("--lr-min 1", "--lr-min must be at most --lr, got 1 and 0.1"),
+        ("--warmup-epochs 5 --epochs 5", "leave nothing of 5 epochs"),
+        ("--start-epoch 3 --epochs 3", "--start-epoch must be below --epochs, got 3"),
+        (
+            "--quant-proxmap hard --anneal-wd-frac 0.5",
+            "follows parq's inverse slope; hard has none",
+        ),
+        ("--momentum 1", "--momentum must be below 1"),
+        ("--parallel ddp", "--parallel ddp takes its processes from torchrun: torchrun"),
+        ("--data synthetic --synthetic-images 64", "--batch-size 128 is more than the 64 images"),
+        ("--data synthetic --resume nowhere", "no checkpoint of these scripts at nowhere"),
+        ("--data synthetic --evaluate", "no checkpoint of these scripts at"),
+    ],
+)
+def test_wrong_flags_get_one_line(flags: str, message: str, tmp_path: Path, capsys) -> None:
+    folder = str(tmp_path / "absent")
+    assert message in wrong(capsys, qat_resnet_cifar10, *flags.split(), "--save-dir", folder)
+
+
+def test_missing_and_broken_data_get_one_line(
+    cifar: Path, folders: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("examples.recipe.datasets.CIFAR_URL", "http://127.0.0.1:9/cifar")
+    imagenet = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "20", "--epochs", "1"]
+
+    def line(module: Any, data: Path, *flags: str) -> str:
+        folder = str(tmp_path / "saved")
+        where = ["--data-dir", str(data), "--save-dir", folder]
+        return wrong(capsys, module, *where, *flags, started=module is qat_resnet_imagenet)
+
+    absent = tmp_path / "absent"
+    assert "put the folder cifar-10-batches-py there by hand" in line(qat_resnet_cifar10, absent)
+    assert "or pass --data synthetic" in line(qat_resnet_imagenet, absent, *imagenet)
+    assert "python -m examples.create_hdf5" in line(
+        qat_resnet_imagenet, absent, *imagenet, "--hdf5-data"
+    )
+    broken = cifar_batches(tmp_path / "broken")
+    batch = broken / "cifar-10-batches-py" / "data_batch_3"
+    batch.write_bytes(batch.read_bytes()[:-5000])
+    said = line(qat_resnet_cifar10, broken)
+    assert "data_batch_3" in said
+    assert "delete" in said
+    batch.write_bytes(pickle.dumps({b"data": os.system, b"labels": []}, protocol=2))
+    assert "which is no array" in line(qat_resnet_cifar10, broken)
+    batch.unlink()
+    assert "data_batch_3 is missing" in line(qat_resnet_cifar10, broken)
+    images = image_folders(tmp_path / "images")
+    file = sorted((images / "train" / "n00000003").iterdir())[2]
+    file.write_bytes(file.read_bytes()[:300])
+    said = line(qat_resnet_imagenet, images, *imagenet)
+    assert str(file) in said
+    assert "--skip-corrupt" in said
+    (images / "val.hdf5").write_bytes(b"no such file")
+    assert "was cut off" in line(qat_resnet_imagenet, images, *imagenet, "--hdf5-data")
+
+
+def test_corrupt_images_are_skipped_and_counted(folders: Path, tmp_path: Path, capsys) -> None:
+    images = image_folders(tmp_path / "images")
+    for part, label in (("train", 3), ("val", 5)):
+        file = sorted((images / part / f"n{label:08d}").iterdir())[0]
+        file.write_bytes(b"\xff\xd8 no JPEG")
+    flags = [*CASES["resnet"][1], *SHORT, "--epochs", "1", "--skip-corrupt", "--workers", "1"]
+    folder = tmp_path / "saved"
+    data = ["--data-dir", str(images), "--save-dir", str(folder)]
+    assert qat_resnet_imagenet.main([*flags, *data]) == 0
+    assert records(folder)[0]["skipped"] == 2
+    assert "accuracy" in capsys.readouterr().out
+    hdf5 = ["--data-dir", str(images), "--save-dir", str(tmp_path), "--check"]
+    assert create_hdf5.main(hdf5) == 0
+    assert "train.hdf5: 59 images, 1 left out" in capsys.readouterr().out
+
+
+def test_checkpoints_of_other_runs_are_refused(cifar: Path, tmp_path: Path, capsys) -> None:
+    flags = ["--batch-size", "50", "--epochs", "1", "--data-dir", str(cifar)]
+    flags += ["--save-dir", str(tmp_path)]
+    assert qat_resnet_cifar10.main([*SHORT, *flags]) == 0
+    capsys.readouterr()
+    other = [*flags, "--epochs", "2", "--resume"]
+    said = wrong(capsys, qat_resnet_cifar10, *other, "--arch", "resnet32")
+    assert "was trained with --arch resnet20, not resnet32; pass --arch resnet20" in said
+    assert "--quant-bits 2" in wrong(capsys, qat_resnet_cifar10, *other, "--quant-bits", "1")
+    said = wrong(capsys, qat_resnet_cifar10, *other, "--start-epoch", "1")
+    assert "--start-epoch is for runs from nothing" in said
+    (tmp_path / "last" / ".metadata").unlink()
+    assert "no checkpoint of these scripts" in wrong(capsys, qat_resnet_cifar10, *other)
+
+
+def test_help_explains_every_flag_with_its_default(capsys) -> None:
+    for module in (qat_resnet_cifar10, qat_resnet_imagenet, qat_vit_imagenet):
+        with pytest.raises(SystemExit):
+            module.main(["--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        entries = re.findall(r" --([a-z][a-z0-9-]+)[ ,]", shown.split("network and data")[1])
+        assert len(set(entries)) > 40
+        assert shown.count("(default: ") >= 40
+
+
+def test_a_run_begun_later_takes_the_rates_and_the_annealing_of_its_epoch(
+    cifar: Path, tmp_path: Path
+) -> None:
+    flags = [*SHORT, "--batch-size", "50", "--epochs", "4", "--data-dir", str(cifar)]
+    found = []
+    for name, more in (("all", []), ("late", ["--start-epoch", "2"])):
+        folder = str(tmp_path / name)
+        assert qat_resnet_cifar10.main([*flags, *more, "--save-dir", folder]) == 0
+        told = records(tmp_path / name)[-2:]
+        found.append([(r["epoch"], r["learning_rate"], r["inverse_slope"]) for r in told])
+    assert found[0] == found[1]
+    assert found[0][0][0] == 2
