@@ -1,7 +1,7 @@
 """DeiT, a vision transformer, with quantized weights on ImageNet.
 
     torchrun --nproc-per-node 8 -m examples.qat_vit_imagenet --data-dir FOLDER
-    python -m examples.qat_vit_imagenet --data synthetic --image-size 32 --epochs 2
+    python -m examples.qat_vit_imagenet --data synthetic --image-size 32 --epochs 300
 
 The matrices of the blocks are quantized, per channel; embeddings, norms and the head are not. The
 defaults are the published recipe (arXiv 2503.15748, section 6.3): AdamW, 300 epochs, a cosine

@@ -265,8 +265,7 @@ class scale_by_adam(Link):
         del params, extra
         count = state.step + 1
         b1, b2, eps = (at(c, count) for c in (self.b1, self.b2, self.eps))
-        # b^t through exp, which a compiler takes once a step and not once an element
-        one, two = (1.0 - (count * b.log()).exp() for b in (b1, b2))
+        one, two = (1.0 - _power(b, count) for b in (b1, b2))
 
         def mean(m: Tensor, u: Tensor | None) -> Tensor:
             return m if u is None else times(m, b1) + times(u, 1.0 - b1).to(m.dtype)
@@ -286,6 +285,13 @@ class scale_by_adam(Link):
 
         out = tree_map(direction, updates, first, largest if self.amsgrad else second)
         return out, AdamState(count, first, second, largest)
+
+
+def _power(b: Tensor, count: Tensor) -> Tensor:
+    """b^t, t >= 1, by exp, which a compiler takes once a step and not once an element; with the
+    derivative at b = 0 too."""
+    b = b if b.is_floating_point() else b.to(torch.float64)
+    return b * ((count - 1) * b.clamp(min=torch.finfo(b.dtype).tiny).log()).exp()
 
 
 _BOUND = Interval(0.0, math.inf)  # infinity: no clipping

@@ -160,7 +160,9 @@ def parq(
     # for a gradient at s = 0, and lest a subnormal s overflow to inf * 0
     safe = s.clamp(min=torch.finfo(x.dtype).tiny)
     steep = (1 - safe) / safe
-    if sharp is False and 2 <= q.shape[-1] <= _FEW and all(map(is_plain, (v, q, steep))):
+    few = sharp is False and 2 <= q.shape[-1] <= _FEW and steep.dim() == 0
+    # at s = 1 a distance to a far cell's midpoint, which may overflow, would be taken times 0
+    if few and all(map(is_plain, (v, q, steep))) and concrete(steep > 0):
         return _highest_line(v, q, steep).to(u.dtype)
     lo, hi = cell(v, q)
     w = between(v + (v - midpoint(lo, hi)) * steep, lo, hi)
@@ -175,7 +177,8 @@ def _highest_line(v: Tensor, q: Tensor, steep: Tensor) -> Tensor:
 
     For v in cell i, those of the cells before are at their upper ends, of which q_i is the largest,
     as l_j(v) >= v there; those of the cells after are at most v and at most l_i(v), as c_j grows.
-    Rounding keeps order, so this holds to the bit. In memory of its own, in place.
+    Rounding keeps order, so this holds to the bit, but for the sign of a zero. steep > 0. In memory
+    of its own, in place.
     """
     w: Tensor | None = None
     for i in range(q.shape[-1] - 1):

@@ -74,6 +74,8 @@ def is_plain(tensor: Tensor) -> bool:
     """
     if type(tensor) not in (Tensor, torch.nn.Parameter) or _is_traced():
         return False
+    if torch._is_functional_tensor(tensor):
+        return False
     try:
         tensor.numpy()
     except (RuntimeError, TypeError):

@@ -116,3 +116,17 @@ def test_the_highest_line_is_the_line_of_the_cell(case, slope: float) -> None:
         proxmaps._FEW = few
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_levels_far_apart_do_not_overflow_at_the_start_of_annealing() -> None:
+    """A weight's distance to the midpoint of another cell may be infinite; times 0 it is NaN."""
+    q = torch.tensor([[-3e38, 0.0, 3e38]])
+    for u in (3e38, 1.0, -3e38):
+        assert proxmaps.parq(torch.tensor([[u]]), q, 1.0).item() == torch.tensor(u).item()
+
+
+def test_maps_can_be_functionalized() -> None:
+    u, q = torch.linspace(-2, 2, 12).view(3, 4), torch.tensor([[-1.0, 0.0, 1.0]]).expand(3, 3)
+    s = torch.tensor(0.5)
+    found = torch.func.functionalize(lambda s: proxmaps.parq(u, q, s))(s)
+    assert torch.equal(found, proxmaps.parq(u, q, s))

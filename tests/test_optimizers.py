@@ -110,3 +110,20 @@ def test_learning_rate_by_argument_wins() -> None:
 def test_bad_hyperparameters(build, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_adam_has_derivatives_in_a_decay_of_zero() -> None:
+    """b^t is 0 there, with derivative 1 at t = 1 and 0 later."""
+    params, grads = {"w": torch.tensor([1.0], dtype=torch.float64)}, {"w": torch.ones(1).double()}
+
+    def moved(b: torch.Tensor, steps: int) -> torch.Tensor:
+        transform = pf.adamw(0.1, b1=b)
+        state, total = transform.init(params), torch.zeros(1, dtype=torch.float64)
+        for _ in range(steps):
+            updates, state = transform.update(grads, state, params)
+            total = total + updates["w"]
+        return total.sum()
+
+    for steps in (1, 2, 3):
+        zero = torch.zeros((), dtype=torch.float64)
+        assert torch.func.grad(moved)(zero, steps).isfinite()

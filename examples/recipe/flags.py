@@ -97,8 +97,8 @@ def parse(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
 
     group = parser.add_argument_group("training")
     flag("--epochs", 1, "passes over the training images", **count)
-    text = "epoch to begin at, by its rates and its annealing; with --resume, to begin again at"
-    flag("--start-epoch", None, text, "0, or the checkpoint's", **whole)
+    text = "epoch that a run from nothing begins at, by its rates and its annealing"
+    flag("--start-epoch", None, text, "0", **whole)
     flag("--batch-size", 1, "images of a step, over all processes", **count)
     flag("--lr", 0.1, "learning rate", **number)
     if recipe.optimizer == "sgd":

@@ -5,6 +5,7 @@ A step takes the same images on whatever number of processes; each reads its par
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -102,6 +103,13 @@ def evaluation_keys(count: int, batch_size: int, rank: int, size: int) -> list[l
     return [own[i : i + each] for i in range(0, len(own), each)]
 
 
+def _undisturbed(worker: int) -> None:
+    """What stops a run is sent to all its processes; the main one decides when they end."""
+    del worker
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(
     views: Views, keys: list[list[Key]], workers: int, device: torch.device, skip: bool
 ) -> Iterator[Batch]:
@@ -112,6 +120,7 @@ def batches(
         batch_sampler=keys,
         num_workers=workers,
         collate_fn=gathered,
+        worker_init_fn=_undisturbed,
         pin_memory=device.type == "cuda",
     )
     for batch in loader:

@@ -414,10 +414,10 @@ class Run:
         none = torch.zeros(4, dtype=torch.float64)
         better = record["test_accuracy"] > self.progress["best"]
         self.progress["best"] = max(self.progress["best"], record["test_accuracy"])
+        if better:  # before "last", which says that it was saved
+            self.save("best", epoch + 1, 0, none)
         if last or (epoch + 1) % args.save_every == 0:
             self.save("last", epoch + 1, 0, none)
-        if better:
-            self.save("best", epoch + 1, 0, none)
 
     # What it has come to.
 

@@ -133,6 +133,7 @@ class Started:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                start_new_session=True,  # a group that is signalled as a whole
             )
             for rank in range(world)
         ]
@@ -168,7 +169,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(mode: str, cifar: Path, tmp_
     world = 1 if mode == "none" else 2
     flags = [*SHORT[:-1], "--batch-size", "10", "--lr", "0.02", "--epochs", "2", "--print-freq"]
     flags += ["1", "--data-dir", str(cifar), "--parallel", mode, "--resume"]
-    flags[1] = "1" if mode == "ddp" else "0"  # workers
+    flags[1] = "0" if mode == "fsdp2" else "1"  # workers
     if mode == "none":
         flags += ["--cutmix-mixup", "--custom-train-transform"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -177,7 +178,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(mode: str, cifar: Path, tmp_
     run = Started(parts, world, *flags)
     run.until("epoch 0, step 4 of 10")
     for process in run.processes:
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)  # its workers, too
     assert "--resume goes on" in run.end(128 + signal.SIGTERM)
     assert not (parts / LOG).read_text()
     run = Started(parts, world, *flags)
