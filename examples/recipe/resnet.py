@@ -36,7 +36,7 @@ class Residual(nn.Module):
             self.downsample = nn.Sequential(conv(inputs, outputs, 1, stride), norm)
 
     def branch(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define branch")
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.downsample(x) + self.branch(x))

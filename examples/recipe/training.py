@@ -184,10 +184,10 @@ class Run:
         self.progress = self._found()
         args.begun = self.progress["begun"]
         self.net = self._network()
-        self.model = spread(self.net, recipe.blocks, world)
+        self.model: Any = spread(self.net, recipe.blocks, world)
         self.optimizer = optimizer_of(recipe, args, self.net, self.steps)
         if args.torch_compile:
-            self.model = torch.compile(self.model)  # type: ignore[assignment] # calls alike
+            self.model = torch.compile(self.model)
         self.rate = rate_of(recipe, args, self.steps)
         self.stopping = False
 
