@@ -100,12 +100,9 @@ def main(argv: list[str] | None = None) -> int:
         for one in GROUPS[name]("tiny" if args.tiny else "full", args.repeats):
             one = one._replace(slow=CORES.slow_repeats)
             own.append(one._replace(limit=None) if args.tiny else one)
-            head = f"{time.perf_counter() - start:4.0f} s  round {i + 1}"
-            print(
-                f"{head}, {name}: {one.case}: {one.value:.3g}{' (slow)' * (one.slow > 0)}",
-                file=sys.stderr,
-                flush=True,
-            )
+            head = f"{time.perf_counter() - start:4.0f} s  round {i + 1}, {name}"
+            value = f"{one.value:.3g}{' (slow)' * (one.slow > 0)}"
+            print(f"{head}: {one.case}: {one.what}: {value}", file=sys.stderr, flush=True)
         of_rounds[name].append(own)
     for name, rounds in of_rounds.items():
         own = combined(rounds)
