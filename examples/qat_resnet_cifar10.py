@@ -9,7 +9,7 @@ section 6.1): SGD, 200 epochs, the rate divided by ten three times, annealing ov
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
@@ -53,10 +53,7 @@ RECIPE = Recipe(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """See examples.recipe.training.main."""
-    return run(RECIPE, argv)
-
+main = partial(run, RECIPE)
 
 if __name__ == "__main__":
     raise SystemExit(main())

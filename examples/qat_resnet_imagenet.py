@@ -9,7 +9,7 @@ published recipe (arXiv 2503.15748, section 6.2): SGD, 90 epochs, the rate divid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
@@ -56,10 +56,7 @@ RECIPE = Recipe(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """See examples.recipe.training.main."""
-    return run(RECIPE, argv)
-
+main = partial(run, RECIPE)
 
 if __name__ == "__main__":
     raise SystemExit(main())

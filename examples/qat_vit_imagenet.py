@@ -11,7 +11,7 @@ erasing, repeated augmentation, stochastic depth and smoothed labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
@@ -61,10 +61,7 @@ RECIPE = Recipe(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """See examples.recipe.training.main."""
-    return run(RECIPE, argv)
-
+main = partial(run, RECIPE)
 
 if __name__ == "__main__":
     raise SystemExit(main())

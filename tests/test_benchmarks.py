@@ -81,15 +81,23 @@ def test_what_slow_cores_measure_is_measured_again(monkeypatch) -> None:
         made.append(len(made))
         return len(made)
 
-    assert cores.steady(work, 2) == [1, 2]  # without patience nothing is asked
+    assert cores.steady(work) == (1, False)  # without patience nothing is asked
     monkeypatch.setattr(measure.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(cores, "seconds", lambda: 1.2 if len(made) in (3, 4) else 1.0)
+    monkeypatch.setattr(cores, "seconds", lambda: 1.2 if len(made) in (2, 3) else 1.0)
     cores.least, cores.patience = 1.0, 3
-    assert cores.steady(work, 2) == [6, 7]
-    assert (cores.again, cores.slow_repeats) == (3, 0)
+    assert cores.steady(work) == (5, False)  # 2 and 3 ended slow, 4 began so
+    assert cores.again == 3
     monkeypatch.setattr(cores, "seconds", lambda: 2.0)
-    assert cores.steady(work, 2) == [11, 12]
-    assert (cores.again, cores.slow_repeats) == (6, 2)
+    assert cores.steady(work) == (9, True)
+    assert cores.again == 6
+    slow = iter([True, False, False, True])
+    monkeypatch.setattr(measure, "CORES", cores)
+    monkeypatch.setattr(cores, "steady", lambda work: (work(), next(slow)))
+    assert len(interleaved({"a": work, "b": work}, 2)["a"]) == 2
+    assert cores.were_slow
+    slow = iter([True, False, False, False])
+    assert len(interleaved({"a": work, "b": work}, 2)["a"]) == 1
+    assert not cores.were_slow
 
 
 def test_rounds_of_slow_cores_count_only_without_others() -> None:

@@ -13,8 +13,9 @@ import pickle
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,9 +58,13 @@ class _Arrays(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
 
 
+def _again(folder: Path) -> str:
+    return f"delete {folder}, and it is downloaded anew"
+
+
 def _unpickle(file: Path) -> dict[bytes, Any]:
     if not file.is_file():
-        raise Problem(f"{file} is missing; delete {file.parent}, and it is downloaded anew")
+        raise Problem(f"{file} is missing; {_again(file.parent)}")
     try:
         with file.open("rb") as opened:
             found = _Arrays(opened, encoding="bytes").load()
@@ -68,7 +73,7 @@ def _unpickle(file: Path) -> dict[bytes, Any]:
     except (EOFError, pickle.UnpicklingError, ValueError, IndexError) as error:
         raise Problem(
             f"{file} is no batch of CIFAR-10 or was cut off ({error}; {file.stat().st_size} "
-            f"bytes); delete {file.parent}, and it is downloaded anew"
+            f"bytes); {_again(file.parent)}"
         ) from None
     return found
 
@@ -83,7 +88,10 @@ class Cifar10:
         folder = data_dir / CIFAR_FOLDER
         if not folder.is_dir():
             download_cifar10(data_dir)
-        self.classes = [n.decode() for n in _unpickle(folder / "batches.meta")[b"label_names"]]
+        names = _unpickle(folder / "batches.meta").get(b"label_names")
+        if not names:
+            raise Problem(f"{folder / 'batches.meta'} names no labels; {_again(folder)}")
+        self.classes = [name.decode() for name in names]
         images, labels = [], []
         for name in [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]:
             batch = _unpickle(folder / name)
@@ -91,7 +99,7 @@ class Cifar10:
             if getattr(data, "shape", None) != (len(own or ()), 3072) or data.dtype != np.uint8:
                 raise Problem(
                     f"{folder / name}: expected uint8 data of shape [n, 3072] and n labels; "
-                    f"delete {folder}, and it is downloaded anew"
+                    f"{_again(folder)}"
                 )
             if not all(0 <= label < len(self.classes) for label in own):
                 raise Problem(f"{folder / name}: expected labels from 0 to {len(self.classes) - 1}")
@@ -112,10 +120,12 @@ def download_cifar10(data_dir: Path, url: str = CIFAR_URL, md5: str = CIFAR_MD5)
     Raises Problem where the address is out of reach or the bytes are others.
     """
     by_hand = f"put the folder {CIFAR_FOLDER} there by hand, or pass --data synthetic"
-    data_dir.mkdir(parents=True, exist_ok=True)
+    if data_dir.is_file():
+        raise Problem(f"--data-dir takes a folder, and {data_dir} is a file")
     archive = data_dir / "cifar-10-python.tar.gz.part"
     found = hashlib.md5(usedforsecurity=False)
     try:
+        data_dir.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as source, archive.open("wb") as target:
             total = int(source.headers.get("Content-Length") or 0) or None
             with tqdm(total=total, unit="B", unit_scale=True, desc="CIFAR-10") as progress:
@@ -144,11 +154,11 @@ def download_cifar10(data_dir: Path, url: str = CIFAR_URL, md5: str = CIFAR_MD5)
 _SUFFIXES = {".jpeg", ".jpg", ".png"}
 
 
-def decoded(data: bytes, where: str) -> Image.Image:
-    """The image of a file's bytes, as RGB. Raises Unreadable, with where they are from."""
+def decoded(read: Callable[[], bytes], where: str) -> Image.Image:
+    """The image of the bytes that are read, as RGB. Raises Unreadable, with where they are."""
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+        return Image.open(io.BytesIO(read())).convert("RGB")
+    except Exception as error:  # decoders raise whatever they come upon
         raise Unreadable(f"{where}: {error}") from None
 
 
@@ -185,7 +195,7 @@ class ImageFolder:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         file, label = self.files[index]
-        return decoded(self.data(index), str(file)), label
+        return decoded(partial(self.data, index), str(file)), label
 
 
 class Hdf5:
@@ -221,13 +231,17 @@ class Hdf5:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def data(self, index: int) -> bytes:
+        """The bytes of an image's file."""
         import h5py
 
         if self._file is None:
             self._file = h5py.File(self.path, "r")
-        data = self._file["images"][index].tobytes()
-        return decoded(data, f"{self.path}, image {index}"), self.labels[index]
+        return self._file["images"][index].tobytes()
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        where = f"{self.path}, image {index}"
+        return decoded(partial(self.data, index), where), self.labels[index]
 
 
 # Drawn shapes, for runs without data.
@@ -255,19 +269,19 @@ class Shapes:
         label, fine = index % len(SHAPES), 2 * self.size  # drawn twice as large, for smooth edges
         while True:
             ends, ink = random.integers(0, 256, (2, 3)), random.integers(0, 256, 3)
-            if np.abs(ends.mean(0) - ink).max() > 60:
+            if np.abs(ends - ink).max(1).min() > 80:
                 break
         ramp = np.linspace(0, 1, self.size)[:, None, None]
         ground = (1 - ramp) * ends[0] + ramp * ends[1] + np.zeros((1, self.size, 1))
         mask = Image.new("L", (fine, fine))
-        radius = fine * random.uniform(0.18, 0.36)
+        radius = fine * random.uniform(0.22, 0.4)
         center = random.uniform(radius, fine - radius, 2)
         turn = math.radians(random.uniform(-12, 12))
         _draw(ImageDraw.Draw(mask), SHAPES[label], center, radius, turn)
         cover = (
             np.asarray(mask.resize((self.size, self.size), Image.Resampling.BOX))[..., None] / 255
         )
-        pixels = (1 - cover) * ground + cover * ink + random.normal(0, 24, ground.shape)
+        pixels = (1 - cover) * ground + cover * ink + random.normal(0, 12, ground.shape)
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), label
 
 

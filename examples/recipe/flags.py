@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -194,12 +193,18 @@ def _check(parser: OneLine, recipe: Recipe, args: argparse.Namespace) -> None:
             "--anneal-start, --anneal-end and --epochs must come in this order, got "
             f"{args.anneal_start:g}, {args.anneal_end:g} and {args.epochs}"
         )
+    if args.data == "cifar10" and args.image_size != recipe.image_size:
+        parser.error("--image-size is for --data synthetic; CIFAR-10's images have 32 pixels")
+    if args.const_lr_epochs and not args.lr_min:
+        parser.error("--const-lr-epochs trains at the rate --lr-min, which is 0; pass both")
+    cuts = recipe.full_precision_cuts if args.full_prec else recipe.cuts
+    if cuts and args.warmup_epochs > cuts[0] * args.epochs:
+        parser.error(
+            f"--warmup-epochs must end before the rate's first cut, after "
+            f"{cuts[0] * args.epochs:g} epochs, got {args.warmup_epochs:g}"
+        )
     if args.image_size % 16 and "deit" in args.arch:
         parser.error(f"--image-size must be a multiple of 16, got {args.image_size}")
-    if not math.isfinite(args.lr):
-        parser.error(f"--lr must be finite, got {args.lr}")
-    if args.evaluate and args.resume is None:
-        args.resume = ""
 
 
 def quantizer_of(args: argparse.Namespace) -> Any:

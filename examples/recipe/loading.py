@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.recipe.datasets import DataSet, Unreadable
 from examples.recipe.problem import Problem
-from examples.recipe.transforms import Transform, drawing
+from examples.recipe.transforms import Mix, Transform, drawing, mixed
 
 
 class Key(NamedTuple):
@@ -26,17 +27,27 @@ class Key(NamedTuple):
     copy: int = 0  # which of an image's views in the epoch
 
 
+class View(NamedTuple):
+    """What was read for it."""
+
+    key: Key
+    image: Tensor  # [3, h, w]; zeros where there is none
+    label: int  # below 0 for what counts nothing
+    problem: str  # of an image that could not be read, else empty
+
+
 class Batch(NamedTuple):
     """What a process gets of a step."""
 
     images: Tensor  # [n, 3, h, w]
     labels: Tensor  # [n], below 0 for what counts nothing
-    skipped: int  # images that could not be read
-    problem: str  # of the first of them, unless they may be skipped
+    mix: Mix | None  # what else the images show
+    skipped: int  # images that could not be read, each counted once in an epoch
+    problem: str  # of the first of them
 
 
-class Views(Dataset[tuple[Tensor, int, str]]):
-    """Transformed images by key: (image, label, what was wrong).
+class Views(Dataset[View]):
+    """Transformed images by key.
 
     Of an image that cannot be read the next one takes the place in training; in evaluation the
     place stays empty.
@@ -45,30 +56,31 @@ class Views(Dataset[tuple[Tensor, int, str]]):
     def __init__(self, images: DataSet, transform: Transform, seed: int, training: bool) -> None:
         self.images, self.transform, self.seed, self.training = images, transform, seed, training
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int, str]:
+    def __getitem__(self, key: Key) -> View:
         problem = ""
-        for further in range(min(100, len(self.images)) if self.training else 1):
-            index = (key.index + further) % len(self.images) if key.index >= 0 else 0
+        tries = min(100, len(self.images)) if self.training else 1
+        for further in range(tries if key.index >= 0 else 0):
             try:
-                image, label = self.images.read(index)
+                image, label = self.images.read((key.index + further) % len(self.images))
             except Unreadable as error:
                 problem = problem or str(error)
                 continue
-            with drawing(self.seed, key.epoch, key.index, key.copy):
-                seen = self.transform(image)
-            return seen, label if key.index >= 0 else -1, problem
-        return torch.empty(0), -1, problem
+            with drawing("view", self.seed, *key):
+                return View(key, self.transform(image), label, problem)
+        size = self.transform.size
+        return View(key, torch.zeros(3, size, size), -1, problem)
 
 
-def gathered(views: Sequence[tuple[Tensor, int, str]]) -> Batch:
-    """One batch of views; zeros for those that are not there."""
-    images = [image for image, _, _ in views]
-    like = next((image for image in images if image.numel()), None)
-    if like is not None:
-        images = [image if image.numel() else torch.zeros_like(like) for image in images]
-    problems = [problem for _, _, problem in views if problem]
-    labels = torch.tensor([label for _, label, _ in views])
-    return Batch(torch.stack(images), labels, len(problems), problems[0] if problems else "")
+def gathered(views: Sequence[View], mix_seed: int | None = None) -> Batch:
+    """One batch of views; with a seed, mixed."""
+    images = torch.stack([view.image for view in views])
+    labels = torch.tensor([view.label for view in views])
+    mix = None
+    if mix_seed is not None:
+        images, mix = mixed(images, labels, "mix", mix_seed, *views[0].key)
+    problems = [view.problem for view in views if view.problem]
+    skipped = sum(bool(view.problem) and view.key.copy == 0 for view in views)
+    return Batch(images, labels, mix, skipped, problems[0] if problems else "")
 
 
 def steps_of(count: int, batch_size: int) -> int:
@@ -87,7 +99,7 @@ def training_keys(
 
     Source of repeated augmentation: Hoffer et al., arXiv 1901.09335; Touvron et al., 2012.12877.
     """
-    with drawing(seed, epoch, "order"):
+    with drawing("order", seed, epoch):
         shuffled = torch.randperm(count).tolist()
     keys = [Key(i, epoch, copy) for i in shuffled for copy in range(repeats)]
     whole = steps_of(count, batch_size) * batch_size
@@ -111,15 +123,20 @@ def _undisturbed(worker: int) -> None:
 
 
 def batches(
-    views: Views, keys: list[list[Key]], workers: int, device: torch.device, skip: bool
+    views: Views,
+    keys: list[list[Key]],
+    workers: int,
+    device: torch.device,
+    skip: bool,
+    mix_seed: int | None = None,
 ) -> Iterator[Batch]:
-    """The batches of the keys, on the device. Raises Problem for an image that cannot be read,
-    unless such images are to be skipped."""
+    """The batches of the keys, on the device; with a seed, mixed. Raises Problem for an image
+    that cannot be read, unless such images are to be skipped."""
     loader = DataLoader(
         views,
         batch_sampler=keys,
         num_workers=workers,
-        collate_fn=gathered,
+        collate_fn=partial(gathered, mix_seed=mix_seed),
         worker_init_fn=_undisturbed,
         pin_memory=device.type == "cuda",
     )
@@ -131,5 +148,9 @@ def batches(
                 "them counted: --skip-corrupt",
                 here=True,
             )
+        mix = batch.mix
+        if mix is not None:
+            mix = Mix(*(part.to(device, non_blocking=True) for part in mix))
         images = batch.images.to(device, non_blocking=True)
-        yield batch._replace(images=images, labels=batch.labels.to(device, non_blocking=True))
+        labels = batch.labels.to(device, non_blocking=True)
+        yield batch._replace(images=images, labels=labels, mix=mix)

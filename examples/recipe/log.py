@@ -7,6 +7,7 @@ takes again, so that the log is that of a run which never stopped.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,20 @@ from parq_fn.optim import QuantOptimizer
 LOG = "log.jsonl"
 
 
+def read(file: Path) -> list[dict[str, Any]]:
+    """The records of a log, none without one. A line whose writing was cut off is left out."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _line(record: dict[str, Any]) -> str:
+    """JSON, which has no numbers for what is infinite."""
+    finite = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+    }
+    return json.dumps(finite) + "\n"
+
+
 class Log:
     """Writes in a folder; silent on all processes but the first."""
 
@@ -33,18 +48,19 @@ class Log:
         self.board: SummaryWriter | None = None
         if not world.first:
             return
-        told = self.file.read_text().splitlines() if self.file.exists() else []
-        kept = [line for line in told if json.loads(line)["epoch"] < epoch]
-        with unfinished(self.file) as part:
-            part.write_text("".join(f"{line}\n" for line in kept))
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=step)
+        if self.file.exists():
+            kept = [record for record in read(self.file) if record["epoch"] < epoch]
+            with unfinished(self.file) as part:
+                part.write_text("".join(map(_line, kept)))
+        # what was told after step n is filed under n, and hidden from the purged step on
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def epoch(self, step: int, record: dict[str, Any]) -> None:
         """Tells of an epoch: JSON, scalars, and a line to read."""
         if self.board is None:
             return
         with self.file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_line(record))
         self.scalars(step, {k: v for k, v in record.items() if k not in ("epoch", "skipped")})
         told = " ".join(f"{k} {v:.5g}" for k, v in record.items() if isinstance(v, float))
         tqdm.write(f"epoch {record['epoch']}: {told}")

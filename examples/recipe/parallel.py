@@ -6,9 +6,9 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from examples.recipe.problem import Problem
+from examples.recipe.problem import Problem, tell
+
+Made = TypeVar("Made")
 
 MODES = ("none", "ddp", "fsdp2")
+# what torchrun tells a process
+TOLD = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class World(NamedTuple):
@@ -46,6 +50,19 @@ class World(NamedTuple):
         """Whether it holds on any process."""
         return self.total(float(here))[0] > 0
 
+    def in_turn(self, make: Callable[[], Made]) -> Made:
+        """What the first process makes, who may download for all, and then the others. Its
+        Problem is everyone's."""
+        made, problem = None, None
+        if self.first:
+            try:
+                made = make()
+            except Problem as met:
+                problem = met
+        if self.any(problem is not None):
+            raise problem or Problem("")
+        return make() if made is None else made
+
 
 @contextmanager
 def world_of(mode: str | None, program: str) -> Iterator[World]:
@@ -55,7 +72,10 @@ def world_of(mode: str | None, program: str) -> Iterator[World]:
     processes do not fit.
     """
     launched = "WORLD_SIZE" in os.environ
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    absent = [name for name in TOLD if name not in os.environ]
+    if launched and absent:
+        raise Problem(f"WORLD_SIZE is set and {', '.join(absent)} are not; start by torchrun")
+    size = int(os.environ["WORLD_SIZE"]) if launched else 1
     mode = mode or ("ddp" if launched else "none")
     if mode != "none" and not launched:
         raise Problem(
@@ -65,9 +85,8 @@ def world_of(mode: str | None, program: str) -> Iterator[World]:
     if mode == "none" and size > 1:
         raise Problem(f"torchrun started {size} processes; pass --parallel ddp or fsdp2")
     gpu = torch.cuda.is_available()
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
-    )
+    local = int(os.environ["LOCAL_RANK"]) if launched else 0
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     elif launched:
@@ -79,11 +98,14 @@ def world_of(mode: str | None, program: str) -> Iterator[World]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     try:
         yield World(mode, dist.get_rank(), dist.get_world_size(), device)
-    except Exception:
-        if size > 1:
+    except Exception as error:
+        if size == 1:
+            raise
+        if "gloo" in str(error) or isinstance(error, dist.DistError):
+            tell(f"process {dist.get_rank()} has lost another, which says why", here=True)
+        else:
             traceback.print_exc()
-            leave(1)
-        raise
+        leave(1)
     finally:
         dist.destroy_process_group()
 

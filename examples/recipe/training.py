@@ -8,7 +8,7 @@ bit for bit.
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -19,157 +19,50 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch import Tensor
 
-import parq_fn as pq
-from examples.recipe.datasets import Cifar10, DataSet, Hdf5, ImageFolder, Shapes
-from examples.recipe.flags import Recipe, parse, quantizer_of
-from examples.recipe.loading import (
-    Batch,
-    Views,
-    batches,
-    evaluation_keys,
-    steps_of,
-    training_keys,
-)
-from examples.recipe.log import Log, drawn, levels_of, on_levels
-from examples.recipe.parallel import (
-    World,
-    agree_on_buffers,
-    leave,
-    quiet,
-    reshard,
-    spread,
-    world_of,
-)
+from examples.recipe import checkpoints
+from examples.recipe.checkpoints import BEST, LAST, Progress
+from examples.recipe.evaluation import evaluate, score
+from examples.recipe.flags import Recipe, parse
+from examples.recipe.loading import Batch, batches, steps_of, training_keys
+from examples.recipe.log import LOG, Log, drawn, levels_of, on_levels
+from examples.recipe.parallel import World, agree_on_buffers, leave, quiet, spread, world_of
 from examples.recipe.problem import Problem, tell
-from examples.recipe.transforms import Evaluation, Training, loss_of, mixed, seed_of
+from examples.recipe.setup import images_of, network_of, optimizer_of, rate_of, views_of
+from examples.recipe.transforms import loss_of, seed_of
 from parq_fn import export
-from parq_fn.optim import QuantOptimizer, load_checkpoint, save_checkpoint
+from parq_fn.optim import QuantOptimizer
 
-STOPPED = 128 + signal.SIGTERM  # the status of a run that was told to stop
-
-PROXES = {
-    "hard": pq.hard_prox,
-    "soft": pq.soft_prox,
-    "parq": pq.parq_prox,
-    "binaryrelax": pq.binary_relax_prox,
-}
+WEIGHTS = "quantized.safetensors"
+MARK = "stopped"  # a file that says that the run was told to stop
+STATUS_STOPPED = 128 + signal.SIGTERM
 
 
-# What is trained, and on what.
-
-
-def images_of(recipe: Recipe, args: argparse.Namespace, train: bool) -> DataSet:
-    """The training or test images that the flags name."""
-    if args.data == "synthetic":
-        count = args.synthetic_images if train else max(10, args.synthetic_images // 5)
-        return Shapes(count, args.image_size, train)
-    if recipe.data == "cifar10":
-        return Cifar10(args.data_dir, train)
-    return Hdf5(args.data_dir, train) if args.hdf5_data else ImageFolder(args.data_dir, train)
-
-
-def views_of(recipe: Recipe, args: argparse.Namespace, images: DataSet, train: bool) -> Views:
-    """The images as the network sees them."""
-    size, bicubic = args.image_size, Image.Resampling.BICUBIC
-    transform: Training | Evaluation = Evaluation(size, bicubic, recipe.normal)
-    if train:
-        resize = bicubic if args.custom_train_transform else Image.Resampling.BILINEAR
-        small, custom = recipe.data == "cifar10", args.custom_train_transform
-        transform = Training(size, resize, recipe.normal, small, custom)
-    return Views(images, transform, args.seed, train)
-
-
-def rate_of(recipe: Recipe, args: argparse.Namespace, steps: int) -> pq.schedules.Schedule:
-    """The learning rate by step, of `steps` in an epoch: a rise, a cosine or cuts, a constant."""
-    rise, still = (round(e * steps) for e in (args.warmup_epochs, args.const_lr_epochs))
-    end = args.epochs * steps - still
-    if recipe.optimizer == "sgd":
-        cuts = recipe.full_precision_cuts if args.full_prec else recipe.cuts
-        places = sorted({max(1, round(cut * args.epochs * steps) - rise) for cut in cuts})
-        rates = [max(args.lr_min, args.lr / 10**i) for i in range(len(places) + 1)]
-        body: Any = pq.schedules.piecewise(rates, places)
-    else:
-        body = pq.schedules.cosine(args.lr, args.lr_min, 0, max(1, end - rise))
-    parts, places = [body], []
-    if rise:
-        parts, places = [pq.schedules.linear(args.lr / 1000, args.lr, 0, rise), body], [rise]
-    if still:
-        parts, places = [*parts, pq.schedules.constant(args.lr_min)], [*places, end]
-    return pq.schedules.join(parts, places)
-
-
-def optimizer_of(
-    recipe: Recipe, args: argparse.Namespace, net: nn.Module, steps: int
-) -> torch.optim.Optimizer:
-    """SGD or AdamW, around them the quantization; annealing counts from --start-epoch on."""
-    mask = pq.weight_mask(net, exclude=recipe.full_precision)
-    quantized, undecayed, others = [], [], []
-    for name, p in net.named_parameters():
-        if mask[name] and not args.full_prec:
-            quantized.append((name, p))
-        elif name.endswith("bias") or name in recipe.undecayed:
-            undecayed.append((name, p))
-        else:
-            others.append((name, p))
-    groups: list[dict[str, Any]] = [
-        {"params": quantized, "quant_bits": args.quant_bits},
-        {"params": undecayed, "weight_decay": 0.0},
-        {"params": others},
-    ]
-    groups = [group for group in groups if group["params"]]
-    options: dict[str, Any] = {"lr": args.lr, "weight_decay": args.weight_decay}
-    if recipe.optimizer == "sgd":
-        base: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=args.momentum, **options)
-    else:
-        base = torch.optim.AdamW(groups, betas=(args.momentum, 0.99), **options)
-    if args.full_prec:
-        return base
-    begun = args.begun * steps
-    options = {
-        "granularity": pq.per_channel() if args.quant_per_channel else pq.per_tensor(),
-        "period": args.quant_period,
-        "warmup": max(0, args.quant_warmup_steps - begun),
-        "shrink": args.quant_shrink,
-        "normal_map": args.nm_gamma or None,
-    }
-    if args.quant_proxmap != "hard":
-        start, end = (round(e * steps) for e in (args.anneal_start, args.anneal_end))
-        end = max(start + 1, min(end, args.epochs * steps - 1))  # the last step is a hard one
-        options |= {"anneal_start": start - begun, "anneal_end": end - begun}
-    if args.quant_proxmap == "parq":
-        options |= {"steepness": args.anneal_steepness, "center": args.anneal_center}
-    prox = PROXES[args.quant_proxmap](quantizer_of(args), **options)
-    frac = args.anneal_wd_frac
-    return QuantOptimizer(base, prox, anneal_weight_decay=frac, compile=args.torch_compile)
-
-
-# A run.
+class Stopped(Exception):
+    """The run was told to stop."""
 
 
 class Run:
     """Everything that a training holds, and its steps."""
 
     def __init__(self, recipe: Recipe, args: argparse.Namespace, world: World) -> None:
-        self.recipe, self.args, self.world = recipe, args, world
+        self.recipe, self.args, self.world, self.stopping = recipe, args, world, False
         if args.batch_size % world.size:
             raise Problem(
                 f"--batch-size must be a multiple of the {world.size} processes, got "
                 f"{args.batch_size}"
             )
-        test = self._in_turn(partial(images_of, recipe, args, False))
-        self.test_views = views_of(recipe, args, test, False)
-        train = images_of(recipe, args, True)
-        if train.classes != test.classes:
+        _check_folder(args)
+        self.source, self.progress = _begin(args)
+        test = world.in_turn(partial(images_of, recipe, args, False))
+        train = world.in_turn(partial(images_of, recipe, args, True))
+        apart = sorted(set(train.classes) ^ set(test.classes))
+        if apart:
             raise Problem(
-                f"training and test images have other classes: {train.classes[:3]}..., "
-                f"{test.classes[:3]}..."
+                f"training and test images have other classes; not in both: {', '.join(apart[:5])}"
             )
+        self.test_views = views_of(recipe, args, test, False)
         self.views = views_of(recipe, args, train, True)
         self.repeats = 1 if args.no_repeat_aug else recipe.repeats
         self.steps = steps_of(len(train), args.batch_size)
@@ -180,173 +73,97 @@ class Run:
             raise Problem(
                 f"--quant-warmup-steps must be below the {total} steps of the run, got {warmup}"
             )
+        self.rate = rate_of(recipe, args, self.steps)
         self.classes = len(train.classes)
-        self.progress = self._found()
-        args.begun = self.progress["begun"]
-        self.net = self._network()
+        self.net = network_of(recipe, args, self.classes)
         self.model: Any = spread(self.net, recipe.blocks, world)
-        self.optimizer = optimizer_of(recipe, args, self.net, self.steps)
+        self.optimizer = optimizer_of(recipe, args, self.net, self.steps, self.progress.begun)
+        if self.source is not None:
+            checkpoints.load(self.source, self.net, self.optimizer)
         if args.torch_compile:
             self.model = torch.compile(self.model)
-        self.rate = rate_of(recipe, args, self.steps)
-        self.stopping = False
-
-    def _in_turn(self, make: Any) -> Any:
-        """Made by the first process, which may download, and then by the others."""
-        if not self.world.first:
-            self.world.any(False)
-            return make()
-        made = make()
-        self.world.any(False)
-        return made
-
-    def _network(self) -> nn.Module:
-        torch.manual_seed(self.args.seed)
-        return self.recipe.build(self.args.arch, self.classes, self.args.image_size)
 
     @property
     def quantized(self) -> QuantOptimizer | None:
         """The optimizer, if it quantizes."""
         return self.optimizer if isinstance(self.optimizer, QuantOptimizer) else None
 
-    # Checkpoints.
-
-    def _path(self, name: str) -> Path:
-        return self.args.save_dir / name
-
-    def _found(self) -> dict[str, Any]:
-        """How far the checkpoint is that the run goes on from; a run's beginning, without one."""
-        args, begun = self.args, self.args.start_epoch or 0
-        fresh = {"epoch": begun, "step": 0, "begun": begun, "best": -1.0, "sums": []}
-        if args.resume is None:
-            return fresh
-        self.source = Path(args.resume) if args.resume else self._path("last")
-        if not args.resume and not self.source.is_dir() and not args.evaluate:
-            args.resume = None
-            return fresh
-        if args.start_epoch is not None:
-            raise Problem("--start-epoch is for runs from nothing; --resume has the checkpoint's")
-        about: dict[str, Any] = {"progress": {"json": ""}}
-        missing = f"no checkpoint of these scripts at {self.source}"
-        try:
-            with quiet():
-                load(about, checkpoint_id=self.source, no_dist=True)
-            found: dict[str, Any] = json.loads(about["progress"]["json"])
-        except (
-            CheckpointException,
-            OSError,
-            ValueError,
-            KeyError,
-            EOFError,
-            RuntimeError,
-        ) as error:
-            text = str(error).splitlines()[0][:200]
-            raise Problem(f"{missing} ({type(error).__name__}: {text})") from None
-        for name, got in found["flags"].items():
-            if got != getattr(args, name):
-                flag = f"--{name.replace('_', '-')}"
-                raise Problem(
-                    f"{self.source} was trained with {flag} {got}, not {getattr(args, name)}; "
-                    f"pass {flag} {got}, or another --resume or --save-dir"
-                )
-        return found
-
-    def load(self) -> None:
-        """The state of the checkpoint, where there is one."""
-        if self.args.resume is None:
-            return
-        try:
-            load_checkpoint(self.source, self.net, self.optimizer)
-        except (ValueError, OSError) as error:
-            text = str(error).splitlines()[0][:300]
-            raise Problem(f"{self.source} cannot be loaded: {text}") from None
-
-    def save(self, name: str, epoch: int, step: int, sums: Tensor) -> None:
-        """A checkpoint of the state before a step of an epoch."""
-        sums = sums.cpu()
-        each = [torch.zeros_like(sums) for _ in range(self.world.size)]
-        if self.world.size > 1:
-            dist.all_gather(each, sums)
-        else:
-            each = [sums]
-        flags = {key: getattr(self.args, key) for key in self._fixed}
-        told = {"sums": [s.tolist() for s in each], "flags": flags, "epoch": epoch, "step": step}
-        progress = {**self.progress, **told}
-        agree_on_buffers(self.net, self.world)
-        save_checkpoint(
-            self._path(name), self.net, self.optimizer, progress={"json": json.dumps(progress)}
-        )
-
-    @property
-    def _fixed(self) -> list[str]:
-        """Flags that a checkpoint fits no other values of."""
-        names = ["arch", "image_size", "full_prec", "seed", "batch_size"]
-        if not self.args.full_prec:
-            names += ["quant_bits", "quant_method", "quant_per_channel"]
-        return names
-
-    # Training.
-
-    def train(self) -> bool:
-        """All epochs that are left; False if the run was told to stop before."""
-        progress, world = self.progress, self.world
-        begin = progress["epoch"] * self.steps + progress["step"]
-        self.log = Log(self.args.save_dir, world, progress["epoch"], begin)
+    def train(self) -> None:
+        """All epochs that are left. Raises Stopped, with a checkpoint saved, where the run was
+        told to stop before."""
+        at, args = self.progress, self.args
+        self.log = Log(args.save_dir, self.world, at.epoch, at.epoch * self.steps + at.step)
         self.log.say(self._about())
+        self.sums = self._sums()
         try:
-            for epoch in range(progress["epoch"], self.args.epochs):
-                if not self._epoch(epoch):
-                    return False
+            for epoch in range(at.epoch, args.epochs):
+                self._epoch(epoch)
             self._finish()
+        except Stopped:
+            self._save(LAST)
+            where = f"step {at.step} of epoch {at.epoch}"
+            if at.step == self.steps:
+                where = f"the test after epoch {at.epoch}"
+            elif at.epoch == args.epochs:
+                where = "the test of the quantized weights"
+            self.log.say(f"stopped before {where}; --resume goes on")
+            raise
         finally:
             self.log.close()
-        return True
 
     def _about(self) -> str:
         count = sum(p.numel() for p in self.net.parameters())
         where = f"{self.world.size} x {self.world.device.type}, {self.world.mode}"
-        begin = self.progress["epoch"], self.progress["step"]
-        on = f"; goes on from {self.source}" if self.args.resume is not None else ""
+        at = self.progress
+        on = f"; goes on from {self.source}" if self.source is not None else ""
         return (
             f"{self.args.arch}, {count:,} parameters, {len(self.views.images):,} images of "
-            f"{self.classes} classes, {self.steps} steps an epoch, {where}, from epoch {begin[0]}, "
-            f"step {begin[1]}{on}"
+            f"{self.classes} classes, {self.steps} steps an epoch, {where}, from epoch {at.epoch}, "
+            f"step {at.step}{on}"
         )
 
-    def _epoch(self, epoch: int) -> bool:
-        """Steps, a test, a line of the log, checkpoints; False where it was told to stop."""
-        args, world, start = self.args, self.world, time.perf_counter()
-        resumed = epoch == self.progress["epoch"]
-        first = self.progress["step"] if resumed else 0
-        sums = torch.zeros(4, dtype=torch.float64)  # loss, right, images, skipped
-        if resumed and self.progress["sums"]:
-            sums = self._own(self.progress["sums"])
-        sums = sums.to(world.device)
+    def _sums(self) -> Tensor:
+        """[4] float64: loss, right answers, images and skipped images of this process in the epoch
+        so far."""
+        sums = torch.zeros(4, dtype=torch.float64)
+        if self.progress.sums:
+            each = torch.tensor(self.progress.sums, dtype=torch.float64)
+            if len(each) == self.world.size:
+                sums = each[self.world.rank]
+            elif self.world.first:  # there were more processes, or fewer
+                sums = each.sum(0)
+        return sums.to(self.world.device)
+
+    def _epoch(self, epoch: int) -> None:
+        """The steps that are left of it, a test, a line of the log, checkpoints."""
+        args, world, at, start = self.args, self.world, self.progress, time.perf_counter()
         count, seed = len(self.views.images), args.seed
         keys = training_keys(
             count, args.batch_size, seed, epoch, self.repeats, world.rank, world.size
         )
-        read = batches(self.views, keys[first:], args.workers, world.device, args.skip_corrupt)
+        read = batches(
+            self.views,
+            keys[at.step :],
+            args.workers,
+            world.device,
+            args.skip_corrupt,
+            seed if args.cutmix_mixup else None,
+        )
         self.model.train()
-        with self.log.bar(self.steps, first, f"epoch {epoch}", args.no_progress) as bar:
-            for step, batch in enumerate(read, first):
-                if world.any(self.stopping):
-                    self.save("last", epoch, step, sums)
-                    self.log.say(f"stopped before step {step} of epoch {epoch}; --resume goes on")
-                    return False
-                sums += self._step(epoch, step, batch)
+        with self.log.bar(self.steps, at.step, f"epoch {epoch}", args.no_progress) as bar:
+            for batch in read:
+                self._heed()
+                self.sums += self._step(epoch, at.step, batch)
+                at.step += 1
                 bar.update()
-                if (step + 1) % args.print_freq == 0:
-                    self._report(epoch, step, sums, bar)
-        self._end_epoch(epoch, sums, time.perf_counter() - start)
-        return True
+                if at.step % args.print_freq == 0:
+                    self._report(epoch, bar)
+        self._end_epoch(epoch, start)
 
-    def _own(self, sums: list[list[float]]) -> Tensor:
-        """This process's part of what was summed before, on as many processes or on others."""
-        each = torch.tensor(sums, dtype=torch.float64)
-        if len(each) == self.world.size:
-            return each[self.world.rank]
-        return each.sum(0) if self.world.first else torch.zeros_like(each[0])
+    def _heed(self) -> None:
+        """Raises Stopped if any process was told to stop."""
+        if self.world.any(self.stopping):
+            raise Stopped
 
     def _step(self, epoch: int, step: int, batch: Batch) -> Tensor:
         """One step; [4]: its sums."""
@@ -354,17 +171,12 @@ class Run:
         rate = float(self.rate(epoch * self.steps + step))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        seed = seed_of(args.seed, epoch, step, world.rank)
-        torch.manual_seed(seed)
-        images, mix = batch.images, None
-        if args.cutmix_mixup:
-            mix = mixed(images, batch.labels, seed)
-            images = mix.images
+        torch.manual_seed(seed_of("step", args.seed, epoch, step, world.rank))
         self.optimizer.zero_grad()
         with torch.autocast(world.device.type, torch.bfloat16, enabled=args.amp):
-            scores = self.model(images)
+            scores = self.model(batch.images)
         scores = scores.float()
-        loss = loss_of(scores, batch.labels, mix, self.recipe.smoothing)
+        loss = loss_of(scores, batch.labels, batch.mix, self.recipe.smoothing)
         loss.backward()
         self.optimizer.step()
         right = (scores.detach().argmax(1) == batch.labels).sum()
@@ -372,17 +184,25 @@ class Run:
         fixed = torch.tensor([n, batch.skipped], dtype=torch.float64, device=loss.device)
         return torch.cat([torch.stack([n * loss.detach().double(), right.double()]), fixed])
 
-    def _report(self, epoch: int, step: int, sums: Tensor, bar: Any) -> None:
+    def _report(self, epoch: int, bar: Any) -> None:
         """What the epoch has come to so far, on this process."""
-        loss, right, images, _ = sums.tolist()
-        loss, accuracy = loss / images, 100 * right / images
+        loss, right, images, _ = self.sums.tolist()
+        loss, accuracy, step = loss / images, 100 * right / images, self.progress.step
+        self._check_finite(loss, epoch)
         bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2f}")
-        if bar.disable and not self.args.no_progress:
-            head = f"epoch {epoch}, step {step + 1} of {self.steps}"
+        if bar.disable:
+            head = f"epoch {epoch}, step {step} of {self.steps}"
             self.log.say(f"{head}: loss {loss:.4f}, accuracy {accuracy:.2f} %")
-        done = epoch * self.steps + step + 1
         values = {"step/loss": loss, "step/accuracy": accuracy, "step/rate": self._rate}
-        self.log.scalars(done, {**values, **self._slope})
+        self.log.scalars(epoch * self.steps + step, {**values, **self._slope})
+
+    def _check_finite(self, loss: float, epoch: int, here: bool = True) -> None:
+        if not math.isfinite(loss):
+            raise Problem(
+                f"the loss is {loss} in epoch {epoch}, by step {self.progress.step}; a lower --lr "
+                "or some --warmup-epochs may keep it finite",
+                here,
+            )
 
     @property
     def _rate(self) -> float:
@@ -393,73 +213,108 @@ class Run:
         group = self.optimizer.param_groups[0]
         return {"inverse_slope": group["inverse_slope"]} if "inverse_slope" in group else {}
 
-    def _end_epoch(self, epoch: int, sums: Tensor, seconds: float) -> None:
-        args, done = self.args, (epoch + 1) * self.steps
-        loss, right, images, skipped = self.world.total(*sums.tolist())
+    def _end_epoch(self, epoch: int, start: float) -> None:
+        args, at, done = self.args, self.progress, (epoch + 1) * self.steps
+        loss, right, images, skipped = self.world.total(*self.sums.tolist())
+        self._check_finite(loss, epoch, here=False)
+        test = score(self.net, self.model, self.test_views, args, self.world, self._heed)
         record: dict[str, Any] = {
             "epoch": epoch,
             "train_loss": loss / images,
             "train_accuracy": 100 * right / images,
+            "test_loss": test.loss,
+            "test_accuracy": test.accuracy,
+            "learning_rate": self._rate,
+            **self._slope,
         }
-        record["test_loss"], record["test_accuracy"], unread = self.test(self.model)
-        record |= {"learning_rate": self._rate, **self._slope}
         if self.quantized is not None:
             record["on_levels"] = on_levels(self.quantized)
-        record |= {"skipped": round(skipped) + unread, "seconds": seconds}
+        record |= {"skipped": round(skipped) + test.skipped, "seconds": time.perf_counter() - start}
         self.log.epoch(done, record)
-        last = epoch + 1 == args.epochs
-        if self.quantized is not None and (last or (epoch + 1) % args.save_every == 0):
+        due = epoch + 1 == args.epochs or (epoch + 1) % args.save_every == 0
+        if self.quantized is not None and due:
             self.log.scalars(done, levels_of(self.net, self.quantized))
             self.log.figure(done, "weights", drawn(self.net, self.quantized))
-        none = torch.zeros(4, dtype=torch.float64)
-        better = record["test_accuracy"] > self.progress["best"]
-        self.progress["best"] = max(self.progress["best"], record["test_accuracy"])
-        if better:  # before "last", which says that it was saved
-            self.save("best", epoch + 1, 0, none)
-        if last or (epoch + 1) % args.save_every == 0:
-            self.save("last", epoch + 1, 0, none)
+        better, at.best = test.accuracy > at.best, max(at.best, test.accuracy)
+        at.epoch, at.step, self.sums = epoch + 1, 0, torch.zeros_like(self.sums)
+        if better:  # before the last, which says that it was saved
+            self._save(BEST)
+        if due:
+            self._save(LAST)
 
-    # What it has come to.
-
-    @torch.no_grad()
-    def test(self, model: nn.Module) -> tuple[float, float, int]:
-        """(loss in nats, accuracy in percent, images that could not be read) on the test images."""
-        args, world = self.args, self.world
-        agree_on_buffers(self.net, world)
-        model.eval()
-        keys = evaluation_keys(len(self.test_views.images), args.batch_size, world.rank, world.size)
-        sums = torch.zeros(4, dtype=torch.float64)
-        for batch in batches(self.test_views, keys, args.workers, world.device, args.skip_corrupt):
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=args.amp):
-                scores = model(batch.images).float()
-            there = batch.labels >= 0
-            labels = batch.labels.clamp(min=0)
-            losses = F.cross_entropy(scores, labels, reduction="none").double()
-            right = (scores.argmax(1) == labels) & there
-            parts = [losses.where(there, 0.0).sum().item(), right.sum().item(), there.sum().item()]
-            sums += torch.tensor([*parts, batch.skipped], dtype=torch.float64)
-        reshard(self.net)
-        loss, hits, images, skipped = world.total(*sums.tolist())
-        if not images:
-            raise Problem("no test image could be read")
-        return loss / images, 100 * hits / images, round(skipped)
+    def _save(self, name: str) -> None:
+        """A checkpoint of what is."""
+        sums = self.sums.cpu()
+        each = [torch.zeros_like(sums) for _ in range(self.world.size)]
+        if self.world.size > 1:
+            dist.all_gather(each, sums)
+        else:
+            each = [sums]
+        self.progress.sums = [own.tolist() for own in each]
+        agree_on_buffers(self.net, self.world)
+        folder, fixed = self.args.save_dir / name, _fixed(self.args)
+        checkpoints.save(folder, self.net, self.optimizer, self.progress, self.args, fixed)
 
     def _finish(self) -> None:
         """The quantized weights, hard, in a file of their own, and what they come to."""
         if self.quantized is None:
             return
-        file = self._path("quantized.safetensors")
+        file = self.args.save_dir / WEIGHTS
         export.save(export.pack(self.net, self.quantized, snap=True), file)
-        hard = self._network().to(self.world.device)
+        hard = network_of(self.recipe, self.args, self.classes).to(self.world.device)
         export.load_into(hard, file)
         self.world.any(False)  # all have read it
-        _, accuracy, _ = self.test(hard)
-        self.log.say(f"{file}: {file.stat().st_size:,} bytes, test accuracy {accuracy:.2f} %")
+        found = score(hard, hard, self.test_views, self.args, self.world, self._heed)
+        size = file.stat().st_size
+        self.log.say(f"{file}: {size:,} bytes, test accuracy {found.accuracy:.2f} %")
+
+
+def _fixed(args: argparse.Namespace) -> list[str]:
+    """Flags that a checkpoint fits no other values of."""
+    names = ["arch", "image_size", "data", "full_prec", "seed", "batch_size"]
+    if args.data == "synthetic":
+        names.append("synthetic_images")
+    if not args.full_prec:
+        names += ["quant_bits", "quant_method", "quant_per_channel"]
+    return names
+
+
+def _check_folder(args: argparse.Namespace) -> None:
+    """Raises Problem where --save-dir is none, or has another run's."""
+    if args.save_dir.exists() and not args.save_dir.is_dir():
+        raise Problem(f"--save-dir takes a folder, and {args.save_dir} is a file")
+    used = [name for name in (LAST, BEST, LOG, WEIGHTS) if (args.save_dir / name).exists()]
+    if used and args.resume is None:
+        raise Problem(
+            f"{args.save_dir} holds a run ({', '.join(used)}); go on with it by --resume, give "
+            "another --save-dir, or delete it"
+        )
+
+
+def _begin(args: argparse.Namespace) -> tuple[Path | None, Progress]:
+    """The checkpoint that the run goes on from, None without one, and how far it is."""
+    begun = args.start_epoch or 0
+    fresh = Progress(epoch=begun, begun=begun)
+    if args.resume is None:
+        return None, fresh
+    source = checkpoints.source_of(args)
+    progress = checkpoints.progress_at(source, args, _fixed(args))
+    if progress is None:
+        if args.resume:
+            raise Problem(f"no checkpoint of these scripts at {source}")
+        return None, fresh
+    if args.start_epoch not in (None, progress.begun):
+        raise Problem(
+            f"{source} is of a run that began at --start-epoch {progress.begun}, not {begun}"
+        )
+    if progress.epoch > args.epochs:
+        raise Problem(f"{source} is at epoch {progress.epoch}, beyond --epochs {args.epochs}")
+    return source, progress
 
 
 @contextmanager
 def told_to_stop(run: Run) -> Iterator[None]:
-    """SIGTERM and SIGUSR1, by which schedulers preempt, stop the run at its next step."""
+    """SIGTERM and SIGUSR1, by which schedulers preempt, stop the run before its next step."""
 
     def stop(number: int, frame: Any) -> None:
         del number, frame
@@ -474,20 +329,23 @@ def told_to_stop(run: Run) -> Iterator[None]:
             signal.signal(s, handler)
 
 
-def carried_out(run: Run) -> int:
+def carried_out(recipe: Recipe, args: argparse.Namespace, world: World) -> int:
     """What the flags ask for; the program's status."""
-    run.load()
-    args, world = run.args, run.world
     if args.evaluate:
-        loss, accuracy, skipped = run.test(run.model)
-        if world.first:
-            unread = f", {skipped} images skipped" if skipped else ""
-            print(f"{run.source}: test accuracy {accuracy:.4f} %, loss {loss:.6f}{unread}")
+        evaluate(recipe, args, world)
         return 0
+    run, mark = Run(recipe, args, world), args.save_dir / MARK
     if world.first:
         args.save_dir.mkdir(parents=True, exist_ok=True)
+        mark.unlink(missing_ok=True)
     with told_to_stop(run):
-        return 0 if run.train() else STOPPED
+        try:
+            run.train()
+        except Stopped:
+            if world.first:
+                mark.touch()
+            return STATUS_STOPPED
+    return 0
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
@@ -498,8 +356,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
         with world_of(args.parallel, recipe.program) as world, quiet():
             ended = leave if world.size > 1 else int
             try:
-                run = Run(recipe, args, world)
-                status = carried_out(run)
+                status = carried_out(recipe, args, world)
                 world.any(False)  # all are done, and nothing of them is gone
                 return ended(status)
             except Problem as problem:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import kornia.augmentation as K
 import numpy as np
@@ -21,7 +21,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-Transform = Callable[[Image.Image], Tensor]
+
+class Transform(Protocol):
+    """From an image to [3, size, size]."""
+
+    size: int
+
+    def __call__(self, image: Image.Image) -> Tensor: ...
 
 
 def seed_of(*what: int | str) -> int:
@@ -110,15 +116,47 @@ def middle(image: Image.Image, size: int, filter: Image.Resampling) -> Image.Ima
 
 
 class Evaluation:
-    """The middle of an image; the whole of one that is 32 pixels wide."""
+    """The middle of an image; with `small` all of it, as for CIFAR-10."""
 
-    def __init__(self, size: int, filter: Image.Resampling, normal: Normal) -> None:
-        self.size, self.filter, self.normal = size, filter, normal
+    def __init__(
+        self, size: int, filter: Image.Resampling, normal: Normal, small: bool = False
+    ) -> None:
+        self.size, self.filter, self.normal, self.small = size, filter, normal, small
 
     def __call__(self, image: Image.Image) -> Tensor:
-        if image.size != (self.size, self.size):
+        if not self.small:
             image = middle(image, self.size, self.filter)
         return self.normal(pixels(image))
+
+
+def rand_augment() -> K.auto.RandAugment:
+    """Two of fifteen operations, each applied half of the times, at the strength 9 of 10 that
+    DeiT's are tuned to.
+
+    kornia's strength m of 30 is the part m / 30 of a range's way from its low to its high end. An
+    operation that goes both ways by chance, such as a turn, has 0 as the low end; of the others
+    that go two ways (colors) there is an entry for each way, and of the rest there are two alike.
+
+    Source: Cubuk et al., arXiv 1909.13719; strengths: Touvron et al., arXiv 2012.12877, table 9.
+    """
+    colors = ("color", "contrast", "brightness", "sharpness")
+    policy = [[(name, *ends)] for name in colors for ends in ((1.0, 1.9), (0.1, 0.2))]
+    shear = math.degrees(math.atan(0.27)) / 0.9 / 180  # kornia's are angles, in half turns
+    for entry in (
+        ("auto_contrast", 0, 1),
+        ("equalize", 0, 1),
+        ("invert", 0, 1),
+        ("rotate", -30.0, 30.0),
+        ("posterize", 1.0, 4.0),
+        ("solarize", 0.0, 0.11),
+        ("solarize_add", 0.0, 0.43),
+        ("shear_x", -shear, shear),
+        ("shear_y", -shear, shear),
+        ("translate_x", -0.45, 0.45),
+        ("translate_y", -0.45, 0.45),
+    ):
+        policy += [[entry], [entry]]
+    return K.auto.RandAugment(n=2, m=27, policy=policy)
 
 
 class Training:
@@ -128,7 +166,7 @@ class Training:
     small: the window is shifted by up to 4 pixels, as for CIFAR-10; otherwise it is
     `resized_crop`'s.
 
-    Source: Cubuk et al., RandAugment, arXiv 1909.13719; Zhong et al., arXiv 1708.04896.
+    Source of erasing: Zhong et al., arXiv 1708.04896.
     """
 
     def __init__(
@@ -137,7 +175,7 @@ class Training:
         self.size, self.filter, self.normal, self.small = size, filter, normal, small
         self.augment = self.erase = None
         if custom:
-            self.augment = K.auto.RandAugment(n=2, m=9)
+            self.augment = rand_augment()
             self.erase = K.RandomErasing(p=0.25, scale=(0.02, 1 / 3), ratio=(0.3, 3.3))
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -149,35 +187,35 @@ class Training:
         return self.erase(self.normal(x)[None])[0]
 
 
-class Mixed(NamedTuple):
-    """Images of which each shows two."""
+class Mix(NamedTuple):
+    """What else mixed images show."""
 
-    images: Tensor  # [n, 3, h, w]
-    second: Tensor  # [n], labels of the other image
+    labels: Tensor  # [n], of the other image
     share: Tensor  # [n], of the other image
 
 
-def mixed(images: Tensor, labels: Tensor, seed: int) -> Mixed:
-    """Mixup (Beta(0.8, 0.8)) or cutmix (Beta(1, 1)) of a whole batch, as likely, by kornia.
+def mixed(images: Tensor, labels: Tensor, *drawn: int | str) -> tuple[Tensor, Mix]:
+    """Mixup (Beta(0.8, 0.8)) or cutmix (Beta(1, 1)) of a whole batch, as likely, by kornia; by
+    chance as `drawing` names it. Returns the images, and what else they show.
 
     Source: Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899.
     """
-    with drawing(seed):
+    with drawing(*drawn):
         if torch.rand(()) < 0.5:
             one = torch.distributions.Beta(0.8, 0.8).sample().item()
             mix = K.RandomMixUpV2((one, one), p=1.0, data_keys=["input", "class"])
-            out, found = mix(images.cpu(), labels.cpu())
-            return Mixed(out.to(images), found[:, 1].to(labels), found[:, 2].to(images))
+            out, found = mix(images, labels)
+            return out, Mix(found[:, 1].to(labels), found[:, 2].to(images))
         cut = K.RandomCutMixV2(p=1.0, data_keys=["input", "class"], use_correct_lambda=True)
-        out, found = cut(images.cpu(), labels.cpu())
+        out, found = cut(images, labels)
     own = found[0, :, 2].to(images)  # of cutmix kornia gives the share that is left
-    return Mixed(out.to(images), found[0, :, 1].to(labels), 1 - own)
+    return out, Mix(found[0, :, 1].to(labels), 1 - own)
 
 
-def loss_of(scores: Tensor, labels: Tensor, mix: Mixed | None, smoothing: float) -> Tensor:
+def loss_of(scores: Tensor, labels: Tensor, mix: Mix | None, smoothing: float) -> Tensor:
     """Mean cross entropy in nats; of mixed images, of both labels by their shares."""
     own = F.cross_entropy(scores, labels, label_smoothing=smoothing, reduction="none")
     if mix is not None:
-        other = F.cross_entropy(scores, mix.second, label_smoothing=smoothing, reduction="none")
+        other = F.cross_entropy(scores, mix.labels, label_smoothing=smoothing, reduction="none")
         own = torch.lerp(own, other, mix.share)
     return own.mean()

@@ -13,7 +13,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,12 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
@@ -88,40 +93,51 @@ def save_checkpoint(
 
 def load_checkpoint(
     folder: str | os.PathLike[str],
-    model: nn.Module,
-    optimizer: Optimizer,
+    model: nn.Module | None = None,
+    optimizer: Optimizer | None = None,
     **others: Stateful | dict[str, Any],
 ) -> None:
     """Loads what `save_checkpoint` or torch.distributed.checkpoint saved, on as many ranks as it
-    was saved on or on others. Dicts among the others are filled in place with all that was saved
-    under their name. Where saving was killed as one checkpoint took the place of another, that
-    other is loaded. Every rank calls it.
+    was saved on or on others. Without an optimizer the model's state alone is loaded, as to
+    evaluate it; without a model, the others alone. Dicts among the others are filled in place with
+    all that was saved under their name. Where saving was killed as one checkpoint took the place
+    of another, that other is loaded. Every rank calls it.
 
     Raises FileNotFoundError where there is no checkpoint; ValueError, and changes nothing, where
-    a part of it is missing, of another shape, or was cut off; TypeError as `save_checkpoint`.
+    a part of it is missing, of another shape, or was cut off; TypeError as `save_checkpoint`, and
+    for an optimizer without its model.
     """
     _check_others(others)
+    if model is None and optimizer is not None:
+        raise TypeError("got an optimizer without its model; its state is saved by their names")
     folder = _found(folder)
     check_whole_checkpoint(folder)
-    with _thawed(model), _quiet():
-        parameters, state = get_state_dict(model, optimizer)
-        saved: dict[str, Any] = {"model": parameters, "optimizer": state, **others}
+    saved: dict[str, Any] = {**others}
+    with _quiet(), _thawed(model) if model is not None else nullcontext():
+        if model is not None and optimizer is not None:
+            saved["model"], saved["optimizer"] = get_state_dict(model, optimizer)
+        elif model is not None:
+            saved["model"] = get_model_state_dict(model)
         saved |= _with_all_keys(folder, others)
         try:
-            _check_groups(folder, optimizer, state)
+            if isinstance(optimizer, QuantOptimizer):
+                _check_groups(folder, optimizer, saved["optimizer"])
             load(saved, checkpoint_id=folder, no_dist=not _many())
         except CheckpointException as error:
             causes = sorted({str(cause) for cause, _ in error.failures.values()})
             raise ValueError(f"checkpoint {folder} does not fit: {'; '.join(causes)}") from None
-        set_state_dict(
-            model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
-        )
+        if model is not None and optimizer is not None:
+            state = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
+            set_state_dict(model, optimizer, **state)
+        elif model is not None:
+            set_model_state_dict(model, saved["model"])
     for name, other in others.items():
         if isinstance(other, dict):
             other.update(saved[name])
-    if hasattr(optimizer, "_wrote"):  # what the model holds now belongs to the latents
-        for p in model.parameters():
-            optimizer._wrote(p)
+    wrote = getattr(optimizer, "_wrote", None)
+    if model is not None and wrote is not None:
+        for p in model.parameters():  # what the model holds now belongs to the latents
+            wrote(p)
 
 
 def check_whole_checkpoint(folder: str | os.PathLike[str]) -> None:
@@ -181,10 +197,8 @@ def _with_all_keys(folder: Path, others: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _check_groups(folder: Path, optimizer: Optimizer, state: dict[str, Any]) -> None:
+def _check_groups(folder: Path, optimizer: QuantOptimizer, state: dict[str, Any]) -> None:
     """Raises ValueError, before anything is loaded, for groups that were quantized otherwise."""
-    if not isinstance(optimizer, QuantOptimizer):
-        return
     own = state["param_groups"]
     saved = {"optimizer": {"param_groups": copy.deepcopy(own)}}
     load(saved, checkpoint_id=folder, no_dist=not _many())

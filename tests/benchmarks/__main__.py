@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--rounds", type=at_least(1, int), default=3, help="rounds of all (default: 3)"
     )
-    text = "repeats made again for each figure, as the cores ran slow in them (default: 3)"
+    text = "times that one work may be made again, as the cores ran slow in it (default: 3)"
     parser.add_argument("--patience", type=at_least(0, int), default=3, help=text)
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args(argv)
@@ -98,10 +98,10 @@ def main(argv: list[str] | None = None) -> int:
     for i, name in itertools.product(range(args.rounds), names):
         own: list[Found] = []
         for one in GROUPS[name]("tiny" if args.tiny else "full", args.repeats):
-            one = one._replace(slow=CORES.slow_repeats)
+            one = one._replace(slow=CORES.were_slow)
             own.append(one._replace(limit=None) if args.tiny else one)
             head = f"{time.perf_counter() - start:4.0f} s  round {i + 1}, {name}"
-            value = f"{one.value:.3g}{' (slow)' * (one.slow > 0)}"
+            value = f"{one.value:.3g}{' (slow)' * one.slow}"
             print(f"{head}: {one.case}: {one.what}: {value}", file=sys.stderr, flush=True)
         of_rounds[name].append(own)
     for name, rounds in of_rounds.items():
@@ -115,11 +115,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.json is not None:
         figures = [{**one._asdict(), "met": one.met} for one in found]
         report = {"machine": machine(), "repeats": args.repeats, "rounds": args.rounds}
-        report |= {"repeats_again": CORES.again, "slow": sum(one.slow > 0 for one in found)}
+        report |= {"works_again": CORES.again, "slow": sum(one.slow for one in found)}
         report["figures"] = figures
         args.json.write_text(json.dumps(report, indent=1) + "\n")
-    slow = sum(one.slow > 0 for one in found)
-    print(f"\ncores ran slow: {CORES.again} repeats made again, {slow} figures slow in all rounds")
+    slow = sum(one.slow for one in found)
+    print(f"\ncores ran slow: {CORES.again} works made again, {slow} figures slow in all rounds")
     missed = [one for one in found if one.met is False]
     held = sum(one.limit is not None for one in found)
     verdict = f"{held - len(missed)} of {held} limits met" if held else "held to no limit"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ class Cores:
     slow = 1.15  # times the least that the calculation has taken
 
     def __init__(self) -> None:
-        self.patience = 0  # times that one repeat may be made again; with none, nothing is asked
-        self.again = 0  # repeats made again so far
-        self.slow_repeats = 0  # of the works measured last, kept all the same
+        self.patience = 0  # times that a work may be made again; with none, nothing is asked
+        self.again = 0  # works made again so far
+        self.were_slow = False  # in all repeats of the works measured last
         self.least = float("inf")
         self.x = torch.rand(1 << 16)  # half of it for each of two cores, next to them
 
@@ -42,21 +43,18 @@ class Cores:
         self.least = min(self.least, found)
         return found
 
-    def steady(self, work: Callable[[], Any], repeats: int = 1) -> list[Any]:
-        """What the work gives, each time; again where the cores were slow before or after it."""
-        found: list[Any] = []
-        self.slow_repeats = left = 0
-        while len(found) < repeats:
-            bad = self._are_slow()
+    def steady(self, work: Callable[[], Any]) -> tuple[Any, bool]:
+        """(what the work gives, whether the cores were slow just before it or after); it is made
+        again while they were, as long as patience lasts."""
+        left = self.patience
+        while True:
+            slow = self._are_slow()
             result = work()
-            bad = self._are_slow() or bad
-            if bad and left < self.patience:
-                left, self.again = left + 1, self.again + 1
-                time.sleep(0.5)
-                continue
-            found.append(result)
-            self.slow_repeats += bad
-        return found
+            slow = self._are_slow() or slow
+            if not slow or not left:
+                return result, slow
+            left, self.again = left - 1, self.again + 1
+            time.sleep(0.2)
 
     def _are_slow(self) -> bool:
         return self.patience > 0 and self.seconds() > self.slow * self.least
@@ -74,27 +72,29 @@ def interleaved(
     works: Mapping[str, Work], repeats: int, least: float = 0.05, before: Work | None = None
 ) -> dict[str, list[float]]:
     """The time of one call of each work, taken in turns, so that what else the machine does falls
-    on all alike. `before` runs untimed before each call, and then each call is timed alone."""
+    on all alike. `before` runs untimed before each call, and then each call is timed alone.
+    Repeats in which the cores ran slow are left out, unless they did in all of them."""
     calls = {}
     for name, work in works.items():
         _once(work, before)
         took = _once(work, before)
         calls[name] = 1 if before is not None else max(1, round(least / max(took, 1e-9)))
 
-    def each() -> dict[str, float]:
-        took = {}
-        for name, work in works.items():
-            if before is not None:
-                took[name] = _once(work, before)
-                continue
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                work()
-            took[name] = (time.perf_counter() - start) / calls[name]
-        return took
+    def timed(name: str) -> float:
+        if before is not None:
+            return _once(works[name], before)
+        start = time.perf_counter()
+        for _ in range(calls[name]):
+            works[name]()
+        return (time.perf_counter() - start) / calls[name]
 
-    rows = CORES.steady(each, repeats)
-    return {name: [row[name] for row in rows] for name in works}
+    fast, slow = [], []
+    for _ in range(repeats):
+        found = {name: CORES.steady(partial(timed, name)) for name in works}
+        row = {name: took for name, (took, _) in found.items()}
+        (slow if any(bad for _, bad in found.values()) else fast).append(row)
+    CORES.were_slow = not fast
+    return {name: [row[name] for row in fast or slow] for name in works}
 
 
 def _once(work: Work, before: Work | None) -> float:

@@ -93,13 +93,15 @@ def against_copy(elements: int, repeats: int, compiled: bool = True) -> Iterator
             for where, granularity in GRANULARITIES.items():
                 link = make(quantizer, granularity=granularity)
                 state, jobs = state_of(link), jobs_of(link, [u])
-                works: dict[str, Any] = {
-                    name: partial(one, link, state, jobs) for name, one in fast.items()
-                }
-                works["copy"] = partial(jobs[0].weight.copy_, u)
-                times = interleaved(works, repeats, least=0)
                 check(link, state, jobs_of(link, [u[: len(u) // 64 + 1]]), fast)
-                for name in fast:
+                for name, one in fast.items():
+                    works = {
+                        name: partial(one, link, state, jobs),
+                        "copy": partial(jobs[0].weight.copy_, u),
+                    }
+                    # next to each other and often, for they are short
+                    often = 5 if name == "compiled" else 1
+                    times = interleaved(works, often * repeats, least=0)
                     limit = 1.25 if k <= 4 else 2.0
                     affine = kind != "soft"  # which computes more than it reads
                     held = limit if name == "compiled" and affine else None

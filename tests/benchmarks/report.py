@@ -20,7 +20,7 @@ class Found(NamedTuple):
     spread: float = 0.0  # half the distance of the quartiles of repeats, or of all rounds
     limit: float | None = None  # None: not held to any
     at_most: bool = True  # else at least
-    slow: int = 0  # repeats, of those it is of, that were made while the cores ran slow
+    slow: bool = False  # the cores ran slow in all of its repeats
 
     @property
     def met(self) -> bool | None:

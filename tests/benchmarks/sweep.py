@@ -29,7 +29,7 @@ def compared(model: str, batch: int, steps: int, repeats: int, held: float | Non
         train, test = (Data(data.images.to(dtype), data.labels) for data in load_data(0))
         orders = order_of(settings.seed, steps, batch, len(train.labels))
         inputs = sweep, settings, orders, train, test, not sys.stderr.isatty()
-        ((found, alone),) = CORES.steady(partial(both, inputs))
+        (found, alone), CORES.were_slow = CORES.steady(partial(both, inputs))
         if dtype == torch.float64:
             hold(found, alone, dtype)
         else:

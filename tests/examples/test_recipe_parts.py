@@ -26,8 +26,8 @@ from examples.recipe.deit import DeiT, DropPath
 from examples.recipe.problem import Problem
 from examples.recipe.resnet import ResNet
 from examples.recipe.resnet_cifar import CifarResNet
-from examples.recipe.training import optimizer_of, rate_of
-from tests.examples.data_sets import cifar_batches
+from examples.recipe.setup import annealing_of, optimizer_of, rate_of, views_of
+from tests.examples.data_sets import cifar_batches, image_folders
 
 RECIPES = (qat_resnet_cifar10, qat_resnet_imagenet, qat_vit_imagenet)
 
@@ -93,9 +93,7 @@ def test_stochastic_depth_keeps_the_mean_and_drops_whole_images() -> None:
 def flags(recipe, *more: str) -> argparse.Namespace:
     from examples.recipe.flags import parse
 
-    args = parse(recipe, more)
-    args.begun = 0
-    return args
+    return parse(recipe, more)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +108,7 @@ def test_the_published_parts_stay_in_full_precision(module, full: set[str]) -> N
     recipe = module.RECIPE
     args = flags(recipe, "--arch", recipe.archs[0])
     net = recipe.build(args.arch, 10, args.image_size)
-    optimizer = optimizer_of(recipe, args, net, 10)
+    optimizer = optimizer_of(recipe, args, net, 10, begun=0)
     names = {p: name for name, p in net.named_parameters()}
     by_bits: dict[bool, set[str]] = {True: set(), False: set()}
     for group in optimizer.param_groups:
@@ -140,6 +138,46 @@ def test_rates_are_those_of_the_published_recipes() -> None:
     assert deit[5] == pytest.approx(2e-3)
     assert all(a > b for a, b in itertools.pairwise(deit[5:281]))
     assert deit[280:] == pytest.approx([1e-8] * 20)
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.floats(0, 1),
+    st.floats(0, 0.9),
+    st.floats(0, 0.9),
+    st.booleans(),
+)
+def test_short_runs_have_rates_and_an_annealing_that_ends_in_them(
+    epochs: int, steps: int, start: float, warmup: float, still: float, sgd: bool
+) -> None:
+    recipe = (qat_resnet_cifar10 if sgd else qat_vit_imagenet).RECIPE
+    total = epochs * steps
+    args = argparse.Namespace(
+        epochs=epochs,
+        anneal_start=start * epochs,
+        anneal_end=epochs,
+        warmup_epochs=warmup * epochs,
+        const_lr_epochs=still * epochs,
+        lr=0.1,
+        lr_min=1e-3 * (not sgd),
+        full_prec=False,
+    )
+    begin, end = annealing_of(args, steps)
+    assert begin < end < total
+    try:
+        rate = rate_of(recipe, args, steps)
+    except Problem:
+        assert round(args.warmup_epochs * steps) + round(args.const_lr_epochs * steps) >= total
+        return
+    rates = [float(rate(step)) for step in range(total)]
+    assert all(0 <= r <= 0.1 for r in rates)
+    if sgd and not warmup and not still:
+        for cut in recipe.cuts:  # every cut divides by ten, or it is of the first step
+            place = max(1, round(cut * total))
+            if place < total:
+                made = sum(max(1, round(c * total)) <= place for c in recipe.cuts)
+                assert rates[place] == pytest.approx(0.1 / 10**made)
 
 
 def test_the_commands_of_the_documentation_have_flags_that_are_known() -> None:
@@ -227,15 +265,15 @@ def test_what_is_drawn_of_an_image_hangs_on_the_image_alone(small: bool) -> None
     keys = [loading.Key(i, epoch, copy) for i in (3, 5) for epoch in (0, 1) for copy in (0, 1)]
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    once = {key: views(transform)[key][0] for key in keys}
+    once = {key: views(transform)[key].image for key in keys}
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    again = {key: views(transform)[key][0] for key in reversed(keys)}
+    again = {key: views(transform)[key].image for key in reversed(keys)}
     assert all(torch.equal(once[key], again[key]) for key in keys)
     for index in (3, 5):
         own = [once[key] for key in keys if key.index == index]
         assert all(not torch.equal(a, b) for i, a in enumerate(own) for b in own[:i])
-    other = views(transform, seed=1)[keys[0]][0]
+    other = views(transform, seed=1)[keys[0]].image
     assert not torch.equal(other, once[keys[0]])
 
 
@@ -265,14 +303,74 @@ def test_mixed_images_show_two_and_say_their_shares() -> None:
     labels = torch.arange(10)
     seen = set()
     for seed in range(20):
-        mix = transforms.mixed(images, labels, seed)
-        again = transforms.mixed(images, labels, seed)
-        assert all(map(torch.equal, mix, again))
-        means = mix.images.mean((1, 2, 3))
-        torch.testing.assert_close(means, torch.lerp(labels.float(), mix.second.float(), mix.share))
-        whole = mix.images.flatten(1)
+        shown, mix = transforms.mixed(images, labels, "of", seed)
+        again, same = transforms.mixed(images, labels, "of", seed)
+        assert torch.equal(shown, again)
+        assert all(map(torch.equal, mix, same))
+        means = torch.lerp(labels.float(), mix.labels.float(), mix.share)
+        torch.testing.assert_close(shown.mean((1, 2, 3)), means)
+        whole = shown.flatten(1)
         seen.add(bool((whole == whole[:, :1]).all()))  # a mixture is the same all over
     assert seen == {True, False}
+
+
+def test_strengths_of_rand_augment_go_both_ways() -> None:
+    """By what they make of an image: 9 of 10 of what each operation does at most."""
+    augment, image = transforms.rand_augment(), torch.full((1, 3, 20, 20), 0.5)
+    image[..., 10:] = 0.25
+    seen = []
+    for seed in range(300):
+        with transforms.drawing(seed):
+            seen.append(augment(image)[0].mean().item())
+    assert min(seen) < 0.15 < 0.75 < max(seen)
+
+
+def test_an_image_that_cannot_be_read_counts_once() -> None:
+    class Bad(datasets.Shapes):
+        def read(self, index: int):
+            if index in (3, 4):
+                raise datasets.Unreadable(f"image {index}")
+            return super().read(index)
+
+    bad, evaluation = (
+        Bad(8, 16, True),
+        transforms.Evaluation(16, Image.Resampling.BICUBIC, transforms.CIFAR),
+    )
+    keys = [loading.Key(i, 0, copy) for i in (2, 3, 4, 5) for copy in (0, 1, 2)]
+    training = loading.Views(bad, evaluation, 0, True)
+    batch = loading.gathered([training[key] for key in keys])
+    assert batch.skipped == 2
+    assert batch.problem == "image 3"
+    assert batch.labels.tolist() == [2] * 3 + [5] * 9  # image 5 stands for those before it
+    test = loading.Views(bad, evaluation, 0, False)
+    batch = loading.gathered([test[loading.Key(i)] for i in (3, 4, -1)])  # none that is there
+    assert batch.images.shape == (3, 3, 16, 16)
+    assert batch.labels.tolist() == [-1, -1, -1]
+    assert batch.skipped == 2
+
+
+def test_images_that_are_no_files_are_unreadable(tmp_path: Path) -> None:
+    image_folders(tmp_path, each=2, size=16)
+    images = datasets.ImageFolder(tmp_path, True)
+    file, _ = images.files[0]
+    file.unlink()
+    file.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(datasets.Unreadable, match=re.escape(str(file))):
+        images.read(0)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(datasets.Unreadable):
+        images.read(0)
+
+
+def test_test_images_are_cropped_but_those_of_cifar() -> None:
+    for module, whole in ((qat_resnet_cifar10, True), (qat_resnet_imagenet, False)):
+        recipe = module.RECIPE
+        args = flags(recipe, "--data", "synthetic", "--image-size", "32")
+        images = datasets.Shapes(4, 32, False)
+        seen = views_of(recipe, args, images, False)[loading.Key(1)].image
+        all_of_it = recipe.normal(transforms.pixels(images.read(1)[0]))
+        assert torch.equal(seen, all_of_it) == whole
 
 
 def test_the_loss_of_mixed_images_is_that_of_both_labels() -> None:
@@ -281,7 +379,7 @@ def test_the_loss_of_mixed_images_is_that_of_both_labels() -> None:
     soft = torch.zeros(5, 4)
     soft[range(5), labels] += 1 - share
     soft[range(5), second] += share
-    mix = transforms.Mixed(torch.empty(0), second, share)
+    mix = transforms.Mix(second, share)
     got = transforms.loss_of(scores, labels, mix, 0.1)
     want = torch.nn.functional.cross_entropy(scores, soft, label_smoothing=0.1)
     torch.testing.assert_close(got, want)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -15,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples import create_hdf5, qat_resnet_cifar10, qat_resnet_imagenet, qat_vit_imagenet
-from examples.recipe.log import LOG
+from examples.recipe import evaluation, training
+from examples.recipe.log import LOG, read
 from parq_fn import export
 from tests.examples.data_sets import cifar_batches, image_folders
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--workers", "0", "--save-every", "1", "--quant-period", "2", "--quant-warmup-steps", "1"]
-SHORT += ["--no-progress"]
 
 
 @pytest.fixture(scope="session")
@@ -38,8 +38,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def records(folder: Path) -> list[dict[str, Any]]:
     """The log, but for the times."""
-    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read(folder / LOG)]
+
+
+def only_test_images(data: Path, folder: Path) -> Path:
+    """A data set without what it trains on."""
+    for name in ("val", "cifar-10-batches-py/batches.meta", "cifar-10-batches-py/test_batch"):
+        if (data / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(data / name)
+    return folder
 
 
 def printed_accuracy(shown: str) -> float:
@@ -69,23 +77,31 @@ def test_a_recipe_trains_tests_and_saves(
 ) -> None:
     module, flags = CASES[case]
     data = cifar if case == "cifar" else folders
-    flags = [*flags, *SHORT, "--epochs", "2", "--data-dir", str(data), "--save-dir", str(tmp_path)]
-    assert module.main(flags) == 0
+    saved = ["--data-dir", str(data), "--save-dir", str(tmp_path)]
+    assert module.main([*flags, *SHORT, *saved, "--epochs", "2"]) == 0
     told = records(tmp_path)
     assert [line["epoch"] for line in told] == [0, 1]
     assert told[-1]["on_levels"] > 0.99
     assert all(0 <= line["test_accuracy"] <= 100 and line["skipped"] == 0 for line in told)
     assert list((tmp_path / "tensorboard").glob("events*"))
+    said = capsys.readouterr().err
     packed = export.load(tmp_path / "quantized.safetensors")
     quantized = [name for name, entry in packed.items() if isinstance(entry, export.Packed)]
     first, last = {"cifar": (True, True)}.get(case, (False, False))
     assert ("conv1.weight" in quantized or "patch_embed.proj.weight" in quantized) == first
     assert ("fc.weight" in quantized or "head.weight" in quantized) == last
-    capsys.readouterr()
-    assert module.main([*flags, "--evaluate"]) == 0
-    assert printed_accuracy(capsys.readouterr().out) == pytest.approx(
-        told[-1]["test_accuracy"], abs=1e-4
+    net = [*flags[: flags.index("--batch-size")], "--workers", "0", "--save-dir", str(tmp_path)]
+    net += ["--data-dir", str(only_test_images(data, tmp_path / "alone"))]
+    for more in ([], ["--batch-size", "7", "--seed", "5", "--epochs", "30"]):
+        capsys.readouterr()
+        assert module.main([*net, *more, "--evaluate"]) == 0
+        shown = printed_accuracy(capsys.readouterr().out)
+        assert shown == pytest.approx(told[-1]["test_accuracy"], abs=1e-4)
+    (hard,) = re.findall(r"bytes, test accuracy ([\d.]+) %", said)
+    assert (
+        module.main([*net, "--resume", str(tmp_path / "quantized.safetensors"), "--evaluate"]) == 0
     )
+    assert printed_accuracy(capsys.readouterr().out) == pytest.approx(float(hard), abs=1e-2)
 
 
 def test_hdf5_files_are_the_folders_they_were_made_of(
@@ -167,7 +183,7 @@ class Started:
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(mode: str, cifar: Path, tmp_path: Path) -> None:
     """SIGTERM in the middle of an epoch, as a scheduler sends it; on several processes, too."""
     world = 1 if mode == "none" else 2
-    flags = [*SHORT[:-1], "--batch-size", "10", "--lr", "0.02", "--epochs", "2", "--print-freq"]
+    flags = [*SHORT, "--batch-size", "10", "--lr", "0.02", "--epochs", "2", "--print-freq"]
     flags += ["1", "--data-dir", str(cifar), "--parallel", mode, "--resume"]
     flags[1] = "0" if mode == "fsdp2" else "1"  # workers
     if mode == "none":
@@ -180,7 +196,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(mode: str, cifar: Path, tmp_
     for process in run.processes:
         os.killpg(process.pid, signal.SIGTERM)  # its workers, too
     assert "--resume goes on" in run.end(128 + signal.SIGTERM)
-    assert not (parts / LOG).read_text()
+    assert not records(parts)
     run = Started(parts, world, *flags)
     assert "goes on from" in run.end()
     assert records(parts) == records(whole)
@@ -228,6 +244,9 @@ def wrong(
         ("--momentum 1", "--momentum must be below 1"),
         ("--parallel ddp", "--parallel ddp takes its processes from torchrun: torchrun"),
         ("--data synthetic --synthetic-images 64", "--batch-size 128 is more than the 64 images"),
+        ("--image-size 64", "--image-size is for --data synthetic"),
+        ("--const-lr-epochs 5", "trains at the rate --lr-min, which is 0"),
+        ("--warmup-epochs 90", "must end before the rate's first cut, after 80 epochs, got 90"),
         ("--data synthetic --resume nowhere", "no checkpoint of these scripts at nowhere"),
         ("--data synthetic --evaluate", "no checkpoint of these scripts at"),
     ],
@@ -262,6 +281,11 @@ def test_missing_and_broken_data_get_one_line(
     assert "delete" in said
     batch.write_bytes(pickle.dumps({b"data": os.system, b"labels": []}, protocol=2))
     assert "which is no array" in line(qat_resnet_cifar10, broken)
+    meta = batch.with_name("batches.meta")
+    meta.write_bytes(pickle.dumps({b"other": 1}, protocol=2))
+    assert "names no labels" in line(qat_resnet_cifar10, broken)
+    cifar_batches(tmp_path / "whole")
+    meta.write_bytes((tmp_path / "whole" / "cifar-10-batches-py" / "batches.meta").read_bytes())
     batch.unlink()
     assert "data_batch_3 is missing" in line(qat_resnet_cifar10, broken)
     images = image_folders(tmp_path / "images")
@@ -272,6 +296,21 @@ def test_missing_and_broken_data_get_one_line(
     assert "--skip-corrupt" in said
     (images / "val.hdf5").write_bytes(b"no such file")
     assert "was cut off" in line(qat_resnet_imagenet, images, *imagenet, "--hdf5-data")
+
+
+def test_images_and_classes_that_do_not_fit_get_one_line(
+    folders: Path, tmp_path: Path, capsys
+) -> None:
+    flags = [*CASES["resnet"][1], "--epochs", "1", "--save-dir", str(tmp_path / "saved")]
+    images = image_folders(tmp_path / "images")
+    (images / "val" / "n00000009").rename(images / "val" / "n00000010")
+    said = wrong(capsys, qat_resnet_imagenet, *flags, "--data-dir", str(images))
+    assert "not in both: n00000009, n00000010" in said
+    file = tmp_path / "file"
+    file.touch()
+    assert "is a file" in wrong(capsys, qat_resnet_cifar10, "--data-dir", str(file))
+    said = wrong(capsys, qat_resnet_imagenet, *flags, "--data-dir", str(folders / "train"))
+    assert "takes a folder of train and val" in said
 
 
 def test_corrupt_images_are_skipped_and_counted(folders: Path, tmp_path: Path, capsys) -> None:
@@ -297,12 +336,76 @@ def test_checkpoints_of_other_runs_are_refused(cifar: Path, tmp_path: Path, caps
     capsys.readouterr()
     other = [*flags, "--epochs", "2", "--resume"]
     said = wrong(capsys, qat_resnet_cifar10, *other, "--arch", "resnet32")
-    assert "was trained with --arch resnet20, not resnet32; pass --arch resnet20" in said
-    assert "--quant-bits 2" in wrong(capsys, qat_resnet_cifar10, *other, "--quant-bits", "1")
+    assert "was trained with --arch resnet20, and this run is with --arch resnet32" in said
+    said = wrong(capsys, qat_resnet_cifar10, *other, "--quant-bits", "1")
+    assert "trained with --quant-bits 2, and this run is with --quant-bits 1" in said
+    said = wrong(capsys, qat_resnet_cifar10, *other, "--full-prec")
+    assert "trained without --full-prec, and this run is with --full-prec" in said
     said = wrong(capsys, qat_resnet_cifar10, *other, "--start-epoch", "1")
-    assert "--start-epoch is for runs from nothing" in said
+    assert "is of a run that began at --start-epoch 0, not 1" in said
+    said = wrong(capsys, qat_resnet_cifar10, *flags)
+    assert "holds a run (last, best, log.jsonl, quantized.safetensors); go on with it by" in said
+    said = wrong(capsys, qat_resnet_cifar10, *flags, "--evaluate", "--arch", "resnet32")
+    assert "this run is with --arch resnet32" in said
+    file = str(tmp_path / "quantized.safetensors")
+    said = wrong(
+        capsys, qat_resnet_cifar10, *flags, "--evaluate", "--resume", file, "--arch", "resnet32"
+    )
+    assert "does not fit resnet32" in said
     (tmp_path / "last" / ".metadata").unlink()
     assert "no checkpoint of these scripts" in wrong(capsys, qat_resnet_cifar10, *other)
+    assert "is a file" in wrong(capsys, qat_resnet_cifar10, *flags[:-1], file)
+
+
+def test_a_loss_that_is_not_finite_ends_a_run(cifar: Path, tmp_path: Path, capsys) -> None:
+    flags = ["--batch-size", "10", "--epochs", "2", "--data-dir", str(cifar), "--lr", "1e20"]
+    said = wrong(capsys, qat_resnet_cifar10, *flags, "--save-dir", str(tmp_path), started=True)
+    assert "a lower --lr" in said
+
+
+def stopped_once(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """SIGTERM within the call-th test of a run."""
+    calls = []
+
+    def signalled(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluation.score(*args)
+
+    monkeypatch.setattr(training, "score", signalled)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])  # the third is that of the packed weights
+def test_a_run_that_is_stopped_in_a_test_goes_on(
+    call: int, cifar: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    flags = [*SHORT, "--batch-size", "50", "--epochs", "2", "--data-dir", str(cifar), "--resume"]
+    flags += ["--save-dir"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert qat_resnet_cifar10.main([*flags, str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        stopped_once(patch, call)
+        assert qat_resnet_cifar10.main([*flags, str(parts)]) == 128 + signal.SIGTERM
+    assert "stopped before the test" in capsys.readouterr().err
+    assert (parts / "stopped").exists()
+    # as if killed when a newer checkpoint was to take the old one's place
+    (parts / "last").rename(parts / ".last.parq_fn-old")
+    with (parts / LOG).open("a") as log:
+        log.write('{"epoch": ')  # and in the midst of a line
+    assert qat_resnet_cifar10.main([*flags, str(parts)]) == 0
+    assert not (parts / "stopped").exists()
+    assert records(parts) == records(whole)
+    file = "quantized.safetensors"
+    assert (parts / file).read_bytes() == (whole / file).read_bytes()
+    assert told_to_board(parts) == told_to_board(whole)
+
+
+def told_to_board(folder: Path) -> list[tuple[int, float]]:
+    """The test accuracies that TensorBoard shows, by step."""
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    return [(event.step, event.value) for event in board.Scalars("test_accuracy")]
 
 
 def test_help_explains_every_flag_with_its_default(capsys) -> None:

@@ -134,6 +134,22 @@ def test_save_and_load_with_a_scheduler(adapter: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_part_of_what_was_saved(adapter: str, tmp_path: Path) -> None:
+    net, optimizer = begin(adapter, "float32", split=False)
+    train(net, optimizer, 5)
+    save_checkpoint(tmp_path / "last", net, optimizer, progress={"epoch": 3})
+    progress: dict[str, Any] = {}
+    load_checkpoint(tmp_path / "last", progress=progress)
+    assert progress == {"epoch": 3}
+    alone, _ = begin(adapter, "float32", split=False)
+    load_checkpoint(tmp_path / "last", alone)
+    assert all(map(torch.equal, alone.parameters(), net.parameters()))
+    with pytest.raises(TypeError, match="an optimizer without its model"):
+        load_checkpoint(tmp_path / "last", None, optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 def test_a_checkpoint_that_was_cut_off_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     net, optimizer, _ = scheduled("QuantOptimizer", 5)
     save_checkpoint(tmp_path / "whole", net, optimizer)

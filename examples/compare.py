@@ -1,0 +1,98 @@
+"""A recipe in full precision and with quantized weights, map by map, as a table.
+
+    python -m examples.compare qat_resnet_cifar10 --data synthetic --epochs 40
+    python -m examples.compare qat_resnet_cifar10 --quant-bits 2 0 1 --proxmaps hard parq
+
+Flags that are not this program's are the recipe's, the same for all rows; so are the start and
+the order of the images. Every row has a folder in --save-dir, from which it goes on when the
+same command is given again. Prints a table in Markdown, and writes it to table.md there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from examples.qat_simple import title
+from examples.recipe.log import LOG, read
+from examples.recipe.training import WEIGHTS
+
+RECIPES = ("qat_resnet_cifar10", "qat_resnet_imagenet", "qat_vit_imagenet")
+NAMES = {"hard": "STE", "binaryrelax": "BinaryRelax", "parq": "PARQ", "soft": "soft"}
+
+
+class Row(NamedTuple):
+    """What came of one training."""
+
+    name: str
+    accuracy: float  # percent, on the test images, after the last epoch
+    on_levels: float | None  # share of the quantized weights
+    size: int | None  # bytes of the packed weights
+    minutes: float
+
+
+def trained(program: str, name: str, folder: Path, flags: Sequence[str]) -> Row:
+    """One row: the recipe, run with these flags; it goes on where it was stopped."""
+    status = importlib.import_module(f"examples.{program}").main(
+        [*flags, "--save-dir", str(folder), "--resume"]
+    )
+    if status:
+        raise SystemExit(status)
+    told = read(folder / LOG)
+    packed = folder / WEIGHTS
+    return Row(
+        name,
+        told[-1]["test_accuracy"],
+        told[-1].get("on_levels"),
+        packed.stat().st_size if packed.exists() else None,
+        sum(line["seconds"] for line in told) / 60,
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """In Markdown; the first row is what the others are compared with."""
+    lines = ["| weights | test accuracy | difference | on levels | bytes | minutes |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        apart = "" if row is rows[0] else f"{row.accuracy - rows[0].accuracy:+.2f}"
+        on = "" if row.on_levels is None else f"{row.on_levels:.4f}"
+        size = "" if row.size is None else f"{row.size:,}"
+        cells = [row.name, f"{row.accuracy:.2f} %", apart, on, size, f"{row.minutes:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Trains every row, prints and writes the table."""
+    parser = argparse.ArgumentParser(
+        "python -m examples.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", choices=RECIPES, help="what is trained")
+    maps = {"nargs": "+", "choices": tuple(NAMES), "default": ["hard", "binaryrelax", "parq"]}
+    parser.add_argument("--proxmaps", **maps, help="maps (default: hard binaryrelax parq)")
+    bits = {"nargs": "+", "type": int, "choices": range(9), "default": [2], "metavar": "BITS"}
+    parser.add_argument("--quant-bits", **bits, help="bits, 0 is ternary (default: 2)")
+    folder = Path("runs/compare")
+    text = f"folder of the rows (default: {folder})"
+    parser.add_argument("--save-dir", type=Path, default=folder, help=text)
+    args, flags = parser.parse_known_args(argv)
+    rows = [trained(args.recipe, "full precision", args.save_dir / "full", [*flags, "--full-prec"])]
+    for width in args.quant_bits:
+        for proxmap in args.proxmaps:
+            own = ["--quant-bits", str(width), "--quant-proxmap", proxmap]
+            where = args.save_dir / f"{proxmap}_{width}"
+            name = f"{NAMES[proxmap]}, {title(width)}"
+            rows.append(trained(args.recipe, name, where, [*flags, *own]))
+            print(table(rows), flush=True)
+    (args.save_dir / "table.md").write_text(table(rows) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""How far a run is, in its checkpoints; and which runs a checkpoint fits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from examples.recipe.problem import Problem
+from parq_fn.optim import load_checkpoint, save_checkpoint
+
+LAST, BEST = "last", "best"
+
+
+@dataclass
+class Progress:
+    """The next step, and what was found so far."""
+
+    epoch: int = 0
+    step: int = 0  # of the epoch; as many as it has, where only its test is left
+    begun: int = 0  # epoch that the run began at
+    best: float = -1.0  # highest test accuracy, in percent
+    sums: list[list[float]] = field(default_factory=list)  # of the epoch so far, by process
+
+
+def source_of(args: argparse.Namespace) -> Path:
+    """The checkpoint that --resume names, or the last in --save-dir."""
+    return Path(args.resume) if args.resume else args.save_dir / LAST
+
+
+def progress_at(source: Path, args: argparse.Namespace, fixed: list[str]) -> Progress | None:
+    """A checkpoint's progress; None where there is none. Raises Problem for one that is cut off,
+    is not of these scripts, or is of a run with other values of the flags named in `fixed`."""
+    about: dict[str, Any] = {}
+    try:
+        load_checkpoint(source, progress=about)
+        told = json.loads(about["json"])
+        flags, progress = told.pop("flags"), Progress(**told)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+        raise Problem(f"no checkpoint of these scripts at {source}: {_line(error)}") from None
+    for name in fixed:
+        got, own = flags.get(name), getattr(args, name)
+        if got != own:
+            raise Problem(
+                f"{source} was trained {_said(name, got)}, and this run is {_said(name, own)}; "
+                "give the same, or another --resume or --save-dir"
+            )
+    return progress
+
+
+def load(source: Path, net: nn.Module, optimizer: Optimizer | None = None) -> None:
+    """Its state into the network and the optimizer. Raises Problem where it does not fit."""
+    try:
+        load_checkpoint(source, net, optimizer)
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise Problem(f"{source} cannot be loaded: {_line(error)}") from None
+
+
+def save(
+    folder: Path,
+    net: nn.Module,
+    optimizer: Optimizer,
+    progress: Progress,
+    args: argparse.Namespace,
+    fixed: list[str],
+) -> None:
+    """A checkpoint, with the flags that it fits no other values of."""
+    told = asdict(progress) | {"flags": {name: getattr(args, name) for name in fixed}}
+    save_checkpoint(folder, net, optimizer, progress={"json": json.dumps(told)})
+
+
+def _said(name: str, value: object) -> str:
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return f"{'with' if value else 'without'} {flag}"
+    return f"with {flag} {value}"
+
+
+def _line(error: Exception) -> str:
+    """What it says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
