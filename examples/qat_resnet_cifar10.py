@@ -1,10 +1,10 @@
 """Residual networks with quantized weights on CIFAR-10.
 
     python -m examples.qat_resnet_cifar10 --quant-bits 2
-    python -m examples.qat_resnet_cifar10 --data synthetic --epochs 40
 
 Every kernel and the head are quantized. The defaults are the published recipe (arXiv 2503.15748,
-section 6.1): SGD, 200 epochs, the rate divided by ten three times, annealing over 150 epochs.
+section 6.1): SGD, 200 epochs, the rate divided by ten three times, annealing over 150 epochs. Runs
+without data are in examples/README.md.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Residual networks with quantized weights on ImageNet.
 
     torchrun --nproc-per-node 8 -m examples.qat_resnet_imagenet --arch resnet50 --data-dir FOLDER
-    python -m examples.qat_resnet_imagenet --data synthetic --image-size 64 --epochs 200
 
 All kernels but the first are quantized, per channel; the head is not. The defaults are the
 published recipe (arXiv 2503.15748, section 6.2): SGD, 90 epochs, the rate divided by ten every 30.
+Runs without data are in examples/README.md.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """DeiT, a vision transformer, with quantized weights on ImageNet.
 
     torchrun --nproc-per-node 8 -m examples.qat_vit_imagenet --data-dir FOLDER
-    python -m examples.qat_vit_imagenet --data synthetic --image-size 32 --epochs 300
 
 The matrices of the blocks are quantized, per channel; embeddings, norms and the head are not. The
 defaults are the published recipe (arXiv 2503.15748, section 6.3): AdamW, 300 epochs, a cosine
 after 5 epochs of warmup, the last 20 epochs at the rate 1e-8, RandAugment, mixup and cutmix,
-erasing, repeated augmentation, stochastic depth and smoothed labels.
+erasing, repeated augmentation, stochastic depth and smoothed labels. Runs without data are in
+examples/README.md.
 """
 
 from __future__ import annotations

@@ -252,8 +252,8 @@ SHAPES = [
 
 
 class Shapes:
-    """Shapes of ten classes at random places, in random sizes, colors and turns, on a background
-    of other colors, under noise. Image i is always the same; train and test share none.
+    """Shapes of ten classes at random places, in random sizes, light colors and turns, on a dark
+    background, under noise. Image i is always the same; train and test share none.
     """
 
     classes = SHAPES
@@ -267,21 +267,18 @@ class Shapes:
     def read(self, index: int) -> tuple[Image.Image, int]:
         random = np.random.default_rng([index, int(self.train)])
         label, fine = index % len(SHAPES), 2 * self.size  # drawn twice as large, for smooth edges
-        while True:
-            ends, ink = random.integers(0, 256, (2, 3)), random.integers(0, 256, 3)
-            if np.abs(ends - ink).max(1).min() > 80:
-                break
+        ends, ink = random.integers(32, 128, (2, 3)), random.integers(112, 224, 3)
         ramp = np.linspace(0, 1, self.size)[:, None, None]
         ground = (1 - ramp) * ends[0] + ramp * ends[1] + np.zeros((1, self.size, 1))
         mask = Image.new("L", (fine, fine))
-        radius = fine * random.uniform(0.22, 0.4)
+        radius = fine * random.uniform(0.16, 0.36)
         center = random.uniform(radius, fine - radius, 2)
-        turn = math.radians(random.uniform(-12, 12))
+        turn = math.radians(random.uniform(-15, 15))
         _draw(ImageDraw.Draw(mask), SHAPES[label], center, radius, turn)
         cover = (
             np.asarray(mask.resize((self.size, self.size), Image.Resampling.BOX))[..., None] / 255
         )
-        pixels = (1 - cover) * ground + cover * ink + random.normal(0, 12, ground.shape)
+        pixels = (1 - cover) * ground + cover * ink + random.normal(0, 64, ground.shape)
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), label
 
 

@@ -149,7 +149,7 @@ def parse(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--print-freq", 50, "steps from one report of the loss to the next", **count)
     text = "go on from a checkpoint, or from the last in --save-dir (from nothing, if it has none)"
     group.add_argument("--resume", nargs="?", const="", type=str, metavar="PATH", help=text)
-    text = "test the checkpoint that --resume names, or --save-dir's last, and train nothing"
+    text = "test the checkpoint or packed weights that --resume names, or --save-dir's last"
     flag("--evaluate", False, text)
     flag("--no-progress", False, "no progress bars")
     args = parser.parse_args(argv)
