@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from examples.qat_simple import title
+from examples.recipe.flags import Recipe, parse
 from examples.recipe.log import LOG, read
+from examples.recipe.problem import tell
 from examples.recipe.training import WEIGHTS
 
 RECIPES = ("qat_resnet_cifar10", "qat_resnet_imagenet", "qat_vit_imagenet")
@@ -32,6 +35,17 @@ class Row(NamedTuple):
     on_levels: float | None  # share of the quantized weights
     size: int | None  # bytes of the packed weights
     minutes: float
+
+
+def check(recipe: Recipe, rows: Iterable[Sequence[str]]) -> None:
+    """Parses the flags of every row, before one is trained; ends the program with one line for
+    what a comparison cannot take."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        tell("rows are trained on one process; start without torchrun")
+        raise SystemExit(2)
+    if any(parse(recipe, flags).evaluate for flags in rows):
+        tell("--evaluate tests one checkpoint; a comparison trains")
+        raise SystemExit(2)
 
 
 def trained(program: str, name: str, folder: Path, flags: Sequence[str]) -> Row:
@@ -82,14 +96,17 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     text = f"folder of the rows (default: {folder})"
     parser.add_argument("--save-dir", type=Path, default=folder, help=text)
     args, flags = parser.parse_known_args(argv)
-    rows = [trained(args.recipe, "full precision", args.save_dir / "full", [*flags, "--full-prec"])]
+    todo = {"full precision": ("full", [*flags, "--full-prec"])}
     for width in args.quant_bits:
         for proxmap in args.proxmaps:
-            own = ["--quant-bits", str(width), "--quant-proxmap", proxmap]
-            where = args.save_dir / f"{proxmap}_{width}"
-            name = f"{NAMES[proxmap]}, {title(width)}"
-            rows.append(trained(args.recipe, name, where, [*flags, *own]))
-            print(table(rows), flush=True)
+            own = [*flags, "--quant-bits", str(width), "--quant-proxmap", proxmap]
+            todo[f"{NAMES[proxmap]}, {title(width)}"] = f"{proxmap}_{width}", own
+    recipe = importlib.import_module(f"examples.{args.recipe}").RECIPE
+    check(recipe, (own for _, own in todo.values()))
+    rows: list[Row] = []
+    for name, (where, own) in todo.items():
+        rows.append(trained(args.recipe, name, args.save_dir / where, own))
+        print(table(rows), flush=True)
     (args.save_dir / "table.md").write_text(table(rows) + "\n")
     return rows
 

@@ -22,9 +22,8 @@ from examples.recipe.datasets import ImageFolder, Unreadable, unfinished
 from examples.recipe.problem import Problem
 
 
-def convert(data_dir: Path, file: Path, train: bool, check: bool) -> tuple[int, int]:
+def convert(images: ImageFolder, file: Path, check: bool) -> tuple[int, int]:
     """(images written, images left out) of one of the two files."""
-    images = ImageFolder(data_dir, train)
     labels: list[int] = []
     left_out = 0
     with unfinished(file) as part, h5py.File(part, "w") as target:
@@ -40,7 +39,7 @@ def convert(data_dir: Path, file: Path, train: bool, check: bool) -> tuple[int, 
                 tqdm.write(f"left out: {error}", file=sys.stderr)
                 continue
             stored[len(labels)] = np.frombuffer(images.data(index), np.uint8)
-            labels.append(images.files[index][1])
+            labels.append(int(images.labels[index]))
         stored.resize(len(labels), 0)
         target["labels"] = np.array(labels, np.int64)
     return len(labels), left_out
@@ -55,10 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder = args.save_dir or args.data_dir
     try:
-        for name in ("train", "val"):
-            folder.mkdir(parents=True, exist_ok=True)
+        both = {name: ImageFolder(args.data_dir, name == "train") for name in ("train", "val")}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, images in both.items():
             file = folder / f"{name}.hdf5"
-            count, left_out = convert(args.data_dir, file, name == "train", args.check)
+            count, left_out = convert(images, file, args.check)
             print(f"{file}: {count} images" + (f", {left_out} left out" if left_out else ""))
     except (Problem, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from examples.recipe.problem import Problem
@@ -25,6 +26,7 @@ class Progress:
     step: int = 0  # of the epoch; as many as it has, where only its test is left
     begun: int = 0  # epoch that the run began at
     best: float = -1.0  # highest test accuracy, in percent
+    seconds: float = 0.0  # that the epoch has taken so far
     sums: list[list[float]] = field(default_factory=list)  # of the epoch so far, by process
 
 
@@ -71,9 +73,13 @@ def save(
     args: argparse.Namespace,
     fixed: list[str],
 ) -> None:
-    """A checkpoint, with the flags that it fits no other values of."""
+    """A checkpoint, with the flags that it fits no other values of. Raises Problem where it
+    cannot be written."""
     told = asdict(progress) | {"flags": {name: getattr(args, name) for name in fixed}}
-    save_checkpoint(folder, net, optimizer, progress={"json": json.dumps(told)})
+    try:
+        save_checkpoint(folder, net, optimizer, progress={"json": json.dumps(told)})
+    except (ValueError, OSError, CheckpointException) as error:
+        raise Problem(f"{folder} cannot be saved: {_line(error)}") from None
 
 
 def _said(name: str, value: object) -> str:
@@ -83,6 +89,6 @@ def _said(name: str, value: object) -> str:
     return f"with {flag} {value}"
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     """What it says, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -7,9 +7,12 @@ and its label, or raises Unreadable.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import math
+import os
 import pickle
+import shutil
 import tarfile
 import urllib.error
 import urllib.request
@@ -70,7 +73,7 @@ def _unpickle(file: Path) -> dict[bytes, Any]:
             found = _Arrays(opened, encoding="bytes").load()
         if not isinstance(found, dict):
             raise pickle.UnpicklingError(f"it holds a {type(found).__name__}, not a dict")
-    except (EOFError, pickle.UnpicklingError, ValueError, IndexError) as error:
+    except (EOFError, pickle.UnpicklingError, ValueError, IndexError, OSError) as error:
         raise Problem(
             f"{file} is no batch of CIFAR-10 or was cut off ({error}; {file.stat().st_size} "
             f"bytes); {_again(file.parent)}"
@@ -122,7 +125,8 @@ def download_cifar10(data_dir: Path, url: str = CIFAR_URL, md5: str = CIFAR_MD5)
     by_hand = f"put the folder {CIFAR_FOLDER} there by hand, or pass --data synthetic"
     if data_dir.is_file():
         raise Problem(f"--data-dir takes a folder, and {data_dir} is a file")
-    archive = data_dir / "cifar-10-python.tar.gz.part"
+    archive = data_dir / f"cifar-10-python.tar.gz.{os.getpid()}.part"
+    unpacked = data_dir / f"{CIFAR_FOLDER}.{os.getpid()}.part"
     found = hashlib.md5(usedforsecurity=False)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -138,15 +142,14 @@ def download_cifar10(data_dir: Path, url: str = CIFAR_URL, md5: str = CIFAR_MD5)
                 f"{url} gave other bytes than expected (md5 {found.hexdigest()}, not {md5}): "
                 f"try again, or {by_hand}"
             )
-        unpacked = data_dir / f"{CIFAR_FOLDER}.part"
         with tarfile.open(archive) as opened:
             opened.extractall(unpacked, filter="data")
         (unpacked / CIFAR_FOLDER).rename(data_dir / CIFAR_FOLDER)
-        unpacked.rmdir()
-    except OSError as error:
+    except (OSError, http.client.HTTPException, tarfile.TarError) as error:
         raise Problem(f"no {CIFAR_FOLDER} in {data_dir}, and {url}: {error}; {by_hand}") from None
     finally:
         archive.unlink(missing_ok=True)
+        shutil.rmtree(unpacked, ignore_errors=True)
 
 
 # ImageNet, as folders of JPEGs or as HDF5 files of them.
@@ -179,23 +182,34 @@ class ImageFolder:
         self.classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
         if not self.classes:
             raise Problem(f"{folder} has no folders of classes")
-        self.files: list[tuple[Path, int]] = []
+        names: list[bytes] = []
+        labels: list[int] = []
         for label, name in enumerate(self.classes):
-            own = sorted(f for f in (folder / name).iterdir() if f.suffix.lower() in _SUFFIXES)
+            own = sorted(
+                f for f in os.listdir(folder / name) if Path(f).suffix.lower() in _SUFFIXES
+            )
             if not own:
                 raise Problem(f"{folder / name} holds no .jpeg, .jpg or .png")
-            self.files += [(file, label) for file in own]
+            names += [os.fsencode(file) for file in own]
+            labels += [label] * len(own)
+        # arrays, for a million objects would be copied into every worker, as it counts their uses
+        self.folder, self.names, self.labels = folder, np.array(names), np.array(labels)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.labels)
+
+    def file(self, index: int) -> Path:
+        """Where the image lies."""
+        name = os.fsdecode(bytes(self.names[index]))
+        return self.folder / self.classes[self.labels[index]] / name
 
     def data(self, index: int) -> bytes:
         """The file's bytes."""
-        return self.files[index][0].read_bytes()
+        return self.file(index).read_bytes()
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        file, label = self.files[index]
-        return decoded(partial(self.data, index), str(file)), label
+        image = decoded(partial(self.data, index), str(self.file(index)))
+        return image, int(self.labels[index])
 
 
 class Hdf5:

@@ -101,8 +101,9 @@ def training_keys(
     """
     with drawing("order", seed, epoch):
         shuffled = torch.randperm(count).tolist()
-    keys = [Key(i, epoch, copy) for i in shuffled for copy in range(repeats)]
     whole = steps_of(count, batch_size) * batch_size
+    taken = shuffled[: -(-whole // repeats)]
+    keys = [Key(i, epoch, copy) for i in taken for copy in range(repeats)]
     return [keys[i : i + batch_size][rank::size] for i in range(0, whole, batch_size)]
 
 
@@ -115,11 +116,14 @@ def evaluation_keys(count: int, batch_size: int, rank: int, size: int) -> list[l
     return [own[i : i + each] for i in range(0, len(own), each)]
 
 
-def _undisturbed(worker: int) -> None:
-    """What stops a run is sent to all its processes; the main one decides when they end."""
-    del worker
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _undisturbed(loader: DataLoader[View]) -> Iterator[Batch]:
+    """The loader's batches. What stops a run is sent to all its processes; workers, which begin
+    with the signals that are blocked here, leave it to the main one when they end."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def batches(
@@ -137,10 +141,9 @@ def batches(
         batch_sampler=keys,
         num_workers=workers,
         collate_fn=partial(gathered, mix_seed=mix_seed),
-        worker_init_fn=_undisturbed,
         pin_memory=device.type == "cuda",
     )
-    for batch in loader:
+    for batch in _undisturbed(loader):
         too_many = views.training and bool((batch.labels < 0).any())  # a hundred in a row
         if batch.problem and (too_many or not skip):
             raise Problem(

@@ -61,7 +61,12 @@ class World(NamedTuple):
                 problem = met
         if self.any(problem is not None):
             raise problem or Problem("")
-        return make() if made is None else made
+        if made is None:
+            try:
+                return make()
+            except Problem as met:
+                raise Problem(str(met), here=True) from None
+        return made
 
 
 @contextmanager
@@ -86,9 +91,16 @@ def world_of(mode: str | None, program: str) -> Iterator[World]:
         raise Problem(f"torchrun started {size} processes; pass --parallel ddp or fsdp2")
     gpu = torch.cuda.is_available()
     local = int(os.environ["LOCAL_RANK"]) if launched else 0
+    if gpu and local >= torch.cuda.device_count():
+        raise Problem(
+            f"process {local} of this machine has no GPU, of which it has "
+            f"{torch.cuda.device_count()}; start as many processes",
+            here=True,
+        )
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
     elif launched:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if mode == "none":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from examples.recipe import checkpoints
 from examples.recipe.checkpoints import BEST, LAST, Progress
@@ -43,6 +44,9 @@ class Stopped(Exception):
     """The run was told to stop."""
 
 
+_Norm = nn.modules.batchnorm._BatchNorm
+
+
 class Run:
     """Everything that a training holds, and its steps."""
 
@@ -53,14 +57,15 @@ class Run:
                 f"--batch-size must be a multiple of the {world.size} processes, got "
                 f"{args.batch_size}"
             )
-        _check_folder(args)
         self.source, self.progress = _begin(args)
+        world.in_turn(partial(_folder_of, args, self.source))
         test = world.in_turn(partial(images_of, recipe, args, False))
         train = world.in_turn(partial(images_of, recipe, args, True))
-        apart = sorted(set(train.classes) ^ set(test.classes))
-        if apart:
+        if train.classes != test.classes:
+            apart = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
             raise Problem(
-                f"training and test images have other classes; not in both: {', '.join(apart[:5])}"
+                "training and test images have other classes; "
+                + (f"not in both: {apart}" if apart else "they are in another order")
             )
         self.test_views = views_of(recipe, args, test, False)
         self.views = views_of(recipe, args, train, True)
@@ -76,6 +81,8 @@ class Run:
         self.rate = rate_of(recipe, args, self.steps)
         self.classes = len(train.classes)
         self.net = network_of(recipe, args, self.classes)
+        if args.batch_size == world.size and any(isinstance(m, _Norm) for m in self.net.modules()):
+            raise Problem("--batch-size must give every process two images, for batch norm")
         self.model: Any = spread(self.net, recipe.blocks, world)
         self.optimizer = optimizer_of(recipe, args, self.net, self.steps, self.progress.begun)
         if self.source is not None:
@@ -94,19 +101,22 @@ class Run:
         at, args = self.progress, self.args
         self.log = Log(args.save_dir, self.world, at.epoch, at.epoch * self.steps + at.step)
         self.log.say(self._about())
-        self.sums = self._sums()
+        self.sums, self.start = self._sums(), time.perf_counter()
         try:
             for epoch in range(at.epoch, args.epochs):
                 self._epoch(epoch)
             self._finish()
         except Stopped:
-            self._save(LAST)
             where = f"step {at.step} of epoch {at.epoch}"
             if at.step == self.steps:
                 where = f"the test after epoch {at.epoch}"
             elif at.epoch == args.epochs:
                 where = "the test of the quantized weights"
-            self.log.say(f"stopped before {where}; --resume goes on")
+            begun = self.source is not None or at.epoch > at.begun or at.step > 0
+            if begun:  # torch would fill in the state of an optimizer without a step
+                self._check_finite(self.world.total(*self.sums.tolist())[0], at.epoch, here=False)
+                self._save(LAST)
+            self.log.say(f"stopped before {where}; --resume {'goes on' if begun else 'begins'}")
             raise
         finally:
             self.log.close()
@@ -136,7 +146,8 @@ class Run:
 
     def _epoch(self, epoch: int) -> None:
         """The steps that are left of it, a test, a line of the log, checkpoints."""
-        args, world, at, start = self.args, self.world, self.progress, time.perf_counter()
+        args, world, at = self.args, self.world, self.progress
+        self.start = time.perf_counter() - at.seconds
         count, seed = len(self.views.images), args.seed
         keys = training_keys(
             count, args.batch_size, seed, epoch, self.repeats, world.rank, world.size
@@ -158,7 +169,7 @@ class Run:
                 bar.update()
                 if at.step % args.print_freq == 0:
                     self._report(epoch, bar)
-        self._end_epoch(epoch, start)
+        self._end_epoch(epoch)
 
     def _heed(self) -> None:
         """Raises Stopped if any process was told to stop."""
@@ -213,7 +224,7 @@ class Run:
         group = self.optimizer.param_groups[0]
         return {"inverse_slope": group["inverse_slope"]} if "inverse_slope" in group else {}
 
-    def _end_epoch(self, epoch: int, start: float) -> None:
+    def _end_epoch(self, epoch: int) -> None:
         args, at, done = self.args, self.progress, (epoch + 1) * self.steps
         loss, right, images, skipped = self.world.total(*self.sums.tolist())
         self._check_finite(loss, epoch, here=False)
@@ -229,7 +240,8 @@ class Run:
         }
         if self.quantized is not None:
             record["on_levels"] = on_levels(self.quantized)
-        record |= {"skipped": round(skipped) + test.skipped, "seconds": time.perf_counter() - start}
+        seconds = time.perf_counter() - self.start
+        record |= {"skipped": round(skipped) + test.skipped, "seconds": seconds}
         self.log.epoch(done, record)
         due = epoch + 1 == args.epochs or (epoch + 1) % args.save_every == 0
         if self.quantized is not None and due:
@@ -237,6 +249,7 @@ class Run:
             self.log.figure(done, "weights", drawn(self.net, self.quantized))
         better, at.best = test.accuracy > at.best, max(at.best, test.accuracy)
         at.epoch, at.step, self.sums = epoch + 1, 0, torch.zeros_like(self.sums)
+        self.start = time.perf_counter()
         if better:  # before the last, which says that it was saved
             self._save(BEST)
         if due:
@@ -251,6 +264,7 @@ class Run:
         else:
             each = [sums]
         self.progress.sums = [own.tolist() for own in each]
+        self.progress.seconds = time.perf_counter() - self.start
         agree_on_buffers(self.net, self.world)
         folder, fixed = self.args.save_dir / name, _fixed(self.args)
         checkpoints.save(folder, self.net, self.optimizer, self.progress, self.args, fixed)
@@ -260,35 +274,45 @@ class Run:
         if self.quantized is None:
             return
         file = self.args.save_dir / WEIGHTS
-        export.save(export.pack(self.net, self.quantized, snap=True), file)
+        packed = export.pack(self.net, self.quantized, snap=True)
+        if self.world.first:
+            export.save(packed, file)
+        self.world.any(False)  # it is there
         hard = network_of(self.recipe, self.args, self.classes).to(self.world.device)
         export.load_into(hard, file)
-        self.world.any(False)  # all have read it
         found = score(hard, hard, self.test_views, self.args, self.world, self._heed)
         size = file.stat().st_size
         self.log.say(f"{file}: {size:,} bytes, test accuracy {found.accuracy:.2f} %")
 
 
+# Flags that a run may go on with other values of; what is trained hangs on all the others.
+FREE = {
+    "data_dir", "hdf5_data", "workers", "skip_corrupt", "parallel", "torch_compile", "resume",
+    "evaluate", "start_epoch", "save_dir", "save_every", "print_freq", "no_progress",
+}  # fmt: skip
+
+
 def _fixed(args: argparse.Namespace) -> list[str]:
-    """Flags that a checkpoint fits no other values of."""
-    names = ["arch", "image_size", "data", "full_prec", "seed", "batch_size"]
-    if args.data == "synthetic":
-        names.append("synthetic_images")
-    if not args.full_prec:
-        names += ["quant_bits", "quant_method", "quant_per_channel"]
-    return names
+    return sorted(vars(args).keys() - FREE)
 
 
-def _check_folder(args: argparse.Namespace) -> None:
-    """Raises Problem where --save-dir is none, or has another run's."""
-    if args.save_dir.exists() and not args.save_dir.is_dir():
-        raise Problem(f"--save-dir takes a folder, and {args.save_dir} is a file")
-    used = [name for name in (LAST, BEST, LOG, WEIGHTS) if (args.save_dir / name).exists()]
-    if used and args.resume is None:
+def _folder_of(args: argparse.Namespace, source: Path | None) -> Path:
+    """--save-dir, made. Raises Problem where it cannot be, or has another run's."""
+    folder: Path = args.save_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Problem(f"--save-dir {folder} cannot be made: {error}") from None
+    if not os.access(folder, os.W_OK):
+        raise Problem(f"--save-dir {folder} cannot be written to")
+    used = [name for name in (LAST, BEST, LOG, WEIGHTS) if (folder / name).exists()]
+    own = source is not None and source.resolve().parent == folder.resolve()
+    if used and not own and args.resume != "":
         raise Problem(
-            f"{args.save_dir} holds a run ({', '.join(used)}); go on with it by --resume, give "
-            "another --save-dir, or delete it"
+            f"{folder} holds a run ({', '.join(used)}); go on with it by --resume, give another "
+            "--save-dir, or delete it"
         )
+    return folder
 
 
 def _begin(args: argparse.Namespace) -> tuple[Path | None, Progress]:
@@ -336,7 +360,6 @@ def carried_out(recipe: Recipe, args: argparse.Namespace, world: World) -> int:
         return 0
     run, mark = Run(recipe, args, world), args.save_dir / MARK
     if world.first:
-        args.save_dir.mkdir(parents=True, exist_ok=True)
         mark.unlink(missing_ok=True)
     with told_to_stop(run):
         try:
@@ -363,5 +386,5 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
                 tell(problem, problem.here)
                 return ended(2)
     except Problem as problem:
-        tell(problem)
+        tell(problem, problem.here)
         return 2

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from examples.recipe.rand_augment import rand_augment
+
 
 class Transform(Protocol):
     """From an image to [3, size, size]."""
@@ -54,6 +56,11 @@ class Normal(NamedTuple):
 
     mean: tuple[float, float, float]
     deviation: tuple[float, float, float]
+
+    @property
+    def fill(self) -> Tensor:
+        """[3, 1, 1], the mean color."""
+        return torch.tensor(self.mean)[:, None, None]
 
     def __call__(self, image: Tensor) -> Tensor:
         """[..., 3, h, w] in [0, 1] -> about mean 0 and deviation 1."""
@@ -129,39 +136,9 @@ class Evaluation:
         return self.normal(pixels(image))
 
 
-def rand_augment() -> K.auto.RandAugment:
-    """Two of fifteen operations, each applied half of the times, at the strength 9 of 10 that
-    DeiT's are tuned to.
-
-    kornia's strength m of 30 is the part m / 30 of a range's way from its low to its high end. An
-    operation that goes both ways by chance, such as a turn, has 0 as the low end; of the others
-    that go two ways (colors) there is an entry for each way, and of the rest there are two alike.
-
-    Source: Cubuk et al., arXiv 1909.13719; strengths: Touvron et al., arXiv 2012.12877, table 9.
-    """
-    colors = ("color", "contrast", "brightness", "sharpness")
-    policy = [[(name, *ends)] for name in colors for ends in ((1.0, 1.9), (0.1, 0.2))]
-    shear = math.degrees(math.atan(0.27)) / 0.9 / 180  # kornia's are angles, in half turns
-    for entry in (
-        ("auto_contrast", 0, 1),
-        ("equalize", 0, 1),
-        ("invert", 0, 1),
-        ("rotate", -30.0, 30.0),
-        ("posterize", 1.0, 4.0),
-        ("solarize", 0.0, 0.11),
-        ("solarize_add", 0.0, 0.43),
-        ("shear_x", -shear, shear),
-        ("shear_y", -shear, shear),
-        ("translate_x", -0.45, 0.45),
-        ("translate_y", -0.45, 0.45),
-    ):
-        policy += [[entry], [entry]]
-    return K.auto.RandAugment(n=2, m=27, policy=policy)
-
-
 class Training:
-    """A window and a flip; with `custom` also RandAugment, by kornia, and after normalizing a
-    rectangle erased in one image of four.
+    """A window and a flip; with `custom` also RandAugment, and after normalizing a rectangle
+    erased in one image of four.
 
     small: the window is shifted by up to 4 pixels, as for CIFAR-10; otherwise it is
     `resized_crop`'s.
@@ -173,17 +150,16 @@ class Training:
         self, size: int, filter: Image.Resampling, normal: Normal, small: bool, custom: bool
     ) -> None:
         self.size, self.filter, self.normal, self.small = size, filter, normal, small
-        self.augment = self.erase = None
+        self.erase = None
         if custom:
-            self.augment = rand_augment()
             self.erase = K.RandomErasing(p=0.25, scale=(0.02, 1 / 3), ratio=(0.3, 3.3))
 
     def __call__(self, image: Image.Image) -> Tensor:
         image = shifted(image) if self.small else resized_crop(image, self.size, self.filter)
         x = pixels(flipped(image))
-        if self.augment is None or self.erase is None:
+        if self.erase is None:
             return self.normal(x)
-        x = self.augment(x[None])[0].clamp(0, 1)
+        x = rand_augment(x, self.normal.fill)
         return self.erase(self.normal(x)[None])[0]
 
 

@@ -21,6 +21,15 @@ def test_rows_of_a_comparison(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "table.md").read_text() == compare.table(rows) + "\n"
     assert "| STE, 2 bits | " in capsys.readouterr().out
     assert compare.main(flags) == rows  # read, not trained again
+    capsys.readouterr()
+    for more, message in (
+        (["--lr", "0.01"], "was trained with --lr 0.1, and this run is with --lr 0.01"),
+        (["--evaluate"], "a comparison trains"),
+        (["--anneal-wd-frac", "0.5"], "hard has none"),
+    ):
+        with pytest.raises(SystemExit):
+            compare.main([*flags, *more])
+        assert message in capsys.readouterr().err
 
 
 def test_what_the_recipe_refuses_ends_the_comparison(tmp_path: Path, capsys) -> None:

@@ -38,9 +38,9 @@ def test_two_bits_come_within_a_point_of_full_precision(tmp_path: Path) -> None:
     ],
 )
 def test_networks_for_imagenet_learn(module: Any, flags: str, tmp_path: Path) -> None:
-    shared = "--data synthetic --synthetic-images 4000 --image-size 32 --epochs 10 --batch-size 40 "
+    shared = "--data synthetic --synthetic-images 4000 --image-size 64 --epochs 6 --batch-size 40 "
     shared += f"--quant-warmup-steps 100 --workers 0 --no-progress --save-dir {tmp_path} "
     assert module.main((shared + flags).split()) == 0
     last = read(tmp_path / LOG)[-1]
     assert last["on_levels"] == 1
-    assert last["test_accuracy"] > 50  # of ten classes
+    assert last["test_accuracy"] > 35  # of ten classes

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from examples import create_hdf5, qat_resnet_cifar10, qat_resnet_imagenet, qat_vit_imagenet
-from examples.recipe import datasets, loading, transforms
+from examples.recipe import datasets, loading, rand_augment, transforms
 from examples.recipe.deit import DeiT, DropPath
 from examples.recipe.problem import Problem
 from examples.recipe.resnet import ResNet
@@ -314,15 +314,55 @@ def test_mixed_images_show_two_and_say_their_shares() -> None:
     assert seen == {True, False}
 
 
-def test_strengths_of_rand_augment_go_both_ways() -> None:
-    """By what they make of an image: 9 of 10 of what each operation does at most."""
-    augment, image = transforms.rand_augment(), torch.full((1, 3, 20, 20), 0.5)
-    image[..., 10:] = 0.25
-    seen = []
-    for seed in range(300):
+def drawn_image() -> torch.Tensor:
+    return transforms.pixels(datasets.Shapes(5, 40, True).read(4)[0])
+
+
+def test_rand_augment_applies_each_of_two_half_of_the_times() -> None:
+    image, fill = drawn_image(), transforms.CIFAR.fill
+    same, total = 0, 400
+    for seed in range(total):
         with transforms.drawing(seed):
-            seen.append(augment(image)[0].mean().item())
-    assert min(seen) < 0.15 < 0.75 < max(seen)
+            seen = rand_augment.rand_augment(image, fill)
+        assert seen.shape == image.shape
+        assert 0 <= seen.min() <= seen.max() <= 1
+        same += torch.equal(seen, image)
+    assert abs(same / total - 0.25) < 0.08
+
+
+def test_operations_of_rand_augment() -> None:
+    """At a strength of 0.9, by what each of them is."""
+    x, s = drawn_image()[None], 0.9
+    do = {**rand_augment.COLORS, **rand_augment.PLACES}
+    close = torch.testing.assert_close
+    close(do["brightness"](x, s, 1.0), 1.81 * x)
+    close(do["brightness"](x, s, -1.0), 0.19 * x)
+    for name in ("color", "contrast", "sharpness"):
+        more, less = (do[name](x, s, sign) - x for sign in (1.0, -1.0))
+        close(more, -less, atol=1e-5, rtol=0)
+        assert more.abs().max() > 0.05
+    assert do["contrast"](x, s, 1.0).std() > x.std() > do["contrast"](x, s, -1.0).std()
+    assert len(do["posterize"](x, s, 1.0).unique()) == 2  # one bit
+    kept = x < 0.1
+    assert torch.equal(do["solarize"](x, s, 1.0), torch.where(kept, x, 1 - x))
+    added = do["solarize add"](x, s, 1.0) - x
+    assert not added[x >= 0.5].any()
+    close(added[x < 0.5], torch.full_like(added[x < 0.5], 0.9 * 110 / 255))
+    close(do["auto contrast"](x, s, 1.0).amax((2, 3)), torch.ones(1, 3))
+    # a white bar in the middle, by where it goes
+    bar = torch.zeros(1, 3, 40, 40)
+    bar[..., 10:30, 18:22] = 1
+    across = torch.arange(40.0)
+    for name, dim in (("translate x", 3), ("translate y", 2)):
+        sides = [do[name](bar, s, sign).sum((0, 1, 5 - dim)) for sign in (1.0, -1.0)]
+        ends = [float((side * across).sum() / side.sum()) for side in sides]
+        assert abs(ends[0] - ends[1]) > 10
+    turned = [do["rotate"](bar, s, sign) for sign in (1.0, -1.0)]
+    close(turned[0].flip(3), turned[1], atol=1e-3, rtol=0)
+    assert turned[0][..., 10, 18:22].mean() < 0.5  # its end has left
+    slanted = do["shear x"](bar, s, 1.0)
+    places = [float((slanted[0, 0, y] * across).sum() / slanted[0, 0, y].sum()) for y in (12, 27)]
+    assert abs(places[0] - places[1]) == pytest.approx(0.27 * 15, abs=0.2)
 
 
 def test_an_image_that_cannot_be_read_counts_once() -> None:
@@ -352,7 +392,7 @@ def test_an_image_that_cannot_be_read_counts_once() -> None:
 def test_images_that_are_no_files_are_unreadable(tmp_path: Path) -> None:
     image_folders(tmp_path, each=2, size=16)
     images = datasets.ImageFolder(tmp_path, True)
-    file, _ = images.files[0]
+    file = images.file(0)
     file.unlink()
     file.symlink_to(tmp_path / "nowhere")
     with pytest.raises(datasets.Unreadable, match=re.escape(str(file))):

@@ -330,11 +330,11 @@ def test_corrupt_images_are_skipped_and_counted(folders: Path, tmp_path: Path, c
 
 
 def test_checkpoints_of_other_runs_are_refused(cifar: Path, tmp_path: Path, capsys) -> None:
-    flags = ["--batch-size", "50", "--epochs", "1", "--data-dir", str(cifar)]
+    flags = ["--batch-size", "50", "--epochs", "2", "--data-dir", str(cifar)]
     flags += ["--save-dir", str(tmp_path)]
     assert qat_resnet_cifar10.main([*SHORT, *flags]) == 0
     capsys.readouterr()
-    other = [*flags, "--epochs", "2", "--resume"]
+    other = [*flags, "--resume"]
     said = wrong(capsys, qat_resnet_cifar10, *other, "--arch", "resnet32")
     assert "was trained with --arch resnet20, and this run is with --arch resnet32" in said
     said = wrong(capsys, qat_resnet_cifar10, *other, "--quant-bits", "1")
@@ -352,9 +352,11 @@ def test_checkpoints_of_other_runs_are_refused(cifar: Path, tmp_path: Path, caps
         capsys, qat_resnet_cifar10, *flags, "--evaluate", "--resume", file, "--arch", "resnet32"
     )
     assert "does not fit resnet32" in said
+    said = wrong(capsys, qat_resnet_cifar10, *other, "--epochs", "4")
+    assert "was trained with --anneal-end 1.5, and this run is with --anneal-end 3" in said
     (tmp_path / "last" / ".metadata").unlink()
     assert "no checkpoint of these scripts" in wrong(capsys, qat_resnet_cifar10, *other)
-    assert "is a file" in wrong(capsys, qat_resnet_cifar10, *flags[:-1], file)
+    assert "cannot be made" in wrong(capsys, qat_resnet_cifar10, *flags[:-1], file)
 
 
 def test_a_loss_that_is_not_finite_ends_a_run(cifar: Path, tmp_path: Path, capsys) -> None:
