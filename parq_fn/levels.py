@@ -7,8 +7,8 @@ a weight's cell, so this file is the only one that searches.
 
 It searches in three ways that find the same: by binary search, for any number of levels; by
 comparison with each, whose passes over memory cost less on a CPU where there are few; and, under
-a compiler, by halving the window of levels that a weight may lie in, which is `where` throughout
-and so becomes part of one loop with the map that follows.
+a compiler, by halving the window that a weight may lie in, which is `where` throughout and so
+becomes part of one loop with the map that follows.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from parq_fn.scalar import as_scalar, to_device
 
 #: Up to so many levels are compared one by one, or halved in a compiled loop.
 FEW = 32
+#: From so many levels on the search for the nearest one profits from bounds at hand.
+MANY = 5
 
 
 def prepare(u: Tensor, levels: Tensor, *coefficients: float | Tensor) -> tuple[Tensor, ...]:
@@ -55,7 +57,8 @@ def search(boundaries: Tensor, x: Tensor) -> Tensor:
     For NaN any number.
     """
     if boundaries.shape[-1] > FEW or x.device.type != "cpu":
-        return torch.searchsorted(boundaries.detach().contiguous(), x.detach().contiguous())
+        x = x.detach().to(boundaries.dtype)
+        return torch.searchsorted(boundaries.detach().contiguous(), x.contiguous())
     return count_below(boundaries, x)
 
 
@@ -67,7 +70,43 @@ def count_below(boundaries: Tensor, x: Tensor) -> Tensor:
     return count.long()
 
 
-def cell(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+def pick(x: Tensor, boundaries: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+    """Of each table [r, m + 1] the entry of every x [r, n], its index how many of the sorted
+    boundaries [r, m] lie below x: [r, n], or [r, 1] where there is but one entry."""
+    m = boundaries.shape[-1]
+    if m == 0:
+        return tables
+    if m < FEW and torch.compiler.is_compiling():
+        return pick_by_halves(x, boundaries, *tables)
+    below = search(boundaries, x)
+    return tuple(table.gather(-1, below) for table in tables)
+
+
+def pick_by_halves(x: Tensor, boundaries: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+    """What `pick` gives, by halving the windows of entries and of the boundaries between them."""
+    between, *windows = map(_columns, (boundaries, *tables))
+    while len(between) > 2:
+        entries = len(between) + 1
+        half = (entries + 1) // 2
+        second = entries - half  # the halves share an entry where they must
+        above = x > between[second - 1]
+        between = _either(above, between[second:], between[: half - 1])
+        windows = [_either(above, window[second:], window[:half]) for window in windows]
+    for i, boundary in reversed([*enumerate(between)]):
+        above = x > boundary
+        windows = [[*w[:i], torch.where(above, w[i + 1], w[i])] for w in windows]
+    return tuple(entry for (entry,) in windows)
+
+
+def _columns(table: Tensor) -> list[Tensor]:
+    return [table[..., i : i + 1] for i in range(table.shape[-1])]
+
+
+def _either(above: Tensor, upper: list[Tensor], lower: list[Tensor]) -> list[Tensor]:
+    return [torch.where(above, *ends) for ends in zip(upper, lower, strict=True)]
+
+
+def cell(x: Tensor, levels: Tensor) -> tuple[Tensor, ...]:
     """The ends (lo, hi) of each weight's cell, neighbouring levels with lo < x <= hi; each [r, n]
     or [r, 1], where it is the same for all.
 
@@ -77,29 +116,9 @@ def cell(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     >>> cell(torch.tensor([[-3.0, 0.2]]), torch.tensor([[-1.0, 0.0, 1.0]]))
     (tensor([[-1.,  0.]]), tensor([[0., 1.]]))
     """
-    k = levels.shape[-1]
-    if k == 1:
+    if levels.shape[-1] == 1:
         return levels, levels
-    if k <= FEW and torch.compiler.is_compiling():
-        return cell_by_halves(x, levels)
-    if k == 2:
-        return levels[..., :1], levels[..., 1:]
-    below = search(levels[..., 1:-1], x)
-    return levels[..., :-1].gather(-1, below), levels[..., 1:].gather(-1, below)
-
-
-def cell_by_halves(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """What `cell` gives, by halving the window of cells that are left."""
-    k = levels.shape[-1]
-    window = [levels[..., i : i + 1] for i in range(k)]  # of the cells between neighbours
-    while len(window) > 2:
-        cells = len(window) - 1
-        half = (cells + 1) // 2
-        second = cells - half  # the halves share a cell where they must
-        above = x > window[second]
-        pairs = zip(window[second:], window[: half + 1], strict=True)
-        window = [torch.where(above, upper, lower) for upper, lower in pairs]
-    return window[0], window[-1]
+    return pick(x, levels[..., 1:-1], levels[..., :-1], levels[..., 1:])
 
 
 def midpoint(lo: Tensor, hi: Tensor) -> Tensor:
@@ -113,18 +132,31 @@ def nearer(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     return torch.where(upper, hi, lo)
 
 
-def closest(x: Tensor, levels: Tensor) -> Tensor:
-    """The nearest level [r, n], the lower one in a tie; for NaN any. x and levels prepared."""
-    if torch.compiler.is_compiling():
-        return nearer(x, *cell(x, levels))
+def bounds(levels: Tensor) -> Tensor:
+    """Above the i-th of these, a weight is nearer to level i + 1 than to level i: [r, k - 1]."""
     lo, hi = levels[..., :-1], levels[..., 1:]
     middle = midpoint(lo, hi)
-    bounds = torch.where(middle < hi, middle, lo)  # x above the bound of a cell: `nearer` says hi
-    return levels.gather(-1, search(bounds, x))
+    return torch.where(middle < hi, middle, lo)  # as `nearer` decides
+
+
+def closest(x: Tensor, levels: Tensor, bound: Tensor | None = None) -> Tensor:
+    """The nearest level, the lower one in a tie; for NaN any: [r, n], or [r, 1] where there is one.
+
+    bound: `bounds(levels)`, where the caller has them. x and levels prepared.
+    """
+    if bound is None:
+        # computed for every weight, as there, many bounds cost more than the one of its own cell
+        if torch.compiler.is_compiling() and levels.shape[-1] >= MANY:
+            return nearer(x, *cell(x, levels))
+        bound = bounds(levels)
+    (level,) = pick(x, bound, levels)
+    return level
 
 
 def nan_with(x: Tensor, level: Tensor) -> Tensor:
     """The level, but NaN where x is; with a derivative of 0 in x."""
+    if torch.compiler.is_compiling():
+        return torch.where(x == x, level, x.detach())
     return level - 0.0 * x.clamp(0.0, 0.0)  # 0 taken away leaves even a zero its sign
 
 

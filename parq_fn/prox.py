@@ -12,10 +12,8 @@ so it stands last of what moves its params.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import field
-from functools import partial
 from typing import Any, NamedTuple
 
 import optree
@@ -30,6 +28,15 @@ from parq_fn.checks import (
     check_numbers,
     check_whole,
     readable,
+)
+from parq_fn.formulas import (
+    Chooser,
+    Formula,
+    binary_relax_at,
+    hard_at,
+    parq_at,
+    proxquant_at,
+    soft_at,
 )
 from parq_fn.granularity import Granularity, per_tensor
 from parq_fn.links import times
@@ -51,9 +58,6 @@ class ProxState(NamedTuple):
     lr_sum: Tensor  # [], float64: sum of the learning rates so far, where they are known
     levels: PyTree  # [r, k] for each param, in its dtype; zeros until a step has fitted them
 
-
-#: (u [r, n], levels [r, k], coefficient) -> weights [r, n].
-RowMap = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _PER_TENSOR = per_tensor()
 
@@ -147,15 +151,19 @@ class Prox(Link):
         """Latent rows [r, n], levels [r, k] -> weights [r, n]."""
         raise NotImplementedError(f"{type(self).__name__} must define proxmap")
 
-    def proxmap_at(self, coefficient: float) -> RowMap:
+    def formula(self, coefficient: float) -> Formula:
         """What gives the weights of `proxmap` at this coefficient, perhaps with less work.
 
-        For a compiled program, which cannot read the coefficient that it is given.
+        For those who know the coefficient and apply the map often, or compile it.
         """
-        if type(self).proxmap not in _KNOWN:  # a map of a subclass's own
-            return self.proxmap
-        is_sharp, relaxed = _KNOWN[type(self).proxmap]
-        return _hard if is_sharp(coefficient) else relaxed
+        chooser = _KNOWN.get(type(self).proxmap)
+        if chooser is None:  # a map of a subclass's own
+            return Formula(self._own, lambda coefficient: (coefficient,), prepared=False)
+        return chooser(coefficient)
+
+    def _own(self, u: Tensor, levels: Tensor, bound: Tensor | None, coefficient: Tensor) -> Tensor:
+        del bound
+        return self.proxmap(u, levels, coefficient)
 
     @property
     def elementwise(self) -> bool:
@@ -312,16 +320,6 @@ def shrunk(latent: Tensor, divisor: Tensor | None) -> Tensor:
     return wide / to_device(divisor, wide).to(wide.dtype)  # or a 0-d latent would be promoted
 
 
-def _hard(u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-    del coefficient
-    return proxmaps.hard(u, levels)
-
-
-_parq, _soft, _binary_relax = (
-    partial(f, sharp=False) for f in (proxmaps.parq, proxmaps.soft, proxmaps.binary_relax)
-)
-
-
 @value
 class hard_prox(Prox):
     """w = nearest level of u, from warmup on: the straight-through estimator as a link.
@@ -340,7 +338,8 @@ class hard_prox(Prox):
         return 0
 
     def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-        return _hard(u, levels, coefficient)
+        del coefficient
+        return proxmaps.hard(u, levels)
 
 
 @value
@@ -525,11 +524,11 @@ class custom_prox(Prox):
         return own and isinstance(getattr(self.map, "traits", None), ProxTraits)
 
 
-#: {proxmap: (whether it is hard at a coefficient, what it is at others)}.
-_KNOWN: dict[Any, tuple[Callable[[float], bool], RowMap]] = {
-    hard_prox.proxmap: (lambda _: True, _hard),
-    parq_prox.proxmap: (lambda c: c <= 0, _parq),
-    soft_prox.proxmap: (lambda c: c == math.inf, _soft),
-    binary_relax_prox.proxmap: (lambda c: c >= 1, _binary_relax),
-    proxquant_prox.proxmap: (lambda c: c == math.inf, proxmaps.proxquant),
+#: The formulas of the library's maps, for links that have them.
+_KNOWN: dict[Any, Chooser] = {
+    hard_prox.proxmap: hard_at,
+    parq_prox.proxmap: parq_at,
+    soft_prox.proxmap: soft_at,
+    binary_relax_prox.proxmap: binary_relax_at,
+    proxquant_prox.proxmap: proxquant_at,
 }

@@ -7,9 +7,7 @@ bit-equal to it. NaN gives NaN; an infinity goes to the end level, except where 
 bounded range. A coefficient is a number or a 0-d tensor. TypeError and ValueError as
 `levels.prepare` raises them.
 
-`sharp` says whether the coefficient is the one at which the map is `hard`, where the caller knows
-and a compiler cannot read it: it chooses the program, never the result. Without it the
-coefficient is read, or where it cannot be, both are computed.
+This file says what each map is; `parq_fn.formulas` computes it.
 
 A regularizer takes (w [r, n], levels [r, k], coefficient) and gives the penalty at every w:
 map(u) = argmin_w (w - u)^2 / 2 + penalty(w).
@@ -23,23 +21,24 @@ import math
 import torch
 from torch import Tensor
 
-from parq_fn.interval import Interval
-from parq_fn.levels import (
-    between,
-    cell,
-    closest,
-    midpoint,
-    nan_with,
-    nearer,
-    nearest,
-    prepare,
-    search,
+from parq_fn.formulas import (
+    CLIP,
+    HARD,
+    Chooser,
+    binary_relax_at,
+    known,
+    parq_at,
+    proxquant_at,
+    soft_at,
 )
-from parq_fn.scalar import concrete, is_plain
-from parq_fn.tanh import tanh
+from parq_fn.interval import Interval
+from parq_fn.levels import between, cell, closest, nan_with, prepare, search
 from parq_fn.traits import ProxTraits, Slopes, declares, unchanged
 
-_FEW = 5  # levels up to which a line for each cell costs less than the search for a weight's own
+
+def _of(chooser: Chooser, u: Tensor, levels: Tensor, coefficient: float | Tensor) -> Tensor:
+    return chooser(known(u, levels, coefficient))(u, levels, coefficient)
+
 
 #: What every map here but `par` declares besides its own.
 _follows_levels = functools.partial(
@@ -75,8 +74,7 @@ def clip(u: Tensor, levels: Tensor) -> Tensor:
     >>> clip(torch.tensor([[-3.0, 0.2]]), torch.tensor([[-1.0, 1.0]]))
     tensor([[-1.0000,  0.2000]])
     """
-    x, q = prepare(u, levels)
-    return between(x, q[..., :1], q[..., -1:]).to(u.dtype)
+    return CLIP(u, levels, 1.0)
 
 
 def clip_regularizer(w: Tensor, levels: Tensor) -> Tensor:
@@ -103,7 +101,7 @@ def hard(u: Tensor, levels: Tensor) -> Tensor:
 
     Source: the straight-through estimator's rounding; PARQ, arXiv 2503.15748, section 4.
     """
-    return nearest(u, levels)
+    return HARD(u, levels, 0.0)
 
 
 def hard_regularizer(w: Tensor, levels: Tensor) -> Tensor:
@@ -135,9 +133,7 @@ def hard_regularizer(w: Tensor, levels: Tensor) -> Tensor:
         share=lambda s: 1 - s,
     )
 )
-def parq(
-    u: Tensor, levels: Tensor, inverse_slope: float | Tensor, *, sharp: bool | None = None
-) -> Tensor:
+def parq(u: Tensor, levels: Tensor, inverse_slope: float | Tensor) -> Tensor:
     """argmin_w (w - u)^2 / 2 + h_s(w), h_s(w) = (1 - s) / 2 * (w - q_i) (q_{i+1} - w) on each
     cell, infinite outside [q_1, q_k]; s the inverse slope in (0, 1].
 
@@ -150,44 +146,7 @@ def parq(
 
     Source: Jin et al., PARQ, arXiv 2503.15748, equation (8) and figure 3.
     """
-    x, q, s = prepare(u, levels, inverse_slope)
-    sharp = concrete(s <= 0) if sharp is None else sharp
-    if sharp:
-        return nearest(u, levels)
-    # c + (v - c)/s = v + (v - c)(1 - s)/s, written so that v = c and s = 1 give v itself;
-    # v is u held to the range first, for infinities.
-    v = between(x, q[..., :1], q[..., -1:])
-    # for a gradient at s = 0, and lest a subnormal s overflow to inf * 0
-    safe = s.clamp(min=torch.finfo(x.dtype).tiny)
-    steep = (1 - safe) / safe
-    few = sharp is False and 2 <= q.shape[-1] <= _FEW and steep.dim() == 0
-    # at s = 1 a distance to a far cell's midpoint, which may overflow, would be taken times 0
-    if few and all(map(is_plain, (v, q, steep))) and concrete(steep > 0):
-        return _highest_line(v, q, steep).to(u.dtype)
-    lo, hi = cell(v, q)
-    w = between(v + (v - midpoint(lo, hi)) * steep, lo, hi)
-    if sharp is None:
-        w = torch.where(s > 0, w, nan_with(v, nearer(v, lo, hi)))
-    return w.to(u.dtype)
-
-
-def _highest_line(v: Tensor, q: Tensor, steep: Tensor) -> Tensor:
-    """`parq` of v in [q_1, q_k] without a search: the largest of min(l_i(v), q_{i+1}) and q_1,
-    l_i(v) = v + (v - c_i) * steep the line of cell i.
-
-    For v in cell i, those of the cells before are at their upper ends, of which q_i is the largest,
-    as l_j(v) >= v there; those of the cells after are at most v and at most l_i(v), as c_j grows.
-    Rounding keeps order, so this holds to the bit, but for the sign of a zero. steep > 0. In memory
-    of its own, in place.
-    """
-    w: Tensor | None = None
-    for i in range(q.shape[-1] - 1):
-        lo, hi = q[..., i : i + 1], q[..., i + 1 : i + 2]
-        line = v - midpoint(lo, hi)
-        line = torch.minimum(line.mul_(steep).add_(v), hi, out=line)
-        w = torch.maximum(line, lo if w is None else w, out=line)
-    assert w is not None  # k >= 2
-    return w
+    return _of(parq_at, u, levels, inverse_slope)
 
 
 def parq_regularizer(w: Tensor, levels: Tensor, inverse_slope: float | Tensor) -> Tensor:
@@ -229,9 +188,7 @@ def interpolant(w: Tensor, levels: Tensor) -> Tensor:
         soft_map=clip,
     )
 )
-def soft(
-    u: Tensor, levels: Tensor, temperature: float | Tensor, *, sharp: bool | None = None
-) -> Tensor:
+def soft(u: Tensor, levels: Tensor, temperature: float | Tensor) -> Tensor:
     """c_i + (q_{i+1} - q_i) / 2 * (sigma(T (x - 1/2)) - 1/2) / (sigma(T / 2) - 1/2) in a cell,
     x = (u - q_i) / (q_{i+1} - q_i), sigma(z) = 1 / (1 + exp(-z)); the end level outside.
 
@@ -243,24 +200,7 @@ def soft(
 
     Source: the smooth relaxation that PARQ is compared with, arXiv 2503.15748, section 5.
     """
-    x, q, t = prepare(u, levels, temperature)
-    sharp = concrete(t == torch.inf) if sharp is None else sharp
-    if sharp:
-        return nearest(u, levels)
-    v = between(x, q[..., :1], q[..., -1:])
-    lo, hi = cell(v, q)
-    # sigma(z) - 1/2 = tanh(z/2) / 2, odd and without cancellation.
-    limits = torch.finfo(x.dtype)
-    half = (0.5 * hi - 0.5 * lo).clamp(min=limits.tiny * limits.eps)  # of the width
-    offset = (0.5 * v - 0.5 * lo) / half - 0.5
-    usable = (t > 0) & t.isfinite()
-    safe = torch.where(usable, t, 1.0).clamp(min=1e-9)  # below, tanh(z) = z to every digit
-    share = 0.5 * (tanh(0.5 * safe * offset) / tanh(0.25 * safe))
-    w = (0.5 - share) * lo + (0.5 + share) * hi  # the ends and their midpoint are met exactly
-    w = torch.where(t > 0, between(w, lo, hi), v)
-    if sharp is None:
-        w = torch.where(t < torch.inf, w, nan_with(v, nearer(v, lo, hi)))
-    return w.to(u.dtype)
+    return _of(soft_at, u, levels, temperature)
 
 
 @declares(
@@ -274,9 +214,7 @@ def soft(
         soft_map=unchanged,
     )
 )
-def binary_relax(
-    u: Tensor, levels: Tensor, theta: float | Tensor, *, sharp: bool | None = None
-) -> Tensor:
+def binary_relax(u: Tensor, levels: Tensor, theta: float | Tensor) -> Tensor:
     """argmin_w (w - u)^2 / 2 + lam / 2 * dist(w, Q)^2, theta = lam / (1 + lam) in [0, 1]:
     (1 - theta) u + theta * nearest level.
 
@@ -288,17 +226,7 @@ def binary_relax(
 
     Source: Yin et al., BinaryRelax, arXiv 1801.06313, equation (5).
     """
-    x, q, theta = prepare(u, levels, theta)
-    sharp = concrete(theta >= 1) if sharp is None else sharp
-    if sharp:
-        return nearest(u, levels)
-    near = closest(x, q)
-    mixed = (1 - theta) * x + theta * near
-    # rounding must not carry w past u or its level, nor a level off itself
-    w = between(mixed, torch.minimum(x, near), torch.maximum(x, near))
-    if sharp is None:  # and x may be infinite
-        w = torch.where(theta < 1, w, nan_with(x, near))
-    return w.to(u.dtype)
+    return _of(binary_relax_at, u, levels, theta)
 
 
 def binary_relax_regularizer(w: Tensor, levels: Tensor, theta: float | Tensor) -> Tensor:
@@ -334,11 +262,7 @@ def proxquant(u: Tensor, levels: Tensor, strength: float | Tensor) -> Tensor:
 
     Source: Bai, Wang, Liberty, ProxQuant, arXiv 1810.00861, section 3.
     """
-    x, q, lam = prepare(u, levels, strength)
-    near = closest(x, q)
-    gap = x - near
-    moved = x - between(gap, -lam, lam)
-    return torch.where(gap.abs() <= lam, near, moved).to(u.dtype)
+    return _of(proxquant_at, u, levels, strength)
 
 
 def proxquant_regularizer(w: Tensor, levels: Tensor, strength: float | Tensor) -> Tensor:

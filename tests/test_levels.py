@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from parq_fn import formulas, proxmaps
 from parq_fn import levels as lv
-from parq_fn import proxmaps
 
 
 def slow_search(boundaries: Tensor, x: Tensor) -> Tensor:
@@ -62,17 +65,36 @@ def test_every_search_counts_the_boundaries_below(case) -> None:
 def test_every_way_to_a_cell_finds_it(case) -> None:
     x, levels = case
     wanted = slow_cell(x, levels)
-    for found in (lv.cell(x, levels), lv.cell_by_halves(x, levels)):
-        for got, end in zip(found, wanted, strict=True):
+    ends = levels[..., 1:-1], levels[..., :-1], levels[..., 1:]
+    found = [lv.cell(x, levels)]
+    if levels.shape[-1] > 1:
+        found.append(lv.pick_by_halves(x, *ends))
+    for pair in found:
+        for got, end in zip(pair, wanted, strict=True):
             assert torch.equal(got.expand_as(x), end)
+
+
+@given(cases())
+def test_every_way_to_an_entry_finds_it(case) -> None:
+    x, boundaries = case
+    below = slow_search(boundaries, x)
+    shape = len(x), boundaries.shape[-1] + 1
+    tables = torch.randn(shape), torch.arange(shape[0] * shape[1]).view(shape)
+    for way in (lv.pick, lv.pick_by_halves):
+        for got, table in zip(way(x, boundaries, *tables), tables, strict=True):
+            assert torch.equal(got, table.gather(1, below))
 
 
 @given(cases())
 def test_the_closest_level_is_the_nearer_end_of_the_cell(case) -> None:
     x, levels = case
     ends = lv.nearer(x, *slow_cell(x, levels))
-    assert torch.equal(lv.closest(x, levels), ends)
-    assert torch.equal(lv.nearest(x, levels), ends)
+    bounds = lv.bounds(levels)
+    assert bool((bounds[:, 1:] >= bounds[:, :-1]).all())
+    found = lv.closest(x, levels), lv.closest(x, levels, bounds), lv.nearest(x, levels)
+    (by_halves,) = lv.pick_by_halves(x, bounds, levels)
+    for got in (*found, by_halves):
+        assert torch.equal(got.expand_as(x), ends)
 
 
 def test_a_zero_keeps_the_sign_of_its_level() -> None:
@@ -81,41 +103,63 @@ def test_a_zero_keeps_the_sign_of_its_level() -> None:
     assert bool(got.signbit().all())
 
 
-@given(cases(most=20), st.sampled_from([0.0, 1e-30, 0.3, 1.0]))
-def test_what_is_said_of_the_coefficient_changes_no_weight(case, c: float) -> None:
-    """A map that knows whether it is sharp gives what one gives that computes both."""
+CHOOSERS = {
+    formulas.hard_at: [0.0],
+    formulas.parq_at: [0.0, 1e-300, 1e-40, 1e-9, 0.03, 0.5, 0.999, 1.0],
+    formulas.soft_at: [0.0, 1e-30, 0.3, 8.0, 1e30, math.inf],
+    formulas.binary_relax_at: [0.0, 1e-30, 0.3, 0.49, 0.5, 0.9, 1 - 2.0**-24, 1.0],
+    formulas.proxquant_at: [0.0, 1e-30, 0.3, math.inf],
+}
+
+
+@pytest.mark.parametrize("choose", CHOOSERS)
+@given(data=st.data(), case=cases(most=20))
+def test_what_is_known_of_the_coefficient_changes_no_weight(choose, data, case) -> None:
+    """The formula for a coefficient gives what the one for any coefficient does, and with bounds
+    at hand what it does without."""
     x, levels = case
-    maps = {
-        proxmaps.parq: (c, 0.0),
-        proxmaps.soft: (8 * (1 - c), torch.inf),
-        proxmaps.binary_relax: (1 - c, 1.0),
-    }
-    for f, (relaxed, sharp) in maps.items():
-        for coefficient in (torch.tensor(relaxed, dtype=x.dtype), torch.tensor(sharp)):
-            said = f(x, levels, coefficient, sharp=bool(coefficient == sharp))
-            one = coefficient.expand(1)
-            both = torch.vmap(lambda c, f=f: f(x, levels, c))(one)[0]  # where it cannot be read
-            assert torch.equal(said, both), f.__name__
-            assert torch.equal(said, f(x, levels, coefficient)), f.__name__
+    coefficient = data.draw(st.sampled_from(CHOOSERS[choose]))
+    c = torch.tensor(coefficient, dtype=x.dtype)
+    extreme = torch.tensor([[torch.nan, 3e38, -3e38]], dtype=x.dtype).expand(len(x), -1)
+    x = torch.cat([x, extreme, levels * 1e30, levels * 1e-42], 1)
+    before = x.clone()
+    formula, every = choose(float(c)), choose(None)
+    found = formula(x, levels, c)
+    bound = lv.bounds(levels)
+    others = [every(x, levels, c), formula.weight(x, levels, bound, *formula.scalars(c))]
+    for other in others:
+        torch.testing.assert_close(found, other, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
 
 
-@given(cases(most=9), st.sampled_from([1e-300, 1e-40, 1e-9, 0.03, 0.5, 0.999, 1.0]))
+@given(cases(most=9), st.sampled_from([1e-300, 1e-40, 1e-9, 0.03, 0.5, 0.999]))
 def test_the_highest_line_is_the_line_of_the_cell(case, slope: float) -> None:
     """parq by the largest of all cells' lines, for few levels, and by a search for the cell."""
     x, q = case
     x = torch.cat([x, torch.full_like(x[:, :1], torch.nan), q * 1e30, q * 1e-42], 1)
-    before = x.clone()
-    s = torch.tensor(slope, dtype=torch.float64)
-    few = proxmaps._FEW
-    try:
-        proxmaps._FEW = 0
-        wanted = proxmaps.parq(x, q, s, sharp=False)
-        proxmaps._FEW = 99
-        found = proxmaps.parq(x, q, s, sharp=False)
-    finally:
-        proxmaps._FEW = few
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
+    (steep,) = formulas._steep(torch.tensor(slope, dtype=x.dtype))
+    lo, hi = lv.cell(x, q)
+    wanted = lv.between(x + (x - lv.midpoint(lo, hi)) * steep, lo, hi)
+    if q.shape[-1] > 1:
+        found = formulas._highest_line(x, q, steep)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@given(cases(most=9), st.floats(0, 1, width=32))
+def test_binary_relax_lies_between_the_weight_and_its_level(case, theta: float) -> None:
+    """To the bit, where u and q are of any size, and far apart."""
+    x, q = case
+    x = torch.cat([x, q * 1e30, q * 1e-42, torch.full_like(x[:, :2], 3e38)], 1)
+    q = torch.cat([q, torch.full_like(q[:, :1], -3e38)], 1).sort(-1).values
+    near = lv.nearest(x, q)
+    w = proxmaps.binary_relax(x, q, theta)
+    assert bool((w >= torch.minimum(x, near)).all())
+    assert bool((w <= torch.maximum(x, near)).all())
+    mean = (1 - theta) * x.double() + theta * near.double()
+    finite = x.isfinite()
+    size = (x.abs() / 2 + near.abs() / 2)[finite].double()
+    error = (w.double() - mean)[finite].abs()
+    assert bool((error <= 4 * torch.finfo(x.dtype).eps * size + 1e-44).all())
 
 
 def test_levels_far_apart_do_not_overflow_at_the_start_of_annealing() -> None:

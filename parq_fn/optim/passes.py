@@ -23,14 +23,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from parq_fn.formulas import Formula
 from parq_fn.granularity import Granularity, per_channel
+from parq_fn.levels import MANY, bounds, prepare
 from parq_fn.optim.state import chunks
-from parq_fn.prox import Prox, ProxState, RowMap, shrunk
-from parq_fn.scalar import concrete
+from parq_fn.prox import Prox, ProxState, shrunk
+from parq_fn.scalar import concrete, to_device
 from parq_fn.sharded import gathered
 
 _PIECE = 1 << 17  # elements that are mapped at a time
 _WIDTH = 1 << 10  # of the rows that a long row is cut into
+_LONG = 1 << 10  # of a row from which on its bounds are computed once, not for every weight
 _SMALL = 1 << 12  # elements of a parameter that is mapped with others
 _TOGETHER = 1 << 16  # elements of those mapped at once
 
@@ -145,20 +148,38 @@ class Pass:
         self, link: Prox, state: ProxState, latent: Tensor, levels: Tensor, weight: Tensor
     ) -> None:
         """One map of rows of a latent."""
-        divisor = link.divisor(state)
-        if not self.compile:
-            whole = [(latent, levels, weight)]
-            for piece in _pieces(latent, levels, weight) if link.elementwise else whole:
-                _write(link.proxmap, *piece, state.slope, divisor)
-            return
+        divisor, coefficient = link.divisor(state), state.slope
         dtype = torch.promote_types(torch.promote_types(latent.dtype, levels.dtype), torch.float32)
-        row_map = link.proxmap_at(float(state.slope.to(dtype)))
+        formula = link.formula(float(coefficient.to(dtype)))
+        if formula.prepared:
+            coefficient = to_device(coefficient, latent).to(dtype)
+        scalars = formula.scalars(coefficient)
+        if self.compile:
+            self._run_compiled(formula, latent, levels, weight, scalars, divisor)
+            return
+        whole = [(latent, levels, weight)]
+        for piece in _pieces(latent, levels, weight) if link.elementwise else whole:
+            _write(formula, *piece, None, scalars, divisor)
+
+    def _run_compiled(
+        self,
+        formula: Formula,
+        latent: Tensor,
+        levels: Tensor,
+        weight: Tensor,
+        scalars: tuple[Tensor, ...],
+        divisor: Tensor | None,
+    ) -> None:
+        bound: Tensor | None = None
+        if formula.prepared and not formula.of_cells and latent.shape[1] >= _LONG:
+            bound = bounds(prepare(latent[:, :0], levels)[1])
         r, k = levels.shape
         dtypes = latent.dtype, levels.dtype, weight.dtype
-        key = _identity(row_map), r == 1, k, dtypes, divisor is None
+        key = _identity(formula.weight), r == 1, k, dtypes, bound is None, divisor is None
         if key not in self._programs:
-            self._programs[key] = _compiled(row_map)
-        self._programs[key](latent, levels, weight, state.slope, divisor)
+            searched = formula.of_cells or (bound is None and k >= MANY)
+            self._programs[key] = _compiled(formula, narrow=searched)
+        self._programs[key](latent, levels, weight, bound, scalars, divisor)
 
 
 def _rows_of(job: Job) -> _Rows:
@@ -197,29 +218,38 @@ def _pieces(
 
 
 def _write(
-    row_map: RowMap,
+    formula: Formula,
     latent: Tensor,
     levels: Tensor,
     weight: Tensor,
-    coefficient: Tensor,
+    bound: Tensor | None,
+    scalars: tuple[Tensor, ...],
     divisor: Tensor | None,
 ) -> None:
-    weight.copy_(row_map(shrunk(latent, divisor), levels, coefficient))
+    u = shrunk(latent, divisor)
+    if formula.prepared:
+        u, levels = prepare(u, levels)
+    weight.copy_(formula.weight(u, levels, bound, *scalars))
 
 
-def _compiled(row_map: RowMap) -> Callable[..., None]:
-    def run(
-        latent: Tensor, levels: Tensor, weight: Tensor, coefficient: Tensor, divisor: Tensor | None
-    ) -> None:
-        _write(row_map, latent, levels, weight, coefficient, divisor)
+def _compiled(formula: Formula, *, narrow: bool) -> Callable[..., None]:
+    """A program for `_write` of this formula. narrow: where a search comes before a calculation."""
+
+    def run(*of_pass: Any) -> None:
+        _write(formula, *of_pass)
 
     # a code object of its own, for a compiler counts the programs of each and stops at eight
     own: Any = FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
-    program: Callable[..., None] = torch.compile(own, fullgraph=True, dynamic=True)
+    options: dict[str, Any] = {}
+    if narrow and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        # With vectors of 512 bits a comparison becomes a vector in a register that some processors
+        # wait for, so that the whole way of one weight is gone before the next one's begins.
+        options["cpp.simdlen"] = 256
+    program: Callable[..., None] = torch.compile(own, fullgraph=True, dynamic=True, options=options)
     return program
 
 
-def _identity(row_map: Any) -> Any:
-    """A key for the map, which its program keeps alive; of a link's method, for that link."""
-    owner = getattr(row_map, "__self__", None)
-    return id(row_map) if owner is None else (id(row_map.__func__), id(owner))
+def _identity(weight: Any) -> Any:
+    """A key for a map, which its program keeps alive; of a link's method, for that link."""
+    owner = getattr(weight, "__self__", None)
+    return id(weight) if owner is None else (id(weight.__func__), id(owner))
