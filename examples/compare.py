@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from examples.qat_simple import title
-from examples.recipe.flags import Recipe, parse
+from examples.recipe.flags import OneLine, Recipe, parse
 from examples.recipe.log import LOG, read
 from examples.recipe.problem import tell
 from examples.recipe.training import WEIGHTS
@@ -43,7 +43,8 @@ def check(recipe: Recipe, rows: Iterable[Sequence[str]]) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         tell("rows are trained on one process; start without torchrun")
         raise SystemExit(2)
-    if any(parse(recipe, flags).evaluate for flags in rows):
+    parsed = [parse(recipe, flags) for flags in rows]
+    if any(args.evaluate for args in parsed):
         tell("--evaluate tests one checkpoint; a comparison trains")
         raise SystemExit(2)
 
@@ -81,7 +82,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Trains every row, prints and writes the table."""
-    parser = argparse.ArgumentParser(
+    parser = OneLine(
         "python -m examples.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -96,6 +97,10 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     text = f"folder of the rows (default: {folder})"
     parser.add_argument("--save-dir", type=Path, default=folder, help=text)
     args, flags = parser.parse_known_args(argv)
+    own = {"--full-prec", "--quant-proxmap", "--resume"}
+    given = sorted(own & {flag.partition("=")[0] for flag in flags})
+    if given:
+        parser.error(f"{given[0]} is set for each row by the comparison itself")
     todo = {"full precision": ("full", [*flags, "--full-prec"])}
     for width in args.quant_bits:
         for proxmap in args.proxmaps:

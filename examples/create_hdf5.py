@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from examples.recipe.datasets import ImageFolder, Unreadable, unfinished
+from examples.recipe.flags import OneLine
 from examples.recipe.problem import Problem
 
 
@@ -46,7 +47,7 @@ def convert(images: ImageFolder, file: Path, check: bool) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m examples.create_hdf5", description=__doc__)
+    parser = OneLine("python -m examples.create_hdf5", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of train and val")
     parser.add_argument("--save-dir", type=Path, help="folder of the files (default: --data-dir)")
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, images in both.items():
             file = folder / f"{name}.hdf5"
             count, left_out = convert(images, file, args.check)
+            if not count:
+                raise Problem(f"{file}: no image could be read")
             print(f"{file}: {count} images" + (f", {left_out} left out" if left_out else ""))
     except (Problem, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -497,6 +497,10 @@ class custom_prox(Prox):
     """w = map(u, levels, schedule(t)) from warmup and step `start` on: a prox link from a map
     and a schedule of your own.
 
+    The map takes latent rows [r, n], levels [r, k] in ascending order and a 0-d coefficient, and
+    gives weights [r, n]. What is to be a level at its end it must take from the levels
+    (`torch.where(c >= 1, hard(u, levels), ...)`): u + c * (level - u) is not the level at c = 1.
+
     Options as in `Prox`.
 
     >>> from parq_fn import lsbq, proxmaps, schedules

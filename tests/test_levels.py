@@ -162,6 +162,26 @@ def test_binary_relax_lies_between_the_weight_and_its_level(case, theta: float) 
     assert bool((error <= 4 * torch.finfo(x.dtype).eps * size + 1e-44).all())
 
 
+@pytest.mark.parametrize("theta", [0.25, 0.75])
+def test_a_gap_that_overflows_is_still_shared(theta: float) -> None:
+    for side in (3e38, -3e38):
+        u, q = torch.tensor([[side, side / 2, 1.0]]), torch.tensor([[-side]])
+        wanted = (1 - theta) * u.double() + theta * q.double()
+        torch.testing.assert_close(proxmaps.binary_relax(u, q, theta), wanted.float())
+        far = torch.tensor([[side * 10]])  # infinite
+        assert torch.equal(proxmaps.binary_relax(far, q, theta), far)
+
+
+def test_a_coefficient_is_known_as_the_maps_round_it() -> None:
+    """1 - 1e-9 is 1 in float32, where a line of slope 1 would make NaN of an infinite weight."""
+    u, q = torch.tensor([[torch.inf, 0.5]]), torch.tensor([[-1.0, 1.0]])
+    for s in (1 - 1e-9, torch.tensor(1 - 1e-9, dtype=torch.float64)):
+        assert formulas.known(u, q, s) == 1.0
+        assert torch.equal(proxmaps.parq(u, q, s), proxmaps.clip(u, q))
+    assert formulas.known(u, q, torch.tensor(0.5, requires_grad=True)) is None
+    assert formulas.known(u, q, torch.tensor([0.5, 0.25])) is None
+
+
 def test_levels_far_apart_do_not_overflow_at_the_start_of_annealing() -> None:
     """A weight's distance to the midpoint of another cell may be infinite; times 0 it is NaN."""
     q = torch.tensor([[-3e38, 0.0, 3e38]])

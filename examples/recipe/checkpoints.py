@@ -28,11 +28,22 @@ class Progress:
     best: float = -1.0  # highest test accuracy, in percent
     seconds: float = 0.0  # that the epoch has taken so far
     sums: list[list[float]] = field(default_factory=list)  # of the epoch so far, by process
+    steps: int = 0  # of a whole epoch, which hang on the number of images
+
+    def __post_init__(self) -> None:
+        whole = self.epoch, self.step, self.begun, self.steps
+        if not all(type(n) is int and n >= 0 for n in whole):
+            raise ValueError(f"expected whole numbers from 0 on, got {self}")
+        if not all(isinstance(x, (int, float)) for x in (self.best, self.seconds)):
+            raise ValueError(f"expected numbers, got {self}")
+        if not all(isinstance(own, list) and len(own) == 4 for own in self.sums):
+            raise ValueError(f"expected four sums for each process, got {self}")
 
 
 def source_of(args: argparse.Namespace) -> Path:
-    """The checkpoint that --resume names, or the last in --save-dir."""
-    return Path(args.resume) if args.resume else args.save_dir / LAST
+    """What --resume names, a checkpoint or a run, which stands for its last; or --save-dir's."""
+    named = Path(args.resume or args.save_dir)
+    return named / LAST if not args.resume or (named / LAST).is_dir() else named
 
 
 def progress_at(source: Path, args: argparse.Namespace, fixed: list[str]) -> Progress | None:
@@ -42,10 +53,10 @@ def progress_at(source: Path, args: argparse.Namespace, fixed: list[str]) -> Pro
     try:
         load_checkpoint(source, progress=about)
         told = json.loads(about["json"])
-        flags, progress = told.pop("flags"), Progress(**told)
+        flags, progress = dict(told.pop("flags")), Progress(**told)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise Problem(f"no checkpoint of these scripts at {source}: {_line(error)}") from None
     for name in fixed:
         got, own = flags.get(name), getattr(args, name)

@@ -73,7 +73,7 @@ def _unpickle(file: Path) -> dict[bytes, Any]:
             found = _Arrays(opened, encoding="bytes").load()
         if not isinstance(found, dict):
             raise pickle.UnpicklingError(f"it holds a {type(found).__name__}, not a dict")
-    except (EOFError, pickle.UnpicklingError, ValueError, IndexError, OSError) as error:
+    except Exception as error:  # a pickle raises whatever it comes upon
         raise Problem(
             f"{file} is no batch of CIFAR-10 or was cut off ({error}; {file.stat().st_size} "
             f"bytes); {_again(file.parent)}"
@@ -92,16 +92,18 @@ class Cifar10:
         if not folder.is_dir():
             download_cifar10(data_dir)
         names = _unpickle(folder / "batches.meta").get(b"label_names")
-        if not names:
+        if not (names and isinstance(names, list) and all(isinstance(n, bytes) for n in names)):
             raise Problem(f"{folder / 'batches.meta'} names no labels; {_again(folder)}")
-        self.classes = [name.decode() for name in names]
+        self.classes = [name.decode(errors="replace") for name in names]
         images, labels = [], []
         for name in [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]:
             batch = _unpickle(folder / name)
             data, own = batch.get(b"data"), batch.get(b"labels")
-            if getattr(data, "shape", None) != (len(own or ()), 3072) or data.dtype != np.uint8:
+            whole = isinstance(own, list) and all(isinstance(label, int) for label in own)
+            shape = getattr(data, "shape", None)
+            if not whole or shape != (len(own), 3072) or data.dtype != np.uint8:
                 raise Problem(
-                    f"{folder / name}: expected uint8 data of shape [n, 3072] and n labels; "
+                    f"{folder / name}: expected uint8 data of shape [n, 3072] and n whole labels; "
                     f"{_again(folder)}"
                 )
             if not all(0 <= label < len(self.classes) for label in own):
@@ -175,6 +177,9 @@ class ImageFolder:
     def __init__(self, data_dir: Path, train: bool) -> None:
         folder = data_dir / ("train" if train else "val")
         if not folder.is_dir():
+            file = folder.with_suffix(".hdf5")
+            if file.exists():
+                raise Problem(f"no folder {folder}, but {file}: pass --hdf5-data to read that")
             raise Problem(
                 f"no folder {folder}; --data-dir takes a folder of train and val, each with a "
                 "folder of JPEGs for every class, or pass --data synthetic"
@@ -228,15 +233,23 @@ class Hdf5:
             raise Problem(f"no file {self.path}; make it of folders of JPEGs: {how}")
         try:
             with h5py.File(self.path, "r") as file:
-                self.labels = file["labels"][:].tolist()
+                labels = file["labels"][:]
                 self.classes = [name.decode() for name in file["classes"][:]]
                 count = len(file["images"])
-        except (OSError, KeyError, RuntimeError) as error:
+        except (OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise Problem(
                 f"{self.path} is not such a file, or was cut off ({error}): {how}"
             ) from None
-        if count != len(self.labels):
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise Problem(f"{self.path}: expected labels that are whole numbers: {how}")
+        self.labels = labels.tolist()
+        if not count or count != len(self.labels):
             raise Problem(f"{self.path} has {count} images and {len(self.labels)} labels: {how}")
+        if not all(0 <= label < len(self.classes) for label in self.labels):
+            raise Problem(
+                f"{self.path}: expected labels from 0 to {len(self.classes) - 1}, got "
+                f"{min(self.labels)} to {max(self.labels)}: {how}"
+            )
         self._file: Any = None  # of the process that reads
 
     def __getstate__(self) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def evaluate(recipe: Recipe, args: argparse.Namespace, world: World) -> None:
         try:
             export.load_into(net, source)
         except (ValueError, KeyError, TypeError) as error:
-            raise Problem(f"{source} does not fit {args.arch}: {error}") from None
+            raise Problem(f"{source} does not fit {args.arch}: {str(error)[:300]}") from None
     model = spread(net, recipe.blocks, world)
     if not packed:
         checkpoints.load(source, net)

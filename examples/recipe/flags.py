@@ -59,7 +59,9 @@ def parse(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
         default = recipe.defaults.get(name.removeprefix("--").replace("-", "_"), default)
         if isinstance(default, bool):
             options["action"] = "store_true"
-        described = {True: "on", False: "off"}.get(default, default) if shown is None else shown
+        described = default if shown is None else shown
+        if isinstance(described, bool):
+            described = "on" if described else "off"
         described = str(described).replace("%", "%%")
         group.add_argument(name, default=default, help=f"{text} (default: {described})", **options)
         if default is True:

@@ -5,7 +5,9 @@ A step takes the same images on whatever number of processes; each reads its par
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -116,14 +118,32 @@ def evaluation_keys(count: int, batch_size: int, rank: int, size: int) -> list[l
     return [own[i : i + each] for i in range(0, len(own), each)]
 
 
+#: What stops a run, sent to all its processes.
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
 def _undisturbed(loader: DataLoader[View]) -> Iterator[Batch]:
-    """The loader's batches. What stops a run is sent to all its processes; workers, which begin
-    with the signals that are blocked here, leave it to the main one when they end."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    """The loader's batches. Workers begin with the signals that are blocked here, and so leave it
+    to the main process when they end."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _ends_with_the_main(worker: int) -> None:
+    """Has a worker end where the main process says so: by a signal, as it goes down itself."""
+    del worker
+    main = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo(STOPPING).si_pid != main:
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):  # else they end with the machine's other daemons
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def batches(
@@ -142,6 +162,7 @@ def batches(
         num_workers=workers,
         collate_fn=partial(gathered, mix_seed=mix_seed),
         pin_memory=device.type == "cuda",
+        worker_init_fn=_ends_with_the_main,
     )
     for batch in _undisturbed(loader):
         too_many = views.training and bool((batch.labels < 0).any())  # a hundred in a row

@@ -26,7 +26,7 @@ from examples.recipe import checkpoints
 from examples.recipe.checkpoints import BEST, LAST, Progress
 from examples.recipe.evaluation import evaluate, score
 from examples.recipe.flags import Recipe, parse
-from examples.recipe.loading import Batch, batches, steps_of, training_keys
+from examples.recipe.loading import STOPPING, Batch, batches, steps_of, training_keys
 from examples.recipe.log import LOG, Log, drawn, levels_of, on_levels
 from examples.recipe.parallel import World, agree_on_buffers, leave, quiet, spread, world_of
 from examples.recipe.problem import Problem, tell
@@ -73,6 +73,12 @@ class Run:
         self.steps = steps_of(len(train), args.batch_size)
         if not self.steps:
             raise Problem(f"--batch-size {args.batch_size} is more than the {len(train)} images")
+        if self.progress.steps not in (0, self.steps):
+            raise Problem(
+                f"{self.source} was trained in {self.progress.steps} steps an epoch, and these "
+                f"{len(train):,} images are {self.steps}; give it the images that it had"
+            )
+        self.progress.steps = self.steps
         total, warmup = args.epochs * self.steps, args.quant_warmup_steps
         if warmup >= total and not args.full_prec:
             raise Problem(
@@ -126,6 +132,8 @@ class Run:
         where = f"{self.world.size} x {self.world.device.type}, {self.world.mode}"
         at = self.progress
         on = f"; goes on from {self.source}" if self.source is not None else ""
+        if self.source is None and self.args.resume is not None:
+            on = f"; there is no checkpoint {checkpoints.source_of(self.args)} to go on from"
         return (
             f"{self.args.arch}, {count:,} parameters, {len(self.views.images):,} images of "
             f"{self.classes} classes, {self.steps} steps an epoch, {where}, from epoch {at.epoch}, "
@@ -222,7 +230,11 @@ class Run:
     @property
     def _slope(self) -> dict[str, float]:
         group = self.optimizer.param_groups[0]
-        return {"inverse_slope": group["inverse_slope"]} if "inverse_slope" in group else {}
+        if "inverse_slope" not in group:
+            return {}
+        names = {"soft": "temperature", "binaryrelax": "theta"}
+        value = group["inverse_slope"]  # the coefficient of any map
+        return {names.get(self.args.quant_proxmap, "inverse_slope"): value}
 
     def _end_epoch(self, epoch: int) -> None:
         args, at, done = self.args, self.progress, (epoch + 1) * self.steps
@@ -293,7 +305,8 @@ FREE = {
 
 
 def _fixed(args: argparse.Namespace) -> list[str]:
-    return sorted(vars(args).keys() - FREE)
+    # the epochs first, for others follow from them
+    return sorted(vars(args).keys() - FREE, key=lambda name: (name != "epochs", name))
 
 
 def _folder_of(args: argparse.Namespace, source: Path | None) -> Path:
@@ -338,14 +351,16 @@ def _begin(args: argparse.Namespace) -> tuple[Path | None, Progress]:
 
 @contextmanager
 def told_to_stop(run: Run) -> Iterator[None]:
-    """SIGTERM and SIGUSR1, by which schedulers preempt, stop the run before its next step."""
+    """SIGTERM and SIGUSR1, by which schedulers preempt, and Ctrl-C stop the run before its next
+    step; a second Ctrl-C stops it at once."""
 
     def stop(number: int, frame: Any) -> None:
-        del number, frame
+        del frame
+        if run.stopping and number == signal.SIGINT:
+            raise KeyboardInterrupt
         run.stopping = True
 
-    signals = (signal.SIGTERM, signal.SIGUSR1)
-    before = {s: signal.signal(s, stop) for s in signals}
+    before = {s: signal.signal(s, stop) for s in STOPPING}
     try:
         yield
     finally:
@@ -384,6 +399,9 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
                 return ended(status)
             except Problem as problem:
                 tell(problem, problem.here)
+                return ended(2)
+            except OSError as error:  # it names the file
+                tell(Problem(f"{type(error).__name__}: {error}"), True)
                 return ended(2)
     except Problem as problem:
         tell(problem, problem.here)

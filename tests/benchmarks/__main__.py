@@ -12,7 +12,7 @@ The published package is measured beside them where it is installed: pip install
 On the same inputs it is asserted that eager and compiled forms agree bit for bit, and with
 float64 to rounding. Ends with an error where a figure misses its limit. What is measured while
 the processor's cores run slow, by a calculation that is always the same, is measured again, and
-counts only where no round was better.
+counts only where no round was better; a hundred times in all.
 """
 
 from __future__ import annotations

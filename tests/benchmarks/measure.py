@@ -23,6 +23,7 @@ class Cores:
     """
 
     slow = 1.15  # times the least that the calculation has taken
+    most = 100  # works made again in all: where cores are slow for long, waiting does not help
 
     def __init__(self) -> None:
         self.patience = 0  # times that a work may be made again; with none, nothing is asked
@@ -51,7 +52,7 @@ class Cores:
             slow = self._are_slow()
             result = work()
             slow = self._are_slow() or slow
-            if not slow or not left:
+            if not slow or not left or self.again >= self.most:
                 return result, slow
             left, self.again = left - 1, self.again + 1
             time.sleep(0.2)

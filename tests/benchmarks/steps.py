@@ -102,7 +102,10 @@ def small(repeats: int, compiled: bool) -> Iterator[Found]:
 
 
 def compilation() -> Iterator[Found]:
-    """The first step with compile=True of 200 parameters, each of another shape; then others."""
+    """The first steps with compile=True of 200 parameters, each of another shape; then others.
+
+    Two steps, for the first maps by a program of its own: there parq is clip.
+    """
     shapes: Shapes = [(32 + i, 48 + i) for i in range(200)]
     torch.compiler.reset()
     for name, granularity in (("tensor", pf.per_tensor()), ("channel", pf.per_channel())):
@@ -110,8 +113,10 @@ def compilation() -> Iterator[Found]:
         optimizer = QuantOptimizer(base, link(2, granularity), compile=True)
         start = time.perf_counter()
         optimizer.step()
+        optimizer.step()
         took = time.perf_counter() - start
-        yield Found("compile", f"200 parameters, {name}", "seconds, first step", took, 0.0, 60.0)
+        what = "seconds, first two steps"
+        yield Found("compile", f"200 parameters, {name}", what, took, 0.0, 60.0)
         with torch.compiler.set_stance("fail_on_recompile"):
             for _ in range(4):
                 optimizer.param_groups[0]["lr"] *= 0.9

@@ -37,3 +37,11 @@ def test_what_the_recipe_refuses_ends_the_comparison(tmp_path: Path, capsys) -> 
         compare.main(["qat_resnet_cifar10", "--save-dir", str(tmp_path), "--epochz", "3"])
     assert ended.value.code == 2
     assert "unrecognized arguments: --epochz 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--full-prec", "--quant-proxmap=soft", "--resume"])
+def test_what_the_rows_differ_in_is_refused(flag: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        compare.main(["qat_resnet_cifar10", "--data", "synthetic", flag])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "is set for each row by the comparison itself" in line

@@ -13,11 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples import create_hdf5, qat_resnet_cifar10, qat_resnet_imagenet, qat_vit_imagenet
 from examples.recipe import evaluation, training
+from examples.recipe.checkpoints import Progress
 from examples.recipe.log import LOG, read
 from parq_fn import export
 from tests.examples.data_sets import cifar_batches, image_folders
@@ -206,6 +208,49 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(mode: str, cifar: Path, tmp_
     assert printed_accuracy(shown) == pytest.approx(records(whole)[-1]["test_accuracy"], abs=1e-4)
 
 
+def test_ctrl_c_stops_like_a_scheduler(tmp_path: Path) -> None:
+    """Its workers get the signal, too."""
+    flags = ["--data", "synthetic", "--synthetic-images", "400", "--batch-size", "20", "--workers"]
+    flags += [
+        "1",
+        "--print-freq",
+        "1",
+        "--epochs",
+        "9",
+        "--no-progress",
+        "--quant-warmup-steps",
+        "1",
+    ]
+    run = Started(tmp_path, 1, *flags)
+    run.until("step 2 of")
+    os.killpg(run.processes[0].pid, signal.SIGINT)
+    shown = run.end(128 + signal.SIGTERM)
+    assert "--resume goes on" in shown
+    assert "Traceback" not in shown
+
+
+BROKEN = """
+from examples import qat_resnet_cifar10 as recipe
+from examples.recipe.training import Run
+
+def step(self, epoch, step, batch):
+    raise RuntimeError("out of memory")
+
+Run._step = step
+recipe.main(["--data", "synthetic", "--synthetic-images", "400", "--batch-size", "20", "--epochs",
+    "9", "--workers", "2", "--quant-warmup-steps", "1", "--save-dir", FOLDER])
+"""
+
+
+def test_a_run_that_breaks_leaves_no_worker_behind(tmp_path: Path) -> None:
+    """Found by a user: workers in which SIGTERM was blocked were waited for without end."""
+    code = BROKEN.replace("FOLDER", repr(str(tmp_path)))
+    command = [sys.executable, "-c", code]
+    broken = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert broken.returncode == 1
+    assert "RuntimeError: out of memory" in broken.stderr
+
+
 # What can be wrong.
 
 
@@ -298,6 +343,62 @@ def test_missing_and_broken_data_get_one_line(
     assert "was cut off" in line(qat_resnet_imagenet, images, *imagenet, "--hdf5-data")
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 10], "expected labels from 0 to 9, got 0 to 10"),
+        ([0, -1], "expected labels from 0 to 9, got -1 to 0"),
+        ([0.0, 1.0], "expected labels that are whole numbers"),
+        ([[0], [1]], "expected labels that are whole numbers"),
+        ([0], "has 2 images and 1 labels"),
+        ([], "expected labels that are whole numbers"),
+    ],
+)
+def test_labels_of_an_hdf5_file_are_checked(labels, message: str, tmp_path: Path, capsys) -> None:
+    import h5py
+
+    for name in ("train", "val"):
+        with h5py.File(tmp_path / f"{name}.hdf5", "w") as file:
+            file["labels"] = np.array(labels)
+            file["classes"] = np.array([f"n{i}".encode() for i in range(10)])
+            file.create_dataset("images", (2,), h5py.vlen_dtype(np.uint8))
+    flags = [*CASES["resnet"][1], "--hdf5-data", "--data-dir", str(tmp_path)]
+    said = wrong(capsys, qat_resnet_imagenet, *flags, "--save-dir", str(tmp_path / "saved"))
+    assert message in said
+    assert "examples.create_hdf5" in said
+    assert "pass --hdf5-data" in wrong(
+        capsys, qat_resnet_imagenet, *CASES["resnet"][1], "--data-dir", str(tmp_path)
+    )
+
+
+def test_what_a_run_goes_on_from_is_checked(cifar: Path, tmp_path: Path, capsys) -> None:
+    flags = ["--data-dir", str(cifar), "--batch-size", "10", "--epochs", "2"]
+    flags += ["--save-dir", str(tmp_path), "--resume"]
+    assert qat_resnet_cifar10.main([*SHORT, *flags]) == 0
+    capsys.readouterr()
+    more = cifar_batches(tmp_path / "more", train=200)
+    said = wrong(capsys, qat_resnet_cifar10, *flags, "--data-dir", str(more), started=True)
+    assert "give it the images that it had" in said
+    log = tmp_path / "log.jsonl"
+    whole = log.read_text()
+    for broken in ("{}\n", "5\n", "no json\n"):
+        log.write_text(broken)
+        said = wrong(capsys, qat_resnet_cifar10, *flags, started=True)
+        assert "is no log of a run" in said
+    log.write_text(whole)
+    assert qat_resnet_cifar10.main([*SHORT, *flags, "--resume", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [{"epoch": -1}, {"step": 1.0}, {"begun": None}, {"best": "x"}, {"sums": [[1.0]]}],
+    ids=str,
+)
+def test_progress_that_was_edited_is_refused(edited: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        Progress(**edited)
+
+
 def test_images_and_classes_that_do_not_fit_get_one_line(
     folders: Path, tmp_path: Path, capsys
 ) -> None:
@@ -353,7 +454,7 @@ def test_checkpoints_of_other_runs_are_refused(cifar: Path, tmp_path: Path, caps
     )
     assert "does not fit resnet32" in said
     said = wrong(capsys, qat_resnet_cifar10, *other, "--epochs", "4")
-    assert "was trained with --anneal-end 1.5, and this run is with --anneal-end 3" in said
+    assert "was trained with --epochs 2, and this run is with --epochs 4" in said
     (tmp_path / "last" / ".metadata").unlink()
     assert "no checkpoint of these scripts" in wrong(capsys, qat_resnet_cifar10, *other)
     assert "cannot be made" in wrong(capsys, qat_resnet_cifar10, *flags[:-1], file)

@@ -21,6 +21,8 @@ _SEARCH = (
     "_candidate_cuts: cuts = torch.searchsorted(total, total[:, -1:] * step).clamp(max=n - 2) + 1 "
     "-> cuts = torch.searchsorted(total, total[:, -1:] * step)."
 )
+_LINES = "_sloped: if 2 <= q.shape[-1] <= _FEW and is_plain(u) and is_plain(q): -> "
+_GAP = "_or_sum: if is_plain(gap) and (not gap.numel() or bool(gap.abs().amax() < torch.inf)): -> "
 _PER_ROW = "least_squares_levels: per_row = (n + 1) * (num_levels + 64 if exact else 20) -> "
 _ROWS = "least_squares_levels: rows = max(1, min(_CHUNK // n, _DOUBLES // per_row)) -> "
 
@@ -44,12 +46,6 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
     },
     "parq_fn/proxmaps.py": {
         "a number where the result is not used: a cell without width, a coefficient at its end": [
-            "soft: offset = (0.5 * v - 0.5 * lo) / torch.where(half > 0, half, 1.0) - 0.5 -> "
-            "offset = (0.5 * v - 0.5 * lo) / torch.where(half > 0, half, 2.0) - 0.5",
-            "soft: safe = torch.where(usable, t, 1.0).clamp(min=1e-09) -> "
-            "safe = torch.where(usable, t, 2.0).clamp(min=1e-09)",
-            "soft: safe = torch.where(usable, t, 1.0).clamp(min=1e-09) -> "
-            "safe = torch.where(usable, t, 0.0).clamp(min=1e-09)",
             "binary_relax_regularizer: relaxed = theta / (2 * torch.where(theta < 1, 1 - theta, "
             "1.0)) * distance.square() -> relaxed = theta / (2 * torch.where(theta < 1, "
             "1 - theta, 2.0)) * distance.square()",
@@ -59,9 +55,38 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "passed) -> hi = torch.cat([q, torch.full_like(q[..., :2], torch.inf)], -1)"
             ".gather(-1, passed)",
         ],
-        "a temperature that is not usable is 0 or infinity": [
-            "soft: w = torch.where(usable, w, torch.where(t > 0, nearer(x, lo, hi), v)) -> "
-            "w = torch.where(usable, w, torch.where(t > 1, nearer(x, lo, hi), v))",
+    },
+    "parq_fn/formulas.py": {
+        "two ways to the same weights, of which one is faster": [
+            ": _FEW = 5 -> _FEW = 6",
+            ": _FEW = 5 -> _FEW = 4",
+            _LINES + "if 2 < q.shape[-1] <= _FEW and is_plain(u) and is_plain(q):",
+            _LINES + "if 2 <= q.shape[-1] < _FEW and is_plain(u) and is_plain(q):",
+            _LINES + "if 2 <= q.shape[-1] > _FEW and is_plain(u) and is_plain(q):",
+            _LINES + "if 3 <= q.shape[-1] <= _FEW and is_plain(u) and is_plain(q):",
+            "_highest_line: line = torch.minimum(line.mul_(steep).add_(u), hi, out=line) -> "
+            "line = torch.minimum(line.mul_(steep).add_(u), hi)",
+            "_highest_line: w = torch.maximum(line, w, out=line) -> w = torch.maximum(line, w)",
+            _GAP + "if is_plain(gap) and (not gap.numel() and bool(gap.abs().amax() < torch.inf)):",
+        ],
+        "how wide the vectors are that a formula is compiled for": [
+            "Formula: of_cells: bool = False -> of_cells: bool = True",
+            ": _SLOPED = Formula(_sloped, _steep, of_cells=True) -> "
+            "_SLOPED = Formula(_sloped, _steep, of_cells=False)",
+            ": _PARQ = Formula(_parq, _any_slope, of_cells=True) -> "
+            "_PARQ = Formula(_parq, _any_slope, of_cells=False)",
+            ": _CURVED = Formula(_curved, _curvature, of_cells=True) -> "
+            "_CURVED = Formula(_curved, _curvature, of_cells=False)",
+            ": _SOFT = Formula(_soft, _any_curvature, of_cells=True) -> "
+            "_SOFT = Formula(_soft, _any_curvature, of_cells=False)",
+        ],
+        "a number where the result is not used: a temperature of 0 or infinity": [
+            "_curvature: usable = (t > 0) & t.isfinite() -> usable = (t >= 0) & t.isfinite()",
+            "_curvature: usable = (t > 0) & t.isfinite() -> usable = (t > -1) & t.isfinite()",
+            "_curvature: safe = torch.where(usable, t, 1.0).clamp(min=1e-09) -> "
+            "safe = torch.where(usable, t, 2.0).clamp(min=1e-09)",
+            "_curvature: safe = torch.where(usable, t, 1.0).clamp(min=1e-09) -> "
+            "safe = torch.where(usable, t, 0.0).clamp(min=1e-09)",
         ],
     },
     "parq_fn/quantizers/base.py": {

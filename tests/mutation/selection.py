@@ -35,6 +35,17 @@ _select(
     ("tests/test_proxmaps.py", "tests/laws/test_proxmaps.py", "tests/test_reference.py"),
     ("tests/test_hostile.py", "tests/test_prox.py", *_COMMON),
 )
+_select(
+    "parq_fn/formulas.py",
+    ("tests/test_levels.py", "tests/test_proxmaps.py"),
+    (
+        "tests/laws/test_proxmaps.py",
+        "tests/test_reference.py",
+        "tests/test_hostile.py",
+        "tests/optim/test_passes.py",
+        *_COMMON,
+    ),
+)
 _select("parq_fn/quantizers/base.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/uniform.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/lsbq.py", *_QUANTIZERS)
