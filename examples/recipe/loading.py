@@ -142,7 +142,7 @@ def _ends_with_the_main(worker: int) -> None:
             pass
         os._exit(0)
 
-    if hasattr(signal, "sigwaitinfo"):  # else they end with the machine's other daemons
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
         threading.Thread(target=wait, daemon=True).start()
 
 
