@@ -136,13 +136,15 @@ def test_full_precision_and_synthetic_data(tmp_path: Path) -> None:
 class Started:
     """A recipe on some processes."""
 
-    def __init__(self, folder: Path, world: int, *flags: str) -> None:
+    def __init__(
+        self, folder: Path, world: int, *flags: str, program: str = "qat_resnet_cifar10"
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
         shared |= {"LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "examples.qat_resnet_cifar10", *flags]
+        command = [sys.executable, "-m", f"examples.{program}", *flags]
         self.processes = [
             subprocess.Popen(
                 [*command, "--save-dir", str(folder)],
@@ -206,6 +208,24 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(mode: str, cifar: Path, tmp_
     assert (parts / file).read_bytes() == (whole / file).read_bytes()
     shown = Started(parts, world, *flags, "--evaluate").end()
     assert printed_accuracy(shown) == pytest.approx(records(whole)[-1]["test_accuracy"], abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("case", ["resnet", "deit"])
+def test_networks_for_imagenet_on_two_processes(
+    case: str, mode: str, folders: Path, tmp_path: Path
+) -> None:
+    """CIFAR's are above."""
+    module, own = CASES[case]
+    flags = [*own, *SHORT, "--epochs", "1", "--data-dir", str(folders), "--parallel", mode]
+    program = module.RECIPE.program
+    Started(tmp_path, 2, *flags, program=program).end()
+    (told,) = records(tmp_path)
+    assert told["on_levels"] > 0.99
+    shown = Started(tmp_path, 2, *flags, "--evaluate", program=program).end()
+    assert printed_accuracy(shown) == pytest.approx(told["test_accuracy"], abs=1e-4)
+    packed = export.load(tmp_path / "quantized.safetensors")
+    assert any(isinstance(entry, export.Packed) for entry in packed.values())
 
 
 def test_ctrl_c_stops_like_a_scheduler(tmp_path: Path) -> None:
