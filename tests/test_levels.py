@@ -178,6 +178,7 @@ def test_a_coefficient_is_known_as_the_maps_round_it() -> None:
     for s in (1 - 1e-9, torch.tensor(1 - 1e-9, dtype=torch.float64)):
         assert formulas.known(u, q, s) == 1.0
         assert torch.equal(proxmaps.parq(u, q, s), proxmaps.clip(u, q))
+    assert formulas.known(u.double(), q, 1 - 1e-9) == 1 - 1e-9
     assert formulas.known(u, q, torch.tensor(0.5, requires_grad=True)) is None
     assert formulas.known(u, q, torch.tensor([0.5, 0.25])) is None
 
