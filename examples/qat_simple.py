@@ -410,11 +410,12 @@ def draw(args: argparse.Namespace, name: str, kept: Sequence[Snapshot]) -> Figur
 
 
 def at_least(low: float, cast: type[int] | type[float] = float) -> Callable[[str], float]:
-    """A type for argparse: a finite number from `low` on."""
+    """A type for argparse: a number from `low` on that torch's own numbers can hold."""
+    most = 2**63 - 1 if cast is int else torch.finfo(torch.float32).max
 
     def number(text: str) -> float:
         with contextlib.suppress(ValueError):
-            if low <= (got := cast(text)) < math.inf:
+            if low <= (got := cast(text)) <= most:
                 return got
         what = "whole number" if cast is int else "number"
         raise argparse.ArgumentTypeError(f"expected a {what} from {low} on, got {text!r}")

@@ -205,6 +205,8 @@ def _check(parser: OneLine, recipe: Recipe, args: argparse.Namespace) -> None:
             f"--warmup-epochs must end before the rate's first cut, after "
             f"{cuts[0] * args.epochs:g} epochs, got {args.warmup_epochs:g}"
         )
+    if args.image_size > 4096:
+        parser.error(f"--image-size must be at most 4096, got {args.image_size}")
     if args.image_size % 16 and "deit" in args.arch:
         parser.error(f"--image-size must be a multiple of 16, got {args.image_size}")
 
