@@ -28,6 +28,12 @@ def test_the_suite_runs_on_small_inputs(tmp_path: Path, monkeypatch, capsys) -> 
     assert ("no GPU is at hand" in shown) == (not torch.cuda.is_available())
 
 
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch) -> None:
+    """The suite makes the one clock patient, and what came after it in a process waited too."""
+    monkeypatch.setattr(measure.CORES, "patience", 0)
+
+
 def test_a_missed_limit_is_an_error(monkeypatch, capsys) -> None:
     found = [Found("g", "a case", "seconds", 2.0, 0.1, 1.0), Found("g", "b", "seconds", 0.5, 0, 1)]
     monkeypatch.setattr(suite, "GROUPS", {"pass": lambda size, repeats: iter(found)})
