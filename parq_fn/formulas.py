@@ -20,7 +20,7 @@ from parq_fn.levels import between, cell, closest, midpoint, nan_with, nearer, p
 from parq_fn.scalar import is_plain
 from parq_fn.tanh import tanh
 
-#: Levels up to which, in eager mode, a line for each cell costs less than a search for a weight's.
+#: Levels up to which a line for each cell costs less than a search for a weight's.
 _FEW = 5
 
 
@@ -34,9 +34,9 @@ class Formula(NamedTuple):
     scalars: Callable[[Tensor], tuple[Tensor, ...]]
     #: Whether the weight takes its arguments as `prepare` gives them.
     prepared: bool = True
-    #: Whether a weight's cell is searched for, and its weight computed from the cell's ends; else
-    #: from its nearest level.
-    of_cells: bool = False
+    #: So many levels, and the weight is computed from the ends of a cell, which is searched for;
+    #: None where it is computed from the nearest level.
+    cells_from: int | None = None
 
     def __call__(self, u: Tensor, levels: Tensor, coefficient: float | Tensor) -> Tensor:
         """The weights, in the dtype of u."""
@@ -107,7 +107,8 @@ def _steep(s: Tensor) -> tuple[Tensor, ...]:
 def _sloped(u: Tensor, q: Tensor, bound: Tensor | None, steep: Tensor) -> Tensor:
     """parq for 0 < s < 1: beyond the levels the outer lines are too, infinities among them."""
     del bound
-    if 2 <= q.shape[-1] <= _FEW and is_plain(u) and is_plain(q):
+    in_place = (is_plain(u) and is_plain(q)) or torch.compiler.is_compiling()
+    if 2 <= q.shape[-1] <= _FEW and in_place:
         return _highest_line(u, q, steep)
     lo, hi = cell(u, q)
     return between(u + (u - midpoint(lo, hi)) * steep, lo, hi)
@@ -125,9 +126,7 @@ def _highest_line(u: Tensor, q: Tensor, steep: Tensor) -> Tensor:
     w = q[..., :1]
     for i in range(q.shape[-1] - 1):
         lo, hi = q[..., i : i + 1], q[..., i + 1 : i + 2]
-        line = u - midpoint(lo, hi)
-        line = torch.minimum(line.mul_(steep).add_(u), hi, out=line)
-        w = torch.maximum(line, w, out=line)
+        w = (u - midpoint(lo, hi)).mul_(steep).add_(u).clamp_max_(hi).clamp_min_(w)
     return w
 
 
@@ -143,8 +142,8 @@ def _parq(u: Tensor, q: Tensor, bound: Tensor | None, s: Tensor, steep: Tensor) 
     return torch.where(s > 0, w, nan_with(v, nearer(v, lo, hi)))
 
 
-_SLOPED = Formula(_sloped, _steep, of_cells=True)
-_PARQ = Formula(_parq, _any_slope, of_cells=True)
+_SLOPED = Formula(_sloped, _steep, cells_from=_FEW + 1)
+_PARQ = Formula(_parq, _any_slope, cells_from=3)
 
 
 def parq_at(s: float | None) -> Formula:
@@ -189,8 +188,8 @@ def _soft(
     return torch.where(t < torch.inf, w, _hard(u, q, bound))
 
 
-_CURVED = Formula(_curved, _curvature, of_cells=True)
-_SOFT = Formula(_soft, _any_curvature, of_cells=True)
+_CURVED = Formula(_curved, _curvature, cells_from=3)
+_SOFT = Formula(_soft, _any_curvature, cells_from=3)
 
 
 def soft_at(t: float | None) -> Formula:

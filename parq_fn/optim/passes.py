@@ -5,7 +5,8 @@ memory and how many operations it starts. `plain` is what it does, a parameter a
 tensors of the parameter's size in between. `Pass` gives the same, bit for bit:
 
 - a large parameter a piece at a time, so that what lies in between stays in the cache, or with
-  `compile` in one loop that reads the latent and writes the weight;
+  `compile` in one loop that reads the latent and writes the weight, on a CPU of both halves of the
+  parameter at a time, for it waits less long for memory that it reads in two places;
 - small parameters together, copied into the rows of one buffer that is mapped whole; `refit`
   fits their levels together too.
 
@@ -91,6 +92,15 @@ class _Rows(NamedTuple):
         return self.latent.device, self.levels.shape[1], *(t.dtype for t in tensors)
 
 
+class _Part(NamedTuple):
+    """Of the rows of a job."""
+
+    latent: Tensor  # [r, n]
+    levels: Tensor  # [r, k]
+    weight: Tensor  # [r, n]
+    bound: Tensor | None = None  # `levels.bounds(levels)`, [r, k - 1]
+
+
 class Pass:
     """`plain`, faster. What it keeps from call to call are compiled programs.
 
@@ -154,32 +164,53 @@ class Pass:
         if formula.prepared:
             coefficient = to_device(coefficient, latent).to(dtype)
         scalars = formula.scalars(coefficient)
+        whole = _Part(latent, levels, weight)
         if self.compile:
-            self._run_compiled(formula, latent, levels, weight, scalars, divisor)
+            if formula.prepared and formula.cells_from is None and latent.shape[1] >= _LONG:
+                whole = whole._replace(bound=bounds(prepare(latent[:, :0], levels)[1]))
+            self._run_compiled(formula, whole, scalars, divisor, cut=link.elementwise)
             return
-        whole = [(latent, levels, weight)]
-        for piece in _pieces(latent, levels, weight) if link.elementwise else whole:
-            _write(formula, *piece, None, scalars, divisor)
+        for piece in _pieces(whole) if link.elementwise else [whole]:
+            _write(formula, piece, scalars, divisor)
 
     def _run_compiled(
         self,
         formula: Formula,
-        latent: Tensor,
-        levels: Tensor,
-        weight: Tensor,
+        whole: _Part,
         scalars: tuple[Tensor, ...],
         divisor: Tensor | None,
+        *,
+        cut: bool,
     ) -> None:
-        bound: Tensor | None = None
-        if formula.prepared and not formula.of_cells and latent.shape[1] >= _LONG:
-            bound = bounds(prepare(latent[:, :0], levels)[1])
+        """cut: whether a row may be."""
+        if cut and whole.latent.device.type == "cpu":
+            parts, rest = _halved(whole)
+        else:
+            parts, rest = [whole], None
+        if parts:
+            self._program(formula, parts, divisor)(parts, scalars, divisor)
+        if rest is None:
+            return
+        if rest.latent.numel() <= _PIECE:  # a row or an element: not worth a program
+            _write(formula, rest, scalars, divisor)
+        else:
+            self._run_compiled(formula, rest, scalars, divisor, cut=cut)
+
+    def _program(
+        self, formula: Formula, parts: list[_Part], divisor: Tensor | None
+    ) -> Callable[..., None]:
+        latent, levels, weight, bound = parts[0]
         r, k = levels.shape
         dtypes = latent.dtype, levels.dtype, weight.dtype
-        key = _identity(formula.weight), r == 1, k, dtypes, bound is None, divisor is None
+        kind = len(parts), r == 1, k, dtypes, bound is None, divisor is None
+        key = _identity(formula.weight), kind
         if key not in self._programs:
-            searched = formula.of_cells or (bound is None and k >= MANY)
-            self._programs[key] = _compiled(formula, narrow=searched)
-        self._programs[key](latent, levels, weight, bound, scalars, divisor)
+            cells_from = formula.cells_from
+            if cells_from is None and bound is None:
+                cells_from = MANY  # from there on a cell is searched for the nearest level, too
+            narrow = cells_from is not None and k >= cells_from
+            self._programs[key] = _compiled(formula, narrow=narrow)
+        return self._programs[key]
 
 
 def _rows_of(job: Job) -> _Rows:
@@ -195,52 +226,77 @@ def _cut(buffer: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     return [part[:, :n] for part, (_, n) in zip(parts, shapes, strict=True)]
 
 
-def _pieces(
-    latent: Tensor, levels: Tensor, weight: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pieces of rows of a latent, with their levels, that fit into a processor's cache."""
+def _pieces(whole: _Part) -> Iterator[_Part]:
+    """Pieces of rows that fit into a processor's cache."""
+    latent, levels, weight, _ = whole
     r, n = latent.shape
     if latent.device.type != "cpu" or r * n <= _WIDTH:
-        yield latent, levels, weight
+        yield whole
     elif r == 1 or n > _PIECE:
-        whole = n // _WIDTH * _WIDTH
+        end = n // _WIDTH * _WIDTH
         for i in range(r):
-            for a in range(0, whole, _PIECE):
-                part = slice(a, min(a + _PIECE, whole))
+            for a in range(0, end, _PIECE):
+                part = slice(a, min(a + _PIECE, end))
                 tall = latent[i, part].view(-1, _WIDTH), weight[i, part].view(-1, _WIDTH)
-                yield tall[0], levels[i : i + 1].expand(len(tall[0]), -1), tall[1]
-            if whole < n:
-                yield latent[i : i + 1, whole:], levels[i : i + 1], weight[i : i + 1, whole:]
+                yield _Part(tall[0], levels[i : i + 1].expand(len(tall[0]), -1), tall[1])
+            if end < n:
+                row = slice(i, i + 1)
+                yield _Part(latent[row, end:], levels[row], weight[row, end:])
     else:
         step = max(1, _PIECE // n)
         for a in range(0, r, step):
-            yield latent[a : a + step], levels[a : a + step], weight[a : a + step]
+            yield _rows(whole, slice(a, a + step))
+
+
+def _halved(whole: _Part) -> tuple[list[_Part], _Part | None]:
+    """Two parts of one shape, of half of the rows or half of the only row each, none where there
+    is one element; and the row or element that is left over."""
+    r, n = whole.latent.shape
+    if r > 1:
+        cut = [_rows(whole, s) for s in _two_and_rest(r)]
+    else:
+        # each with the strides of a row and tensors of its own, as halves of two rows have them
+        cut = [
+            _rows(whole, slice(0, 1))._replace(
+                latent=whole.latent[0, s][None], weight=whole.weight[0, s][None]
+            )
+            for s in _two_and_rest(n)
+        ]
+    *halves, rest = cut
+    return halves if halves[0].latent.numel() else [], rest if rest.latent.numel() else None
+
+
+def _rows(part: _Part, s: slice) -> _Part:
+    return _Part._make(tensor if tensor is None else tensor[s] for tensor in part)
+
+
+def _two_and_rest(size: int) -> tuple[slice, slice, slice]:
+    half = size // 2
+    return slice(0, half), slice(half, 2 * half), slice(2 * half, size)
 
 
 def _write(
-    formula: Formula,
-    latent: Tensor,
-    levels: Tensor,
-    weight: Tensor,
-    bound: Tensor | None,
-    scalars: tuple[Tensor, ...],
-    divisor: Tensor | None,
+    formula: Formula, part: _Part, scalars: tuple[Tensor, ...], divisor: Tensor | None
 ) -> None:
-    u = shrunk(latent, divisor)
+    u, levels = shrunk(part.latent, divisor), part.levels
     if formula.prepared:
         u, levels = prepare(u, levels)
-    weight.copy_(formula.weight(u, levels, bound, *scalars))
+    part.weight.copy_(formula.weight(u, levels, part.bound, *scalars))
 
 
 def _compiled(formula: Formula, *, narrow: bool) -> Callable[..., None]:
-    """A program for `_write` of this formula. narrow: where a search comes before a calculation."""
+    """A program for `_write` of parts of one shape. narrow: where a search comes before a
+    calculation."""
 
-    def run(*of_pass: Any) -> None:
-        _write(formula, *of_pass)
+    def run(parts: list[_Part], scalars: tuple[Tensor, ...], divisor: Tensor | None) -> None:
+        for part in parts:
+            assert part.latent.shape == parts[0].latent.shape  # known to a compiler: one loop
+            _write(formula, part, scalars, divisor)
 
     # a code object of its own, for a compiler counts the programs of each and stops at eight
     own: Any = FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
-    options: dict[str, Any] = {}
+    # parts become one loop though they share no memory
+    options: dict[str, Any] = {"aggressive_fusion": True, "score_fusion_memory_threshold": 0}
     if narrow and torch.backends.cpu.get_cpu_capability() == "AVX512":
         # With vectors of 512 bits a comparison becomes a vector in a register that some processors
         # wait for, so that the whole way of one weight is gone before the next one's begins.

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import parq_fn as pf
@@ -223,7 +224,9 @@ def test_many_small_parameters_take_the_operations_of_one() -> None:
 def test_compiled(kind: str) -> None:
     torch.manual_seed(0)
     fast = Pass(compile=True)
-    latents = [torch.randn(s) for s in [(64, 64), (60, 90), (5000,), (8, 8), (64,), (63,)]]
+    latents = [
+        torch.randn(s) for s in [(64, 64), (60, 90), (5000,), (8, 8), (64,), (63,), (3, 6000)]
+    ]
     for granularity in (pf.per_tensor(), pf.per_channel()):
         link = LINKS[kind](pf.lsbq(2), granularity=granularity)
         for step in (0, 3, 6, 12):
@@ -241,10 +244,41 @@ def test_one_program_serves_every_step_shape_and_learning_rate() -> None:
         state = state._replace(lr_sum=state.lr_sum + step)
         both(fast, link, state, jobs)
 
-    run(3, [(64, 96), (50, 100)])
+    run(3, [(64, 96), (50, 100), (1, 5000)])
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in (4, 5, 8):
-            run(step, [(64, 96), (33, 777), (128, 65), (7, 5001)])
+            run(step, [(64, 96), (33, 777), (128, 65), (7, 5001), (1, 4999), (2, 6000), (3, 5000)])
+
+
+def test_halves_and_what_is_left_are_the_whole() -> None:
+    for r, n in [(1, 1), (1, 2), (1, 7), (2, 3), (3, 1), (5, 4), (8, 2)]:
+        latent = torch.arange(r * n).view(r, n)
+        levels = torch.arange(2 * r).view(r, 2)
+        for bound in (None, levels[:, :1]):
+            whole = passes._Part(latent, levels, torch.full_like(latent, -1), bound)
+            halves, rest = passes._halved(whole)
+            assert len({half.latent.shape for half in halves}) <= 1
+            for part in [*halves, *([] if rest is None else [rest])]:
+                assert part.latent.numel()
+                assert (part.weight == -1).all()  # written to by no part before
+                part.weight.copy_(part.latent)
+                first = part.latent[:, 0] // n
+                assert torch.equal(part.levels, levels[first])
+                assert (part.bound is None) == (bound is None)
+                assert part.bound is None or torch.equal(part.bound, part.levels[:, :1])
+            assert torch.equal(whole.weight, latent)
+
+
+@pytest.mark.parametrize("kind", ["hard", "parq", "soft", "binary_relax", "proxquant"])
+@pytest.mark.parametrize("granularity", [pf.per_tensor(), pf.per_channel()])
+def test_a_program_maps_both_halves_in_one_loop(kind: str, granularity) -> None:
+    torch.manual_seed(0)
+    link = LINKS[kind](pf.lsbq(2), granularity=granularity)
+    jobs = jobs_of(link, [torch.randn(64, 96)], torch.float32)
+    with fresh_cache():
+        _, sources = run_and_get_code(Pass(compile=True), link, state_at(link, 6), jobs)
+    loops = sum(source.count("for(int64_t x0=") for source in sources)
+    assert loops == 1, sources
 
 
 # Maps of a user's own.
@@ -296,6 +330,6 @@ def test_a_map_of_ones_own_sees_whole_rows(map_, compiled: bool) -> None:
 def test_no_piece_is_empty() -> None:
     for shape in [(1, 1024), (1, 2048), (2, 1 << 18), (1, 1025), (3, 7)]:
         tensors = torch.ones(shape), torch.ones(shape[0], 2), torch.ones(shape)
-        pieces = list(passes._pieces(*tensors))
-        assert all(piece[0].numel() for piece in pieces)
-        assert sum(piece[0].numel() for piece in pieces) == tensors[0].numel()
+        pieces = list(passes._pieces(passes._Part(*tensors)))
+        assert all(piece.latent.numel() for piece in pieces)
+        assert sum(piece.latent.numel() for piece in pieces) == tensors[0].numel()
