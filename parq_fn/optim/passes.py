@@ -101,6 +101,36 @@ class _Part(NamedTuple):
     bound: Tensor | None = None  # `levels.bounds(levels)`, [r, k - 1]
 
 
+class _Map(NamedTuple):
+    """What maps the rows of one dtype on one device."""
+
+    formula: Formula
+    scalars: tuple[Tensor, ...]  # [] each, what `formula.weight` takes
+    divisor: Tensor | None  # []
+
+
+class _Maps:
+    """Those of a link at a state, each made once."""
+
+    def __init__(self, link: Prox, state: ProxState):
+        self.link = link
+        self._state = state
+        self._found: dict[Any, _Map] = {}
+
+    def of(self, part: _Part) -> _Map:
+        latent, levels, *_ = part
+        key = latent.dtype, levels.dtype, latent.device
+        if key not in self._found:
+            dtype = torch.promote_types(torch.promote_types(*key[:2]), torch.float32)
+            coefficient = self._state.slope
+            formula = self.link.formula(float(coefficient.to(dtype)))
+            if formula.prepared:
+                coefficient = to_device(coefficient, latent).to(dtype)
+            divisor = self.link.divisor(self._state)
+            self._found[key] = _Map(formula, formula.scalars(coefficient), divisor)
+        return self._found[key]
+
+
 class Pass:
     """`plain`, faster. What it keeps from call to call are compiled programs.
 
@@ -121,80 +151,65 @@ class Pass:
             for job in jobs:
                 job.weight.copy_(job.latent)
         else:
-            self._map(link, state, list(map(_rows_of, jobs)))
+            self._map(_Maps(link, state), list(map(_rows_of, jobs)))
 
-    def _map(self, link: Prox, state: ProxState, all_rows: list[_Rows]) -> None:
+    def _map(self, maps: _Maps, all_rows: list[_Rows]) -> None:
         small: dict[Any, list[_Rows]] = {}
         for rows in all_rows:
-            if rows.latent.numel() <= _SMALL and link.elementwise:
+            if rows.latent.numel() <= _SMALL and maps.link.elementwise:
                 width = 1 << (rows.latent.shape[1] - 1).bit_length()
                 small.setdefault((width, *rows.kind), []).append(rows)
             else:
-                self._run(link, state, rows.latent, rows.levels, rows.weight)
+                self._run(maps, _Part(rows.latent, rows.levels, rows.weight))
         for (width, *_), together in small.items():
             sizes = {i: rows.latent.shape[0] * width for i, rows in enumerate(together)}
             for chunk in chunks(sizes, _TOGETHER):
-                self._run_together(link, state, [together[i] for i in chunk], width)
+                self._run_together(maps, [together[i] for i in chunk], width)
         for rows in all_rows:
             if rows.weight.data_ptr() != rows.job.weight.data_ptr():
                 rows.job.weight.copy_(rows.job.granularity.restore(rows.weight, rows.job.weight))
 
-    def _run_together(
-        self, link: Prox, state: ProxState, together: list[_Rows], width: int
-    ) -> None:
+    def _run_together(self, maps: _Maps, together: list[_Rows], width: int) -> None:
         if len(together) == 1:
             (rows,) = together
-            self._run(link, state, rows.latent, rows.levels, rows.weight)
+            self._run(maps, _Part(rows.latent, rows.levels, rows.weight))
             return
         shapes = [rows.latent.shape for rows in together]
         size = sum(r for r, _ in shapes), width
         latent = together[0].latent.new_zeros(size)
         weight = together[0].weight.new_empty(size)
         torch._foreach_copy_(_cut(latent, shapes), [rows.latent for rows in together])
-        self._run(link, state, latent, torch.cat([rows.levels for rows in together]), weight)
+        self._run(maps, _Part(latent, torch.cat([rows.levels for rows in together]), weight))
         torch._foreach_copy_([rows.weight for rows in together], _cut(weight, shapes))
 
-    def _run(
-        self, link: Prox, state: ProxState, latent: Tensor, levels: Tensor, weight: Tensor
-    ) -> None:
+    def _run(self, maps: _Maps, whole: _Part) -> None:
         """One map of rows of a latent."""
-        divisor, coefficient = link.divisor(state), state.slope
-        dtype = torch.promote_types(torch.promote_types(latent.dtype, levels.dtype), torch.float32)
-        formula = link.formula(float(coefficient.to(dtype)))
-        if formula.prepared:
-            coefficient = to_device(coefficient, latent).to(dtype)
-        scalars = formula.scalars(coefficient)
-        whole = _Part(latent, levels, weight)
-        if self.compile:
-            if formula.prepared and formula.cells_from is None and latent.shape[1] >= _LONG:
-                whole = whole._replace(bound=bounds(prepare(latent[:, :0], levels)[1]))
-            self._run_compiled(formula, whole, scalars, divisor, cut=link.elementwise)
+        how = maps.of(whole)
+        formula = how.formula
+        if not self.compile:
+            for piece in _pieces(whole) if maps.link.elementwise else [whole]:
+                _write(formula, piece, how.scalars, how.divisor)
             return
-        for piece in _pieces(whole) if link.elementwise else [whole]:
-            _write(formula, piece, scalars, divisor)
+        latent, levels, *_ = whole
+        if formula.prepared and formula.cells_from is None and latent.shape[1] >= _LONG:
+            whole = whole._replace(bound=bounds(prepare(latent[:, :0], levels)[1]))
+        self._run_compiled(how, whole, cut=maps.link.elementwise)
 
-    def _run_compiled(
-        self,
-        formula: Formula,
-        whole: _Part,
-        scalars: tuple[Tensor, ...],
-        divisor: Tensor | None,
-        *,
-        cut: bool,
-    ) -> None:
+    def _run_compiled(self, how: _Map, whole: _Part, *, cut: bool) -> None:
         """cut: whether a row may be."""
         if cut and whole.latent.device.type == "cpu":
             parts, rest = _halved(whole)
         else:
             parts, rest = [whole], None
         if parts:
-            self._program(formula, parts, divisor)(parts, scalars, divisor)
+            program = self._program(how.formula, parts, how.divisor)
+            program(parts, how.scalars, how.divisor)
         if rest is None:
             return
         if rest.latent.numel() <= _PIECE:  # a row or an element: not worth a program
-            _write(formula, rest, scalars, divisor)
+            _write(how.formula, rest, how.scalars, how.divisor)
         else:
-            self._run_compiled(formula, rest, scalars, divisor, cut=cut)
+            self._run_compiled(how, rest, cut=cut)
 
     def _program(
         self, formula: Formula, parts: list[_Part], divisor: Tensor | None
@@ -245,34 +260,40 @@ def _pieces(whole: _Part) -> Iterator[_Part]:
     else:
         step = max(1, _PIECE // n)
         for a in range(0, r, step):
-            yield _rows(whole, slice(a, a + step))
+            yield _in_rows(whole, slice(a, a + step))
 
 
 def _halved(whole: _Part) -> tuple[list[_Part], _Part | None]:
     """Two parts of one shape, of half of the rows or half of the only row each, none where there
     is one element; and the row or element that is left over."""
     r, n = whole.latent.shape
-    if r > 1:
-        cut = [_rows(whole, s) for s in _two_and_rest(r)]
-    else:
-        # each with the strides of a row and tensors of its own, as halves of two rows have them
-        cut = [
-            _rows(whole, slice(0, 1))._replace(
-                latent=whole.latent[0, s][None], weight=whole.weight[0, s][None]
-            )
-            for s in _two_and_rest(n)
-        ]
-    *halves, rest = cut
-    return halves if halves[0].latent.numel() else [], rest if rest.latent.numel() else None
+    rest = None
+    if r == 1:
+        half = n // 2
+        if n % 2:
+            rest = _in_columns(whole, slice(n - 1, n))
+            whole = _in_columns(whole, slice(0, n - 1))
+        # levels of their own memory, as those of two rows are: else a program of its own
+        whole = _Part(
+            whole.latent.view(2, half),
+            whole.levels.repeat(2, 1),
+            whole.weight.view(2, half),
+            None if whole.bound is None else whole.bound.repeat(2, 1),
+        )
+    elif r % 2:
+        whole, rest = _in_rows(whole, slice(0, r - 1)), _in_rows(whole, slice(r - 1, r))
+    if not whole.latent.numel():
+        return [], rest
+    halves = zip(*([x, x] if x is None else x.chunk(2) for x in whole), strict=True)
+    return [_Part._make(half) for half in halves], rest
 
 
-def _rows(part: _Part, s: slice) -> _Part:
-    return _Part._make(tensor if tensor is None else tensor[s] for tensor in part)
+def _in_rows(part: _Part, s: slice) -> _Part:
+    return _Part._make(x if x is None else x[s] for x in part)
 
 
-def _two_and_rest(size: int) -> tuple[slice, slice, slice]:
-    half = size // 2
-    return slice(0, half), slice(half, 2 * half), slice(2 * half, size)
+def _in_columns(part: _Part, s: slice) -> _Part:
+    return part._replace(latent=part.latent[:, s], weight=part.weight[:, s])
 
 
 def _write(
