@@ -5,8 +5,8 @@ memory and how many operations it starts. `plain` is what it does, a parameter a
 tensors of the parameter's size in between. `Pass` gives the same, bit for bit:
 
 - a large parameter a piece at a time, so that what lies in between stays in the cache, or with
-  `compile` in one loop that reads the latent and writes the weight, on a CPU of both halves of the
-  parameter at a time, for it waits less long for memory that it reads in two places;
+  `compile` in one loop that reads the latent and writes the weight; a very large one on a CPU by
+  both halves at a time, for what is read from memory in two places is waited for less long;
 - small parameters together, copied into the rows of one buffer that is mapped whole; `refit`
   fits their levels together too.
 
@@ -35,6 +35,7 @@ from parq_fn.sharded import gathered
 _PIECE = 1 << 17  # elements that are mapped at a time
 _WIDTH = 1 << 10  # of the rows that a long row is cut into
 _LONG = 1 << 10  # of a row from which on its bounds are computed once, not for every weight
+_HALVED = 1 << 20  # of a latent from which on its halves are read side by side
 _SMALL = 1 << 12  # elements of a parameter that is mapped with others
 _TOGETHER = 1 << 16  # elements of those mapped at once
 
@@ -107,6 +108,7 @@ class _Map(NamedTuple):
     formula: Formula
     scalars: tuple[Tensor, ...]  # [] each, what `formula.weight` takes
     divisor: Tensor | None  # []
+    dtype: torch.dtype  # that is computed in
 
 
 class _Maps:
@@ -127,7 +129,7 @@ class _Maps:
             if formula.prepared:
                 coefficient = to_device(coefficient, latent).to(dtype)
             divisor = self.link.divisor(self._state)
-            self._found[key] = _Map(formula, formula.scalars(coefficient), divisor)
+            self._found[key] = _Map(formula, formula.scalars(coefficient), divisor, dtype)
         return self._found[key]
 
 
@@ -192,18 +194,16 @@ class Pass:
             return
         latent, levels, *_ = whole
         if formula.prepared and formula.cells_from is None and latent.shape[1] >= _LONG:
-            whole = whole._replace(bound=bounds(prepare(latent[:, :0], levels)[1]))
+            whole = whole._replace(bound=bounds(levels.to(how.dtype)))
         self._run_compiled(how, whole, cut=maps.link.elementwise)
 
     def _run_compiled(self, how: _Map, whole: _Part, *, cut: bool) -> None:
         """cut: whether a row may be."""
-        if cut and whole.latent.device.type == "cpu":
+        parts, rest = [whole], None
+        if cut and whole.latent.device.type == "cpu" and whole.latent.numel() >= _HALVED:
             parts, rest = _halved(whole)
-        else:
-            parts, rest = [whole], None
-        if parts:
-            program = self._program(how.formula, parts, how.divisor)
-            program(parts, how.scalars, how.divisor)
+        program = self._program(how.formula, parts, how.divisor)
+        program(parts, how.scalars, how.divisor)
         if rest is None:
             return
         if rest.latent.numel() <= _PIECE:  # a row or an element: not worth a program
@@ -264,8 +264,8 @@ def _pieces(whole: _Part) -> Iterator[_Part]:
 
 
 def _halved(whole: _Part) -> tuple[list[_Part], _Part | None]:
-    """Two parts of one shape, of half of the rows or half of the only row each, none where there
-    is one element; and the row or element that is left over."""
+    """Two parts of one shape, of half of the rows or half of the only row each, and the row or
+    element that is left over, if any. Of two elements or more."""
     r, n = whole.latent.shape
     rest = None
     if r == 1:
@@ -282,8 +282,6 @@ def _halved(whole: _Part) -> tuple[list[_Part], _Part | None]:
         )
     elif r % 2:
         whole, rest = _in_rows(whole, slice(0, r - 1)), _in_rows(whole, slice(r - 1, r))
-    if not whole.latent.numel():
-        return [], rest
     halves = zip(*([x, x] if x is None else x.chunk(2) for x in whole), strict=True)
     return [_Part._make(half) for half in halves], rest
 

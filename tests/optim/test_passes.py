@@ -220,6 +220,13 @@ def test_many_small_parameters_take_the_operations_of_one() -> None:
 # Compiled: what is slow to compile is compiled once.
 
 
+@pytest.fixture(params=[2, 1 << 20], ids=["halved", "whole"])
+def halved(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents of so many elements and more are mapped as two halves."""
+    monkeypatch.setattr(passes, "_HALVED", request.param)
+
+
+@pytest.mark.usefixtures("halved")
 @pytest.mark.parametrize("kind", ["hard", "parq", "soft", "binary_relax", "proxquant", "custom"])
 def test_compiled(kind: str) -> None:
     torch.manual_seed(0)
@@ -233,6 +240,7 @@ def test_compiled(kind: str) -> None:
             both(fast, link, state_at(link, step), jobs_of(link, latents, torch.float32))
 
 
+@pytest.mark.usefixtures("halved")
 def test_one_program_serves_every_step_shape_and_learning_rate() -> None:
     torch.manual_seed(0)
     fast = Pass(compile=True)
@@ -251,7 +259,7 @@ def test_one_program_serves_every_step_shape_and_learning_rate() -> None:
 
 
 def test_halves_and_what_is_left_are_the_whole() -> None:
-    for r, n in [(1, 1), (1, 2), (1, 7), (2, 3), (3, 1), (5, 4), (8, 2)]:
+    for r, n in [(1, 2), (1, 7), (2, 3), (3, 1), (5, 4), (8, 2)]:
         latent = torch.arange(r * n).view(r, n)
         levels = torch.arange(2 * r).view(r, 2)
         for bound in (None, levels[:, :1]):
@@ -271,7 +279,8 @@ def test_halves_and_what_is_left_are_the_whole() -> None:
 
 @pytest.mark.parametrize("kind", ["hard", "parq", "soft", "binary_relax", "proxquant"])
 @pytest.mark.parametrize("granularity", [pf.per_tensor(), pf.per_channel()])
-def test_a_program_maps_both_halves_in_one_loop(kind: str, granularity) -> None:
+def test_a_program_maps_both_halves_in_one_loop(kind: str, granularity, monkeypatch) -> None:
+    monkeypatch.setattr(passes, "_HALVED", 2)
     torch.manual_seed(0)
     link = LINKS[kind](pf.lsbq(2), granularity=granularity)
     jobs = jobs_of(link, [torch.randn(64, 96)], torch.float32)
