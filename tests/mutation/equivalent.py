@@ -21,7 +21,7 @@ _SEARCH = (
     "_candidate_cuts: cuts = torch.searchsorted(total, total[:, -1:] * step).clamp(max=n - 2) + 1 "
     "-> cuts = torch.searchsorted(total, total[:, -1:] * step)."
 )
-_LINES = "_sloped: if 2 <= q.shape[-1] <= _FEW and is_plain(u) and is_plain(q): -> "
+_LINES = "_sloped: if 2 <= q.shape[-1] <= _FEW and in_place: -> "
 _GAP = "_or_sum: if is_plain(gap) and (not gap.numel() or bool(gap.abs().amax() < torch.inf)): -> "
 _PER_ROW = "least_squares_levels: per_row = (n + 1) * (num_levels + 64 if exact else 20) -> "
 _ROWS = "least_squares_levels: rows = max(1, min(_CHUNK // n, _DOUBLES // per_row)) -> "
@@ -60,25 +60,41 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
         "two ways to the same weights, of which one is faster": [
             ": _FEW = 5 -> _FEW = 6",
             ": _FEW = 5 -> _FEW = 4",
-            _LINES + "if 2 < q.shape[-1] <= _FEW and is_plain(u) and is_plain(q):",
-            _LINES + "if 2 <= q.shape[-1] < _FEW and is_plain(u) and is_plain(q):",
-            _LINES + "if 2 <= q.shape[-1] > _FEW and is_plain(u) and is_plain(q):",
-            _LINES + "if 3 <= q.shape[-1] <= _FEW and is_plain(u) and is_plain(q):",
-            "_highest_line: line = torch.minimum(line.mul_(steep).add_(u), hi, out=line) -> "
-            "line = torch.minimum(line.mul_(steep).add_(u), hi)",
-            "_highest_line: w = torch.maximum(line, w, out=line) -> w = torch.maximum(line, w)",
+            "_sloped: in_place = is_plain(u) and is_plain(q) or torch.compiler.is_compiling() -> "
+            "in_place = (is_plain(u) and is_plain(q)) and torch.compiler.is_compiling()",
+            _LINES + "if 2 < q.shape[-1] <= _FEW and in_place:",
+            _LINES + "if 2 <= q.shape[-1] < _FEW and in_place:",
+            _LINES + "if 2 <= q.shape[-1] > _FEW and in_place:",
+            _LINES + "if 3 <= q.shape[-1] <= _FEW and in_place:",
             _GAP + "if is_plain(gap) and (not gap.numel() and bool(gap.abs().amax() < torch.inf)):",
         ],
         "how wide the vectors are that a formula is compiled for": [
-            "Formula: of_cells: bool = False -> of_cells: bool = True",
-            ": _SLOPED = Formula(_sloped, _steep, of_cells=True) -> "
-            "_SLOPED = Formula(_sloped, _steep, of_cells=False)",
-            ": _PARQ = Formula(_parq, _any_slope, of_cells=True) -> "
-            "_PARQ = Formula(_parq, _any_slope, of_cells=False)",
-            ": _CURVED = Formula(_curved, _curvature, of_cells=True) -> "
-            "_CURVED = Formula(_curved, _curvature, of_cells=False)",
-            ": _SOFT = Formula(_soft, _any_curvature, of_cells=True) -> "
-            "_SOFT = Formula(_soft, _any_curvature, of_cells=False)",
+            ": _SLOPED = Formula(_sloped, _steep, cells_from=_FEW + 1) -> "
+            "_SLOPED = Formula(_sloped, _steep)",
+            ": _SLOPED = Formula(_sloped, _steep, cells_from=_FEW + 1) -> "
+            "_SLOPED = Formula(_sloped, _steep, cells_from=_FEW - 1)",
+            ": _SLOPED = Formula(_sloped, _steep, cells_from=_FEW + 1) -> "
+            "_SLOPED = Formula(_sloped, _steep, cells_from=_FEW + 2)",
+            ": _SLOPED = Formula(_sloped, _steep, cells_from=_FEW + 1) -> "
+            "_SLOPED = Formula(_sloped, _steep, cells_from=_FEW + 0)",
+            ": _PARQ = Formula(_parq, _any_slope, cells_from=3) -> "
+            "_PARQ = Formula(_parq, _any_slope)",
+            ": _PARQ = Formula(_parq, _any_slope, cells_from=3) -> "
+            "_PARQ = Formula(_parq, _any_slope, cells_from=4)",
+            ": _PARQ = Formula(_parq, _any_slope, cells_from=3) -> "
+            "_PARQ = Formula(_parq, _any_slope, cells_from=2)",
+            ": _CURVED = Formula(_curved, _curvature, cells_from=3) -> "
+            "_CURVED = Formula(_curved, _curvature)",
+            ": _CURVED = Formula(_curved, _curvature, cells_from=3) -> "
+            "_CURVED = Formula(_curved, _curvature, cells_from=4)",
+            ": _CURVED = Formula(_curved, _curvature, cells_from=3) -> "
+            "_CURVED = Formula(_curved, _curvature, cells_from=2)",
+            ": _SOFT = Formula(_soft, _any_curvature, cells_from=3) -> "
+            "_SOFT = Formula(_soft, _any_curvature)",
+            ": _SOFT = Formula(_soft, _any_curvature, cells_from=3) -> "
+            "_SOFT = Formula(_soft, _any_curvature, cells_from=4)",
+            ": _SOFT = Formula(_soft, _any_curvature, cells_from=3) -> "
+            "_SOFT = Formula(_soft, _any_curvature, cells_from=2)",
         ],
         "a number where the result is not used: a temperature of 0 or infinity": [
             "_curvature: usable = (t > 0) & t.isfinite() -> usable = (t >= 0) & t.isfinite()",
