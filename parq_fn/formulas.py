@@ -34,8 +34,8 @@ class Formula(NamedTuple):
     scalars: Callable[[Tensor], tuple[Tensor, ...]]
     #: Whether the weight takes its arguments as `prepare` gives them.
     prepared: bool = True
-    #: So many levels, and the weight is computed from the ends of a cell, which is searched for;
-    #: None where it is computed from the nearest level.
+    #: From so many levels on a weight's cell is searched for, and the weight computed from its
+    #: ends; None: from the nearest level, if from any.
     cells_from: int | None = None
 
     def __call__(self, u: Tensor, levels: Tensor, coefficient: float | Tensor) -> Tensor:

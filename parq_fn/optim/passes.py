@@ -94,7 +94,7 @@ class _Rows(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Of the rows of a job."""
+    """Rows that are mapped at once."""
 
     latent: Tensor  # [r, n]
     levels: Tensor  # [r, k]
@@ -103,7 +103,7 @@ class _Part(NamedTuple):
 
 
 class _Map(NamedTuple):
-    """What maps the rows of one dtype on one device."""
+    """What maps the rows of one latent's and levels' dtypes, on one device."""
 
     formula: Formula
     scalars: tuple[Tensor, ...]  # [] each, what `formula.weight` takes
@@ -112,7 +112,7 @@ class _Map(NamedTuple):
 
 
 class _Maps:
-    """Those of a link at a state, each made once."""
+    """The `_Map`s of a link at a state, each made once."""
 
     def __init__(self, link: Prox, state: ProxState):
         self.link = link
@@ -200,7 +200,9 @@ class Pass:
     def _run_compiled(self, how: _Map, whole: _Part, *, cut: bool) -> None:
         """cut: whether a row may be."""
         parts, rest = [whole], None
-        if cut and whole.latent.device.type == "cpu" and whole.latent.numel() >= _HALVED:
+        large = whole.latent.device.type == "cpu" and whole.latent.numel() >= _HALVED
+        # of rows that interleave a compiler cannot tell that halves do not overlap
+        if cut and large and whole.weight.stride(1) == 1:
             parts, rest = _halved(whole)
         program = self._program(how.formula, parts, how.divisor)
         program(parts, how.scalars, how.divisor)
@@ -224,7 +226,7 @@ class Pass:
             if cells_from is None and bound is None:
                 cells_from = MANY  # from there on a cell is searched for the nearest level, too
             narrow = cells_from is not None and k >= cells_from
-            self._programs[key] = _compiled(formula, narrow=narrow)
+            self._programs[key] = _compiled(formula, halves=len(parts) > 1, narrow=narrow)
         return self._programs[key]
 
 
@@ -303,9 +305,9 @@ def _write(
     part.weight.copy_(formula.weight(u, levels, part.bound, *scalars))
 
 
-def _compiled(formula: Formula, *, narrow: bool) -> Callable[..., None]:
-    """A program for `_write` of parts of one shape. narrow: where a search comes before a
-    calculation."""
+def _compiled(formula: Formula, *, halves: bool, narrow: bool) -> Callable[..., None]:
+    """A program for `_write` of one part, or of two of one shape. narrow: where a search comes
+    before a calculation."""
 
     def run(parts: list[_Part], scalars: tuple[Tensor, ...], divisor: Tensor | None) -> None:
         for part in parts:
@@ -314,8 +316,9 @@ def _compiled(formula: Formula, *, narrow: bool) -> Callable[..., None]:
 
     # a code object of its own, for a compiler counts the programs of each and stops at eight
     own: Any = FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
-    # parts become one loop though they share no memory
-    options: dict[str, Any] = {"aggressive_fusion": True, "score_fusion_memory_threshold": 0}
+    options: dict[str, Any] = {}
+    if halves:  # one loop, though they share no memory
+        options |= {"aggressive_fusion": True, "score_fusion_memory_threshold": 0}
     if narrow and torch.backends.cpu.get_cpu_capability() == "AVX512":
         # With vectors of 512 bits a comparison becomes a vector in a register that some processors
         # wait for, so that the whole way of one weight is gone before the next one's begins.

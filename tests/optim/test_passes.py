@@ -231,9 +231,8 @@ def halved(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled(kind: str) -> None:
     torch.manual_seed(0)
     fast = Pass(compile=True)
-    latents = [
-        torch.randn(s) for s in [(64, 64), (60, 90), (5000,), (8, 8), (64,), (63,), (3, 6000)]
-    ]
+    shapes = [(64, 64), (60, 90), (5000,), (8, 8), (64,), (63,), (3, 6000), (3, 140_000)]
+    latents = [*(torch.randn(shape) for shape in shapes), torch.randn(90, 70).t()]
     for granularity in (pf.per_tensor(), pf.per_channel()):
         link = LINKS[kind](pf.lsbq(2), granularity=granularity)
         for step in (0, 3, 6, 12):
