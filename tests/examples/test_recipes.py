@@ -262,6 +262,23 @@ recipe.main(["--data", "synthetic", "--synthetic-images", "400", "--batch-size",
 """
 
 
+LEFT = """
+import multiprocessing, signal, time
+from examples.recipe.loading import STOPPING
+from examples.recipe.parallel import leave
+signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True).start()
+leave(3)
+"""
+
+
+def test_a_process_that_leaves_takes_its_workers_along() -> None:
+    """Found by a run of these tests: one that was stuck as it was forked kept the output open."""
+    command = [sys.executable, "-c", LEFT]
+    left = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, timeout=120)
+    assert left.returncode == 3
+
+
 def test_a_run_that_breaks_leaves_no_worker_behind(tmp_path: Path) -> None:
     """Found by a user: workers in which SIGTERM was blocked were waited for without end."""
     code = BROKEN.replace("FOLDER", repr(str(tmp_path)))
