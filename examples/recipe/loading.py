@@ -118,6 +118,9 @@ def evaluation_keys(count: int, batch_size: int, rank: int, size: int) -> list[l
     return [own[i : i + each] for i in range(0, len(own), each)]
 
 
+#: Seconds in which a worker gives a batch. One that is stuck would be waited for without end.
+PATIENCE = 900.0
+
 #: What stops a run, sent to all its processes.
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -163,6 +166,7 @@ def batches(
         collate_fn=partial(gathered, mix_seed=mix_seed),
         pin_memory=device.type == "cuda",
         worker_init_fn=_ends_with_the_main,
+        timeout=PATIENCE if workers else 0,
     )
     for batch in _undisturbed(loader):
         too_many = views.training and bool((batch.labels < 0).any())  # a hundred in a row

@@ -10,6 +10,7 @@ import re
 import shlex
 import tarfile
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -255,6 +256,18 @@ def test_downloads_are_checked(archive, tmp_path: Path) -> None:
 
 def views(transform, seed: int = 0) -> loading.Views:
     return loading.Views(datasets.Shapes(40, 40, True), transform, seed, True)
+
+
+def test_a_worker_that_is_stuck_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by a run of these tests: it was waited for without end."""
+    monkeypatch.setattr(loading, "PATIENCE", 1.0)
+    stuck = views(lambda image: time.sleep(600))
+    batches = loading.batches(stuck, [[loading.Key(0)]], 1, torch.device("cpu"), skip=False)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="timed out"):
+        next(batches)
+    batches.close()
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize("small", [True, False])
