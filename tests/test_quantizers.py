@@ -14,7 +14,7 @@ from torch import Tensor
 import parq_fn as pf
 from parq_fn.quantizers import _rows
 from parq_fn.quantizers.base import power_of_two
-from parq_fn.quantizers.lsbq import greedy
+from parq_fn.quantizers.lsbq import _codes, greedy
 
 ALL = [
     *(pf.uniform(b, scale, center=c) for b in (1, 2, 4, 8) for scale in ("mean", "max")
@@ -544,3 +544,61 @@ def test_rows_in_pieces_are_left_alone(quantizer, dtype, monkeypatch) -> None:
     before = x.clone()
     torch.testing.assert_close(quantizer.fit(x), whole)
     assert torch.equal(x, before)
+
+
+TELLING = [quantizer for quantizer in [*ALL, pf.lsbq(0, multiplier=8.0)] if quantizer.telling]
+odd = st.one_of(
+    st.floats(-8, 8, width=32), st.floats(width=32), st.sampled_from([2.0**31, 2.0**33, 2.0**-33])
+)
+
+
+def test_which_levels_tell_of_their_rows() -> None:
+    assert {type(quantizer) for quantizer in TELLING} == {
+        pf.uniform, pf.max_uniform, pf.ternary_uniform, pf.lsbq
+    }  # fmt: skip
+    assert all(not quantizer.center for quantizer in TELLING)
+    assert not pf.lsbq(0, multiplier=0.1).telling
+    assert not pf.lsbq(0, multiplier=9.0).telling
+    assert not pf.lsbq(2, "optimal").telling
+    assert pf.lsbq(1, "optimal").telling
+    assert all(quantizer.homogeneous for quantizer in TELLING)
+
+
+@given(st.sampled_from(TELLING), st.lists(odd, min_size=1, max_size=9))
+def test_levels_tell_of_their_row(quantizer, values) -> None:
+    """What `telling` says."""
+    x = torch.tensor([values])
+    last = float(quantizer.levels(x)[0, -1])
+    mean, top = float(x.abs().mean()), float(x.abs().max())
+    if math.isnan(top):
+        assert math.isnan(last)
+    elif mean == math.inf:
+        assert not last < math.inf
+    elif 1e-30 < top < 1e30:
+        assert mean / 8 <= last <= 8 * top
+
+
+@given(st.sampled_from(TELLING), st.lists(st.lists(odd, min_size=3, max_size=3), max_size=4))
+def test_levels_are_the_same_of_rows_that_are_looked_at_first(quantizer, values) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        rows = torch.tensor(values, dtype=torch.float64).reshape(-1, 3).to(dtype)
+        levels = quantizer.fit(rows)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(quantizer), "telling", False)
+            looked_at = quantizer.fit(rows)
+        torch.testing.assert_close(levels, looked_at, rtol=0, atol=0, equal_nan=True)
+
+
+def test_one_way_through_memory_gives_what_two_give() -> None:
+    for shape in [(1, 1), (3, 1000), (3, 1024), (2, 5000), (1, (1 << 18) + 7), (300, 1025)]:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        mean, top = _rows.mean_and_largest(x)
+        assert torch.equal(mean, _rows.mean(x, torch.abs))
+        assert torch.equal(top, _rows.largest(x))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_codes_are_all_patterns_of_signs(bits: int) -> None:
+    signs = [list(pattern) for pattern in itertools.product((-1.0, 1.0), repeat=bits)]
+    assert _codes(bits, torch.ones(1)).tolist() == signs
+    assert _codes(0, torch.ones(1)).tolist() == [[-1.0], [0.0], [1.0]]

@@ -21,14 +21,16 @@ from parq_fn.scalar import is_plain
 Elementwise = Callable[..., Tensor]
 
 _PIECE = 1 << 18  # elements of a piece
+_PIECE_THERE = 1 << 24  # on a device that has no such cache, but not memory without end
 _RUN = 1024  # elements that are summed in the dtype of the rows, before sums go on in float64
 
 
 def pieces(x: Tensor, dim: int) -> tuple[Tensor, ...]:
     """x cut along a dimension into pieces of some _PIECE elements; whole under a compiler."""
-    if torch.compiler.is_compiling() or x.numel() <= _PIECE:
+    size = _PIECE if x.device.type == "cpu" else _PIECE_THERE
+    if torch.compiler.is_compiling() or x.numel() <= size:
         return (x,)
-    return torch.split(x, max(1, _PIECE * x.shape[dim] // x.numel()), dim)
+    return torch.split(x, max(1, size * x.shape[dim] // x.numel()), dim)
 
 
 def of_pieces(x: Tensor, dim: int, f: Elementwise, *of_row: Tensor) -> Iterator[Tensor]:
@@ -66,6 +68,20 @@ def largest(x: Tensor) -> Tensor:
     """[r, 1]: max |x| of each row; NaN where the row holds one."""
     tops = [y.amax(-1, keepdim=True) for y in of_pieces(x, 1, torch.abs)]
     return tops[0] if len(tops) == 1 else torch.cat(tops, 1).amax(-1, keepdim=True)
+
+
+def mean_and_largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean |x|, max |x|) of each row, [r, 1] each, of one way through memory."""
+    tops: list[Tensor] = []
+
+    def seen(x: Tensor, out: Tensor | None = None) -> Tensor:
+        y = torch.abs(x, out=out)
+        if y.shape[1:].numel():
+            tops.append(y.flatten(1).amax(-1, keepdim=True))
+        return y
+
+    found = mean(x, seen)
+    return found, tops[0] if len(tops) == 1 else torch.cat(tops, 1).amax(-1, keepdim=True)
 
 
 def in_order(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Literal
 
@@ -99,6 +98,11 @@ class lsbq(Quantizer):
             no_worse_than=tuple(worse),
         )
 
+    @property
+    def telling(self) -> bool:
+        means = self.bits == 1 or self.method == "greedy"  # the first of them of |x|
+        return means and not self.center and (self.bits > 0 or 0.125 <= self.multiplier <= 8)
+
     def levels(self, x: Tensor) -> Tensor:
         if self.method == "alternating" and self.bits != 1:
             # which minimum it comes to may hang on a sum's last bit, and so on a row's order
@@ -186,8 +190,11 @@ def optimal_levels(x: Tensor, bits: int) -> Tensor:
 
 def _codes(bits: int, x: Tensor) -> Tensor:
     """The sign patterns of the levels, [k, b]; for ternary -1, 0, 1 as [3, 1]."""
-    signs = itertools.product((-1.0, 1.0), repeat=bits) if bits else [(-1.0,), (0.0,), (1.0,)]
-    return torch.tensor(list(signs), dtype=torch.float64, device=x.device)
+    if bits == 0:
+        return torch.arange(-1.0, 2.0, dtype=torch.float64, device=x.device).unsqueeze(1)
+    code = torch.arange(2**bits, device=x.device).unsqueeze(1)  # made there, without waiting
+    ones = (code >> torch.arange(bits - 1, -1, -1, device=x.device)) & 1
+    return 2.0 * ones.double() - 1.0
 
 
 def alternate(x: Tensor, start: Tensor, codes: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parq_fn.checks import check_whole
-from parq_fn.quantizers._rows import largest, mean
+from parq_fn.quantizers._rows import largest, mean_and_largest
 from parq_fn.quantizers.base import Quantizer, with_zero
 from parq_fn.traits import QuantizerTraits
 from parq_fn.value import value
@@ -73,13 +73,19 @@ class uniform(Quantizer):
             idempotent=self.scale == "max" and not self.center,
         )
 
+    @property
+    def telling(self) -> bool:
+        return not self.center
+
     def levels(self, x: Tensor) -> Tensor:
         return around_mean(x, self.center, self._levels)
 
     def _levels(self, x: Tensor) -> Tensor:
-        q_max = largest(x)
         if self.scale == "mean":
-            q_max = torch.minimum(self.bits * mean(x, torch.abs), q_max)
+            mean, q_max = mean_and_largest(x)
+            q_max = torch.minimum(self.bits * mean, q_max)
+        else:
+            q_max = largest(x)
         half = self.num_levels / 2
         step = q_max / (half - 0.5)
         return step * (spaced(x, -half, half - 1) + 0.5)
@@ -122,6 +128,10 @@ class max_uniform(Quantizer):
             exact_on_constants=True,
             idempotent=not self.center,
         )
+
+    @property
+    def telling(self) -> bool:
+        return not self.center
 
     def levels(self, x: Tensor) -> Tensor:
         return around_mean(x, self.center, self._levels)
@@ -206,6 +216,10 @@ class ternary_uniform(Quantizer):
             repetition=True,
             includes_zero=not self.center,
         )
+
+    @property
+    def telling(self) -> bool:
+        return not self.center
 
     def levels(self, x: Tensor) -> Tensor:
         return around_mean(x, self.center, self._levels)
