@@ -155,9 +155,10 @@ def closest(x: Tensor, levels: Tensor, bound: Tensor | None = None) -> Tensor:
 
 def nan_with(x: Tensor, level: Tensor) -> Tensor:
     """The level, but NaN where x is; with a derivative of 0 in x."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
         return torch.where(x == x, level, x.detach())
-    return level - 0.0 * x.clamp(0.0, 0.0)  # 0 taken away leaves even a zero its sign
+    # where a CPU's `where` is slow; 0 taken away leaves even a zero its sign
+    return level - 0.0 * x.clamp(0.0, 0.0)
 
 
 def nearest(rows: Tensor, levels: Tensor) -> Tensor:

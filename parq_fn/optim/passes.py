@@ -5,18 +5,21 @@ memory and how many operations it starts. `plain` is what it does, a parameter a
 tensors of the parameter's size in between. `Pass` gives the same, bit for bit:
 
 - a large parameter a piece at a time, so that what lies in between stays in the cache, or with
-  `compile` in one loop that reads the latent and writes the weight; a very large one on a CPU by
-  both halves at a time, for what is read from memory in two places is waited for less long;
+  `compile` in one loop that reads the latent and writes the weight; of a very large one on a CPU
+  both halves at a time, for what is read from memory in two places is waited for less long, and on
+  a GPU rows of a length and number that the compiler knows something of;
 - small parameters together, copied into the rows of one buffer that is mapped whole; `refit`
   fits their levels together too.
 
 A compiled program is made for a map, a number of levels and dtypes, and serves rows of any number
-and length; steps, learning rates and coefficients are tensors to it.
+and length, but for very large parameters on a GPU, where it serves one length; steps, learning
+rates and coefficients are tensors to it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -35,7 +38,8 @@ from parq_fn.sharded import gathered
 _PIECE = 1 << 17  # elements that are mapped at a time
 _WIDTH = 1 << 10  # of the rows that a long row is cut into
 _LONG = 1 << 10  # of a row from which on its bounds are computed once, not for every weight
-_HALVED = 1 << 20  # of a latent from which on its halves are read side by side
+_LARGE = 1 << 20  # of a latent from which on a program is told more of its shape
+_GROUP = 1 << 12  # of whose multiples a loop on a GPU needs no mask
 _SMALL = 1 << 12  # elements of a parameter that is mapped with others
 _TOGETHER = 1 << 16  # elements of those mapped at once
 
@@ -78,28 +82,19 @@ def refit(
     return [found[i] for i in range(len(latents))]
 
 
-class _Rows(NamedTuple):
-    """A job as rows of both its tensors, which share their memory or are copied back."""
+class _Part(NamedTuple):
+    """Rows that are mapped at once, or m groups of g rows each: [m, g, ...] for [r, ...]."""
 
     latent: Tensor  # [r, n]
     levels: Tensor  # [r, k]
     weight: Tensor  # [r, n]
-    job: Job
+    bound: Tensor | None = None  # `levels.bounds(levels)`, [r, k - 1]
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """What rows that are mapped together have in common."""
         tensors = self.latent, self.levels, self.weight
         return self.latent.device, self.levels.shape[1], *(t.dtype for t in tensors)
-
-
-class _Part(NamedTuple):
-    """Rows that are mapped at once."""
-
-    latent: Tensor  # [r, n]
-    levels: Tensor  # [r, k]
-    weight: Tensor  # [r, n]
-    bound: Tensor | None = None  # `levels.bounds(levels)`, [r, k - 1]
 
 
 class _Map(NamedTuple):
@@ -153,28 +148,28 @@ class Pass:
             for job in jobs:
                 job.weight.copy_(job.latent)
         else:
-            self._map(_Maps(link, state), list(map(_rows_of, jobs)))
+            self._map(_Maps(link, state), jobs)
 
-    def _map(self, maps: _Maps, all_rows: list[_Rows]) -> None:
-        small: dict[Any, list[_Rows]] = {}
+    def _map(self, maps: _Maps, jobs: Sequence[Job]) -> None:
+        all_rows = list(map(_rows_of, jobs))
+        small: dict[Any, list[_Part]] = {}
         for rows in all_rows:
             if rows.latent.numel() <= _SMALL and maps.link.elementwise:
                 width = 1 << (rows.latent.shape[1] - 1).bit_length()
                 small.setdefault((width, *rows.kind), []).append(rows)
             else:
-                self._run(maps, _Part(rows.latent, rows.levels, rows.weight))
+                self._run(maps, rows)
         for (width, *_), together in small.items():
             sizes = {i: rows.latent.shape[0] * width for i, rows in enumerate(together)}
             for chunk in chunks(sizes, _TOGETHER):
                 self._run_together(maps, [together[i] for i in chunk], width)
-        for rows in all_rows:
-            if rows.weight.data_ptr() != rows.job.weight.data_ptr():
-                rows.job.weight.copy_(rows.job.granularity.restore(rows.weight, rows.job.weight))
+        for rows, (*_, granularity, weight) in zip(all_rows, jobs, strict=True):
+            if rows.weight.data_ptr() != weight.data_ptr():
+                weight.copy_(granularity.restore(rows.weight, weight))
 
-    def _run_together(self, maps: _Maps, together: list[_Rows], width: int) -> None:
+    def _run_together(self, maps: _Maps, together: list[_Part], width: int) -> None:
         if len(together) == 1:
-            (rows,) = together
-            self._run(maps, _Part(rows.latent, rows.levels, rows.weight))
+            self._run(maps, together[0])
             return
         shapes = [rows.latent.shape for rows in together]
         size = sum(r for r, _ in shapes), width
@@ -193,17 +188,16 @@ class Pass:
                 _write(formula, piece, how.scalars, how.divisor)
             return
         latent, levels, *_ = whole
-        if formula.prepared and formula.cells_from is None and latent.shape[1] >= _LONG:
+        long = latent.shape[1] >= _LONG and latent.device.type == "cpu"  # a GPU has time for them
+        if formula.prepared and formula.cells_from is None and long:
             whole = whole._replace(bound=bounds(levels.to(how.dtype)))
         self._run_compiled(how, whole, cut=maps.link.elementwise)
 
     def _run_compiled(self, how: _Map, whole: _Part, *, cut: bool) -> None:
         """cut: whether a row may be."""
         parts, rest = [whole], None
-        large = whole.latent.device.type == "cpu" and whole.latent.numel() >= _HALVED
-        # of rows that interleave a compiler cannot tell that halves do not overlap
-        if cut and large and whole.weight.stride(1) == 1:
-            parts, rest = _halved(whole)
+        if cut and whole.latent.numel() >= _LARGE:
+            parts, rest = _split(whole)
         program = self._program(how.formula, parts, how.divisor)
         program(parts, how.scalars, how.divisor)
         if rest is None:
@@ -217,24 +211,27 @@ class Pass:
         self, formula: Formula, parts: list[_Part], divisor: Tensor | None
     ) -> Callable[..., None]:
         latent, levels, weight, bound = parts[0]
-        r, k = levels.shape
+        k, device = levels.shape[-1], latent.device.type
         dtypes = latent.dtype, levels.dtype, weight.dtype
-        kind = len(parts), r == 1, k, dtypes, bound is None, divisor is None
+        shape = latent.shape[1:] if latent.dim() > 2 else latent.shape[0] == 1
+        kind = len(parts), shape, k, dtypes, device, bound is None, divisor is None
         key = _identity(formula.weight), kind
         if key not in self._programs:
             cells_from = formula.cells_from
             if cells_from is None and bound is None:
                 cells_from = MANY  # from there on a cell is searched for the nearest level, too
             narrow = cells_from is not None and k >= cells_from
-            self._programs[key] = _compiled(formula, halves=len(parts) > 1, narrow=narrow)
+            options = _options(device, halves=len(parts) > 1, narrow=narrow)
+            self._programs[key] = _compiled(formula, options)
         return self._programs[key]
 
 
-def _rows_of(job: Job) -> _Rows:
+def _rows_of(job: Job) -> _Part:
+    """A job's rows, which share the memory of its weight, or are to be copied back to it."""
     latent, weight = job.granularity.rows(job.latent), job.granularity.rows(job.weight)
     if weight.data_ptr() != job.weight.data_ptr():  # a copy
         weight = torch.empty_like(weight)
-    return _Rows(latent, job.levels, weight, job)
+    return _Part(latent, job.levels, weight)
 
 
 def _cut(buffer: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -265,6 +262,14 @@ def _pieces(whole: _Part) -> Iterator[_Part]:
             yield _in_rows(whole, slice(a, a + step))
 
 
+def _split(whole: _Part) -> tuple[list[_Part], _Part | None]:
+    """Parts of a large one of which a compiler makes a faster loop, and what they leave."""
+    if whole.latent.device.type != "cpu":
+        return _grouped(whole)
+    # of rows that interleave a compiler cannot tell that halves do not overlap
+    return _halved(whole) if whole.weight.stride(1) == 1 else ([whole], None)
+
+
 def _halved(whole: _Part) -> tuple[list[_Part], _Part | None]:
     """Two parts of one shape, of half of the rows or half of the only row each, and the row or
     element that is left over, if any. Of two elements or more."""
@@ -288,6 +293,47 @@ def _halved(whole: _Part) -> tuple[list[_Part], _Part | None]:
     return [_Part._make(half) for half in halves], rest
 
 
+def _grouped(whole: _Part) -> tuple[list[_Part], _Part | None]:
+    """Groups [m, g, n] of rows, of a multiple of _GROUP elements each, and what is left over, if
+    anything; the whole, where there is no group.
+
+    A compiler is to know g and n. An element's row is then its place over a number, and what
+    neighbours have in common, levels and whether they lie in the tensor, is read once for them.
+    """
+    r, n = whole.latent.shape
+    g = 1 if r == 1 else _GROUP // math.gcd(n, _GROUP)
+    if not (whole.latent.is_contiguous() and whole.weight.is_contiguous()):
+        return [whole], None
+    if r < g or r * n < _GROUP:
+        return [whole], None
+    rest = None
+    if r == 1:
+        r, n = n // _GROUP, _GROUP
+        if whole.latent.numel() % _GROUP:
+            rest = _in_columns(whole, slice(r * n, None))
+            whole = _in_columns(whole, slice(0, r * n))
+        whole = _Part(
+            whole.latent.view(r, n),
+            whole.levels.expand(r, -1),
+            whole.weight.view(r, n),
+            None if whole.bound is None else whole.bound.expand(r, -1),
+        )
+    elif r % g:
+        used = r // g * g
+        whole, rest = _in_rows(whole, slice(0, used)), _in_rows(whole, slice(used, r))
+    groups = _Part._make(x if x is None else x.view(r // g, g, x.shape[1]) for x in whole)
+    for x in groups:
+        if x is not None:
+            torch._dynamo.mark_static(x, [1, 2])
+    return [groups], rest
+
+
+def _flat(groups: Tensor) -> Tensor:
+    """[m, g, n] as [m g, n], a view."""
+    m, g, n = groups.shape
+    return groups.view(m * g, n)
+
+
 def _in_rows(part: _Part, s: slice) -> _Part:
     return _Part._make(x if x is None else x[s] for x in part)
 
@@ -305,17 +351,31 @@ def _write(
     part.weight.copy_(formula.weight(u, levels, part.bound, *scalars))
 
 
-def _compiled(formula: Formula, *, halves: bool, narrow: bool) -> Callable[..., None]:
-    """A program for `_write` of one part, or of two of one shape. narrow: where a search comes
-    before a calculation."""
+def _compiled(formula: Formula, options: dict[str, Any]) -> Callable[..., None]:
+    """A program for `_write` of one part, or of two of one shape."""
 
     def run(parts: list[_Part], scalars: tuple[Tensor, ...], divisor: Tensor | None) -> None:
         for part in parts:
             assert part.latent.shape == parts[0].latent.shape  # known to a compiler: one loop
+            if part.latent.dim() > 2:
+                part = _Part._make(x if x is None else _flat(x) for x in part)
             _write(formula, part, scalars, divisor)
 
     # a code object of its own, for a compiler counts the programs of each and stops at eight
     own: Any = FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
+    program: Callable[..., None] = torch.compile(own, fullgraph=True, dynamic=True, options=options)
+    return program
+
+
+def _options(device: str, *, halves: bool, narrow: bool) -> dict[str, Any]:
+    """Of a compiler, for a device's type. narrow: where a search comes before a calculation."""
+    if device != "cpu":
+        # each operation rounded by itself, quotients too, and subnormal numbers kept
+        return {
+            "emulate_precision_casts": True,
+            "eager_numerics.division_rounding": True,
+            "eager_numerics.disable_ftz": True,
+        }
     options: dict[str, Any] = {}
     if halves:  # one loop, though they share no memory
         options |= {"aggressive_fusion": True, "score_fusion_memory_threshold": 0}
@@ -323,8 +383,7 @@ def _compiled(formula: Formula, *, halves: bool, narrow: bool) -> Callable[..., 
         # With vectors of 512 bits a comparison becomes a vector in a register that some processors
         # wait for, so that the whole way of one weight is gone before the next one's begins.
         options["cpp.simdlen"] = 256
-    program: Callable[..., None] = torch.compile(own, fullgraph=True, dynamic=True, options=options)
-    return program
+    return options
 
 
 def _identity(weight: Any) -> Any:

@@ -19,7 +19,7 @@ import parq_fn as pf
 from parq_fn.optim.passes import Job, Pass
 from parq_fn.quantizers import relative_error
 from tests.benchmarks import peer
-from tests.benchmarks.measure import interleaved, ratio
+from tests.benchmarks.measure import finished, interleaved, ratio
 from tests.benchmarks.prox_pass import GRANULARITIES, LINKS, flat, state_of
 from tests.benchmarks.report import Found, geometric_mean
 from tests.benchmarks.shapes import quantized, resnet18
@@ -46,21 +46,22 @@ def check(quantizer: pf.Quantizer, rows: Tensor) -> None:
     assert ours <= 1.001 * best, quantizer
 
 
-def large(elements: int, repeats: int) -> Iterator[Found]:
+def large(elements: int, repeats: int, device: str = "cpu") -> Iterator[Found]:
     """One tensor of so many weights, and the same number in channels."""
     torch.manual_seed(0)
-    x = torch.randn(1, elements)
+    x = torch.randn(1, elements).to(device)
     copied = torch.empty_like(x)
     held = 1.0 if elements >= 1 << 24 else None
     for name, quantizer in SORTED.items():
-        times = interleaved({"fit": partial(quantizer.fit, x)}, repeats, least=0)["fit"]
+        fit = finished(partial(quantizer.fit, x), device)
+        times = interleaved({"fit": fit}, repeats, least=0)["fit"]
         check(quantizer, x)
         value, spread = statistics.median(times), (max(times) - min(times)) / 2
         yield Found("fits", f"{name}, one tensor", "seconds", value, spread, held)
     for bits in (1, 2, 4):
         works = {
-            "fit": partial(pf.lsbq(bits).fit, x),
-            "copy": partial(copied.copy_, x),
+            "fit": finished(partial(pf.lsbq(bits).fit, x), device),
+            "copy": finished(partial(copied.copy_, x), device),
         }
         times_of = interleaved(works, repeats)
         check(pf.lsbq(bits), x)
@@ -69,7 +70,8 @@ def large(elements: int, repeats: int) -> Iterator[Found]:
         yield Found("fits", f"lsbq({bits}), one tensor", what, value / bits, spread / bits, 3.0)
     channels = x.view(1 << (elements.bit_length() // 2), -1)
     for name in ("lsbq(2, 'optimal')", "lloyd_max(2)"):
-        times = interleaved({"fit": partial(SORTED[name].fit, channels)}, 2, least=0)["fit"]
+        fit = finished(partial(SORTED[name].fit, channels), device)
+        times = interleaved({"fit": fit}, 2, least=0)["fit"]
         check(SORTED[name], channels)
         case = f"{name}, {len(channels)} channels"
         yield Found("fits", case, "seconds", statistics.median(times), 0.0, held)

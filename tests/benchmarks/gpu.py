@@ -1,8 +1,10 @@
-"""The pass on a GPU: its bandwidth, steps without waiting for it, a captured graph."""
+"""The pass on a GPU: its bandwidth, steps without waiting for it, a captured graph; and maps, fits
+and steps as they are measured on a CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,51 +15,90 @@ import parq_fn as pf
 from parq_fn.optim import QuantOptimizer
 from parq_fn.optim.passes import Pass
 from parq_fn.tree import tree_map
-from tests.benchmarks.prox_pass import GRANULARITIES, LINKS, QUANTIZERS, check, jobs_of, state_of
+from tests.benchmarks import fits, peer, steps
+from tests.benchmarks.measure import Work, ratio
+from tests.benchmarks.prox_pass import (
+    GRANULARITIES,
+    LINKS,
+    QUANTIZERS,
+    against_peer,
+    check,
+    jobs_of,
+    some_cases,
+    state_of,
+)
 from tests.benchmarks.report import Found
+from tests.benchmarks.shapes import LISTS
 
 
-def milliseconds(work: Any, repeats: int) -> list[float]:
-    """By the device's own clock."""
-    for _ in range(3):
-        work()
-    found = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(10):
-            work()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end) / 10)
-    return sorted(found)
+def milliseconds(works: Mapping[str, Work], repeats: int) -> dict[str, list[float]]:
+    """Of one call of each, by the device's own clock, in turns."""
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(repeats + 1):
+        for name, work in works.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(10):
+                work()
+            end.record()
+            end.synchronize()
+            if repeat:  # at first it is compiled
+                found[name].append(begin.elapsed_time(end) / 10)
+    return found
 
 
 def bandwidth(elements: int, repeats: int) -> Iterator[Found]:
-    """The share of a copy's bandwidth that a compiled pass has."""
-    u = torch.randn(elements // 8192, 8192, device="cuda")
+    """What a compiled pass reads and writes a second, latents, levels and weights, over what a copy
+    does; and its time over the copy's."""
+    width = 1 << (elements.bit_length() // 2)
+    u = torch.randn(elements // width, width, device="cuda")
     fast = {"compiled": Pass(compile=True)}
-    for kind in ("hard", "parq", "binary_relax"):
+    copies: list[float] = []
+    for kind, make in LINKS.items():
         for k, quantizer in QUANTIZERS.items():
             for where, granularity in GRANULARITIES.items():
-                link = LINKS[kind](quantizer, granularity=granularity)
-                state, jobs = state_of(link), jobs_of(link, [u])
-                own = milliseconds(partial(fast["compiled"], link, state, jobs), repeats)
-                copy = milliseconds(partial(jobs[0].weight.copy_, u), repeats)
-                check(link, state, jobs, fast)
-                value = copy[repeats // 2] / own[repeats // 2]
+                link = make(quantizer, granularity=granularity)
+                state, (job,) = state_of(link), jobs_of(link, [u])
+                works = {
+                    "pass": partial(fast["compiled"], link, state, [job]),
+                    "copy": partial(job.weight.copy_, u),
+                }
+                times = milliseconds(works, repeats)
+                check(link, state, [job], fast)
+                copies += times["copy"]
                 case = f"{kind}, {k} levels, {where}"
-                yield Found("gpu", case, "share of a copy's bandwidth", value, 0.0, 0.8, False)
+                over, spread = ratio(times["pass"], times["copy"])
+                moved = 1 + job.levels.numel() / (2 * u.numel())  # over what the copy moves
+                share = moved / over
+                held = None if kind == "soft" else 0.8  # which computes more than it reads
+                what = "share of a copy's bandwidth"
+                yield Found("gpu", case, what, share, share * spread / over, held, False)
+                yield Found("gpu", case, "time over a copy's", over, spread)
+    low, middle, high = statistics.quantiles([8e-6 * elements / took for took in copies], n=4)
+    yield Found("gpu", "copy", "GB/s read and written", middle, (high - low) / 2)
 
 
 def without_waiting() -> Iterator[Found]:
     """Steps, refits among them, in which nothing waits for the device."""
-    for compiled in (False, True):
+    every = [
+        pf.lsbq(2),
+        pf.lsbq(2, "optimal"),
+        pf.lsbq(2, "alternating"),
+        pf.lsbq(0),
+        pf.lsbq(2, center=True),
+        pf.uniform(2),
+        pf.max_uniform(2),
+        pf.asymmetric(2),
+        pf.ternary_uniform(),
+        pf.lloyd_max(2),
+    ]
+    for compiled, quantizer in [*((False, q) for q in every), (True, pf.lsbq(2))]:
         params = [nn.Parameter(torch.randn(256, 256, device="cuda")) for _ in range(4)]
         for p in params:
             p.grad = torch.ones_like(p)
-        base = torch.optim.AdamW([{"params": params, "quant_bits": 2}], lr=1e-3)
-        link = pf.parq_prox(pf.lsbq(2), anneal_start=0, anneal_end=8, period=3)
+        group = {"params": params, "quant_bits": getattr(quantizer, "bits", 0)}
+        base = torch.optim.AdamW([group], lr=1e-3)
+        link = pf.parq_prox(quantizer, anneal_start=0, anneal_end=8, period=3)
         optimizer = QuantOptimizer(base, link, compile=compiled)
         for _ in range(4):
             optimizer.step()
@@ -67,7 +108,8 @@ def without_waiting() -> Iterator[Found]:
                 optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        yield Found("gpu", f"steps, compile={compiled}", "steps that waited", 0.0, 0.0, 0.0)
+        case = f"steps, {quantizer!r}, compile={compiled}"
+        yield Found("gpu", case, "steps that waited", 0.0, 0.0, 0.0)
 
 
 def graph() -> Iterator[Found]:
@@ -101,11 +143,24 @@ def graph() -> Iterator[Found]:
     yield Found("gpu", "functional step", "replays of a graph that differ", 0.0, 0.0, 0.0)
 
 
+def as_on_a_cpu(size: str, repeats: int) -> Iterator[Found]:
+    """Some of what is measured on a CPU: fits, and maps and steps of the transformer."""
+    name, tiny = "transformer", size == "tiny"
+    networks = {name: lambda: [(8, 32), (64,)]} if tiny else LISTS
+    yield from fits.large(1 << (14 if tiny else 24), repeats, "cuda")
+    for period in (steps.NEVER, 1):
+        yield from steps.steps(name, networks[name](), period, False, repeats, True, "cuda")
+    if peer.available:
+        yield from against_peer(networks, some_cases(name), repeats, device="cuda")
+
+
 def run(size: str, repeats: int) -> Iterator[Found]:
     """The groups of this module; nothing without a GPU."""
     if not torch.cuda.is_available():
         print("no GPU is at hand: its benchmarks are skipped")
         return
-    yield from bandwidth(1 << (20 if size == "tiny" else 28), repeats)
     yield from without_waiting()
     yield from graph()
+    yield from bandwidth(1 << (20 if size == "tiny" else 28), repeats)
+    for one in as_on_a_cpu(size, repeats):  # the limits are a CPU's
+        yield one._replace(group="gpu", limit=None)

@@ -64,6 +64,18 @@ class Cores:
 CORES = Cores()  # without patience, everything is measured once
 
 
+def finished(work: Work, device: str) -> Work:
+    """The work, and what it has started on a GPU done."""
+    if device == "cpu":
+        return work
+
+    def waited() -> None:
+        work()
+        torch.cuda.synchronize()
+
+    return waited
+
+
 def seconds(work: Work, repeats: int, least: float = 0.05) -> list[float]:
     """The time of one call, `repeats` times over as many calls as take `least` seconds."""
     return interleaved({"": work}, repeats, least)[""]

@@ -7,7 +7,7 @@ are set back to the latents before it runs, untimed.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from parq_fn.levels import midpoint
 from parq_fn.optim.passes import Job, Pass, plain
 from parq_fn.prox import Prox, ProxState
 from tests.benchmarks import peer
-from tests.benchmarks.measure import interleaved, ratio
+from tests.benchmarks.measure import finished, interleaved, ratio
 from tests.benchmarks.report import Found, geometric_mean
 from tests.benchmarks.shapes import LISTS, quantized
 
@@ -34,6 +34,7 @@ GRANULARITIES = {
     "channel": pf.per_channel(),
     "block of 32": pf.per_block(32),
 }
+Case = tuple[str, str, int, str]  # network, map, levels, granularity
 QUANTIZERS = {2: pf.lsbq(1), 3: pf.lsbq(0), 4: pf.lsbq(2), 16: pf.lsbq(4)}  # by levels
 
 
@@ -116,17 +117,24 @@ def against_copy(elements: int, repeats: int, compiled: bool = True) -> Iterator
     yield Found("pass", "copy", "GB/s read and written", middle, (high - low) / 2)
 
 
-def against_peer(networks: dict[str, Any], repeats: int, compiled: bool = True) -> Iterator[Found]:
+def against_peer(
+    networks: dict[str, Any],
+    chosen: Iterable[Case],
+    repeats: int,
+    *,
+    compiled: bool = True,
+    device: str = "cpu",
+) -> Iterator[Found]:
     """All weights of a network, against the published map."""
     fast = {"eager": Pass(), "compiled": Pass(compile=True)}
     if not compiled:
         del fast["compiled"]
     found: dict[str, list[float]] = {name: [] for name in fast}
-    for network, kind, k, where in cases(networks):
+    for network, kind, k, where in chosen:
         link = LINKS[kind](QUANTIZERS[k], granularity=GRANULARITIES[where])
         torch.manual_seed(0)
         shapes = flat(quantized(networks[network]()), link.granularity)
-        latents = [torch.randn(shape) for shape in shapes]
+        latents = [torch.randn(shape).to(device) for shape in shapes]
         state, jobs = state_of(link), jobs_of(link, latents)
         prox_map = peer.prox_map(kind)
         theirs = [u.clone() for u in latents]
@@ -144,7 +152,8 @@ def against_peer(networks: dict[str, Any], repeats: int, compiled: bool = True) 
         works: dict[str, Any] = {
             name: partial(one, link, state, jobs) for name, one in fast.items()
         }
-        times = interleaved({**works, "peer": run}, repeats, before=reset)
+        works = {name: finished(work, device) for name, work in [*works.items(), ("peer", run)]}
+        times = interleaved(works, repeats, before=finished(reset, device))
         check(link, state, jobs, fast)
         for name in fast:
             value, spread = ratio(times["peer"], times[name])
@@ -157,17 +166,19 @@ def against_peer(networks: dict[str, Any], repeats: int, compiled: bool = True) 
         yield Found("peer", f"{len(values)} cases", what, geometric_mean(values))
 
 
-def cases(networks: dict[str, Any]) -> Iterator[tuple[str, str, int, str]]:
-    """All of the first network, and of the others four levels per tensor and channel."""
-    first, *others = networks
+def all_cases(network: str) -> Iterator[Case]:
+    """Of a network."""
     for kind in peer.KINDS:
         for k in QUANTIZERS:
             for where in GRANULARITIES:
-                yield first, kind, k, where
-    for network in others:
-        for kind in peer.KINDS:
-            for where in ("tensor", "channel"):
-                yield network, kind, 4, where
+                yield network, kind, k, where
+
+
+def some_cases(network: str) -> Iterator[Case]:
+    """Four levels, per tensor and channel."""
+    for kind in peer.KINDS:
+        for where in ("tensor", "channel"):
+            yield network, kind, 4, where
 
 
 def run(size: str, repeats: int) -> Iterator[Found]:
@@ -177,4 +188,6 @@ def run(size: str, repeats: int) -> Iterator[Found]:
     yield from against_copy(elements, repeats, compiled=not tiny)
     if peer.available:
         networks = {"tiny": lambda: [(8, 4, 3, 3), (32, 64), (64,)]} if tiny else LISTS
-        yield from against_peer(networks, repeats, compiled=not tiny)
+        first, *others = networks
+        chosen = [*all_cases(first), *(case for other in others for case in some_cases(other))]
+        yield from against_peer(networks, chosen, repeats, compiled=not tiny)

@@ -63,10 +63,12 @@ def combined(rounds: Sequence[Sequence[Found]]) -> list[Found]:
 
 
 def overall(found: Iterable[Found]) -> list[Found]:
-    """The geometric means over all passes that were held against the peer's, refits among them."""
+    """The geometric means over all passes on a CPU that were held against the peer's, refits among
+    them."""
     made = []
     for form, limit in (("eager", 2.0), ("compiled", 10.0)):
-        values = [one.value for one in found if one.what == f"{form}, peer's time over ours"]
+        on_cpu = [one for one in found if one.group != "gpu"]
+        values = [one.value for one in on_cpu if one.what == f"{form}, peer's time over ours"]
         if values:
             what = f"{form}, peer's time over ours, geometric mean"
             case = f"all {len(values)} passes against the peer"

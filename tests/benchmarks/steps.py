@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer
 from tests.benchmarks import peer
-from tests.benchmarks.measure import interleaved, peak, ratio
+from tests.benchmarks.measure import finished, interleaved, peak, ratio
 from tests.benchmarks.report import Found
 from tests.benchmarks.shapes import LISTS, Shapes
 
@@ -28,12 +28,16 @@ def link(period: int, granularity: pf.Granularity | None = None) -> pf.Prox:
     )
 
 
-def parameters(shapes: Shapes) -> list[Tensor]:
+def parameters(shapes: Shapes, device: str = "cpu") -> list[Tensor]:
     """Gaussian, with gradients."""
     generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape, generator=generator) / 10) for shape in shapes]
+
+    def gaussian(shape: tuple[int, ...], size: float) -> Tensor:
+        return (torch.randn(shape, generator=generator) * size).to(device)
+
+    params: list[Tensor] = [nn.Parameter(gaussian(shape, 0.1)) for shape in shapes]
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator) / 100
+        p.grad = gaussian(p.shape, 0.01)
     return params
 
 
@@ -45,16 +49,19 @@ def adamw(params: list[Tensor], fused: bool) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-3, fused=fused)
 
 
-def optimizers(shapes: Shapes, period: int, fused: bool, compiled: bool) -> dict[str, Any]:
+def optimizers(
+    shapes: Shapes, period: int, fused: bool, compiled: bool, device: str = "cpu"
+) -> dict[str, Any]:
     """Each with parameters of its own, after two steps."""
-    made: dict[str, Any] = {"base": adamw(parameters(shapes), fused)}
-    made["eager"] = QuantOptimizer(adamw(parameters(shapes), fused), link(period))
+
+    def base() -> torch.optim.Optimizer:
+        return adamw(parameters(shapes, device), fused)
+
+    made: dict[str, Any] = {"base": base(), "eager": QuantOptimizer(base(), link(period))}
     if compiled:
-        base = adamw(parameters(shapes), fused)
-        made["compiled"] = QuantOptimizer(base, link(period), compile=True)
+        made["compiled"] = QuantOptimizer(base(), link(period), compile=True)
     if peer.available:
-        base = adamw(parameters(shapes), fused)
-        made["peer"] = peer.optimizer(base, pf.lsbq(2), "parq", period, channel=False)
+        made["peer"] = peer.optimizer(base(), pf.lsbq(2), "parq", period, channel=False)
     for optimizer in made.values():
         for _ in range(2):
             optimizer.step()
@@ -76,11 +83,18 @@ def check(made: dict[str, Any]) -> None:
 
 
 def steps(
-    name: str, shapes: Shapes, period: int, fused: bool, repeats: int, compiled: bool
+    name: str,
+    shapes: Shapes,
+    period: int,
+    fused: bool,
+    repeats: int,
+    compiled: bool,
+    device: str = "cpu",
 ) -> Iterator[Found]:
     """The time of a step, against that of the base optimizer alone."""
-    made = optimizers(shapes, period, fused, compiled)
-    times = interleaved({key: one.step for key, one in made.items()}, repeats, least=0)
+    made = optimizers(shapes, period, fused, compiled, device)
+    works = {key: finished(one.step, device) for key, one in made.items()}
+    times = interleaved(works, repeats, least=0)
     check(made)
     kind = "refit every step" if period == 1 else "plain step"
     base = "AdamW(fused=True)" if fused else "AdamW"

@@ -220,13 +220,17 @@ def test_many_small_parameters_take_the_operations_of_one() -> None:
 # Compiled: what is slow to compile is compiled once.
 
 
-@pytest.fixture(params=[2, 1 << 20], ids=["halved", "whole"])
-def halved(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latents of so many elements and more are mapped as two halves."""
-    monkeypatch.setattr(passes, "_HALVED", request.param)
+@pytest.fixture(params=["halved", "grouped", "whole"])
+def split(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How what is large is split before it is mapped, whatever its size and device."""
+    monkeypatch.setattr(passes, "_LARGE", 1 << 20 if request.param == "whole" else 2)
+    if request.param == "grouped":
+        monkeypatch.setattr(passes, "_GROUP", 1 << 6)
+        monkeypatch.setattr(passes, "_split", passes._grouped)
+    return str(request.param)
 
 
-@pytest.mark.usefixtures("halved")
+@pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("kind", ["hard", "parq", "soft", "binary_relax", "proxquant", "custom"])
 def test_compiled(kind: str) -> None:
     torch.manual_seed(0)
@@ -239,8 +243,7 @@ def test_compiled(kind: str) -> None:
             both(fast, link, state_at(link, step), jobs_of(link, latents, torch.float32))
 
 
-@pytest.mark.usefixtures("halved")
-def test_one_program_serves_every_step_shape_and_learning_rate() -> None:
+def test_one_program_serves_every_step_shape_and_learning_rate(split: str) -> None:
     torch.manual_seed(0)
     fast = Pass(compile=True)
     link = LINKS["parq"](pf.lsbq(2), granularity=pf.per_channel(), shrink=True, learning_rate=0.1)
@@ -252,20 +255,29 @@ def test_one_program_serves_every_step_shape_and_learning_rate() -> None:
         both(fast, link, state, jobs)
 
     run(3, [(64, 96), (50, 100), (1, 5000)])
+    others = [(64, 96), (33, 777), (128, 65), (7, 5001), (1, 4999), (2, 6000), (3, 5000)]
+    if split == "grouped":  # a program for each length of rows
+        others = [(64, 96), (62, 96), (600, 96), (1600, 100), (50, 100), (1, 4999), (1, 6000)]
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in (4, 5, 8):
-            run(step, [(64, 96), (33, 777), (128, 65), (7, 5001), (1, 4999), (2, 6000), (3, 5000)])
+            run(step, others)
 
 
-def test_halves_and_what_is_left_are_the_whole() -> None:
-    for r, n in [(1, 2), (1, 7), (2, 3), (3, 1), (5, 4), (8, 2)]:
+@pytest.mark.parametrize("split", [passes._halved, passes._grouped])
+def test_parts_and_what_is_left_are_the_whole(split, monkeypatch) -> None:
+    monkeypatch.setattr(passes, "_GROUP", 4)
+    for r, n in [(1, 2), (1, 7), (1, 8), (2, 3), (3, 1), (5, 4), (8, 2), (9, 2), (7, 3), (5, 6)]:
         latent = torch.arange(r * n).view(r, n)
         levels = torch.arange(2 * r).view(r, 2)
         for bound in (None, levels[:, :1]):
             whole = passes._Part(latent, levels, torch.full_like(latent, -1), bound)
-            halves, rest = passes._halved(whole)
-            assert len({half.latent.shape for half in halves}) <= 1
-            for part in [*halves, *([] if rest is None else [rest])]:
+            parts, rest = split(whole)
+            assert len({part.latent.shape for part in parts}) <= 1
+            if parts[0].latent.dim() > 2:
+                (groups,) = parts
+                assert groups.latent[0].numel() % 4 == 0
+                parts = [passes._Part._make(x if x is None else passes._flat(x) for x in groups)]
+            for part in [*parts, *([] if rest is None else [rest])]:
                 assert part.latent.numel()
                 assert (part.weight == -1).all()  # written to by no part before
                 part.weight.copy_(part.latent)
@@ -279,7 +291,7 @@ def test_halves_and_what_is_left_are_the_whole() -> None:
 @pytest.mark.parametrize("kind", ["hard", "parq", "soft", "binary_relax", "proxquant"])
 @pytest.mark.parametrize("granularity", [pf.per_tensor(), pf.per_channel()])
 def test_a_program_maps_both_halves_in_one_loop(kind: str, granularity, monkeypatch) -> None:
-    monkeypatch.setattr(passes, "_HALVED", 2)
+    monkeypatch.setattr(passes, "_LARGE", 2)
     torch.manual_seed(0)
     link = LINKS[kind](pf.lsbq(2), granularity=granularity)
     jobs = jobs_of(link, [torch.randn(64, 96)], torch.float32)
@@ -287,6 +299,35 @@ def test_a_program_maps_both_halves_in_one_loop(kind: str, granularity, monkeypa
         _, sources = run_and_get_code(Pass(compile=True), link, state_at(link, 6), jobs)
     loops = sum(source.count("for(int64_t x0=") for source in sources)
     assert loops == 1, sources
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["hard", "parq", "soft", "binary_relax", "proxquant", "custom"])
+def test_on_a_gpu_weights_are_those_on_a_cpu(kind: str, monkeypatch) -> None:
+    """Bit for bit, eager and compiled: of the same latents and levels."""
+    monkeypatch.setattr(passes, "_LARGE", 1 << 13)
+    torch.manual_seed(0)
+    shapes = [(70, 576), (60, 90), (50_000,), (8, 8), (63,)]
+    latents = [*(torch.randn(shape) for shape in shapes), torch.randn(90, 700).t()]
+    latents[0][0, :4] = torch.tensor([1e-41, -1e-40, 0.0, -0.0])
+    fast = [Pass(compile=compiled) for compiled in (False, True)]
+    for k, granularity in ((2, pf.per_tensor()), (3, pf.per_channel())):
+        link = LINKS[kind](
+            pf.lsbq(k), granularity=granularity, shrink=kind == "parq", learning_rate=0.1
+        )
+        for step in (3, 12):
+            state, jobs = state_at(link, step), jobs_of(link, latents, torch.float32)
+            plain(link, state, jobs)
+            there = [
+                job._replace(
+                    latent=job.latent.cuda(), levels=job.levels.cuda(), weight=job.weight.cuda()
+                )
+                for job in jobs
+            ]
+            for one in fast:
+                both(one, link, state, there)
+                for job, moved in zip(jobs, there, strict=True):
+                    assert torch.equal(job.weight, moved.weight.cpu()), (link, step, one.compile)
 
 
 # Maps of a user's own.
