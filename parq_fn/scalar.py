@@ -60,9 +60,10 @@ def concrete(tensor: Tensor) -> Any:
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return None
     try:
-        return tensor.item()
+        value: Any = tensor.item()
     except RuntimeError:  # vmap, fake and meta tensors each refuse with one
         return None
+    return value if isinstance(value, (bool, int, float)) else None  # else a symbol of a tracer's
 
 
 def is_plain(tensor: Tensor) -> bool:

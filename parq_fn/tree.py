@@ -109,8 +109,9 @@ def check_floating(params: PyTree, what: str) -> None:
     """Raises TypeError, with the leaf's name, unless every leaf is a dense floating tensor."""
     for name, leaf in zip(names_of(params), tree_leaves(params), strict=True):
         if not isinstance(leaf, Tensor):
+            hint = "; use functional(module)" if isinstance(leaf, torch.nn.Module) else ""
             raise TypeError(
-                f"{what}: parameter {name!r} is a {type(leaf).__name__}, expected a tensor"
+                f"{what}: parameter {name!r} is a {type(leaf).__name__}, expected a tensor{hint}"
             )
         if isinstance(leaf, torch.nn.Parameter):
             raise TypeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
@@ -295,7 +296,8 @@ def test_published_faults_of_optimal_are_absent() -> None:
         (lambda: pf.uniform(2, "median"), ValueError, "scale must be 'mean' or 'max'"),
         (lambda: pf.lsbq(2)(torch.ones(3)), ValueError, r"takes rows \[r, n\], got shape \(3,\)"),
         (lambda: pf.lsbq(2)(torch.ones(1, 3, dtype=torch.int32)), TypeError, "torch.int32"),
-        (lambda: pf.lsbq(2)([[1.0]]), TypeError, "takes rows of a floating dtype, got list"),
+        (lambda: pf.lsbq(2)([[1.0]]), TypeError, "takes rows as a tensor, got list"),
+        (lambda: pf.lsbq(2)(np.ones((1, 2))), TypeError, "takes rows as a tensor, got ndarray"),
         (
             lambda: pf.lsbq(2)(torch.tensor([[1.0], [torch.nan], [torch.inf]])),
             ValueError,
@@ -602,3 +604,21 @@ def test_codes_are_all_patterns_of_signs(bits: int) -> None:
     signs = [list(pattern) for pattern in itertools.product((-1.0, 1.0), repeat=bits)]
     assert _codes(bits, torch.ones(1)).tolist() == signs
     assert _codes(0, torch.ones(1)).tolist() == [[-1.0], [0.0], [1.0]]
+
+
+@pytest.mark.parametrize("n", [1023, 1024, 1500, 4096])
+def test_equal_weights_have_equal_shares_of_a_derivative(n: int) -> None:
+    for quantizer in TELLING:
+        x = torch.ones(1, n, requires_grad=True)
+        (slope,) = torch.autograd.grad(quantizer.fit(x)[:, -1].sum(), x)
+        torch.testing.assert_close(slope, slope[:, :1].expand_as(slope), msg=repr(quantizer))
+
+
+@pytest.mark.parametrize("quantizer", [pf.lsbq(1), pf.lsbq(3), pf.uniform(2)], ids=repr)
+def test_fits_are_traced_with_symbols_for_sizes(quantizer) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    trace = make_fx(lambda x: quantizer.fit(x), tracing_mode="symbolic")
+    traced = trace(torch.randn(2, 30, generator=torch.Generator().manual_seed(0)))
+    other = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(traced(other), quantizer.fit(other))

@@ -28,6 +28,14 @@ def test_a_sweep_equals_its_runs_one_after_another(tmp_path: Path, capsys) -> No
     assert "differ by up to 0.00" in shown.err
 
 
+def test_a_sweep_of_one_run_is_compiled_once(tmp_path: Path) -> None:
+    """A batch of one is laid out in two ways that a compiler tells apart."""
+    flags = [*SMALL[2:], "--steps", "12", "--seeds", "1", "--steepness", "5"]
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        main([*flags, "--save-dir", str(tmp_path)])
+
+
 def test_a_sweep_gives_the_same_again(tmp_path: Path) -> None:
     once, again = (main([*SMALL, "--save-dir", str(tmp_path / name)]) for name in "ab")
     assert once == again

@@ -259,6 +259,8 @@ def test_integer_leaves_are_named(link) -> None:
         link.init({"a": [torch.ones(1), torch.ones(1, dtype=torch.int64)]})
     with pytest.raises(TypeError, match="parameter 'b' is a float, expected a tensor"):
         link.init({"b": 1.0})
+    with pytest.raises(TypeError, match=r"is a Linear, expected a tensor; use functional\(module"):
+        link.init(torch.nn.Linear(2, 2))
 
 
 def test_a_prox_link_in_front_of_what_moves_its_params_is_refused() -> None:

@@ -2,7 +2,8 @@
 
 It reads and writes memory and computes little, so that its cost is how often it goes through
 memory and how many operations it starts. `plain` is what it does, a parameter at a time with
-tensors of the parameter's size in between. `Pass` gives the same, bit for bit:
+tensors of the parameter's size in between. `Pass` gives the same, bit for bit but for the sign of a
+zero:
 
 - a large parameter a piece at a time, so that what lies in between stays in the cache, or with
   `compile` in one loop that reads the latent and writes the weight; of a very large one on a CPU
@@ -151,7 +152,7 @@ class Pass:
             self._map(_Maps(link, state), jobs)
 
     def _map(self, maps: _Maps, jobs: Sequence[Job]) -> None:
-        all_rows = list(map(_rows_of, jobs))
+        all_rows = [_rows_of(job, contiguous=self.compile) for job in jobs]
         small: dict[Any, list[_Part]] = {}
         for rows in all_rows:
             if rows.latent.numel() <= _SMALL and maps.link.elementwise:
@@ -213,7 +214,8 @@ class Pass:
         latent, levels, weight, bound = parts[0]
         k, device = levels.shape[-1], latent.device.type
         dtypes = latent.dtype, levels.dtype, weight.dtype
-        shape = latent.shape[1:] if latent.dim() > 2 else latent.shape[0] == 1
+        grouped = latent.dim() > 2
+        shape = latent.shape[1:] if grouped else tuple(size in (1, k) for size in latent.shape)
         kind = len(parts), shape, k, dtypes, device, bound is None, divisor is None
         key = _identity(formula.weight), kind
         if key not in self._programs:
@@ -226,11 +228,18 @@ class Pass:
         return self._programs[key]
 
 
-def _rows_of(job: Job) -> _Part:
-    """A job's rows, which share the memory of its weight, or are to be copied back to it."""
+def _rows_of(job: Job, *, contiguous: bool) -> _Part:
+    """A job's rows, which share the memory of its weight, or are to be copied back to it.
+
+    contiguous: where other rows are copied, for a compiler makes a program for each order of memory
+    and stops at eight.
+    """
     latent, weight = job.granularity.rows(job.latent), job.granularity.rows(job.weight)
-    if weight.data_ptr() != job.weight.data_ptr():  # a copy
-        weight = torch.empty_like(weight)
+    copied = weight.data_ptr() != job.weight.data_ptr()
+    if copied or (contiguous and not weight.is_contiguous()):
+        weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if contiguous:
+        return _Part(latent.contiguous(), job.levels.contiguous(), weight)
     return _Part(latent, job.levels, weight)
 
 
@@ -264,10 +273,7 @@ def _pieces(whole: _Part) -> Iterator[_Part]:
 
 def _split(whole: _Part) -> tuple[list[_Part], _Part | None]:
     """Parts of a large one of which a compiler makes a faster loop, and what they leave."""
-    if whole.latent.device.type != "cpu":
-        return _grouped(whole)
-    # of rows that interleave a compiler cannot tell that halves do not overlap
-    return _halved(whole) if whole.weight.stride(1) == 1 else ([whole], None)
+    return _halved(whole) if whole.latent.device.type == "cpu" else _grouped(whole)
 
 
 def _halved(whole: _Part) -> tuple[list[_Part], _Part | None]:
@@ -302,8 +308,6 @@ def _grouped(whole: _Part) -> tuple[list[_Part], _Part | None]:
     """
     r, n = whole.latent.shape
     g = 1 if r == 1 else _GROUP // math.gcd(n, _GROUP)
-    if not (whole.latent.is_contiguous() and whole.weight.is_contiguous()):
-        return [whole], None
     if r < g or r * n < _GROUP:
         return [whole], None
     rest = None

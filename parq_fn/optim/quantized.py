@@ -65,9 +65,10 @@ class QuantOptimizer(Optimizer):
     prox: a prox link. Its learning rate is the group's.
     anneal_weight_decay: f in [0, 1]; a quantized group's weight decay is taken times
     f * s + 1 - f, s the inverse slope that the step before left (parq_prox only).
-    compile: the map under torch.compile, with the same weights, bit for bit; the base optimizer
-    and the fits of levels are not. A map is compiled when it is first met, some seconds where
-    annealing starts and where it ends, for which a CPU needs a C++ compiler.
+    compile: the map under torch.compile, with the same weights, bit for bit but for the sign of a
+    zero; the base optimizer and the fits of levels are not. A map is compiled when it is first met,
+    some seconds where annealing starts and where it ends, for which a CPU needs a C++ compiler; it
+    pays where weights are many.
 
     `param_groups` are the base's own, so a learning-rate scheduler may be built on either. A
     quantized group shows "inverse_slope" (the map's coefficient) and "lr_sum" as numbers, of the
@@ -125,6 +126,8 @@ class QuantOptimizer(Optimizer):
                 "QuantOptimizer: anneal_weight_decay follows an inverse slope, which parq_prox "
                 f"has and {type(prox).__name__} has not"
             )
+        if not isinstance(compile, bool):
+            raise TypeError(f"QuantOptimizer: expected compile=True or False, got {compile!r}")
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base, self.prox = base_optimizer, prox
         self.anneal_weight_decay, self.compile = anneal_weight_decay, compile

@@ -71,7 +71,9 @@ def largest(x: Tensor) -> Tensor:
 
 
 def mean_and_largest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean |x|, max |x|) of each row, [r, 1] each, of one way through memory."""
+    """(mean |x|, max |x|) of each row, [r, 1] each, where it can be of one way through memory."""
+    if not is_plain(x):  # whose derivative goes to equal weights in equal parts
+        return mean(x, torch.abs), largest(x)
     tops: list[Tensor] = []
 
     def seen(x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -107,9 +107,10 @@ class Quantizer(Value):
         Raises TypeError unless the rows are floating, ValueError unless they are [r, n] and,
         where values can be read (eager, on the CPU), finite.
         """
-        if not getattr(rows, "is_floating_point", bool)():
-            got = getattr(rows, "dtype", type(rows).__name__)
-            raise TypeError(f"{self!r} takes rows of a floating dtype, got {got}")
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"{self!r} takes rows as a tensor, got {type(rows).__name__}")
+        if not rows.is_floating_point():
+            raise TypeError(f"{self!r} takes rows of a floating dtype, got {rows.dtype}")
         if rows.dim() != 2:
             raise ValueError(
                 f"{self!r} takes rows [r, n], got shape {tuple(rows.shape)}; "

@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         usage="python -m tests.benchmarks [group ...] [options]",
     )
     parser.add_argument("groups", nargs="*", help="all by default", metavar="group")
-    parser.add_argument("--tiny", action="store_true", help="small inputs, nothing held to a limit")
+    text = "small inputs, to see that all runs: nothing is compiled but sweeps, or held to a limit"
+    parser.add_argument("--tiny", action="store_true", help=text)
     parser.add_argument(
         "--repeats", type=at_least(1, int), default=3, help="runs of each in a round (default: 3)"
     )

@@ -301,6 +301,28 @@ def test_a_program_maps_both_halves_in_one_loop(kind: str, granularity, monkeypa
     assert loops == 1, sources
 
 
+@pytest.mark.usefixtures("split")
+def test_memory_of_any_order_takes_no_program_of_its_own() -> None:
+    """Each order took one of eight that a compiler makes of a function before it gives up."""
+    torch.manual_seed(0)
+    x = torch.randn
+    latents = [
+        *(x(5000, 1), x(5000, 4), x(90, 100).t(), x(100, 200)[:, :90], x(100, 180)[:, ::2]),
+        *(x(64, 8, 3, 3).to(memory_format=torch.channels_last), x(180, 100).t()[:, ::2]),
+        *(x(5000, 2)[:, :1], x(200, 180)[::2, ::2], x(4, 5000), x(90, 90), x(70, 80)),
+    ]
+    link = LINKS["hard"](pf.lsbq(2), granularity=pf.per_channel())
+    jobs = jobs_of(link, latents, torch.float32)
+    for job, latent in zip(jobs, latents, strict=True):
+        assert job.weight.stride() == torch.full_like(latent, 0.0).stride()
+    strided = [
+        job._replace(weight=job.weight.t().contiguous().t())
+        for job in jobs
+        if job.weight.dim() == 2
+    ]
+    both(Pass(compile=True), link, state_at(link, 12), [*jobs, *strided])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["hard", "parq", "soft", "binary_relax", "proxquant", "custom"])
 def test_on_a_gpu_weights_are_those_on_a_cpu(kind: str, monkeypatch) -> None:

@@ -587,3 +587,9 @@ def test_parameters_of_fsdp1_are_refused() -> None:
         QuantOptimizer(base, pf.hard_prox(pf.lsbq(1)))
     with pytest.raises(TypeError, match=r"'0 of group 0' is .* shard with .*fully_shard"):
         pf.optim.TransformOptimizer([flat], pf.sgd(0.1))
+
+
+def test_compile_is_a_choice_of_two() -> None:
+    base = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(2, 2))], "quant_bits": 2}], lr=0.1)
+    with pytest.raises(TypeError, match="expected compile=True or False, got 'max-autotune'"):
+        QuantOptimizer(base, pf.hard_prox(pf.lsbq(2)), compile="max-autotune")
