@@ -31,6 +31,7 @@ from parq_fn.optim.state import (
     Group,
     after_load,
     before_load,
+    beside,
     check_dtype,
     check_entries,
     chunks,
@@ -264,7 +265,7 @@ class QuantOptimizer(Optimizer):
         self._latents[new], self.state[new] = latent, entries
         self._wrote(new)
         if alike:
-            self._restore(new, kept)
+            self._restore(new, beside(new, kept))
             self._written.pop(new)  # its values may be others
 
     def _move_to_device(self, p: Tensor, name: str) -> None:
@@ -274,11 +275,7 @@ class QuantOptimizer(Optimizer):
         if latent.device == p.device:
             return
         latent.data = latent.data.to(p.device)
-        entries = self.state[p]
-        for key, got in entries.items():
-            if isinstance(got, Tensor) and got.dim():
-                entries[key] = got.to(p.device)
-        entries["latent"] = latent.detach()
+        self.state[p].update({**beside(p, self.state[p]), "latent": latent.detach()})
 
     # Parameters that another hand changed.
 

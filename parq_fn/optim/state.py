@@ -143,6 +143,16 @@ def mark(p: Tensor) -> tuple[int, int]:
     return mine._version, mine.data_ptr()
 
 
+def beside(p: Tensor, entries: Entries) -> Entries:
+    """The entries, but for scalars, on the parameter's device, to which it may have been moved."""
+
+    def moved(got: Any) -> Any:
+        apart = isinstance(got, Tensor) and got.dim() and got.device != p.device
+        return got.to(p.device) if apart else got
+
+    return {key: moved(got) for key, got in entries.items()}
+
+
 def taken_over(latent: Tensor, weight: Tensor, wrote: Tensor) -> Tensor:
     """The latent, but the weight where it is not, to some rounding, what was written.
 

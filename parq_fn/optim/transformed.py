@@ -17,6 +17,7 @@ from parq_fn.optim.state import (
     Group,
     after_load,
     before_load,
+    beside,
     check_dtype,
     check_entries,
     load_groups,
@@ -220,7 +221,7 @@ class TransformOptimizer(Optimizer):
         return any(int(count) for count in found)
 
     def _follow(self) -> None:
-        """Follows parameters that were exchanged in their groups, by position."""
+        """Follows parameters that were exchanged in their groups, by position, or moved."""
         now = [list(group["params"]) for group in self.param_groups]
         if [len(g) for g in now] != [len(g) for g in self._order]:
             raise ValueError(
@@ -236,6 +237,7 @@ class TransformOptimizer(Optimizer):
             if p in self.state:
                 check_dtype("TransformOptimizer", p, self._latent(p), name)
         if all(old is new for old, new in pairs):
+            self._move_to_devices()
             return
         shared = self._shared_keys()
         stepped, kept, alike = self._has_stepped(), {}, []
@@ -255,8 +257,14 @@ class TransformOptimizer(Optimizer):
             kept[new] = entries
         self._begin()
         self._keep(kept)
+        self._move_to_devices()
         for new in alike:  # its values may be others
             self._written.pop(new)
+
+    def _move_to_devices(self) -> None:
+        """The state on its parameters' devices, to which the module may have been moved."""
+        for _, p, _ in self._named():
+            self.state[p].update(beside(p, self.state[p]))
 
     # Parameters that another hand changed.
 

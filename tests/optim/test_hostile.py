@@ -479,6 +479,21 @@ def test_others_that_fit_no_checkpoint_are_told(tmp_path: Path) -> None:
         assert torch.equal(optimizer.state_dict()["state"][0][key], got)
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_state_is_where_exchanged_parameters_are(adapter: str) -> None:
+    params = parameters()
+    optimizer = ADAPTERS[adapter](params)
+    ones_for(*params)
+    optimizer.step()
+    there = [nn.Parameter(torch.empty_like(p, device="meta")) for p in params]
+    for group in optimizer.param_groups:
+        group["params"] = there
+    for entries in optimizer.state_dict()["state"].values():
+        kept = [got for got in entries.values() if isinstance(got, Tensor) and got.dim()]
+        assert len(kept) >= 3  # latent, moments, levels
+        assert {got.device.type for got in kept} == {"meta"}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_a_module_moved_to_another_device_after_the_optimizer_was_built(adapter: str) -> None:
