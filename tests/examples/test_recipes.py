@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -175,8 +176,9 @@ class Started:
         while any(process.poll() is None for process in self.processes):
             wrong = {process.poll() for process in self.processes} - {None, status}
             if wrong or time.monotonic() > end:  # the others would wait for one that failed
-                for process in self.processes:
-                    process.kill()
+                for process in self.processes:  # with their workers, who would hold the output
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
             time.sleep(0.1)
         texts = [process.communicate()[0] for process in self.processes]
         assert [p.returncode for p in self.processes] == [status] * len(texts), texts
