@@ -5,6 +5,7 @@ A step takes the same images on whatever number of processes; each reads its par
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -124,10 +125,16 @@ PATIENCE = 900.0
 #: What stops a run, sent to all its processes.
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
+# Workers are forked from a server, which has one thread. One forked from the main process waits
+# without end for a lock that another thread had: Python 3.11's own, in one fork of a thousand, as
+# gloo's thread let go of a sum.
+WORKERS = multiprocessing.get_context("forkserver")
+WORKERS.set_forkserver_preload(["examples.recipe.training"])  # what they import, once for all
+
 
 def _undisturbed(loader: DataLoader[View]) -> Iterator[Batch]:
-    """The loader's batches. Workers begin with the signals that are blocked here, and so leave it
-    to the main process when they end."""
+    """The loader's batches. The server begins with the signals that are blocked here, and so do
+    its workers; they leave it to the main process when they end."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         return iter(loader)
@@ -135,10 +142,10 @@ def _undisturbed(loader: DataLoader[View]) -> Iterator[Batch]:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _ends_with_the_main(worker: int) -> None:
+def _ends_with_the_main(worker: int, main: int) -> None:
     """Has a worker end where the main process says so: by a signal, as it goes down itself."""
     del worker
-    main = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # where a server ran before
 
     def wait() -> None:
         while signal.sigwaitinfo(STOPPING).si_pid != main:
@@ -165,7 +172,8 @@ def batches(
         num_workers=workers,
         collate_fn=partial(gathered, mix_seed=mix_seed),
         pin_memory=device.type == "cuda",
-        worker_init_fn=_ends_with_the_main,
+        worker_init_fn=partial(_ends_with_the_main, main=os.getpid()),
+        multiprocessing_context=WORKERS if workers else None,
         timeout=PATIENCE if workers else 0,
     )
     for batch in _undisturbed(loader):

@@ -125,8 +125,7 @@ def world_of(mode: str | None, program: str) -> Iterator[World]:
 
 def leave(status: int) -> NoReturn:
     """Ends one of several processes at once: gloo's threads may abort one that unwinds, or never
-    let it end. Its loader's workers go with it, whatever they are at: one that was just forked may
-    wait for a thread that is not there."""
+    let it end. Its loader's workers go with it, whatever they are at."""
     for child in multiprocessing.active_children():
         child.kill()
     sys.stdout.flush()

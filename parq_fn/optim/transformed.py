@@ -82,8 +82,8 @@ class TransformOptimizer(Optimizer):
     >>> optimizer = TransformOptimizer(net.named_parameters(), transformation)
     >>> net(torch.ones(3, 4)).square().sum().backward()
     >>> optimizer.step()
-    >>> net.weight.unique().numel(), optimizer.param_groups[0]["lr"]
-    (2, 0.1)
+    >>> net.weight.unique().numel() <= 2, optimizer.param_groups[0]["lr"]
+    (True, 0.1)
     """
 
     def __init__(

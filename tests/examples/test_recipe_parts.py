@@ -258,10 +258,42 @@ def views(transform, seed: int = 0) -> loading.Views:
     return loading.Views(datasets.Shapes(40, 40, True), transform, seed, True)
 
 
+LOCK = threading.Lock()
+
+
+class Waiting(transforms.Evaluation):
+    """Gives an image when the lock is free."""
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        with LOCK:
+            return super().__call__(image)
+
+
+class Stuck(transforms.Evaluation):
+    """Gives none."""
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        time.sleep(600)
+        return super().__call__(image)
+
+
+def test_a_worker_does_not_wait_for_a_thread_of_the_main_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Found by runs of these tests: one that was forked waited without end for a lock that a
+    thread held at the fork."""
+    monkeypatch.setattr(loading, "PATIENCE", 60.0)
+    waiting = views(Waiting(40, Image.Resampling.BICUBIC, transforms.CIFAR))
+    batches = loading.batches(waiting, [[loading.Key(0)]], 1, torch.device("cpu"), skip=False)
+    with LOCK:
+        assert next(batches).images.shape == (1, 3, 40, 40)
+    batches.close()
+
+
 def test_a_worker_that_is_stuck_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by a run of these tests: it was waited for without end."""
     monkeypatch.setattr(loading, "PATIENCE", 1.0)
-    stuck = views(lambda image: time.sleep(600))
+    stuck = views(Stuck(40, Image.Resampling.BICUBIC, transforms.CIFAR))
     batches = loading.batches(stuck, [[loading.Key(0)]], 1, torch.device("cpu"), skip=False)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="timed out"):
