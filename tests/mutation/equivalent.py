@@ -8,19 +8,11 @@ _ONE_SIGN = (
     "end is not None and (init == 0 or end == 0 or "
 )
 
-_LO = (
-    "optimal_levels: lo = between((below / j.clamp(min=1)).gather(-1, best), data[..., :1], end) "
-    "-> "
-)
 _CANDIDATES = "least_squares_levels: candidates = max(_CANDIDATES, 8 * num_levels) -> "
 _CUT = "_dynamic_program: cut = torch.full_like(table[:, 0, :1], m, dtype=torch.int64) -> "
 _LEFT = "_best_starts: left = known + (m + 1) * (at_left > best) -> "
 _REST = "_best_starts: rest = column + (m + 1) * (at > best.gather(1, owner)) -> "
 _LOW = "_means: low = values.gather(1, cuts[:, :-1].clamp(max=n - 1)) -> "
-_SEARCH = (
-    "_candidate_cuts: cuts = torch.searchsorted(total, total[:, -1:] * step).clamp(max=n - 2) + 1 "
-    "-> cuts = torch.searchsorted(total, total[:, -1:] * step)."
-)
 _LINES = "_sloped: if 2 <= q.shape[-1] <= _FEW and in_place: -> "
 _GAP = "_or_sum: if is_plain(gap) and (not gap.numel() or bool(gap.abs().amax() < torch.inf)): -> "
 _PER_ROW = "least_squares_levels: per_row = (n + 1) * (num_levels + 64 if exact else 20) -> "
@@ -105,16 +97,6 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "safe = torch.where(usable, t, 0.0).clamp(min=1e-09)",
         ],
     },
-    "parq_fn/quantizers/base.py": {
-        "what a row that is not finite is computed from does not matter: its levels are NaN": [
-            "Quantizer.fit: x = torch.where(finite, x, 0.0) -> x = torch.where(finite, x, 1.0)",
-            "Quantizer.fit: x = torch.where(finite, x, 0.0) -> x = torch.where(finite, x, -1.0)",
-        ],
-        "the bits of a number have no derivative as it is": [
-            "power_of_two: top = x.detach().abs().amax(-1, keepdim=True) -> "
-            "top = x.abs().amax(-1, keepdim=True)",
-        ],
-    },
     "parq_fn/quantizers/uniform.py": {
         "whole and half numbers this small are exact in any dtype, the factor gives the result's": [
             "spaced: return torch.arange(first, last + 1, dtype=x.dtype, device=x.device) -> "
@@ -152,30 +134,12 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "optimal_levels: return mirror(torch.cat([lo, hi], -1).to(x.dtype)) -> "
             "return mirror(torch.cat([lo, hi], -1))",
             "optimal_levels: return with_zero(hi.to(x.dtype)) -> return with_zero(hi)",
-            "_codes: return torch.tensor(list(signs), dtype=torch.float64, device=x.device) -> "
-            "return torch.tensor(list(signs), device=x.device)",
             "alternate: v = [part.unsqueeze(-1) for part in start.to(torch.float64).unbind(-1)] "
             "-> v = [part.unsqueeze(-1) for part in start.unbind(-1)]",
             "alternate: return build(v)[0].to(x.dtype) -> return build(v)[0]",
         ],
         "counts in int64 are the same numbers": [
-            "optimal_levels: j = torch.arange(n, dtype=torch.float64, device=x.device) -> "
-            "j = torch.arange(n, device=x.device)",
             "alternate: number = edges.diff().to(torch.float64) -> number = edges.diff()",
-        ],
-        "ternary starts from a list of one": [
-            "lsbq._levels: return with_zero(start[0]) if self.bits == 0 else "
-            "all_sums(start).sort(-1).values -> return with_zero(start[-1]) if self.bits == 0 "
-            "else all_sums(start).sort(-1).values",
-        ],
-        "of a rest of 0 is left -v or v: the same magnitude, and so from there on": [
-            "greedy: rest = torch.where(rest >= 0, rest - v[-1], rest + v[-1]) -> "
-            "rest = torch.where(rest > 0, rest - v[-1], rest + v[-1])",
-        ],
-        "the mean of none is thrown away, that of one is held to the one": [
-            _LO + "lo = between((below / j).gather(-1, best), data[..., :1], end)",
-            _LO + "lo = between((below / j.clamp(min=2)).gather(-1, best), data[..., :1], end)",
-            _LO + "lo = between((below / j.clamp(min=0)).gather(-1, best), data[..., :1], end)",
         ],
         "sums of float32 numbers in float32: what a level loses is below its own rounding": [
             "alternate: data = x.to(torch.float64) -> data = x",
@@ -258,25 +222,6 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             _LOW + "low = values.gather(1, cuts[:, :-1])",
             _LOW + "low = values.gather(1, cuts[:, :-1].clamp(max=n - 0))",
             _LOW + "low = values.gather(1, cuts[:, :-1].clamp(max=n + 1))",
-        ],
-        "the last dimension is the third": [
-            "_means: count, total, _ = _pick(table, cuts).diff(dim=2).unbind(1) -> "
-            "count, total, _ = _pick(table, cuts).diff().unbind(1)",
-        ],
-        "the mean of one is held to the one": [
-            "_means: mean = values[:, n // 2:n // 2 + 1] + total / count.clamp(min=1) -> "
-            "mean = values[:, n // 2:n // 2 + 1] + total / count.clamp(min=2)",
-        ],
-        "a fourth capping changes little after three": [
-            "_candidate_cuts: for _ in range(3): -> for _ in range(4):",
-        ],
-        "steps in float32 move a candidate by its rounding": [
-            "_candidate_cuts: step = torch.arange(1, m, device=values.device, dtype=values.dtype) "
-            "/ m -> step = torch.arange(1, m, device=values.device) / m",
-        ],
-        "a guard: a step short of all falls before the last gap": [
-            _SEARCH + "clamp(max=n + 2) + 1",
-            _SEARCH + "clamp(max=n - 1) + 1",
         ],
         "levels of equal error": [
             "_polish: best = torch.where(error < least, levels, best) -> "
