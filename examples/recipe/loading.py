@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import NamedTuple
 
 import torch
@@ -135,6 +137,7 @@ WORKERS.set_forkserver_preload(["examples.recipe.training"])  # what they import
 def _undisturbed(loader: DataLoader[View]) -> Iterator[Batch]:
     """The loader's batches. The server begins with the signals that are blocked here, and so do
     its workers; they leave it to the main process when they end."""
+    resource_tracker.ensure_running()  # the server starts it else, and it lets signals through
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         return iter(loader)
@@ -142,18 +145,38 @@ def _undisturbed(loader: DataLoader[View]) -> Iterator[Batch]:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _ends_with_the_main(worker: int, main: int) -> None:
-    """Has a worker end where the main process says so: by a signal, as it goes down itself."""
+def _ends_with_the_main(worker: int) -> None:
+    """Has a worker end where the main process says so, by a signal as it goes down itself, or is
+    gone."""
     del worker
+    main = multiprocessing.parent_process()
+    if main is None or not hasattr(signal, "sigtimedwait"):  # as on macOS
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # where a server ran before
 
     def wait() -> None:
-        while signal.sigwaitinfo(STOPPING).si_pid != main:
-            pass
+        while main.is_alive():
+            told = signal.sigtimedwait(STOPPING, 1.0)
+            if told is not None and told.si_pid == main.pid:
+                break
         os._exit(0)
 
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _batches_of(loader: DataLoader[View]) -> Iterator[Batch]:
+    """All of them. Raises Problem where a worker is gone, or gives none."""
+    try:
+        yield from _undisturbed(loader)
+    except (ConnectionError, EOFError, RuntimeError) as error:
+        other = not re.search("exited unexpectedly|timed out after", str(error))
+        if isinstance(error, RuntimeError) and other:
+            raise  # by a worker, not of one
+        raise Problem(
+            f"a process that reads images was lost, killed for its memory perhaps ({error}); "
+            "--resume goes on from the last checkpoint, with other --workers too",
+            here=True,
+        ) from None
 
 
 def batches(
@@ -165,18 +188,18 @@ def batches(
     mix_seed: int | None = None,
 ) -> Iterator[Batch]:
     """The batches of the keys, on the device; with a seed, mixed. Raises Problem for an image
-    that cannot be read, unless such images are to be skipped."""
+    that cannot be read, unless such images are to be skipped, and for a worker that is lost."""
     loader = DataLoader(
         views,
         batch_sampler=keys,
         num_workers=workers,
         collate_fn=partial(gathered, mix_seed=mix_seed),
         pin_memory=device.type == "cuda",
-        worker_init_fn=partial(_ends_with_the_main, main=os.getpid()),
+        worker_init_fn=_ends_with_the_main,
         multiprocessing_context=WORKERS if workers else None,
         timeout=PATIENCE if workers else 0,
     )
-    for batch in _undisturbed(loader):
+    for batch in _batches_of(loader):
         too_many = views.training and bool((batch.labels < 0).any())  # a hundred in a row
         if batch.problem and (too_many or not skip):
             raise Problem(

@@ -199,6 +199,7 @@ class Pass:
         parts, rest = [whole], None
         if cut and whole.latent.numel() >= _LARGE:
             parts, rest = _split(whole)
+        parts = list(map(_by_itself, parts))
         program = self._program(how.formula, parts, how.divisor)
         program(parts, how.scalars, how.divisor)
         if rest is None:
@@ -325,11 +326,18 @@ def _grouped(whole: _Part) -> tuple[list[_Part], _Part | None]:
     elif r % g:
         used = r // g * g
         whole, rest = _in_rows(whole, slice(0, used)), _in_rows(whole, slice(used, r))
-    groups = _Part._make(x if x is None else x.view(r // g, g, x.shape[1]) for x in whole)
-    for x in groups:
-        if x is not None:
+    groups = (x if x is None else x.view(r // g, g, x.shape[1]) for x in whole)
+    return [_Part._make(groups)], rest
+
+
+def _by_itself(part: _Part) -> _Part:
+    """The part as a compiler is to see it: without what it is a view of, for each kind of which it
+    would make a program, and stop at eight; with known sizes of groups."""
+    found = _Part._make(x if x is None else x.detach() for x in part)
+    for x in found:
+        if x is not None and x.dim() > 2:
             torch._dynamo.mark_static(x, [1, 2])
-    return [groups], rest
+    return found
 
 
 def _flat(groups: Tensor) -> Tensor:

@@ -1,1 +1,6 @@
 """Measurements, as ratios within one process: python -m tests.benchmarks."""
+
+import os
+
+# of torch's profiler, which else tells that it begins and ends; read as torch is imported
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -64,20 +64,24 @@ def main(argv: list[str] | None = None) -> int:
         usage="python -m tests.benchmarks [group ...] [options]",
     )
     parser.add_argument("groups", nargs="*", help="all by default", metavar="group")
-    text = "small inputs, to see that all runs: nothing is compiled but sweeps, or held to a limit"
+    text = (
+        "small inputs, to see in a minute that all runs: nothing is compiled but sweeps, or held "
+        "to a limit, and no figure means anything"
+    )
     parser.add_argument("--tiny", action="store_true", help=text)
     parser.add_argument(
         "--repeats", type=at_least(1, int), default=3, help="runs of each in a round (default: 3)"
     )
-    parser.add_argument(
-        "--rounds", type=at_least(1, int), default=3, help="rounds of all (default: 3)"
-    )
+    text = "rounds of all, a third of an hour each on two cores (default: 3)"
+    parser.add_argument("--rounds", type=at_least(1, int), default=3, help=text)
     text = "times that one work may be made again, as the cores ran slow in it (default: 3)"
     parser.add_argument("--patience", type=at_least(0, int), default=3, help=text)
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args(argv)
     if args.json is not None and not args.json.parent.is_dir():
         parser.error(f"--json: no folder {args.json.parent}")
+    if args.json is not None and args.json.is_dir():
+        parser.error(f"--json: {args.json} is a folder")
     unknown = set(args.groups) - set(GROUPS)
     if unknown:
         parser.error(f"no such group: {', '.join(sorted(unknown))}; they are {', '.join(GROUPS)}")

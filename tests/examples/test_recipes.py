@@ -230,25 +230,48 @@ def test_networks_for_imagenet_on_two_processes(
     assert any(isinstance(entry, export.Packed) for entry in packed.values())
 
 
-def test_ctrl_c_stops_like_a_scheduler(tmp_path: Path) -> None:
-    """Its workers get the signal, too."""
-    flags = ["--data", "synthetic", "--synthetic-images", "400", "--batch-size", "20", "--workers"]
-    flags += [
-        "1",
-        "--print-freq",
-        "1",
-        "--epochs",
-        "9",
-        "--no-progress",
-        "--quant-warmup-steps",
-        "1",
-    ]
-    run = Started(tmp_path, 1, *flags)
-    run.until("step 2 of")
+LONG = ["--data", "synthetic", "--synthetic-images", "400", "--batch-size", "20", "--workers", "2"]
+LONG += ["--print-freq", "1", "--epochs", "9", "--no-progress", "--quant-warmup-steps", "1"]
+
+
+@pytest.mark.parametrize("when", ["from epoch 0, step 0", "step 2 of"])
+def test_ctrl_c_stops_like_a_scheduler(when: str, tmp_path: Path) -> None:
+    """Its workers get the signal, too, and the server that they come from as it begins."""
+    run = Started(tmp_path, 1, *LONG)
+    run.until(when)
+    time.sleep(1.0)
     os.killpg(run.processes[0].pid, signal.SIGINT)
     shown = run.end(128 + signal.SIGTERM)
-    assert "--resume goes on" in shown
+    assert re.search("stopped before step .* of epoch 0; --resume", shown)
     assert "Traceback" not in shown
+
+
+def test_a_run_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Found by a tester: workers and their server kept each other alive."""
+    run = Started(tmp_path, 1, *LONG)
+    run.until("step 2 of")
+    run.processes[0].kill()
+    run.processes[0].communicate(timeout=60)  # what is left would hold the output open
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc, to find a worker")
+def test_a_worker_that_is_killed_gets_one_line(tmp_path: Path) -> None:
+    run = Started(tmp_path, 1, *LONG)
+    run.until("step 2 of")
+    os.kill(max(group_of(run.processes[0].pid)), signal.SIGKILL)  # a worker, which came last
+    shown = run.end(2)
+    assert "error: a process that reads images was lost" in shown
+    assert "Traceback" not in shown
+
+
+def group_of(leader: int) -> list[int]:
+    """The processes that it has started, and itself."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            of_group = int(file.read_text().rpartition(")")[2].split()[2])
+            found += [int(file.parent.name)] * (of_group == leader)
+    return found
 
 
 BROKEN = """

@@ -323,6 +323,26 @@ def test_memory_of_any_order_takes_no_program_of_its_own() -> None:
     both(Pass(compile=True), link, state_at(link, 12), [*jobs, *strided])
 
 
+@torch.no_grad()
+def test_parameters_of_any_rank_take_one_program() -> None:
+    """Rows are views, and for each kind of what they are views of there was a program."""
+    shapes = [(80, 90), (8192,), (1, 9000), (20, 20, 25), (20, 1, 500), (1, 20, 500)]
+    shapes += [(64, 32, 3, 3), (64, 1, 10, 10), (1, 64, 10, 10), (4, 8, 5, 8, 5)]
+    torch.manual_seed(0)
+    link = LINKS["hard"](pf.lsbq(2), granularity=pf.per_tensor())
+    fast = Pass(compile=True)
+
+    def step(shape: tuple[int, ...]) -> None:
+        (job,) = jobs_of(link, [torch.randn(shape)], torch.float32)
+        job = job._replace(weight=torch.nn.Parameter(job.weight))
+        both(fast, link, state_at(link, 12), [job])
+
+    step(shapes[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for shape in shapes:
+            step(shape)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["hard", "parq", "soft", "binary_relax", "proxquant", "custom"])
 def test_on_a_gpu_weights_are_those_on_a_cpu(kind: str, monkeypatch) -> None:
