@@ -226,7 +226,7 @@ def _from_level(u: Tensor, q: Tensor, bound: Tensor | None, theta: Tensor, keep:
 
 def _or_sum(w: Tensor, gap: Tensor, u: Tensor, near: Tensor, theta: Tensor, keep: Tensor) -> Tensor:
     """w, but where the gap overflows the sum of two terms, which does not."""
-    if is_plain(gap) and (not gap.numel() or bool(gap.abs().amax() < torch.inf)):
+    if is_plain(gap) and bool(gap.sum().isfinite()):
         return w
     return torch.where(gap.abs() < torch.inf, w, keep * u + theta * near)
 

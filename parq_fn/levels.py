@@ -5,10 +5,11 @@ c_i = q_i / 2 + q_{i+1} / 2, as rounded. A weight exactly on a midpoint belongs 
 level: what `bucketize` on the midpoints gives. Every prox map is a formula in the two ends of
 a weight's cell, so this file is the only one that searches.
 
-It searches in three ways that find the same: by binary search, for any number of levels; by
-comparison with each, whose passes over memory cost less on a CPU where there are few; and, under
-a compiler, by halving the window that a weight may lie in, which is `where` throughout and so
-becomes part of one loop with the map that follows.
+It searches in four ways that find the same: by binary search, for any number of levels; by
+comparison with each, whose passes over memory cost less on a CPU where there are few, and which
+where there are two to four is the level itself, without an index; and, under a compiler, by halving
+the window that a weight may lie in, which is `where` throughout and so becomes part of one loop
+with the map that follows.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parq_fn.scalar import as_scalar, to_device
+from parq_fn.scalar import as_scalar, is_plain, to_device
 
 #: Up to so many levels are compared one by one, or halved in a compiled loop.
 FEW = 32
 #: From so many levels on the search for the nearest one profits from bounds at hand.
 MANY = 5
+#: Up to so many levels the nearest one is the largest that is reached, without an index.
+_REACHED = 4
 
 
 def prepare(u: Tensor, levels: Tensor, *coefficients: float | Tensor) -> tuple[Tensor, ...]:
@@ -64,6 +67,12 @@ def search(boundaries: Tensor, x: Tensor) -> Tensor:
 
 def count_below(boundaries: Tensor, x: Tensor) -> Tensor:
     """What `search` gives, by comparison with each boundary."""
+    if is_plain(boundaries) and is_plain(x):
+        # to floats, which a CPU writes several at a time, and bools it does not
+        count, above = torch.zeros_like(x), torch.empty_like(x)
+        for i in range(boundaries.shape[-1]):
+            count.add_(torch.gt(x, boundaries[..., i : i + 1], out=above))
+        return count.long()
     count = torch.zeros_like(x, dtype=torch.uint8)
     for i in range(boundaries.shape[-1]):
         count = count + (x > boundaries[..., i : i + 1]).view(torch.uint8)
@@ -149,7 +158,20 @@ def closest(x: Tensor, levels: Tensor, bound: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling() and levels.shape[-1] >= MANY:
             return nearer(x, *cell(x, levels))
         bound = bounds(levels)
+    if 2 <= levels.shape[-1] <= _REACHED and is_plain(x) and is_plain(levels):
+        return _highest_reached(x, levels, bound)
     (level,) = pick(x, bound, levels)
+    return level
+
+
+def _highest_reached(x: Tensor, levels: Tensor, bound: Tensor) -> Tensor:
+    """`closest` of two levels or more: the largest of q_1 and the q_{i+1} whose bound is below x.
+    In memory of its own, in place."""
+    level = levels[..., :1]
+    for i in range(bound.shape[-1]):
+        above = torch.gt(x, bound[..., i : i + 1], out=torch.empty_like(x))  # 1 or 0
+        reached = above.sub_(0.5).mul_(torch.inf).clamp_max_(levels[..., i + 1 : i + 2])
+        level = reached.clamp_min_(level)
     return level
 
 
@@ -158,7 +180,7 @@ def nan_with(x: Tensor, level: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return torch.where(x == x, level, x.detach())
     # where a CPU's `where` is slow; 0 taken away leaves even a zero its sign
-    return level - 0.0 * x.clamp(0.0, 0.0)
+    return torch.sub(level, x.clamp(0.0, 0.0), alpha=0.0)
 
 
 def nearest(rows: Tensor, levels: Tensor) -> Tensor:

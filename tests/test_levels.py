@@ -58,6 +58,8 @@ def test_every_search_counts_the_boundaries_below(case) -> None:
     wanted = slow_search(boundaries, x)
     assert torch.equal(lv.search(boundaries, x), wanted)
     assert torch.equal(lv.count_below(boundaries, x), wanted)
+    assert torch.equal(lv.count_below(boundaries, x.requires_grad_()), wanted)
+    assert torch.equal(torch.vmap(lv.count_below)(boundaries, x), wanted)
     assert torch.equal(torch.searchsorted(boundaries, x), wanted)
 
 
@@ -95,6 +97,20 @@ def test_the_closest_level_is_the_nearer_end_of_the_cell(case) -> None:
     (by_halves,) = lv.pick_by_halves(x, bounds, levels)
     for got in (*found, by_halves):
         assert torch.equal(got.expand_as(x), ends)
+
+
+@given(cases(most=4))
+def test_the_highest_level_reached_is_the_closest(case) -> None:
+    """Without an index, where there are few, and with one where memory must not be written to."""
+    x, levels = case
+    if levels.shape[-1] > 1:
+        bounds = lv.bounds(levels)
+        before = x.clone(), levels.clone(), bounds.clone()
+        found = lv._highest_reached(x, levels, bounds)
+        assert torch.equal(found, levels.gather(1, slow_search(bounds, x)))
+        assert all(map(torch.equal, (x, levels, bounds), before))
+        assert torch.equal(torch.vmap(lv.closest)(x, levels), found)
+        assert torch.equal(lv.closest(x.requires_grad_(), levels), found)
 
 
 def test_a_zero_keeps_the_sign_of_its_level() -> None:

@@ -6,9 +6,10 @@ tensors of the parameter's size in between. `Pass` gives the same, bit for bit b
 zero:
 
 - a large parameter a piece at a time, so that what lies in between stays in the cache, or with
-  `compile` in one loop that reads the latent and writes the weight; of a very large one on a CPU
-  both halves at a time, for what is read from memory in two places is waited for less long, and on
-  a GPU rows of a length and number that the compiler knows something of;
+  `compile` in one loop that reads the latent and writes the weight; on a CPU two parameters of one
+  shape in one loop, or both halves of a very large one, for what is read from memory in two places
+  is waited for less long, and on a GPU rows of a length and number that the compiler knows
+  something of;
 - small parameters together, copied into the rows of one buffer that is mapped whole; `refit`
   fits their levels together too.
 
@@ -153,78 +154,70 @@ class Pass:
 
     def _map(self, maps: _Maps, jobs: Sequence[Job]) -> None:
         all_rows = [_rows_of(job, contiguous=self.compile) for job in jobs]
+        wholes: list[_Part] = []
         small: dict[Any, list[_Part]] = {}
         for rows in all_rows:
             if rows.latent.numel() <= _SMALL and maps.link.elementwise:
                 width = 1 << (rows.latent.shape[1] - 1).bit_length()
                 small.setdefault((width, *rows.kind), []).append(rows)
             else:
-                self._run(maps, rows)
-        for (width, *_), together in small.items():
-            sizes = {i: rows.latent.shape[0] * width for i, rows in enumerate(together)}
+                wholes.append(rows)
+        self._run(maps, wholes)
+        for (width, *_), alike in small.items():
+            sizes = {i: rows.latent.shape[0] * width for i, rows in enumerate(alike)}
             for chunk in chunks(sizes, _TOGETHER):
-                self._run_together(maps, [together[i] for i in chunk], width)
+                self._run_together(maps, [alike[i] for i in chunk], width)
         for rows, (*_, granularity, weight) in zip(all_rows, jobs, strict=True):
             if rows.weight.data_ptr() != weight.data_ptr():
                 weight.copy_(granularity.restore(rows.weight, weight))
 
-    def _run_together(self, maps: _Maps, together: list[_Part], width: int) -> None:
-        if len(together) == 1:
-            self._run(maps, together[0])
+    def _run_together(self, maps: _Maps, alike: list[_Part], width: int) -> None:
+        """Rows of that many elements or less as the rows of one buffer."""
+        if len(alike) == 1:
+            self._run(maps, alike)
             return
-        shapes = [rows.latent.shape for rows in together]
+        shapes = [rows.latent.shape for rows in alike]
         size = sum(r for r, _ in shapes), width
-        latent = together[0].latent.new_zeros(size)
-        weight = together[0].weight.new_empty(size)
-        torch._foreach_copy_(_cut(latent, shapes), [rows.latent for rows in together])
-        self._run(maps, _Part(latent, torch.cat([rows.levels for rows in together]), weight))
-        torch._foreach_copy_([rows.weight for rows in together], _cut(weight, shapes))
+        latent = alike[0].latent.new_zeros(size)
+        weight = alike[0].weight.new_empty(size)
+        torch._foreach_copy_(_cut(latent, shapes), [rows.latent for rows in alike])
+        self._run(maps, [_Part(latent, torch.cat([rows.levels for rows in alike]), weight)])
+        torch._foreach_copy_([rows.weight for rows in alike], _cut(weight, shapes))
 
-    def _run(self, maps: _Maps, whole: _Part) -> None:
-        """One map of rows of a latent."""
-        how = maps.of(whole)
-        formula = how.formula
+    def _run(self, maps: _Maps, wholes: list[_Part]) -> None:
+        cut = maps.link.elementwise  # whether a row may be
         if not self.compile:
-            for piece in _pieces(whole) if maps.link.elementwise else [whole]:
-                _write(formula, piece, how.scalars, how.divisor)
+            for whole in wholes:
+                formula, scalars, divisor, _ = maps.of(whole)
+                for piece in _pieces(whole) if cut else [whole]:
+                    _write(formula, piece, scalars, divisor)
             return
-        latent, levels, *_ = whole
-        long = latent.shape[1] >= _LONG and latent.device.type == "cpu"  # a GPU has time for them
-        if formula.prepared and formula.cells_from is None and long:
-            whole = whole._replace(bound=bounds(levels.to(how.dtype)))
-        self._run_compiled(how, whole, cut=maps.link.elementwise)
+        calls, left = _calls(_with_bounds(maps, wholes), cut=cut)
+        # All are made before the first is run. In turns, each kind of work would find its own code
+        # gone from the processor's cache, and take twice as long.
+        hows = [maps.of(parts[0]) for parts in calls]
+        programs = [self._program(how, parts) for how, parts in zip(hows, calls, strict=True)]
+        for program, parts, how in zip(programs, calls, hows, strict=True):
+            program(parts, how.scalars, how.divisor)
+        for part in left:
+            formula, scalars, divisor, _ = maps.of(part)
+            _write(formula, part, scalars, divisor)
 
-    def _run_compiled(self, how: _Map, whole: _Part, *, cut: bool) -> None:
-        """cut: whether a row may be."""
-        parts, rest = [whole], None
-        if cut and whole.latent.numel() >= _LARGE:
-            parts, rest = _split(whole)
-        parts = list(map(_by_itself, parts))
-        program = self._program(how.formula, parts, how.divisor)
-        program(parts, how.scalars, how.divisor)
-        if rest is None:
-            return
-        if rest.latent.numel() <= _PIECE:  # a row or an element: not worth a program
-            _write(how.formula, rest, how.scalars, how.divisor)
-        else:
-            self._run_compiled(how, rest, cut=cut)
-
-    def _program(
-        self, formula: Formula, parts: list[_Part], divisor: Tensor | None
-    ) -> Callable[..., None]:
+    def _program(self, how: _Map, parts: list[_Part]) -> Callable[..., None]:
+        formula = how.formula
         latent, levels, weight, bound = parts[0]
         k, device = levels.shape[-1], latent.device.type
         dtypes = latent.dtype, levels.dtype, weight.dtype
         grouped = latent.dim() > 2
         shape = latent.shape[1:] if grouped else tuple(size in (1, k) for size in latent.shape)
-        kind = len(parts), shape, k, dtypes, device, bound is None, divisor is None
+        kind = len(parts), shape, k, dtypes, device, bound is None, how.divisor is None
         key = _identity(formula.weight), kind
         if key not in self._programs:
             cells_from = formula.cells_from
             if cells_from is None and bound is None:
                 cells_from = MANY  # from there on a cell is searched for the nearest level, too
             narrow = cells_from is not None and k >= cells_from
-            options = _options(device, halves=len(parts) > 1, narrow=narrow)
+            options = _options(device, two=len(parts) > 1, narrow=narrow)
             self._programs[key] = _compiled(formula, options)
         return self._programs[key]
 
@@ -270,6 +263,57 @@ def _pieces(whole: _Part) -> Iterator[_Part]:
         step = max(1, _PIECE // n)
         for a in range(0, r, step):
             yield _in_rows(whole, slice(a, a + step))
+
+
+def _with_bounds(maps: _Maps, wholes: list[_Part]) -> list[_Part]:
+    """The same, with their bounds where a program would compute them for every weight; those of
+    all together, for one at a time they cost as much as a call of a program."""
+    found: dict[Any, dict[int, Tensor]] = {}
+    for i, whole in enumerate(wholes):
+        formula, *_, dtype = maps.of(whole)
+        long = whole.latent.shape[1] >= _LONG and whole.latent.device.type == "cpu"
+        if formula.prepared and formula.cells_from is None and long:  # a GPU has time for them
+            found.setdefault((dtype, whole.kind), {})[i] = whole.levels
+    wholes = list(wholes)
+    for (dtype, _), levels in found.items():
+        bound = bounds(torch.cat([*levels.values()]).to(dtype))
+        own = torch.split(bound, [len(rows) for rows in levels.values()])
+        for i, part in zip(levels, own, strict=True):
+            wholes[i] = wholes[i]._replace(bound=part)
+    return wholes
+
+
+def _calls(wholes: list[_Part], *, cut: bool) -> tuple[list[list[_Part]], list[_Part]]:
+    """What programs are called with, parts of one shape each, and what is too small for a program.
+
+    cut: whether a row may be.
+    """
+    calls, left = [], []
+    todo = _pairs(wholes)
+    while todo:
+        parts, rest = todo.pop(), None
+        if cut and len(parts) == 1 and parts[0].latent.numel() >= _LARGE:
+            parts, rest = _split(*parts)
+        calls.append([_by_itself(part) for part in parts])
+        if rest is not None:
+            small = rest.latent.numel() <= _PIECE  # a row or an element
+            left.append(rest) if small else todo.append([rest])
+    return calls, left
+
+
+def _pairs(wholes: list[_Part]) -> list[list[_Part]]:
+    """Twos of one shape on a CPU, as far as there are, and the others alone."""
+    pairs: list[list[_Part]] = []
+    alone: dict[Any, list[_Part]] = {}
+    for whole in wholes:
+        key = whole.kind, whole.latent.shape
+        if key in alone:
+            alone.pop(key).append(whole)
+            continue
+        pairs.append([whole])
+        if whole.latent.device.type == "cpu":
+            alone[key] = pairs[-1]
+    return pairs
 
 
 def _split(whole: _Part) -> tuple[list[_Part], _Part | None]:
@@ -379,8 +423,9 @@ def _compiled(formula: Formula, options: dict[str, Any]) -> Callable[..., None]:
     return program
 
 
-def _options(device: str, *, halves: bool, narrow: bool) -> dict[str, Any]:
-    """Of a compiler, for a device's type. narrow: where a search comes before a calculation."""
+def _options(device: str, *, two: bool, narrow: bool) -> dict[str, Any]:
+    """Of a compiler, for a device's type. two: parts are mapped at a time; narrow: where a search
+    comes before a calculation."""
     if device != "cpu":
         # each operation rounded by itself, quotients too, and subnormal numbers kept
         return {
@@ -389,7 +434,7 @@ def _options(device: str, *, halves: bool, narrow: bool) -> dict[str, Any]:
             "eager_numerics.disable_ftz": True,
         }
     options: dict[str, Any] = {}
-    if halves:  # one loop, though they share no memory
+    if two:  # one loop, though they share no memory
         options |= {"aggressive_fusion": True, "score_fusion_memory_threshold": 0}
     if narrow and torch.backends.cpu.get_cpu_capability() == "AVX512":
         # With vectors of 512 bits a comparison becomes a vector in a register that some processors

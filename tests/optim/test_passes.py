@@ -227,6 +227,7 @@ def split(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "grouped":
         monkeypatch.setattr(passes, "_GROUP", 1 << 6)
         monkeypatch.setattr(passes, "_split", passes._grouped)
+        monkeypatch.setattr(passes, "_pairs", lambda wholes: [[whole] for whole in wholes])
     return str(request.param)
 
 
@@ -236,6 +237,7 @@ def test_compiled(kind: str) -> None:
     torch.manual_seed(0)
     fast = Pass(compile=True)
     shapes = [(64, 64), (60, 90), (5000,), (8, 8), (64,), (63,), (3, 6000), (3, 140_000)]
+    shapes += [(5000,), (60, 90), (3, 140_000), (60, 90)]  # some twice, and one thrice
     latents = [*(torch.randn(shape) for shape in shapes), torch.randn(90, 70).t()]
     for granularity in (pf.per_tensor(), pf.per_channel()):
         link = LINKS[kind](pf.lsbq(2), granularity=granularity)
@@ -254,13 +256,30 @@ def test_one_program_serves_every_step_shape_and_learning_rate(split: str) -> No
         state = state._replace(lr_sum=state.lr_sum + step)
         both(fast, link, state, jobs)
 
-    run(3, [(64, 96), (50, 100), (1, 5000)])
+    run(3, [(64, 96), (50, 100), (1, 5000), (50, 100), (1, 5000), (1, 6000)])
     others = [(64, 96), (33, 777), (128, 65), (7, 5001), (1, 4999), (2, 6000), (3, 5000)]
+    others += [(1, 7000), (33, 777), (1, 7000), (3, 5000), (33, 777)]
     if split == "grouped":  # a program for each length of rows
         others = [(64, 96), (62, 96), (600, 96), (1600, 100), (50, 100), (1, 4999), (1, 6000)]
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in (4, 5, 8):
             run(step, others)
+
+
+def test_parameters_are_mapped_in_twos() -> None:
+    """Of one shape and dtype, and each once."""
+    shapes = [(4, 6), (5, 6), (4, 6), (4, 6), (6, 4), (5, 6), (4, 6), (4, 6)]
+    wholes = [
+        passes._Part(torch.empty(shape), torch.empty(shape[0], 2), torch.empty(shape))
+        for shape in shapes
+    ]
+    wholes.append(wholes[0]._replace(levels=torch.empty(4, 3)))
+    wholes.append(wholes[0]._replace(weight=torch.empty(4, 6, dtype=torch.bfloat16)))
+    pairs = passes._pairs(wholes)
+    places = {id(whole): i for i, whole in enumerate(wholes)}
+    assert [[places[id(part)] for part in pair] for pair in pairs] == [
+        *([0, 2], [1, 5], [3, 6], [4], [7], [8], [9])
+    ]
 
 
 @pytest.mark.parametrize("split", [passes._halved, passes._grouped])
@@ -290,11 +309,13 @@ def test_parts_and_what_is_left_are_the_whole(split, monkeypatch) -> None:
 
 @pytest.mark.parametrize("kind", ["hard", "parq", "soft", "binary_relax", "proxquant"])
 @pytest.mark.parametrize("granularity", [pf.per_tensor(), pf.per_channel()])
-def test_a_program_maps_both_halves_in_one_loop(kind: str, granularity, monkeypatch) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_program_maps_two_in_one_loop(kind: str, granularity, count: int, monkeypatch) -> None:
+    """Both halves of a parameter, or two parameters."""
     monkeypatch.setattr(passes, "_LARGE", 2)
     torch.manual_seed(0)
     link = LINKS[kind](pf.lsbq(2), granularity=granularity)
-    jobs = jobs_of(link, [torch.randn(64, 96)], torch.float32)
+    jobs = jobs_of(link, [torch.randn(64, 96) for _ in range(count)], torch.float32)
     with fresh_cache():
         _, sources = run_and_get_code(Pass(compile=True), link, state_at(link, 6), jobs)
     loops = sum(source.count("for(int64_t x0=") for source in sources)
