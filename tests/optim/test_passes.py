@@ -13,8 +13,9 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import parq_fn as pf
-from parq_fn.optim import passes
+from parq_fn.optim import passes, programs
 from parq_fn.optim.passes import Job, Pass, plain, refit
+from parq_fn.optim.rows import Rows
 from parq_fn.prox import Prox, ProxState
 
 SPAN: dict[str, Any] = {"anneal_start": 2, "anneal_end": 10}
@@ -223,11 +224,11 @@ def test_many_small_parameters_take_the_operations_of_one() -> None:
 @pytest.fixture(params=["halved", "grouped", "whole"])
 def split(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """How what is large is split before it is mapped, whatever its size and device."""
-    monkeypatch.setattr(passes, "_LARGE", 1 << 20 if request.param == "whole" else 2)
+    monkeypatch.setattr(programs, "_LARGE", 1 << 20 if request.param == "whole" else 2)
     if request.param == "grouped":
-        monkeypatch.setattr(passes, "_GROUP", 1 << 6)
-        monkeypatch.setattr(passes, "_split", passes._grouped)
-        monkeypatch.setattr(passes, "_pairs", lambda wholes: [[whole] for whole in wholes])
+        monkeypatch.setattr(programs, "_GROUP", 1 << 6)
+        monkeypatch.setattr(programs, "_split", programs._grouped)
+        monkeypatch.setattr(programs, "_pairs", lambda wholes: [[whole] for whole in wholes])
     return str(request.param)
 
 
@@ -270,32 +271,31 @@ def test_parameters_are_mapped_in_twos() -> None:
     """Of one shape and dtype, and each once."""
     shapes = [(4, 6), (5, 6), (4, 6), (4, 6), (6, 4), (5, 6), (4, 6), (4, 6)]
     wholes = [
-        passes._Part(torch.empty(shape), torch.empty(shape[0], 2), torch.empty(shape))
-        for shape in shapes
+        Rows(torch.empty(shape), torch.empty(shape[0], 2), torch.empty(shape)) for shape in shapes
     ]
     wholes.append(wholes[0]._replace(levels=torch.empty(4, 3)))
     wholes.append(wholes[0]._replace(weight=torch.empty(4, 6, dtype=torch.bfloat16)))
-    pairs = passes._pairs(wholes)
+    pairs = programs._pairs(wholes)
     places = {id(whole): i for i, whole in enumerate(wholes)}
     assert [[places[id(part)] for part in pair] for pair in pairs] == [
         *([0, 2], [1, 5], [3, 6], [4], [7], [8], [9])
     ]
 
 
-@pytest.mark.parametrize("split", [passes._halved, passes._grouped])
+@pytest.mark.parametrize("split", [programs._halved, programs._grouped])
 def test_parts_and_what_is_left_are_the_whole(split, monkeypatch) -> None:
-    monkeypatch.setattr(passes, "_GROUP", 4)
+    monkeypatch.setattr(programs, "_GROUP", 4)
     for r, n in [(1, 2), (1, 7), (1, 8), (2, 3), (3, 1), (5, 4), (8, 2), (9, 2), (7, 3), (5, 6)]:
         latent = torch.arange(r * n).view(r, n)
         levels = torch.arange(2 * r).view(r, 2)
         for bound in (None, levels[:, :1]):
-            whole = passes._Part(latent, levels, torch.full_like(latent, -1), bound)
+            whole = Rows(latent, levels, torch.full_like(latent, -1), bound)
             parts, rest = split(whole)
             assert len({part.latent.shape for part in parts}) <= 1
             if parts[0].latent.dim() > 2:
                 (groups,) = parts
                 assert groups.latent[0].numel() % 4 == 0
-                parts = [passes._Part._make(x if x is None else passes._flat(x) for x in groups)]
+                parts = [Rows._make(x if x is None else programs._flat(x) for x in groups)]
             for part in [*parts, *([] if rest is None else [rest])]:
                 assert part.latent.numel()
                 assert (part.weight == -1).all()  # written to by no part before
@@ -312,7 +312,7 @@ def test_parts_and_what_is_left_are_the_whole(split, monkeypatch) -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_program_maps_two_in_one_loop(kind: str, granularity, count: int, monkeypatch) -> None:
     """Both halves of a parameter, or two parameters."""
-    monkeypatch.setattr(passes, "_LARGE", 2)
+    monkeypatch.setattr(programs, "_LARGE", 2)
     torch.manual_seed(0)
     link = LINKS[kind](pf.lsbq(2), granularity=granularity)
     jobs = jobs_of(link, [torch.randn(64, 96) for _ in range(count)], torch.float32)
@@ -368,7 +368,7 @@ def test_parameters_of_any_rank_take_one_program() -> None:
 @pytest.mark.parametrize("kind", ["hard", "parq", "soft", "binary_relax", "proxquant", "custom"])
 def test_on_a_gpu_weights_are_those_on_a_cpu(kind: str, monkeypatch) -> None:
     """Bit for bit, eager and compiled: of the same latents and levels."""
-    monkeypatch.setattr(passes, "_LARGE", 1 << 13)
+    monkeypatch.setattr(programs, "_LARGE", 1 << 13)
     torch.manual_seed(0)
     shapes = [(70, 576), (60, 90), (50_000,), (8, 8), (63,)]
     latents = [*(torch.randn(shape) for shape in shapes), torch.randn(90, 700).t()]
@@ -442,6 +442,6 @@ def test_a_map_of_ones_own_sees_whole_rows(map_, compiled: bool) -> None:
 def test_no_piece_is_empty() -> None:
     for shape in [(1, 1024), (1, 2048), (2, 1 << 18), (1, 1025), (3, 7)]:
         tensors = torch.ones(shape), torch.ones(shape[0], 2), torch.ones(shape)
-        pieces = list(passes._pieces(passes._Part(*tensors)))
+        pieces = list(passes._pieces(Rows(*tensors)))
         assert all(piece.latent.numel() for piece in pieces)
         assert sum(piece.latent.numel() for piece in pieces) == tensors[0].numel()

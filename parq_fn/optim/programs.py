@@ -1,0 +1,232 @@
+"""Compiled programs of the prox pass, each one loop that reads latents and writes weights.
+
+A program is made for a map, a number of levels and dtypes, and serves rows of any number and
+length, but for very large parameters on a GPU, where it serves one length; steps, learning rates
+and coefficients are tensors to it.
+
+On a CPU a loop maps two parameters of one shape, or both halves of a very large one, for what is
+read from memory in two places is waited for less long. On a GPU the compiler is told the length of
+rows, and by how much their number can be divided.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parq_fn.formulas import Formula
+from parq_fn.levels import MANY, bounds
+from parq_fn.optim.rows import Map, Maps, Rows, in_columns, in_rows, write
+
+_LONG = 1 << 10  # of a row from which on its bounds are computed once, not for every weight
+_LARGE = 1 << 20  # of a latent from which on a program is told more of its shape
+_GROUP = 1 << 12  # of whose multiples a loop on a GPU needs no mask
+_REST = 1 << 17  # elements left over that are mapped without a program
+
+
+class Programs:
+    """What writes the weights of rows; programs are kept from call to call."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, Callable[..., None]] = {}
+
+    def __call__(self, maps: Maps, wholes: list[Rows]) -> None:
+        calls, left = _calls(_with_bounds(maps, wholes), cut=maps.link.elementwise)
+        # All are made before the first is run. In turns, each kind of work would find its own code
+        # gone from the processor's cache, and take twice as long.
+        hows = [maps.of(parts[0]) for parts in calls]
+        programs = [self._program(how, parts) for how, parts in zip(hows, calls, strict=True)]
+        for program, parts, how in zip(programs, calls, hows, strict=True):
+            program(parts, how.scalars, how.divisor)
+        for part in left:
+            maps.of(part).write(part)
+
+    def _program(self, how: Map, parts: list[Rows]) -> Callable[..., None]:
+        formula = how.formula
+        latent, levels, weight, bound = parts[0]
+        k, device = levels.shape[-1], latent.device.type
+        dtypes = latent.dtype, levels.dtype, weight.dtype
+        grouped = latent.dim() > 2
+        shape = latent.shape[1:] if grouped else tuple(size in (1, k) for size in latent.shape)
+        kind = len(parts), shape, k, dtypes, device, bound is None, how.divisor is None
+        key = _identity(formula.weight), kind
+        if key not in self._found:
+            cells_from = formula.cells_from
+            if cells_from is None and bound is None:
+                cells_from = MANY  # from there on a cell is searched for the nearest level, too
+            narrow = cells_from is not None and k >= cells_from
+            options = _options(device, two=len(parts) > 1, narrow=narrow)
+            self._found[key] = _compiled(formula, options)
+        return self._found[key]
+
+
+def _with_bounds(maps: Maps, wholes: list[Rows]) -> list[Rows]:
+    """The same, with their bounds where a program would compute them for every weight; those of
+    all together, for one at a time they cost as much as a call of a program."""
+    found: dict[Any, dict[int, Tensor]] = {}
+    for i, whole in enumerate(wholes):
+        formula, *_, dtype = maps.of(whole)
+        long = whole.latent.shape[1] >= _LONG and whole.latent.device.type == "cpu"
+        if formula.prepared and formula.cells_from is None and long:  # a GPU has time for them
+            found.setdefault((dtype, whole.kind), {})[i] = whole.levels
+    wholes = list(wholes)
+    for (dtype, _), levels in found.items():
+        bound = bounds(torch.cat([*levels.values()]).to(dtype))
+        own = torch.split(bound, [len(rows) for rows in levels.values()])
+        for i, part in zip(levels, own, strict=True):
+            wholes[i] = wholes[i]._replace(bound=part)
+    return wholes
+
+
+def _calls(wholes: list[Rows], *, cut: bool) -> tuple[list[list[Rows]], list[Rows]]:
+    """What programs are called with, parts of one shape each, and what is too small for a program.
+
+    cut: whether a row may be.
+    """
+    calls, left = [], []
+    todo = _pairs(wholes)
+    while todo:
+        parts, rest = todo.pop(), None
+        if cut and len(parts) == 1 and parts[0].latent.numel() >= _LARGE:
+            parts, rest = _split(*parts)
+        calls.append([_by_itself(part) for part in parts])
+        if rest is not None:
+            small = rest.latent.numel() <= _REST  # a row or an element
+            left.append(rest) if small else todo.append([rest])
+    return calls, left
+
+
+def _pairs(wholes: list[Rows]) -> list[list[Rows]]:
+    """Twos of one shape on a CPU, as far as there are, and the others alone."""
+    pairs: list[list[Rows]] = []
+    alone: dict[Any, list[Rows]] = {}
+    for whole in wholes:
+        key = whole.kind, whole.latent.shape
+        if key in alone:
+            alone.pop(key).append(whole)
+            continue
+        pairs.append([whole])
+        if whole.latent.device.type == "cpu":
+            alone[key] = pairs[-1]
+    return pairs
+
+
+def _split(whole: Rows) -> tuple[list[Rows], Rows | None]:
+    """Parts of a large one of which a compiler makes a faster loop, and what they leave."""
+    return _halved(whole) if whole.latent.device.type == "cpu" else _grouped(whole)
+
+
+def _halved(whole: Rows) -> tuple[list[Rows], Rows | None]:
+    """Two parts of one shape, of half of the rows or half of the only row each, and the row or
+    element that is left over, if any. Of two elements or more."""
+    r, n = whole.latent.shape
+    rest = None
+    if r == 1:
+        half = n // 2
+        if n % 2:
+            rest = in_columns(whole, slice(n - 1, n))
+            whole = in_columns(whole, slice(0, n - 1))
+        # levels of their own memory, as those of two rows are: else a program of its own
+        whole = Rows(
+            whole.latent.view(2, half),
+            whole.levels.repeat(2, 1),
+            whole.weight.view(2, half),
+            None if whole.bound is None else whole.bound.repeat(2, 1),
+        )
+    elif r % 2:
+        whole, rest = in_rows(whole, slice(0, r - 1)), in_rows(whole, slice(r - 1, r))
+    halves = zip(*([x, x] if x is None else x.chunk(2) for x in whole), strict=True)
+    return [Rows._make(half) for half in halves], rest
+
+
+def _grouped(whole: Rows) -> tuple[list[Rows], Rows | None]:
+    """Groups [m, g, n] of rows, of a multiple of _GROUP elements each, and what is left over, if
+    anything; the whole, where there is no group.
+
+    A compiler is to know g and n. An element's row is then its place over a number, and what
+    neighbours have in common, levels and whether they lie in the tensor, is read once for them.
+    """
+    r, n = whole.latent.shape
+    g = 1 if r == 1 else _GROUP // math.gcd(n, _GROUP)
+    if r < g or r * n < _GROUP:
+        return [whole], None
+    rest = None
+    if r == 1:
+        r, n = n // _GROUP, _GROUP
+        if whole.latent.numel() % _GROUP:
+            rest = in_columns(whole, slice(r * n, None))
+            whole = in_columns(whole, slice(0, r * n))
+        whole = Rows(
+            whole.latent.view(r, n),
+            whole.levels.expand(r, -1),
+            whole.weight.view(r, n),
+            None if whole.bound is None else whole.bound.expand(r, -1),
+        )
+    elif r % g:
+        used = r // g * g
+        whole, rest = in_rows(whole, slice(0, used)), in_rows(whole, slice(used, r))
+    groups = (x if x is None else x.view(r // g, g, x.shape[1]) for x in whole)
+    return [Rows._make(groups)], rest
+
+
+def _by_itself(part: Rows) -> Rows:
+    """The part as a compiler is to see it: without what it is a view of, for each kind of which it
+    would make a program, and stop at eight; with known sizes of groups."""
+    found = Rows._make(x if x is None else x.detach() for x in part)
+    for x in found:
+        if x is not None and x.dim() > 2:
+            torch._dynamo.mark_static(x, [1, 2])
+    return found
+
+
+def _flat(groups: Tensor) -> Tensor:
+    """[m, g, n] as [m g, n], a view."""
+    m, g, n = groups.shape
+    return groups.view(m * g, n)
+
+
+def _compiled(formula: Formula, options: dict[str, Any]) -> Callable[..., None]:
+    """A program that writes the weights of one part, or of two of one shape."""
+
+    def run(parts: list[Rows], scalars: tuple[Tensor, ...], divisor: Tensor | None) -> None:
+        for part in parts:
+            assert part.latent.shape == parts[0].latent.shape  # known to a compiler: one loop
+            if part.latent.dim() > 2:
+                part = Rows._make(x if x is None else _flat(x) for x in part)
+            write(formula, part, scalars, divisor)
+
+    # a code object of its own, for a compiler counts the programs of each and stops at eight
+    own: Any = FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
+    program: Callable[..., None] = torch.compile(own, fullgraph=True, dynamic=True, options=options)
+    return program
+
+
+def _options(device: str, *, two: bool, narrow: bool) -> dict[str, Any]:
+    """Of a compiler, for a device's type. two: parts are mapped at a time; narrow: where a search
+    comes before a calculation."""
+    if device != "cpu":
+        # each operation rounded by itself, quotients too, and subnormal numbers kept
+        return {
+            "emulate_precision_casts": True,
+            "eager_numerics.division_rounding": True,
+            "eager_numerics.disable_ftz": True,
+        }
+    options: dict[str, Any] = {}
+    if two:  # one loop, though they share no memory
+        options |= {"aggressive_fusion": True, "score_fusion_memory_threshold": 0}
+    if narrow and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        # With vectors of 512 bits a comparison becomes a vector in a register that some processors
+        # wait for, so that the whole way of one weight is gone before the next one's begins.
+        options["cpp.simdlen"] = 256
+    return options
+
+
+def _identity(weight: Any) -> Any:
+    """A key for a map, which its program keeps alive; of a link's method, for that link."""
+    owner = getattr(weight, "__self__", None)
+    return id(weight) if owner is None else (id(weight.__func__), id(owner))

@@ -1,0 +1,83 @@
+"""Rows of parameters and what maps them, in every form of the prox pass."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from parq_fn.formulas import Formula
+from parq_fn.levels import prepare
+from parq_fn.prox import Prox, ProxState, shrunk
+from parq_fn.scalar import to_device
+
+
+class Rows(NamedTuple):
+    """Rows that are mapped at once, or m groups of g rows each: [m, g, ...] for [r, ...]."""
+
+    latent: Tensor  # [r, n]
+    levels: Tensor  # [r, k]
+    weight: Tensor  # [r, n]
+    bound: Tensor | None = None  # `levels.bounds(levels)`, [r, k - 1]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What rows that are mapped together have in common."""
+        tensors = self.latent, self.levels, self.weight
+        return self.latent.device, self.levels.shape[1], *(t.dtype for t in tensors)
+
+
+class Map(NamedTuple):
+    """What maps the rows of one latent's and levels' dtypes, on one device."""
+
+    formula: Formula
+    scalars: tuple[Tensor, ...]  # [] each, what `formula.weight` takes
+    divisor: Tensor | None  # []
+    dtype: torch.dtype  # that is computed in
+
+    def write(self, rows: Rows) -> None:
+        """The rows' weights, from their latents and levels."""
+        write(self.formula, rows, self.scalars, self.divisor)
+
+
+class Maps:
+    """The `Map`s of a link at a state, each made once."""
+
+    def __init__(self, link: Prox, state: ProxState):
+        self.link = link
+        self._state = state
+        self._found: dict[Any, Map] = {}
+
+    def of(self, rows: Rows) -> Map:
+        latent, levels, *_ = rows
+        key = latent.dtype, levels.dtype, latent.device
+        if key not in self._found:
+            dtype = torch.promote_types(torch.promote_types(*key[:2]), torch.float32)
+            coefficient = self._state.slope
+            formula = self.link.formula(float(coefficient.to(dtype)))
+            if formula.prepared:
+                coefficient = to_device(coefficient, latent).to(dtype)
+            divisor = self.link.divisor(self._state)
+            self._found[key] = Map(formula, formula.scalars(coefficient), divisor, dtype)
+        return self._found[key]
+
+
+def write(
+    formula: Formula, rows: Rows, scalars: tuple[Tensor, ...], divisor: Tensor | None
+) -> None:
+    """`Map.write`, of what a compiler is given and of what it is not."""
+    u, levels = shrunk(rows.latent, divisor), rows.levels
+    if formula.prepared:
+        u, levels = prepare(u, levels)
+    rows.weight.copy_(formula.weight(u, levels, rows.bound, *scalars))
+
+
+def in_rows(rows: Rows, s: slice) -> Rows:
+    """Some of the rows."""
+    return Rows._make(x if x is None else x[s] for x in rows)
+
+
+def in_columns(rows: Rows, s: slice) -> Rows:
+    """A part of each of the rows."""
+    return rows._replace(latent=rows.latent[:, s], weight=rows.weight[:, s])
