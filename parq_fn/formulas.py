@@ -2,9 +2,9 @@
 
 At the ends of the annealing a map is `CLIP` or `HARD`, in between a shorter formula than one that
 has to serve all coefficients; where a coefficient cannot be read (batched, differentiated, on a
-device) that one is taken. All give the same weights, bit for bit. What is computed once for all
-weights is apart from what is computed for each, which goes through memory and is what a compiler
-is given.
+device) that one is taken. All give the same weights, bit for bit but for the sign of a zero. What
+is computed once for all weights is apart from what is computed for each, which goes through memory
+and is what a compiler is given.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def closest(x: Tensor, levels: Tensor, bound: Tensor | None = None) -> Tensor:
 
 def _highest_reached(x: Tensor, levels: Tensor, bound: Tensor) -> Tensor:
     """`closest` of two levels or more: the largest of q_1 and the q_{i+1} whose bound is below x.
-    In memory of its own, in place."""
+    In memory of its own, in place. Of levels 0.0 and -0.0 in one row it may be either."""
     level = levels[..., :1]
     for i in range(bound.shape[-1]):
         above = torch.gt(x, bound[..., i : i + 1], out=torch.empty_like(x))  # 1 or 0
