@@ -622,3 +622,35 @@ def test_fits_are_traced_with_symbols_for_sizes(quantizer) -> None:
     traced = trace(torch.randn(2, 30, generator=torch.Generator().manual_seed(0)))
     other = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(traced(other), quantizer.fit(other))
+
+
+@given(st.integers(0, 300), st.sampled_from([1, 7, 64, 1000, 4097]), st.integers(0, 2**20))
+def test_sums_of_a_stated_order(n: int, longer: int, seed: int) -> None:
+    """As on a GPU: exact to rounding, and a row's whatever the rows beside it."""
+    n *= longer if n < 30 else 1
+    x = torch.randn(3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    near = {"rtol": 0, "atol": 1e-15 * (1 + n)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_rows, "_own_order", lambda _: False)
+        total, running = _rows.summed(x), _rows.running_sums(x)
+        alone = [(_rows.summed(row), _rows.running_sums(row)) for row in x]
+        batched = torch.vmap(_rows.summed)(x), torch.vmap(_rows.running_sums)(x)
+    exact = torch.tensor([math.fsum(row.tolist()) for row in x], dtype=torch.float64)
+    torch.testing.assert_close(total, exact, **near)
+    torch.testing.assert_close(running, x.cumsum(-1), **near)
+    for found in (zip(*alone, strict=True), batched):
+        sums, sums_up_to = found
+        assert torch.equal(torch.stack(list(sums)), total)
+        assert torch.equal(torch.stack(list(sums_up_to)), running)
+
+
+@every
+def test_levels_by_sums_of_a_stated_order(quantizer, monkeypatch) -> None:
+    """As on a GPU: those of torch's sums, to rounding, and of any rows and derivatives."""
+    x = torch.randn(5, 1500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wanted = quantizer.fit(x)
+    slope = torch.func.grad(lambda x: quantizer.fit(x).square().sum())(x)
+    monkeypatch.setattr(_rows, "_own_order", lambda _: False)
+    torch.testing.assert_close(quantizer.fit(x), wanted, rtol=1e-12, atol=1e-12)
+    found = torch.func.grad(lambda x: quantizer.fit(x).square().sum())(x)
+    torch.testing.assert_close(found, slope, rtol=1e-10, atol=1e-12)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from parq_fn.granularity import Granularity, per_channel
 from parq_fn.optim.programs import Programs
@@ -30,8 +31,9 @@ from parq_fn.sharded import gathered
 
 _PIECE = 1 << 17  # elements that are mapped at a time
 _WIDTH = 1 << 10  # of the rows that a long row is cut into
-_SMALL = 1 << 12  # elements of a parameter that is mapped with others
-_TOGETHER = 1 << 16  # elements of those mapped at once
+_SMALL = 1 << 12  # elements of a parameter that is fitted or mapped with others
+_TOGETHER = 1 << 16  # elements of those fitted or mapped at once
+_SMALL_THERE, _TOGETHER_THERE = 1 << 22, 1 << 24  # fitted, where operations take longer to start
 
 
 class Job(NamedTuple):
@@ -57,14 +59,18 @@ def refit(
     found: dict[int, Tensor] = {}
     small: dict[Any, dict[int, Tensor]] = {}
     for i, (latent, old) in enumerate(zip(latents, levels, strict=True)):
-        if 0 < latent.numel() <= _SMALL:
+        # what is sharded is gathered, for which there may be no room but one by one
+        there = not (_on_cpu(latent) or isinstance(latent, DTensor))
+        if 0 < latent.numel() <= (_SMALL_THERE if there else _SMALL):
             rows = link.granularity.rows(gathered(latent))
             small.setdefault((rows.shape[1], rows.dtype, old.dtype, old.device), {})[i] = rows
         else:
             found[i] = link.refit(state._replace(levels=[old]), [latent]).levels[0]
     of_rows = dataclasses.replace(link, granularity=per_channel())
     for together in small.values():
-        for chunk in chunks({i: rows.numel() for i, rows in together.items()}, _TOGETHER):
+        sizes = {i: rows.numel() for i, rows in together.items()}
+        most = _TOGETHER if _on_cpu(next(iter(together.values()))) else _TOGETHER_THERE
+        for chunk in chunks(sizes, most):
             own = state._replace(levels=[torch.cat([levels[i] for i in chunk])])
             new = of_rows.refit(own, [torch.cat([together[i] for i in chunk])]).levels[0]
             parts = torch.split(new, [len(together[i]) for i in chunk])
@@ -136,6 +142,10 @@ class Pass:
                 how.write(piece)
 
 
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def _rows_of(job: Job, *, contiguous: bool) -> Rows:
     """A job's rows, which share the memory of its weight, or are to be copied back to it.
 
@@ -161,7 +171,7 @@ def _pieces(whole: Rows) -> Iterator[Rows]:
     """Pieces of rows that fit into a processor's cache."""
     latent, levels, weight, _ = whole
     r, n = latent.shape
-    if latent.device.type != "cpu" or r * n <= _WIDTH:
+    if not _on_cpu(latent) or r * n <= _WIDTH:
         yield whole
     elif r == 1 or n > _PIECE:
         end = n // _WIDTH * _WIDTH

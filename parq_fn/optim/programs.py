@@ -5,8 +5,9 @@ length, but for very large parameters on a GPU, where it serves one length; step
 and coefficients are tensors to it.
 
 On a CPU a loop maps two parameters of one shape, or both halves of a very large one, for what is
-read from memory in two places is waited for less long. On a GPU the compiler is told the length of
-rows, and by how much their number can be divided.
+read from memory in two places is waited for less long. On a GPU a program maps up to eight of one
+shape, for it takes longer to call than most parameters to map; and the compiler is told the length
+of rows, and by how much their number can be divided.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _LONG = 1 << 10  # of a row from which on its bounds are computed once, not for 
 _LARGE = 1 << 20  # of a latent from which on a program is told more of its shape
 _GROUP = 1 << 12  # of whose multiples a loop on a GPU needs no mask
 _REST = 1 << 17  # elements left over that are mapped without a program
+_AT_ONCE = 8  # parameters that a program on a GPU maps
 
 
 class Programs:
@@ -71,7 +73,7 @@ def _with_bounds(maps: Maps, wholes: list[Rows]) -> list[Rows]:
     found: dict[Any, dict[int, Tensor]] = {}
     for i, whole in enumerate(wholes):
         formula, *_, dtype = maps.of(whole)
-        long = whole.latent.shape[1] >= _LONG and whole.latent.device.type == "cpu"
+        long = whole.latent.shape[1] >= _LONG and _on_cpu(whole)
         if formula.prepared and formula.cells_from is None and long:  # a GPU has time for them
             found.setdefault((dtype, whole.kind), {})[i] = whole.levels
     wholes = list(wholes)
@@ -89,36 +91,48 @@ def _calls(wholes: list[Rows], *, cut: bool) -> tuple[list[list[Rows]], list[Row
     cut: whether a row may be.
     """
     calls, left = [], []
-    todo = _pairs(wholes)
+    todo = _alike(wholes)
     while todo:
-        parts, rest = todo.pop(), None
-        if cut and len(parts) == 1 and parts[0].latent.numel() >= _LARGE:
-            parts, rest = _split(*parts)
+        parts, rests = todo.pop(), list[Rows]()
+        if cut and parts[0].latent.numel() >= _LARGE:
+            parts, rests = _split(parts)
         calls.append([_by_itself(part) for part in parts])
-        if rest is not None:
-            small = rest.latent.numel() <= _REST  # a row or an element
-            left.append(rest) if small else todo.append([rest])
+        if rests:
+            small = rests[0].latent.numel() <= _REST  # a row or an element
+            left.extend(rests) if small else todo.append(rests)
     return calls, left
 
 
-def _pairs(wholes: list[Rows]) -> list[list[Rows]]:
-    """Twos of one shape on a CPU, as far as there are, and the others alone."""
-    pairs: list[list[Rows]] = []
-    alone: dict[Any, list[Rows]] = {}
-    for whole in wholes:
-        key = whole.kind, whole.latent.shape
-        if key in alone:
-            alone.pop(key).append(whole)
-            continue
-        pairs.append([whole])
-        if whole.latent.device.type == "cpu":
-            alone[key] = pairs[-1]
-    return pairs
+def _on_cpu(rows: Rows) -> bool:
+    return rows.latent.device.type == "cpu"
 
 
-def _split(whole: Rows) -> tuple[list[Rows], Rows | None]:
-    """Parts of a large one of which a compiler makes a faster loop, and what they leave."""
-    return _halved(whole) if whole.latent.device.type == "cpu" else _grouped(whole)
+def _alike(wholes: list[Rows]) -> list[list[Rows]]:
+    """Those of one shape in twos, on a GPU in fours and eights too, as far as there are; the others
+    alone."""
+    found: dict[Any, list[int]] = {}
+    for i, whole in enumerate(wholes):
+        found.setdefault((whole.kind, whole.latent.shape), []).append(i)
+    runs = []
+    for places in found.values():
+        most = 2 if _on_cpu(wholes[places[0]]) else _AT_ONCE
+        while places:
+            size = min(most, 1 << (len(places).bit_length() - 1))  # a program for each size
+            runs.append(places[:size])
+            places = places[size:]
+    return [[wholes[i] for i in run] for run in sorted(runs)]
+
+
+def _split(parts: list[Rows]) -> tuple[list[Rows], list[Rows]]:
+    """Parts of large ones of which a compiler makes a faster loop, and what they leave."""
+    if _on_cpu(parts[0]):
+        if len(parts) > 1:
+            return parts, []
+        splits = [_halved(*parts)]
+    else:
+        splits = [_grouped(part) for part in parts]
+    own = [part for found, _ in splits for part in found]
+    return own, [rest for _, rest in splits if rest is not None]
 
 
 def _halved(whole: Rows) -> tuple[list[Rows], Rows | None]:
@@ -191,7 +205,7 @@ def _flat(groups: Tensor) -> Tensor:
 
 
 def _compiled(formula: Formula, options: dict[str, Any]) -> Callable[..., None]:
-    """A program that writes the weights of one part, or of two of one shape."""
+    """A program that writes the weights of one part, or of some of one shape."""
 
     def run(parts: list[Rows], scalars: tuple[Tensor, ...], divisor: Tensor | None) -> None:
         for part in parts:

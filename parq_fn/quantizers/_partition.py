@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parq_fn.quantizers._rows import in_order, run_sums, total
+from parq_fn.quantizers._rows import in_order, run_sums, running_sums, summed, total
 
 _CHUNK = 1 << 17  # sorted values per chunk: amortises the calls, stays near the cache
 _DOUBLES = 1 << 25  # 256 MB of float64, the bound on one chunk's temporaries
@@ -83,7 +83,7 @@ def _prefix(values: Tensor, run: int) -> _Prefix:
     median = values[:, n // 2 : n // 2 + 1].double()
     sums, squares = (run_sums(values, run, part, median) for part in (_value, _square))
     steps = torch.stack((torch.full_like(sums, run), sums, squares), 1)
-    table = torch.nn.functional.pad(steps.cumsum(2), (1, 0))
+    table = torch.nn.functional.pad(running_sums(steps), (1, 0))
     return _Prefix(values, median, table, run)
 
 
@@ -106,7 +106,7 @@ def _at(prefix: _Prefix, index: Tensor) -> Tensor:
     taken = values.gather(1, begun.flatten(1).clamp(max=values.shape[1] - 1)).view_as(begun)
     inside = begun < index.unsqueeze(2)
     y = torch.where(inside, _value(taken, median.unsqueeze(2)), 0.0)
-    rest = torch.stack([part.sum(2) for part in (inside.double(), y, y * y)], 1)
+    rest = torch.stack([summed(part) for part in (inside.double(), y, y * y)], 1)
     return _pick(table, whole) + rest
 
 
@@ -238,14 +238,14 @@ def _candidate_cuts(values: Tensor, m: int, run: int = 1) -> Tensor:
     for _ in range(2):
         cap = total(share, torch.minimum, cap.to(share.dtype)) / m
     cap = cap.to(share.dtype)
-    sums = run_sums(share, run, torch.minimum, cap).cumsum(1)
+    sums = running_sums(run_sums(share, run, torch.minimum, cap))
     whole = total(share, torch.minimum, cap)
     step = whole * (torch.arange(1, m, device=values.device, dtype=torch.float64) / m)
     cuts = torch.searchsorted(sums, step)  # runs that lie before the step
     if run > 1:
         begun = (cuts * run).unsqueeze(2) + torch.arange(run, device=values.device)
         within = share.gather(1, begun.flatten(1).clamp(max=n - 2)).view_as(begun)
-        within = torch.minimum(within, cap.unsqueeze(2)).double().cumsum(2)
+        within = running_sums(torch.minimum(within, cap.unsqueeze(2)).double())
         before = torch.nn.functional.pad(sums, (1, 0)).gather(1, cuts)
         cuts = cuts * run + (within < (step - before).unsqueeze(2)).sum(2)
     cuts = cuts.clamp(max=n - 2) + 1
@@ -270,4 +270,4 @@ def _polish(values: Tensor, prefix: _Prefix, cuts: Tensor) -> Tensor:
 
 def _total(prefix: _Prefix, cuts: Tensor) -> Tensor:
     ends = _at(prefix, cuts)
-    return _spread(ends[:, :, 1:], ends[:, :, :-1]).cumsum(1)[:, -1:]  # sum's order may vary
+    return running_sums(_spread(ends[:, :, 1:], ends[:, :, :-1]))[:, -1:]  # sum's order may vary

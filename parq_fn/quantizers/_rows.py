@@ -23,6 +23,7 @@ Elementwise = Callable[..., Tensor]
 _PIECE = 1 << 18  # elements of a piece
 _PIECE_THERE = 1 << 24  # on a device that has no such cache, but not memory without end
 _RUN = 1024  # elements that are summed in the dtype of the rows, before sums go on in float64
+_SCANNED = 64  # elements whose running sums are taken at once
 
 
 def pieces(x: Tensor, dim: int) -> tuple[Tensor, ...]:
@@ -44,19 +45,66 @@ def of_pieces(x: Tensor, dim: int, f: Elementwise, *of_row: Tensor) -> Iterator[
         yield f(piece, *of_row, out=room)
 
 
+def _own_order(x: Tensor) -> bool:
+    """Whether torch's sums over x are to be taken: those of a GPU part a row by how many rows there
+    are, and then a row's levels would hang on what it is fitted with. A compiler's do as they do.
+    """
+    return x.device.type == "cpu" or torch.compiler.is_compiling()
+
+
+def summed(x: Tensor) -> Tensor:
+    """[..., n] -> [...]: the sum of each row, in an order that hangs on n alone."""
+    if _own_order(x):
+        return x.sum(-1)
+    n = x.shape[-1]
+    size = 1 << (n - 1).bit_length() if n else 1
+    if size > n:
+        x = torch.nn.functional.pad(x, (0, size - n))
+    while size > 1:
+        size >>= 1
+        x = x[..., :size] + x[..., size:]
+    return x.squeeze(-1)
+
+
+def running_sums(x: Tensor) -> Tensor:
+    """[..., n] -> [..., n]: the sum of each row up to each element, in an order that hangs on n
+    alone."""
+    if _own_order(x):
+        return x.cumsum(-1)
+    n = x.shape[-1]
+    if n > _SCANNED:
+        runs = torch.nn.functional.pad(x, (0, -n % _SCANNED))
+        within = running_sums(runs.reshape(*x.shape[:-1], -1, _SCANNED))
+        before = torch.nn.functional.pad(running_sums(within[..., -1])[..., :-1], (1, 0))
+        return (within + before.unsqueeze(-1)).flatten(-2)[..., :n]
+    step = 1
+    while step < n:  # each is the sum of the last `step` up to it
+        x = torch.cat([x[..., :step], x[..., step:] + x[..., :-step]], -1)
+        step *= 2
+    return x
+
+
 def run_sums(x: Tensor, run: int, f: Elementwise, *of_row: Tensor) -> Tensor:
     """[r, n // run] float64: the sums of f(x, ...) over runs of a row, what is left over aside."""
     count = x.shape[1] // run
     runs = x[:, : count * run].reshape(x.shape[0], count, run)
     own = [t.unsqueeze(-1) for t in of_row]
-    return torch.cat([y.sum(-1).double() for y in of_pieces(runs, 1, f, *own)], 1)
+    return torch.cat([summed(y).double() for y in of_pieces(runs, 1, f, *own)], 1)
 
 
 def total(x: Tensor, f: Elementwise, *of_row: Tensor) -> Tensor:
     """[r, 1] float64: the sum of f(x, ...) over each row, in an order that hangs on n alone."""
     n = x.shape[1]
-    rest = f(x[:, n // _RUN * _RUN :], *of_row).sum(-1, keepdim=True).double()
-    return rest if n < _RUN else rest + run_sums(x, _RUN, f, *of_row).sum(-1, keepdim=True)
+    rest = summed(f(x[:, n // _RUN * _RUN :], *of_row)).double()
+    if n >= _RUN:
+        rest = rest + summed(run_sums(x, _RUN, f, *of_row))
+    return rest.unsqueeze(-1)
+
+
+def itself(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """x, for which no memory is needed."""
+    del out
+    return x
 
 
 def mean(x: Tensor, f: Elementwise, *of_row: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parq_fn.checks import POSITIVE, check_numbers, check_whole
 from parq_fn.levels import between
-from parq_fn.quantizers._rows import in_order, mean, pieces, total
+from parq_fn.quantizers._rows import in_order, mean, pieces, running_sums, summed, total
 from parq_fn.quantizers.base import Quantizer, mirror, with_zero
 from parq_fn.quantizers.uniform import around_mean
 from parq_fn.traits import QuantizerTraits
@@ -166,7 +166,7 @@ def optimal_levels(x: Tensor, bits: int) -> Tensor:
     first, passed = 0, torch.zeros_like(whole)  # j and S_j where a piece begins
     found: tuple[Tensor, ...] = (torch.full_like(whole, -1.0), passed.long(), passed)
     for piece in pieces(data, 1):
-        sums = piece.double().cumsum(-1)
+        sums = running_sums(piece.double())
         below = passed + torch.nn.functional.pad(sums[:, :-1], (1, 0))  # S_j
         j = torch.arange(piece.shape[1], device=x.device) + first
         gain = (whole - below).square() / (n - j)
@@ -206,7 +206,7 @@ def alternate(x: Tensor, start: Tensor, codes: Tensor) -> Tensor:
     Prefix sums of a row give N and S of all levels by k - 1 binary searches.
     """
     data = x.to(torch.float64)
-    prefix = torch.cat([torch.zeros_like(data[..., :1]), data.cumsum(-1)], -1)
+    prefix = torch.cat([torch.zeros_like(data[..., :1]), running_sums(data)], -1)
     ends = torch.zeros_like(data[..., :1], dtype=torch.int64)
     v = [part.unsqueeze(-1) for part in start.to(torch.float64).unbind(-1)]
     table = codes.unbind(-1)
@@ -230,8 +230,8 @@ def alternate(x: Tensor, start: Tensor, codes: Tensor) -> Tensor:
         whole = levels
         for i, s in enumerate(signs):
             others = whole - s * v[i]
-            weight = (s.square() * number).sum(-1, keepdim=True)
-            best = (s * (mass - number * others)).sum(-1, keepdim=True) / weight.clamp(min=1)
+            weight = summed(s.square() * number).unsqueeze(-1)
+            best = summed(s * (mass - number * others)).unsqueeze(-1) / weight.clamp(min=1)
             v[i] = torch.where(weight > 0, best, v[i])
             whole = others + s * v[i]
     return build(v)[0].to(x.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parq_fn.checks import check_whole
-from parq_fn.quantizers._rows import largest, mean_and_largest
+from parq_fn.quantizers._rows import itself, largest, mean, mean_and_largest
 from parq_fn.quantizers.base import Quantizer, with_zero
 from parq_fn.traits import QuantizerTraits
 from parq_fn.value import value
@@ -20,8 +20,8 @@ def around_mean(x: Tensor, center: bool, levels: Callable[[Tensor], Tensor]) -> 
     """levels(x), or with `center` levels(x - mean) + mean, the mean of each row [r, 1]."""
     if not center:
         return levels(x)
-    mean = x.mean(-1, keepdim=True)
-    return levels(x - mean) + mean
+    middle = mean(x, itself)
+    return levels(x - middle) + middle
 
 
 def spaced(x: Tensor, first: float, last: float) -> Tensor:

@@ -19,7 +19,7 @@ from parq_fn.levels import midpoint
 from parq_fn.optim.passes import Job, Pass, plain
 from parq_fn.prox import Prox, ProxState
 from tests.benchmarks import peer
-from tests.benchmarks.measure import finished, interleaved, ratio
+from tests.benchmarks.measure import finished, interleaved, on_device, ratio
 from tests.benchmarks.report import Found, geometric_mean
 from tests.benchmarks.shapes import LISTS, quantized
 
@@ -129,7 +129,7 @@ def against_peer(
     fast = {"eager": Pass(), "compiled": Pass(compile=True)}
     if not compiled:
         del fast["compiled"]
-    found: dict[str, list[float]] = {name: [] for name in fast}
+    found: dict[str, list[float]] = {}
     for network, kind, k, where in chosen:
         link = LINKS[kind](QUANTIZERS[k], granularity=GRANULARITIES[where])
         torch.manual_seed(0)
@@ -152,18 +152,24 @@ def against_peer(
         works: dict[str, Any] = {
             name: partial(one, link, state, jobs) for name, one in fast.items()
         }
-        works = {name: finished(work, device) for name, work in [*works.items(), ("peer", run)]}
-        times = interleaved(works, repeats, before=finished(reset, device))
+        works["peer"] = run
+        done = {name: finished(work, device) for name, work in works.items()}
+        clocks = {"time": interleaved(done, repeats, before=finished(reset, device))}
+        if device != "cpu":
+            clocks["time on the device"] = on_device(works, repeats, reset)
         check(link, state, jobs, fast)
-        for name in fast:
-            value, spread = ratio(times["peer"], times[name])
-            found[name].append(value)
-            case = f"{network}, {kind}, {k} levels, {where}"
-            limit = 1.0 if name == "eager" else None
-            yield Found("peer", case, f"{name}, peer's time over ours", value, spread, limit, False)
-    for name, values in found.items():
-        what = f"{name}, peer's time over ours, geometric mean"
-        yield Found("peer", f"{len(values)} cases", what, geometric_mean(values))
+        for clock, times in clocks.items():
+            for name in fast:
+                value, spread = ratio(times["peer"], times[name])
+                what = f"{name}, peer's {clock} over ours"
+                found.setdefault(what, []).append(value)
+                case = f"{network}, {kind}, {k} levels, {where}"
+                limit = 1.0 if name == "eager" else None
+                yield Found("peer", case, what, value, spread, limit, False)
+    for what, values in found.items():
+        yield Found(
+            "peer", f"{len(values)} cases", f"{what}, geometric mean", geometric_mean(values)
+        )
 
 
 def all_cases(network: str) -> Iterator[Case]:

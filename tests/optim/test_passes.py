@@ -30,6 +30,8 @@ LINKS: dict[str, Any] = {
         q, pf.proxmaps.binary_relax, pf.schedules.linear(0.0, 1.0, 0, 9), **more
     ),
 }
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu, id="gpu")]
 SHAPES = [(3,), (), (64,), (2, 4), (64, 64), (40, 96), (1, 5), (5000,), (300, 700), (0, 4)]
 
 
@@ -160,11 +162,13 @@ QUANTIZERS = [
     st.lists(st.sampled_from([(8, 8), (64,), (4, 16), (7, 12), (60, 4), (100, 40)]), max_size=9),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 2**20),
 )
 def test_small_parameters_get_their_levels_together(
-    quantizer, granularity, shapes, dtype, bad, seed
+    quantizer, granularity, shapes, dtype, bad, there, seed
 ) -> None:
+    """There: as on a GPU, where larger ones do."""
     link = LINKS["parq"](quantizer, granularity=granularity, shrink=True, learning_rate=0.1)
     generator = torch.Generator().manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
@@ -174,20 +178,43 @@ def test_small_parameters_get_their_levels_together(
     for step in (0, 7):
         state = state_at(link, step)
         old = [torch.ones_like(job.levels) for job in jobs_of(link, latents, dtype)]
-        found = refit(link, state, latents, old)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(passes, "_SMALL", 250)
+            if there:
+                patch.setattr(passes, "_on_cpu", lambda _: False)
+                patch.setattr(passes, "_TOGETHER_THERE", 5000)
+            found = refit(link, state, latents, old)
         for latent, levels, got in zip(latents, old, found, strict=True):
             want = link.refit(state._replace(levels=[levels]), [latent]).levels[0]
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
             assert got.untyped_storage().nbytes() == got.numel() * got.element_size()
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 31, 100, 255, 1000, 1023, 1024, 1500, 4096])
-def test_a_row_has_the_levels_it_has_alone(n: int) -> None:
-    """Sums over a row must not hang on how many rows there are."""
-    rows = torch.randn(37, n, generator=torch.Generator().manual_seed(n))
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 31, 100, 255, 1000, 1023, 1024, 1500, 4096, 5000])
+def test_a_row_has_the_levels_it_has_alone(n: int, device: str) -> None:
+    """Sums over a row must not hang on how many rows there are, as they do on a GPU."""
+    rows = torch.randn(37, n, generator=torch.Generator().manual_seed(n)).to(device)
     for quantizer in QUANTIZERS:
         alone = torch.cat([quantizer.fit(row[None]) for row in rows])
         assert torch.equal(quantizer.fit(rows), alone), quantizer
+
+
+@needs_gpu
+def test_on_a_gpu_larger_parameters_get_their_levels_together() -> None:
+    torch.manual_seed(0)
+    shapes = [(300, 700), (2, 4), (700, 300), (300, 700), (50_000,), (8,), (300, 700)]
+    latents = [torch.randn(shape, device="cuda") for shape in shapes]
+    for quantizer in QUANTIZERS:
+        for granularity in (pf.per_tensor(), pf.per_channel()):
+            link = LINKS["parq"](quantizer, granularity=granularity)
+            state = state_at(link, 7)
+            old = [torch.ones_like(job.levels) for job in jobs_of(link, latents, torch.float32)]
+            for latent, levels, got in zip(
+                latents, old, refit(link, state, latents, old), strict=True
+            ):
+                want = link.refit(state._replace(levels=[levels]), [latent]).levels[0]
+                assert torch.equal(got, want), (quantizer, latent.shape)
 
 
 class Counting(TorchDispatchMode):
@@ -227,8 +254,7 @@ def split(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(programs, "_LARGE", 1 << 20 if request.param == "whole" else 2)
     if request.param == "grouped":
         monkeypatch.setattr(programs, "_GROUP", 1 << 6)
-        monkeypatch.setattr(programs, "_split", programs._grouped)
-        monkeypatch.setattr(programs, "_pairs", lambda wholes: [[whole] for whole in wholes])
+        monkeypatch.setattr(programs, "_on_cpu", lambda _: False)
     return str(request.param)
 
 
@@ -260,26 +286,35 @@ def test_one_program_serves_every_step_shape_and_learning_rate(split: str) -> No
     run(3, [(64, 96), (50, 100), (1, 5000), (50, 100), (1, 5000), (1, 6000)])
     others = [(64, 96), (33, 777), (128, 65), (7, 5001), (1, 4999), (2, 6000), (3, 5000)]
     others += [(1, 7000), (33, 777), (1, 7000), (3, 5000), (33, 777)]
-    if split == "grouped":  # a program for each length of rows
-        others = [(64, 96), (62, 96), (600, 96), (1600, 100), (50, 100), (1, 4999), (1, 6000)]
+    if split == "grouped":  # a program for each length of rows, and number of parameters
+        others = [(64, 96), (62, 96), (600, 96), (1600, 100), (1600, 100), (50, 100), (50, 100)]
+        others += [(1, 4999), (1, 4999), (1, 6000)]
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in (4, 5, 8):
             run(step, others)
 
 
-def test_parameters_are_mapped_in_twos() -> None:
-    """Of one shape and dtype, and each once."""
+def test_parameters_are_mapped_in_twos(monkeypatch) -> None:
+    """Of one shape and dtype, and each once; on a GPU in runs of up to eight."""
     shapes = [(4, 6), (5, 6), (4, 6), (4, 6), (6, 4), (5, 6), (4, 6), (4, 6)]
     wholes = [
         Rows(torch.empty(shape), torch.empty(shape[0], 2), torch.empty(shape)) for shape in shapes
     ]
     wholes.append(wholes[0]._replace(levels=torch.empty(4, 3)))
     wholes.append(wholes[0]._replace(weight=torch.empty(4, 6, dtype=torch.bfloat16)))
-    pairs = programs._pairs(wholes)
     places = {id(whole): i for i, whole in enumerate(wholes)}
-    assert [[places[id(part)] for part in pair] for pair in pairs] == [
-        *([0, 2], [1, 5], [3, 6], [4], [7], [8], [9])
-    ]
+
+    def found() -> list[list[int]]:
+        return [[places[id(part)] for part in parts] for parts in programs._alike(wholes)]
+
+    assert found() == [[0, 2], [1, 5], [3, 6], [4], [7], [8], [9]]
+    monkeypatch.setattr(programs, "_on_cpu", lambda _: False)
+    assert found() == [[0, 2, 3, 6], [1, 5], [4], [7], [8], [9]]
+    wholes = [wholes[0]._replace(latent=torch.empty(4, 6)) for _ in range(21)]
+    places = {id(whole): i for i, whole in enumerate(wholes)}
+    runs = found()
+    assert [len(run) for run in runs] == [8, 8, 4, 1]
+    assert [i for run in runs for i in run] == list(range(21))
 
 
 @pytest.mark.parametrize("split", [programs._halved, programs._grouped])
@@ -337,7 +372,7 @@ def test_memory_of_any_order_takes_no_program_of_its_own() -> None:
     for job, latent in zip(jobs, latents, strict=True):
         assert job.weight.stride() == torch.full_like(latent, 0.0).stride()
     strided = [
-        job._replace(weight=job.weight.t().contiguous().t())
+        job._replace(weight=torch.full(job.weight.shape[::-1], torch.nan).t())
         for job in jobs
         if job.weight.dim() == 2
     ]
@@ -364,13 +399,13 @@ def test_parameters_of_any_rank_take_one_program() -> None:
             step(shape)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("kind", ["hard", "parq", "soft", "binary_relax", "proxquant", "custom"])
 def test_on_a_gpu_weights_are_those_on_a_cpu(kind: str, monkeypatch) -> None:
     """Bit for bit, eager and compiled: of the same latents and levels."""
     monkeypatch.setattr(programs, "_LARGE", 1 << 13)
     torch.manual_seed(0)
-    shapes = [(70, 576), (60, 90), (50_000,), (8, 8), (63,)]
+    shapes = [(70, 576), (60, 90), (50_000,), (8, 8), (63,), *[(70, 576)] * 12, (60, 90)]
     latents = [*(torch.randn(shape) for shape in shapes), torch.randn(90, 700).t()]
     latents[0][0, :4] = torch.tensor([1e-41, -1e-40, 0.0, -0.0])
     fast = [Pass(compile=compiled) for compiled in (False, True)]
