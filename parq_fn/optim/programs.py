@@ -5,7 +5,7 @@ length, but for very large parameters on a GPU, where it serves one length; step
 and coefficients are tensors to it.
 
 On a CPU a loop maps two parameters of one shape, or both halves of a very large one, for what is
-read from memory in two places is waited for less long. On a GPU a program maps up to eight of one
+read from memory in two places is waited for less long. On a GPU a program maps up to four of one
 shape, for it takes longer to call than most parameters to map; and the compiler is told the length
 of rows, and by how much their number can be divided.
 """
@@ -28,7 +28,7 @@ _LONG = 1 << 10  # of a row from which on its bounds are computed once, not for 
 _LARGE = 1 << 20  # of a latent from which on a program is told more of its shape
 _GROUP = 1 << 12  # of whose multiples a loop on a GPU needs no mask
 _REST = 1 << 17  # elements left over that are mapped without a program
-_AT_ONCE = 8  # parameters that a program on a GPU maps
+_AT_ONCE = 4  # parameters that a program on a GPU maps
 
 
 class Programs:
@@ -108,7 +108,7 @@ def _on_cpu(rows: Rows) -> bool:
 
 
 def _alike(wholes: list[Rows]) -> list[list[Rows]]:
-    """Those of one shape in twos, on a GPU in fours and eights too, as far as there are; the others
+    """Those of one shape in twos, on a GPU in fours too, as far as there are; the others
     alone."""
     found: dict[Any, list[int]] = {}
     for i, whole in enumerate(wholes):
