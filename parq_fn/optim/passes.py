@@ -8,7 +8,7 @@ zero:
 - a large parameter a piece at a time, so that what lies in between stays in the cache, or with
   `compile` in one loop that reads the latent and writes the weight (`parq_fn.optim.programs`);
 - small parameters together, copied into the rows of one buffer that is mapped whole; `refit`
-  fits their levels together too.
+  fits their levels together too, and on a GPU those of larger ones.
 """
 
 from __future__ import annotations

@@ -47,9 +47,10 @@ def of_pieces(x: Tensor, dim: int, f: Elementwise, *of_row: Tensor) -> Iterator[
 
 def _own_order(x: Tensor) -> bool:
     """Whether torch's sums over x are to be taken: those of a GPU part a row by how many rows there
-    are, and then a row's levels would hang on what it is fitted with. A compiler's do as they do.
-    """
-    return x.device.type == "cpu" or torch.compiler.is_compiling()
+    are, and then a row's levels would hang on what it is fitted with. A compiler has its own, and
+    for a tracer whose sizes are symbols there are no halves."""
+    traced = torch.compiler.is_compiling() or isinstance(x.shape[-1], torch.SymInt)
+    return x.device.type == "cpu" or traced
 
 
 def summed(x: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def running_sums(x: Tensor) -> Tensor:
         runs = torch.nn.functional.pad(x, (0, -n % _SCANNED))
         within = running_sums(runs.reshape(*x.shape[:-1], -1, _SCANNED))
         before = torch.nn.functional.pad(running_sums(within[..., -1])[..., :-1], (1, 0))
-        return (within + before.unsqueeze(-1)).flatten(-2)[..., :n]
+        return (within + before.unsqueeze(-1)).flatten(-2)[..., :n].contiguous()  # as cumsum's
     step = 1
     while step < n:  # each is the sum of the last `step` up to it
         x = torch.cat([x[..., :step], x[..., step:] + x[..., :-step]], -1)
