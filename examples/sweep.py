@@ -256,13 +256,15 @@ def draw(settings: Setting, accuracy: Tensor, seeds: int, title: str) -> Figure:
     """Every run's accuracy against its learning rate, a panel for each end of annealing."""
     ends, steeps = settings.anneal_end.unique().tolist(), settings.steepness.unique().tolist()
     rates = settings.learning_rate.unique().tolist()
-    figure = Figure(figsize=(max(8.5, 1.5 + 4.0 * len(ends)), 4.4), layout="constrained")
+    wide = max(4.0, 0.16 * len(steeps) * len(rates))  # inches of a panel
+    figure = Figure(figsize=(max(8.5, 1.5 + wide * len(ends)), 4.4), layout="constrained")
     panels = figure.subplots(1, len(ends), sharey=True, squeeze=False)[0]
     colors, markers = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"], "osD^vPX"
     for panel, end in zip(panels, ends, strict=True):
+        apart = min(0.16, 0.8 / len(steeps))  # those of a rate stay beside each other
         for k, steepness in enumerate(steeps):
             here = (settings.anneal_end == end) & (settings.steepness == steepness)
-            aside = 0.16 * (k - (len(steeps) - 1) / 2)
+            aside = apart * (k - (len(steeps) - 1) / 2)
             at = [rates.index(rate) + aside for rate in settings.learning_rate[here].tolist()]
             own = accuracy[here]
             marker = markers[k % 4 + k // 4]
@@ -270,7 +272,8 @@ def draw(settings: Setting, accuracy: Tensor, seeds: int, title: str) -> Figure:
             means = own.view(-1, seeds).mean(1)
             hollow = {"markerfacecolor": "none", "markeredgewidth": 1.8, "markersize": 11}
             panel.plot(at[::seeds], means, **style, **hollow, label=f"steepness {steepness:g}")
-            panel.plot(at, own, **style, alpha=0.7, markersize=4)
+            if seeds > 1:
+                panel.plot(at, own, **style, alpha=0.7, markersize=4)
         panel.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         panel.set(xlabel="learning rate (not to scale)", xlim=(-0.5, len(rates) - 0.5))
         panel.set_title(f"annealed until step {end:g}")
@@ -280,7 +283,8 @@ def draw(settings: Setting, accuracy: Tensor, seeds: int, title: str) -> Figure:
     figure.legend(
         handles, labels, loc="outside lower center", ncols=min(4, len(steeps)), frameon=False
     )
-    figure.suptitle(f"{title}\nsmall marks are runs, hollow ones the mean over seeds")
+    marks = "small marks are runs, hollow ones the mean over seeds" if seeds > 1 else "one seed"
+    figure.suptitle(f"{title}\n{marks}")
     return figure
 
 
@@ -318,6 +322,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--save-dir", Path("runs/sweep"), "folder for figure and table", type=Path)
     flag("--no-progress", False, "no progress bars", action="store_true")
     args = parser.parse_args(argv)
+    for name in ("lr", "steepness", "anneal_end"):
+        given = getattr(args, name)
+        if len(set(given)) < len(given):
+            parser.error(f"--{name.replace('_', '-')}: expected each value once, got {given}")
     begin = round(0.1 * args.steps)
     bad = [x for x in args.anneal_end if x > 1 or round(x * args.steps) <= begin]
     if bad:
@@ -337,6 +345,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     train, test = (Data(data.images.to(dtype), data.labels) for data in load_data(0))
+    if args.batch_size > (most := len(train.labels)):
+        raise SystemExit(f"--batch-size: expected at most {most} images, got {args.batch_size}")
     settings = settings_of(args, args.steps)
     orders = order_of(settings.seed, args.steps, args.batch_size, len(train.labels))
     sweep = Sweep(args.model, args.quant_bits, round(0.1 * args.steps))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -68,13 +68,24 @@ def weight_mask(
     tokens, position embeddings) are left alone, and so is what `exclude` names: patterns for
     names or their parents, such as "head", or compiled regular expressions.
 
-    Raises ValueError for a pattern that matches no parameter.
+    Raises ValueError for a pattern that matches no parameter, TypeError for what is no module or no
+    pattern.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     >>> [name for name, quantized in weight_mask(net, exclude="3").items() if quantized]
     ['0.weight']
     """
-    patterns = (exclude,) if isinstance(exclude, str | re.Pattern) else tuple(exclude)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"weight_mask: expected a torch.nn.Module, got {type(module).__name__}")
+    given: Any = exclude
+    one = isinstance(given, str) or not isinstance(given, Iterable)
+    patterns = (given,) if one else tuple(given)
+    for pattern in patterns:
+        if not isinstance(pattern, str | re.Pattern):
+            raise TypeError(
+                f"weight_mask: expected exclude patterns such as 'head', or compiled ones, got "
+                f"{pattern!r}"
+            )
     names: dict[int, list[str]] = {}  # a tied parameter has several
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

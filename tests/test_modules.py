@@ -45,6 +45,11 @@ def test_weight_mask_picks_matrices_and_kernels() -> None:
 def test_weight_mask_refuses_names_that_are_none() -> None:
     with pytest.raises(ValueError, match="exclude pattern 'heads' matches no parameter"):
         pf.weight_mask(Small(), "heads")
+    for wrong in (3, ["head", 3]):
+        with pytest.raises(TypeError, match=r"expected exclude patterns such as 'head', .* got 3"):
+            pf.weight_mask(Small(), wrong)
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got dict"):
+        pf.weight_mask({"weight": 1})
 
 
 def test_functional_is_the_module_and_leaves_it_alone() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.sweep import main
+from examples.sweep import Setting, draw, main
 
 SMALL = ["--steps", "24", "--lr", "0.01", "--anneal-end", "0.5", "--seeds", "2", "--no-progress"]
 
@@ -48,6 +48,7 @@ def test_a_sweep_gives_the_same_again(tmp_path: Path) -> None:
         (["--anneal-end", "0.11", "--steps", "10"], "expected shares above 0.1 (step 1), up to"),
         (["--seeds", "0"], "expected a whole number from 1 on, got '0'"),
         (["--lr", "-1"], "expected a number above 0, got '-1'"),
+        (["--lr", "0.1", "1e-1"], "--lr: expected each value once, got [0.1, 0.1]"),
         (["--save-dir", "/dev/null/x"], "--save-dir: "),
         (["--model", "large"], "invalid choice: 'large'"),
     ],
@@ -58,3 +59,20 @@ def test_flags_that_mean_nothing_are_refused(flags, message: str, capsys) -> Non
         main(flags)
     assert message in capsys.readouterr().err
     assert torch.get_num_threads() == threads
+
+
+def test_a_batch_is_no_larger_than_the_data(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--batch-size: expected at most 1347 images, got 1348"):
+        main(["--batch-size", "1348", "--save-dir", str(tmp_path)])
+
+
+def test_marks_of_a_large_grid_lie_beside_their_learning_rate() -> None:
+    """They lay on the next one's, and beyond the ends of the axis."""
+    rates, steeps = torch.tensor([1e-3, 1e-2, 1e-1]).double(), torch.arange(1.0, 17.0).double()
+    grid = torch.cartesian_prod(rates, steeps, torch.tensor([9.0]).double())
+    settings = Setting(*grid.unbind(1), torch.zeros(len(grid), dtype=torch.int64))
+    (panel,) = draw(settings, torch.rand(len(grid)), 1, "title").axes
+    assert len(panel.lines) == 16
+    for line in panel.lines:
+        assert [round(x) for x in line.get_xdata()] == [0, 1, 2]
+        assert max(abs(x - round(x)) for x in line.get_xdata()) < 0.45

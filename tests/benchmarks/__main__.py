@@ -65,15 +65,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("groups", nargs="*", help="all by default", metavar="group")
     text = (
-        "small inputs, to see in a minute that all runs: nothing is compiled but sweeps, or held "
-        "to a limit, and no figure means anything"
+        "small inputs, to see in a minute or two that all runs: nothing is compiled but sweeps, or "
+        "held to a limit, and no figure means anything"
     )
     parser.add_argument("--tiny", action="store_true", help=text)
     parser.add_argument(
         "--repeats", type=at_least(1, int), default=3, help="runs of each in a round (default: 3)"
     )
-    text = "rounds of all, a third of an hour each on two cores (default: 3)"
-    parser.add_argument("--rounds", type=at_least(1, int), default=3, help=text)
+    text = "rounds of all, a third of an hour each on two cores (default: 3, with --tiny 1)"
+    parser.add_argument("--rounds", type=at_least(1, int), help=text)
     text = "times that one work may be made again, as the cores ran slow in it (default: 3)"
     parser.add_argument("--patience", type=at_least(0, int), default=3, help=text)
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -92,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     # A training step has freed tensors of many sizes before; glibc then keeps what is freed, and
     # does not ask the system for fresh pages again and again.
     torch.zeros(7 << 20)
+    if args.rounds is None:
+        args.rounds = 1 if args.tiny else 3
     CORES.patience = 0 if args.tiny else args.patience
     for _ in range(1000 if CORES.patience else 0):
         CORES.seconds()  # finds out how fast they can be
@@ -125,6 +127,9 @@ def main(argv: list[str] | None = None) -> int:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     slow = sum(one.slow for one in found)
     print(f"\ncores ran slow: {CORES.again} works made again, {slow} figures slow in all rounds")
+    if not found:
+        print("\nnothing was measured")
+        return 1
     missed = [one for one in found if one.met is False]
     held = sum(one.limit is not None for one in found)
     verdict = f"{held - len(missed)} of {held} limits met" if held else "held to no limit"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import parq_fn as pf
+from examples.qat_simple import at_least
 from parq_fn.export import pack_weight, quantized, save
 from tests.benchmarks.measure import ratio, seconds, table
 
@@ -56,10 +57,13 @@ def on_levels(net: nn.Module, quantizer: pf.Quantizer, file: Path) -> nn.Module:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m tests.benchmarks.packed", description=__doc__)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=9)
+    about, _ = __doc__.split("\n", 1)
+    parser = argparse.ArgumentParser("python -m tests.benchmarks.packed", description=about)
+    whole = at_least(1, int)
+    text = "of a block, whose inner width is four times that (default: 1024)"
+    parser.add_argument("--width", type=whole, default=1024, help=text)
+    parser.add_argument("--layers", type=whole, default=4, help="blocks (default: 4)")
+    parser.add_argument("--repeats", type=whole, default=9, help="of each (default: 9)")
     args = parser.parse_args()
     head = ["weights", "batch", "memory", "eager", "compiled"]
     rows = [head]
