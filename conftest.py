@@ -1,4 +1,4 @@
-"""Every test and doctest draws the same numbers in any order; TORCH_SEED gives others."""
+"""Every test and doctest draws the same numbers, on one thread; TORCH_SEED gives other numbers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+pytest_plugins = ["tests.plugin"]
+
 # Modules that cannot be imported without their extra have no doctests to collect.
 collect_ignore = [] if find_spec("transformers") else ["parq_fn/export/hugging_face.py"]
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _as_alone() -> None:
+    """What a test before this one has changed: the generator, and how many threads torch takes.
+
+    Two workers share two cores, where threads that wait for each other cost more than they give.
+    """
     torch.manual_seed(int(os.environ.get("TORCH_SEED", "0")))
+    torch.set_num_threads(1)

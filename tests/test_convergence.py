@@ -56,7 +56,7 @@ def test_no_gradient_within_the_levels_is_longer_than_the_bound(name: str) -> No
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_last_iterate_of_aprox_stays_under_the_bound(name: str) -> None:
-    run = aprox(PROBLEMS[name](), 3000)
+    run = aprox(PROBLEMS[name](), 1000)
     assert bool((run.gap > -1e-9).all())
     assert bool((run.gap <= run.bound).all())
     assert run.gap[-1] < 0.1 * run.gap[0]
@@ -66,7 +66,7 @@ def test_aprox_lands_on_the_grid_where_proximal_sgd_does_not() -> None:
     problem = random_problem()
     best = optimum(problem)
     shares = {
-        method: float(aprox(problem, 1500, method=method, batch=6, best=best).on_grid[-300:].mean())
+        method: float(aprox(problem, 900, method=method, batch=6, best=best).on_grid[-300:].mean())
         for method in ("aprox", "proximal_sgd")
     }
     assert shares["aprox"] > 0.5 * on_grid(best, problem.levels) > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import combinations
 
 import numpy as np
@@ -23,21 +22,13 @@ from parq_fn.quantizers._partition import (
     _prefix,
     least_squares_levels,
 )
+from tests.helpers import sampled
 
 F64 = torch.float64
 LONG = 4500  # beyond what is solved exactly whatever exact_up_to says
 
 # the exact and the approximate branch
 BRANCHES = pytest.mark.parametrize("limit", [LONG, 0])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small operations: on a busy machine threads waiting for each other dominate."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -319,9 +310,10 @@ def test_the_program_runs_where_its_table_is() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "n", "k", "limit"),
-    [("inductor", 4, 3, LONG), ("aot_eager", 40, 4, LONG), ("aot_eager", LONG, 2, 0)],
+    sampled([("inductor", 4, 3, LONG), ("aot_eager", 40, 4, LONG), ("aot_eager", LONG, 2, 0)], 1),
 )
 def test_compiles_whole(backend: str, n: int, k: int, limit: int) -> None:
     x = rand(2, n)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer
-from tests.optim.processes import on_processes
+from tests.processes import on_processes
 
 
 def gaussian(rows: int, n: int, seed: int = 0) -> Tensor:

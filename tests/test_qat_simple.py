@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,7 @@ import torch
 
 from examples.qat_simple import main, packed_bytes, parse, share_on_levels
 from parq_fn import per_channel, per_tensor
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small operations: on a busy machine threads waiting for each other dominate."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tests.helpers import sampled
 
 
 def short(folder: Path, flags: str = "") -> list[str]:
@@ -27,16 +18,20 @@ def short(folder: Path, flags: str = "") -> list[str]:
     return ["--epochs", "2", "--batch-size", "128", "--save-dir", str(folder), *flags.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "code_bits"),
-    [
-        ("--quant-bits 2 0 --quant-per-channel --quant-lsbq-optimal", [2, 1.6]),
-        ("--quant-bits 3 --quant-proxmap soft --quant-lsbq-optimal", [3]),
-        ("--quant-bits 1 --quant-proxmap hard --quant-warmup-steps 5", [1]),
-        ("--quant-bits 0 --quant-method uniform --quant-proxmap binaryrelax", [1.6]),
-        ("--quant-bits 4 --quant-method uniform --quant-block-size 16 --quant-shrink", [4]),
-        ("--quant-bits 2 --anneal-start 0 --anneal-end 0.5 --quant-period 3", [2]),
-    ],
+    sampled(
+        [
+            ("--quant-bits 2 0 --quant-per-channel --quant-lsbq-optimal", [2, 1.6]),
+            ("--quant-bits 3 --quant-proxmap soft --quant-lsbq-optimal", [3]),
+            ("--quant-bits 1 --quant-proxmap hard --quant-warmup-steps 5", [1]),
+            ("--quant-bits 0 --quant-method uniform --quant-proxmap binaryrelax", [1.6]),
+            ("--quant-bits 4 --quant-method uniform --quant-block-size 16 --quant-shrink", [4]),
+            ("--quant-bits 2 --anneal-start 0 --anneal-end 0.5 --quant-period 3", [2]),
+        ],
+        2,
+    ),
 )
 def test_ends_on_levels(flags: str, code_bits: list[float], tmp_path: Path) -> None:
     full, *quantized = main(short(tmp_path, flags))
@@ -48,6 +43,7 @@ def test_ends_on_levels(flags: str, code_bits: list[float], tmp_path: Path) -> N
     assert all(row.packed < row.float32 / 4 for row in quantized)
 
 
+@pytest.mark.slow
 def test_same_seed_same_table_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(1)
     rows = main(short(tmp_path / "a", "--quant-bits 2 1 --epochs 1"))
@@ -69,8 +65,9 @@ def test_same_seed_same_table_and_files(tmp_path: Path, capsys: pytest.CaptureFi
         assert (tmp_path / name / "weights.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_both_engines_give_the_same_table(tmp_path: Path) -> None:
-    options = "--quant-bits 2 0 --epochs 2 --quant-warmup-steps 3 --quant-shrink"
+    options = "--quant-bits 2 --epochs 2 --quant-warmup-steps 3 --quant-shrink"
     rows = [
         main(short(tmp_path / engine, f"{options} --engine {engine}"))
         for engine in ("functional", "torch")
@@ -82,7 +79,8 @@ def test_both_engines_give_the_same_table(tmp_path: Path) -> None:
     assert images[0] == images[1]
 
 
-@pytest.mark.parametrize("engine", ["functional", "torch"])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", sampled(["functional", "torch"], 1))
 def test_a_saved_network_has_the_printed_accuracy_and_size(
     engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from parq_fn.testing import table
+from tests.helpers import python_blocks, run_blocks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -17,6 +17,8 @@ README = (ROOT / "README.md").read_text()
 KIT = (ROOT / "parq_fn" / "testing" / "README.md").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("graphs_alone")
 @pytest.mark.parametrize("text", [README, KIT], ids=["library", "kit"])
 def test_the_code_runs_from_top_to_bottom(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -24,18 +26,9 @@ def test_the_code_runs_from_top_to_bottom(
     monkeypatch.chdir(tmp_path)  # it writes a file
     blocks = python_blocks(text)
     assert len(blocks) >= 2
-    run([block for block in blocks if "torchao" not in block])  # tests/integrations runs that too
-
-
-def python_blocks(text: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-
-
-def run(blocks: list[str]) -> dict[str, Any]:
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    return names
+    run_blocks(
+        [block for block in blocks if "torchao" not in block]
+    )  # tests/integrations runs that too
 
 
 def test_the_tables_of_laws_are_those_of_the_traits() -> None:

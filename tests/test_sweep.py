@@ -13,6 +13,8 @@ from examples.sweep import Setting, draw, main
 SMALL = ["--steps", "24", "--lr", "0.01", "--anneal-end", "0.5", "--seeds", "2", "--no-progress"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("graphs_alone")
 def test_a_sweep_equals_its_runs_one_after_another(tmp_path: Path, capsys) -> None:
     flags = [*SMALL, "--dtype", "float64", "--one-by-one", "--save-dir", str(tmp_path)]
     rows = main(flags)  # raises where they differ
@@ -28,6 +30,8 @@ def test_a_sweep_equals_its_runs_one_after_another(tmp_path: Path, capsys) -> No
     assert "differ by up to 0.00" in shown.err
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("graphs_alone")
 def test_a_sweep_of_one_run_is_compiled_once(tmp_path: Path) -> None:
     """A batch of one is laid out in two ways that a compiler tells apart."""
     flags = [*SMALL[2:], "--steps", "12", "--seeds", "1", "--steepness", "5"]
@@ -36,8 +40,11 @@ def test_a_sweep_of_one_run_is_compiled_once(tmp_path: Path) -> None:
         main([*flags, "--save-dir", str(tmp_path)])
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("graphs_alone")
 def test_a_sweep_gives_the_same_again(tmp_path: Path) -> None:
-    once, again = (main([*SMALL, "--save-dir", str(tmp_path / name)]) for name in "ab")
+    flags = [*SMALL[2:], "--steps", "12"]
+    once, again = (main([*flags, "--save-dir", str(tmp_path / name)]) for name in "ab")
     assert once == again
 
 

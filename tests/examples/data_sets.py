@@ -10,7 +10,7 @@ import numpy as np
 from examples.recipe.datasets import CIFAR_FOLDER, SHAPES, Shapes
 
 
-def cifar_batches(folder: Path, train: int = 100, test: int = 40) -> Path:
+def cifar_batches(folder: Path, train: int = 60, test: int = 20) -> Path:
     """CIFAR-10's python batches, so many images in all."""
     batches = folder / CIFAR_FOLDER
     batches.mkdir(parents=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pickle
 import re
+import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ from examples.recipe.checkpoints import Progress
 from examples.recipe.log import LOG, read
 from parq_fn import export
 from tests.examples.data_sets import cifar_batches, image_folders
+from tests.helpers import sampled
+from tests.processes import Program
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--workers", "0", "--save-every", "1", "--quant-period", "2", "--quant-warmup-steps", "1"]
@@ -74,7 +77,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sampled(CASES, 2))
 def test_a_recipe_trains_tests_and_saves(
     case: str, cifar: Path, folders: Path, tmp_path: Path, capsys
 ) -> None:
@@ -107,6 +111,7 @@ def test_a_recipe_trains_tests_and_saves(
     assert printed_accuracy(capsys.readouterr().out) == pytest.approx(float(hard), abs=1e-2)
 
 
+@pytest.mark.slow
 def test_hdf5_files_are_the_folders_they_were_made_of(
     folders: Path, tmp_path: Path, capsys
 ) -> None:
@@ -121,6 +126,7 @@ def test_hdf5_files_are_the_folders_they_were_made_of(
     assert told[0] == told[1]
 
 
+@pytest.mark.slow
 def test_full_precision_and_synthetic_data(tmp_path: Path) -> None:
     flags = ["--data", "synthetic", "--synthetic-images", "100", "--full-prec", "--epochs", "1"]
     flags += ["--batch-size", "20", "--lr", "0.02", "--custom-train-transform", "--cutmix-mixup"]
@@ -131,146 +137,125 @@ def test_full_precision_and_synthetic_data(tmp_path: Path) -> None:
     assert not (tmp_path / "quantized.safetensors").exists()
 
 
-# Runs as they are started by hand, by torchrun, and stopped by a scheduler.
+# Runs on processes of their own, as torchrun starts them and a scheduler stops them.
 
 
-class Started:
-    """A recipe on some processes."""
-
-    def __init__(
-        self, folder: Path, world: int, *flags: str, program: str = "qat_resnet_cifar10"
-    ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-        shared |= {"LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", f"examples.{program}", *flags]
-        self.processes = [
-            subprocess.Popen(
-                [*command, "--save-dir", str(folder)],
-                cwd=ROOT,
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,  # a group that is signalled as a whole
-            )
-            for rank in range(world)
-        ]
-        self.shown = ""
-
-    def until(self, text: str) -> None:
-        """Reads what the first process says up to a line with this text."""
-        stream = self.processes[0].stdout
-        assert stream is not None
-        for line in stream:
-            self.shown += line
-            if text in line:
-                return
-        raise AssertionError(self.shown)
-
-    def end(self, status: int = 0) -> str:
-        """What the first process said; all are to end with this status."""
-        end = time.monotonic() + 180
-        while any(process.poll() is None for process in self.processes):
-            wrong = {process.poll() for process in self.processes} - {None, status}
-            if wrong or time.monotonic() > end:  # the others would wait for one that failed
-                for process in self.processes:  # with their workers, who would hold the output
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
-            time.sleep(0.1)
-        texts = [process.communicate()[0] for process in self.processes]
-        assert [p.returncode for p in self.processes] == [status] * len(texts), texts
-        return self.shown + texts[0]
+def started(folder: Path, world: int, *flags: str, program: str = "qat_resnet_cifar10") -> Program:
+    """A recipe that saves in the folder, on some processes."""
+    shown = folder.with_name(f"{folder.name}-shown")
+    return Program(f"examples.{program}", [*flags, "--save-dir", str(folder)], world, shown)
 
 
-@pytest.mark.parametrize("mode", ["none", "ddp", "fsdp2"])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(mode: str, cifar: Path, tmp_path: Path) -> None:
+RESUMED = [("none", 0), ("none", 1), ("ddp", 0), ("ddp", 1), ("fsdp2", 0), ("fsdp2", 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "workers"), sampled(RESUMED, 1))
+def test_a_run_that_was_stopped_resumes_bit_for_bit(
+    mode: str, workers: int, cifar: Path, tmp_path: Path
+) -> None:
     """SIGTERM in the middle of an epoch, as a scheduler sends it; on several processes, too."""
     world = 1 if mode == "none" else 2
     flags = [*SHORT, "--batch-size", "10", "--lr", "0.02", "--epochs", "2", "--print-freq"]
     flags += ["1", "--data-dir", str(cifar), "--parallel", mode, "--resume"]
-    flags[1] = "0" if mode == "fsdp2" else "1"  # workers
+    flags[1] = str(workers)
     if mode == "none":
         flags += ["--cutmix-mixup", "--custom-train-transform"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run = Started(whole, world, *flags)
-    run.end()
-    run = Started(parts, world, *flags)
-    run.until("epoch 0, step 4 of 10")
-    for process in run.processes:
-        os.killpg(process.pid, signal.SIGTERM)  # its workers, too
+    started(whole, world, *flags).end()
+    run = started(parts, world, *flags)
+    run.until("epoch 0, step 3 of 6")
+    run.signal(signal.SIGTERM)  # its workers, too
     assert "--resume goes on" in run.end(128 + signal.SIGTERM)
     assert not records(parts)
-    run = Started(parts, world, *flags)
-    assert "goes on from" in run.end()
+    assert "goes on from" in started(parts, world, *flags).end()
     assert records(parts) == records(whole)
     file = "quantized.safetensors"
     assert (parts / file).read_bytes() == (whole / file).read_bytes()
-    shown = Started(parts, world, *flags, "--evaluate").end()
+    shown = started(parts, world, *flags, "--evaluate").end()
     assert printed_accuracy(shown) == pytest.approx(records(whole)[-1]["test_accuracy"], abs=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("case", ["resnet", "deit"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "mode"), sampled(itertools.product(["resnet", "deit"], ["ddp", "fsdp2"]), 1)
+)
 def test_networks_for_imagenet_on_two_processes(
     case: str, mode: str, folders: Path, tmp_path: Path
 ) -> None:
     """CIFAR's are above."""
     module, own = CASES[case]
     flags = [*own, *SHORT, "--epochs", "1", "--data-dir", str(folders), "--parallel", mode]
-    program = module.RECIPE.program
-    Started(tmp_path, 2, *flags, program=program).end()
-    (told,) = records(tmp_path)
+    program, folder = module.RECIPE.program, tmp_path / "saved"
+    started(folder, 2, *flags, program=program).end()
+    (told,) = records(folder)
     assert told["on_levels"] > 0.99
-    shown = Started(tmp_path, 2, *flags, "--evaluate", program=program).end()
+    shown = started(folder, 2, *flags, "--evaluate", program=program).end()
     assert printed_accuracy(shown) == pytest.approx(told["test_accuracy"], abs=1e-4)
-    packed = export.load(tmp_path / "quantized.safetensors")
+    packed = export.load(folder / "quantized.safetensors")
     assert any(isinstance(entry, export.Packed) for entry in packed.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
+def test_the_status_of_a_run_is_that_of_its_command(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["qat_resnet_cifar10", "--data", "none", "--resume", "x"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("examples.qat_resnet_cifar10", run_name="__main__")
+    assert ended.value.code == 2
+    assert "error: " in capsys.readouterr().err
 
 
 LONG = ["--data", "synthetic", "--synthetic-images", "400", "--batch-size", "20", "--workers", "2"]
 LONG += ["--print-freq", "1", "--epochs", "9", "--no-progress", "--quant-warmup-steps", "1"]
 
 
-@pytest.mark.parametrize("when", ["from epoch 0, step 0", "step 2 of"])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", sampled(["from epoch 0, step 0", "step 2 of"], 1))
 def test_ctrl_c_stops_like_a_scheduler(when: str, tmp_path: Path) -> None:
     """Its workers get the signal, too, and the server that they come from as it begins."""
-    run = Started(tmp_path, 1, *LONG)
+    run = started(tmp_path / "run", 1, *LONG)
     run.until(when)
-    time.sleep(1.0)
-    os.killpg(run.processes[0].pid, signal.SIGINT)
+    time.sleep(1.0)  # into the start of the workers, or a later step
+    run.signal(signal.SIGINT)
     shown = run.end(128 + signal.SIGTERM)
     assert re.search("stopped before step .* of epoch 0; --resume", shown)
     assert "Traceback" not in shown
 
 
-def test_a_run_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="needs /proc, to find workers"
+)
+
+
+@pytest.mark.slow
+@needs_proc
+@pytest.mark.parametrize("killed", ["run", "worker"])
+def test_nothing_is_left_where_a_run_or_a_worker_is_killed(killed: str, tmp_path: Path) -> None:
     """Found by a tester: workers and their server kept each other alive."""
-    run = Started(tmp_path, 1, *LONG)
+    run = started(tmp_path / "run", 1, *LONG)
     run.until("step 2 of")
-    run.processes[0].kill()
-    run.processes[0].communicate(timeout=60)  # what is left would hold the output open
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc, to find a worker")
-def test_a_worker_that_is_killed_gets_one_line(tmp_path: Path) -> None:
-    run = Started(tmp_path, 1, *LONG)
-    run.until("step 2 of")
-    os.kill(max(group_of(run.processes[0].pid)), signal.SIGKILL)  # a worker, which came last
-    shown = run.end(2)
-    assert "error: a process that reads images was lost" in shown
-    assert "Traceback" not in shown
+    leader = run.processes[0].pid
+    assert len(group_of(leader)) > 3  # the run, its workers and their server
+    if killed == "run":
+        os.kill(leader, signal.SIGKILL)
+    else:
+        os.kill(max(group_of(leader)), signal.SIGKILL)  # a worker, which came last
+        shown = run.end(2)
+        assert "error: a process that reads images was lost" in shown
+        assert "Traceback" not in shown
+    end = time.monotonic() + 60
+    while left := group_of(leader):
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
 
 
 def group_of(leader: int) -> list[int]:
-    """The processes that it has started, and itself."""
+    """The processes of its group that have not ended."""
     found = []
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended since
-            of_group = int(file.read_text().rpartition(")")[2].split()[2])
-            found += [int(file.parent.name)] * (of_group == leader)
+            state, _, group = file.read_text().rpartition(")")[2].split()[:3]
+            found += [int(file.parent.name)] * (int(group) == leader and state != "Z")
     return found
 
 
@@ -297,6 +282,7 @@ leave(3)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_leaves_takes_its_workers_along() -> None:
     """Found by a run of these tests: one that was stuck as it was forked kept the output open."""
     command = [sys.executable, "-c", LEFT]
@@ -304,6 +290,7 @@ def test_a_process_that_leaves_takes_its_workers_along() -> None:
     assert left.returncode == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_breaks_leaves_no_worker_behind(tmp_path: Path) -> None:
     """Found by a user: workers in which SIGTERM was blocked were waited for without end."""
     code = BROKEN.replace("FOLDER", repr(str(tmp_path)))
@@ -436,6 +423,7 @@ def test_labels_of_an_hdf5_file_are_checked(labels, message: str, tmp_path: Path
     )
 
 
+@pytest.mark.slow
 def test_what_a_run_goes_on_from_is_checked(cifar: Path, tmp_path: Path, capsys) -> None:
     flags = ["--data-dir", str(cifar), "--batch-size", "10", "--epochs", "2"]
     flags += ["--save-dir", str(tmp_path), "--resume"]
@@ -479,6 +467,7 @@ def test_images_and_classes_that_do_not_fit_get_one_line(
     assert "takes a folder of train and val" in said
 
 
+@pytest.mark.slow
 def test_corrupt_images_are_skipped_and_counted(folders: Path, tmp_path: Path, capsys) -> None:
     images = image_folders(tmp_path / "images")
     for part, label in (("train", 3), ("val", 5)):
@@ -495,8 +484,9 @@ def test_corrupt_images_are_skipped_and_counted(folders: Path, tmp_path: Path, c
     assert "train.hdf5: 59 images, 1 left out" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_checkpoints_of_other_runs_are_refused(cifar: Path, tmp_path: Path, capsys) -> None:
-    flags = ["--batch-size", "50", "--epochs", "2", "--data-dir", str(cifar)]
+    flags = ["--batch-size", "30", "--epochs", "2", "--data-dir", str(cifar)]
     flags += ["--save-dir", str(tmp_path)]
     assert qat_resnet_cifar10.main([*SHORT, *flags]) == 0
     capsys.readouterr()
@@ -544,11 +534,12 @@ def stopped_once(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     monkeypatch.setattr(training, "score", signalled)
 
 
-@pytest.mark.parametrize("call", [1, 2, 3])  # the third is that of the packed weights
+@pytest.mark.slow
+@pytest.mark.parametrize("call", sampled([1, 2, 3], 1))  # the third is of the packed weights
 def test_a_run_that_is_stopped_in_a_test_goes_on(
     call: int, cifar: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    flags = [*SHORT, "--batch-size", "50", "--epochs", "2", "--data-dir", str(cifar), "--resume"]
+    flags = [*SHORT, "--batch-size", "30", "--epochs", "2", "--data-dir", str(cifar), "--resume"]
     flags += ["--save-dir"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert qat_resnet_cifar10.main([*flags, str(whole)]) == 0
@@ -586,15 +577,16 @@ def test_help_explains_every_flag_with_its_default(capsys) -> None:
         assert shown.count("(default: ") >= 40
 
 
+@pytest.mark.slow
 def test_a_run_begun_later_takes_the_rates_and_the_annealing_of_its_epoch(
     cifar: Path, tmp_path: Path
 ) -> None:
-    flags = [*SHORT, "--batch-size", "50", "--epochs", "4", "--data-dir", str(cifar)]
+    flags = [*SHORT, "--batch-size", "30", "--epochs", "3", "--data-dir", str(cifar)]
     found = []
-    for name, more in (("all", []), ("late", ["--start-epoch", "2"])):
+    for name, more in (("all", []), ("late", ["--start-epoch", "1"])):
         folder = str(tmp_path / name)
         assert qat_resnet_cifar10.main([*flags, *more, "--save-dir", folder]) == 0
         told = records(tmp_path / name)[-2:]
         found.append([(r["epoch"], r["learning_rate"], r["inverse_slope"]) for r in told])
     assert found[0] == found[1]
-    assert found[0][0][0] == 2
+    assert found[0][0][0] == 1

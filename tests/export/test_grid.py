@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import parq_fn as pf
@@ -23,7 +23,6 @@ EVEN = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("quantizer", EVEN, ids=repr)
 @given(seed=st.integers(0, 10_000), exponent=st.integers(-8, 8))
-@settings(max_examples=30)
 def test_levels_of_uniform_quantizers_are_multiples_bit_for_bit(
     quantizer, dtype, seed: int, exponent: int
 ) -> None:
@@ -52,7 +51,6 @@ def test_any_whole_multiples_are_found(multiples: list[int], unit: float) -> Non
 
 
 @given(st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=6))
-@settings(max_examples=100)
 def test_others_are_rounded_within_half_a_unit_and_the_error_is_told(values: list[float]) -> None:
     levels = torch.tensor([sorted(values)])
     grid = even_grid(levels)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from parq_fn.export import load, load_into, pack, pack_weight, quantized, save
 from parq_fn.export.file import _BLANK, _write
 from parq_fn.export.grid import even_grid, shifted
-from tests.export.test_packing import trained
+from tests.export.helpers import trained
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import parq_fn as pf
 from parq_fn.export import Packed, pack, pack_weight, unpack
 from parq_fn.export.codes import decode, encode, num_bytes
-from parq_fn.optim import QuantOptimizer, TransformOptimizer
-
-SOON: dict[str, Any] = {"anneal_start": 0, "anneal_end": 3, "period": 1}
+from parq_fn.optim import TransformOptimizer
+from tests.export.helpers import Net, trained
 
 
 def naive_bytes(codes: list[int], levels: int) -> list[int]:
@@ -97,49 +94,6 @@ def test_every_way_to_nest_a_prox_link_is_found() -> None:
         assert torch.equal(back["a"], weights["a"])
         assert torch.equal(back["b.w"], weights["b"]["w"])
         assert torch.equal(back["b.bias"], params["b"]["bias"])
-
-
-class Net(nn.Module):
-    """A kernel, a norm with buffers, an embedding tied to the head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.lookup = nn.Embedding(12, 8)
-        self.conv = nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular")
-        self.norm = nn.BatchNorm2d(4)
-        self.linear = nn.Linear(32, 8)
-        self.head = nn.Linear(8, 12)
-        self.head.weight = self.lookup.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.lookup(tokens).unsqueeze(1)  # [n, 1, t, 8]
-        x = self.norm(self.conv(x)).relu().mean(2).flatten(1)
-        return self.head(self.linear(x).tanh())
-
-
-def trained(adapter: str, steps: int = 6) -> tuple[Net, Any]:
-    net = Net()
-    masked = ["conv.weight", "linear.weight", "lookup.weight"]
-    named = dict(net.named_parameters())
-    if adapter == "QuantOptimizer":
-        groups = [
-            {"params": [named[name] for name in masked[:2]], "quant_bits": 2},
-            {"params": [named[masked[2]]], "quant_bits": 0},
-            {"params": [p for name, p in named.items() if name not in masked]},
-        ]
-        prox = pf.parq_prox(pf.lsbq(2), granularity=pf.per_channel(), **SOON)
-        optimizer: Any = QuantOptimizer(torch.optim.AdamW(groups, lr=0.01), prox)
-    else:
-        prox = pf.parq_prox(pf.lsbq(2), **SOON)
-        transform = pf.chain(pf.adamw(0.01), pf.masked(prox, masked))
-        optimizer = TransformOptimizer(net.named_parameters(), transform)
-    tokens = torch.arange(20).reshape(4, 5) % 12
-    for _ in range(steps):
-        optimizer.zero_grad()
-        net(tokens).square().sum().backward()
-        optimizer.step()
-    return net.eval(), optimizer
 
 
 @pytest.mark.parametrize("adapter", ["QuantOptimizer", "TransformOptimizer"])

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 import parq_fn as pf
 from parq_fn.export import load, save, stream, unpack
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
-from tests.optim.processes import on_processes
+from tests.helpers import sampled
+from tests.processes import on_processes
 
 CUTS = {"tensor": pf.per_tensor(), "channel": pf.per_channel(), "block": pf.per_block(7)}
 
@@ -64,7 +65,8 @@ def write(folder: str) -> None:
             assert (Path(folder) / f"{adapter}-{cut}").exists()  # on every rank, at once
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", sampled([2, 4], 1))
 def test_the_file_is_that_of_one_process_byte_for_byte(world: int, tmp_path: Path) -> None:
     on_processes(write, world, tmp_path, str(tmp_path))
     for adapter in ("QuantOptimizer", "TransformOptimizer"):

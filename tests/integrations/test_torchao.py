@@ -20,8 +20,9 @@ from torch import nn
 import parq_fn as pf
 from parq_fn.export import load, save
 from parq_fn.export.torchao import to_torchao
+from tests.helpers import python_blocks, run_blocks
 from tests.integrations.models import TOKENS, on_levels
-from tests.test_readme import README, python_blocks, run
+from tests.test_readme import README
 
 EVEN = {
     pf.uniform(2): "int2",
@@ -114,7 +115,7 @@ def test_the_readme_s_way_from_training_to_integers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names = run(python_blocks(README))
+    names = run_blocks(python_blocks(README))
     assert str(names["integers"][0].weight.target_dtype) == "torch.int4"
 
 

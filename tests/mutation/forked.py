@@ -26,6 +26,7 @@ LIMIT_S = 150  # several times what the tests of a module take: slow is not caug
 MEMORY = 12 << 30
 
 torch.set_num_threads(1)
+os.environ["TEST_CASES"] = "all"  # what a mutant is killed by is no matter of chance
 
 
 def load() -> None:
@@ -142,7 +143,7 @@ def _child(
     durations: dict[str, float] = {}
     for files in stages:
         watch = _Watch(finder, order)
-        options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-k", "not compiles"]
+        options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", "not slow"]
         options += ["-p", "no:unraisableexception"]  # it collects garbage again and again
         for early in ("pytest.PytestAssertRewrite", "hypothesis.errors.HypothesisSideeffect"):
             options += ["-W", f"ignore::{early}Warning"]

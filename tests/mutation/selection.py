@@ -1,7 +1,7 @@
 """Which tests are run against a module's mutants: the most direct first, the others after them.
 
 Left out are those that are slow or start processes of their own: the example, the README, the
-kit on broken operators, and (by name) what compiles whole steps.
+kit on broken operators, and (by their mark) what compiles.
 """
 
 from __future__ import annotations

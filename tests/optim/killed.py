@@ -1,6 +1,7 @@
 """Training that is killed at every moment: before each step, and at each thing that saving does
-to a file. Run as `python -m tests.optim.killed FOLDER ADAPTER`; prints the number of moments and
-those after which resuming did not end as the run that was left alone.
+to a file. Run as `python -m tests.optim.killed FOLDER ADAPTER FIRST EVERY`, which takes every so
+manieth moment from the first on; prints the last moment that there was, and those after which
+resuming did not end as the run that was left alone.
 
 Each run is a fork of this process, which has torch loaded and no threads started.
 """
@@ -24,8 +25,7 @@ import torch
 from torch import Tensor
 
 from parq_fn.optim import load_checkpoint, save_checkpoint
-from tests.optim.test_checkpoint import scheduled, state_of
-from tests.optim.test_sharded import train
+from tests.optim.helpers import scheduled, state_of, train
 
 STEPS, EVERY = 5, 2
 FILES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
@@ -87,7 +87,7 @@ def forked(work: Callable[[], None]) -> int:
     return os.WEXITSTATUS(status) and -1
 
 
-def main(base: Path, adapter: str) -> None:
+def main(base: Path, adapter: str, first: int, every: int) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "torch.distributed is disabled")
     folder = base / "run"
@@ -100,9 +100,9 @@ def main(base: Path, adapter: str) -> None:
         assert all(map(torch.equal, train_on(folder, adapter, lambda: None), end))
 
     assert forked(alone) == 0
-    moment, wrong, killed = 0, [], signal.SIGKILL
+    moment, wrong, killed = first - every, [], signal.SIGKILL
     while killed == signal.SIGKILL:
-        moment += 1
+        moment += every
         shutil.rmtree(folder, ignore_errors=True)
 
         def until(moment: int = moment) -> None:
@@ -114,8 +114,8 @@ def main(base: Path, adapter: str) -> None:
         if forked(resume) != 0:
             wrong.append(moment)
     assert killed == 0
-    print(json.dumps({"moments": moment - 1, "wrong": wrong}))
+    print(json.dumps({"last": moment - every, "wrong": wrong}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

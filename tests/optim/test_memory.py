@@ -3,6 +3,7 @@ largest parameter needs, however many there are."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
 from tests.benchmarks.measure import peak
+from tests.helpers import sampled
 
 SPAN: dict[str, Any] = {"anneal_start": 0, "anneal_end": 20, "period": 2}
 LARGEST = 1024 * 512
@@ -49,8 +51,11 @@ def stepping(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Callable
     return work
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", LINKS)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype"), sampled(itertools.product(LINKS, DTYPES), 2))
 def test_a_step_holds_what_the_largest_parameter_needs(name: str, dtype: torch.dtype) -> None:
     link, bound = LINKS[name]
     most = []
@@ -91,8 +96,8 @@ TRANSFORMS: dict[str, tuple[Any, float]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype"), sampled(itertools.product(TRANSFORMS, DTYPES), 1))
 def test_so_does_a_step_of_a_transformation_that_takes_leaves_apart(
     name: str, dtype: torch.dtype
 ) -> None:

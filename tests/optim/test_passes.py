@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import parq_fn as pf
@@ -17,6 +18,7 @@ from parq_fn.optim import passes, programs
 from parq_fn.optim.passes import Job, Pass, plain, refit
 from parq_fn.optim.rows import Rows
 from parq_fn.prox import Prox, ProxState
+from tests.helpers import sampled, spread
 
 SPAN: dict[str, Any] = {"anneal_start": 2, "anneal_end": 10}
 LINKS: dict[str, Any] = {
@@ -194,7 +196,7 @@ def test_small_parameters_get_their_levels_together(
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 31, 100, 255, 1000, 1023, 1024, 1500, 4096, 5000])
 def test_a_row_has_the_levels_it_has_alone(n: int, device: str) -> None:
     """Sums over a row must not hang on how many rows there are, as they do on a GPU."""
-    rows = torch.randn(37, n, generator=torch.Generator().manual_seed(n)).to(device)
+    rows = torch.randn(9, n, generator=torch.Generator().manual_seed(n)).to(device)
     for quantizer in QUANTIZERS:
         alone = torch.cat([quantizer.fit(row[None]) for row in rows])
         assert torch.equal(quantizer.fit(rows), alone), quantizer
@@ -248,30 +250,78 @@ def test_many_small_parameters_take_the_operations_of_one() -> None:
 # Compiled: what is slow to compile is compiled once.
 
 
-@pytest.fixture(params=["halved", "grouped", "whole"])
+SPLITS = ["halved", "grouped", "whole"]
+
+
+def split_by(how: str, patch: pytest.MonkeyPatch) -> None:
+    """Splits what is large before it is mapped, whatever its size and device."""
+    patch.setattr(programs, "_LARGE", 1 << 20 if how == "whole" else 2)
+    if how == "grouped":
+        patch.setattr(programs, "_GROUP", 1 << 6)
+        patch.setattr(programs, "_on_cpu", lambda _: False)
+
+
+@pytest.fixture(params=sampled(SPLITS, 1))
 def split(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How what is large is split before it is mapped, whatever its size and device."""
-    monkeypatch.setattr(programs, "_LARGE", 1 << 20 if request.param == "whole" else 2)
-    if request.param == "grouped":
-        monkeypatch.setattr(programs, "_GROUP", 1 << 6)
-        monkeypatch.setattr(programs, "_on_cpu", lambda _: False)
+    split_by(request.param, monkeypatch)
     return str(request.param)
 
 
-@pytest.mark.usefixtures("split")
-@pytest.mark.parametrize("kind", ["hard", "parq", "soft", "binary_relax", "proxquant", "custom"])
-def test_compiled(kind: str) -> None:
+#: A link and a step for each formula that a program is made of.
+FORMULAS = {
+    "hard": ("hard", 6),
+    "clip": ("parq clipped", 1),
+    "parq": ("parq", 6),
+    "soft": ("soft", 6),
+    "binary_relax, near the latent": ("binary_relax", 3),
+    "binary_relax, near the level": ("binary_relax", 9),
+    "proxquant": ("proxquant", 6),
+    "custom": ("custom", 6),
+}
+SINGLE = [(64, 64), (60, 90), (5000,), (8, 8), (64,), (63,), (3, 6000), (3, 140_000)]
+
+
+CASES = spread(
+    list(FORMULAS), [pf.per_tensor(), pf.per_channel()], SPLITS, [SINGLE, SINGLE + SINGLE]
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("formula", "granularity", "how", "shapes", "code"),
+    [*((*case, True) for case in sampled(CASES, 2)), *((*case, False) for case in CASES)],
+    ids=lambda x: f"{len(x)} parameters" if isinstance(x, list) else str(x),
+)
+def test_compiled(
+    formula: str, granularity: pf.Granularity, how: str, shapes: Any, code: bool, request: Any
+) -> None:
+    """Parameters of one shape share calls; a transposed one, and large ones, are cut.
+
+    code: whether it is generated, or what was traced is run as it stands.
+    """
+    if not code:
+        request.getfixturevalue("graphs_alone")
+    split_by(how, request.getfixturevalue("monkeypatch"))
     torch.manual_seed(0)
-    fast = Pass(compile=True)
-    shapes = [(64, 64), (60, 90), (5000,), (8, 8), (64,), (63,), (3, 6000), (3, 140_000)]
-    shapes += [(5000,), (60, 90), (3, 140_000), (60, 90)]  # some twice, and one thrice
+    kind, step = FORMULAS[formula]
     latents = [*(torch.randn(shape) for shape in shapes), torch.randn(90, 70).t()]
-    for granularity in (pf.per_tensor(), pf.per_channel()):
-        link = LINKS[kind](pf.lsbq(2), granularity=granularity)
-        for step in (0, 3, 6, 12):
-            both(fast, link, state_at(link, step), jobs_of(link, latents, torch.float32))
+    link = LINKS[kind](pf.lsbq(2), granularity=granularity)
+    both(Pass(compile=True), link, state_at(link, step), jobs_of(link, latents, torch.float32))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("graphs_alone")
+def test_what_one_pass_has_compiled_serves_its_later_steps() -> None:
+    """Before annealing, in it, and after it, when the formula is another."""
+    torch.manual_seed(0)
+    fast, link = Pass(compile=True), LINKS["parq"](pf.lsbq(1), granularity=pf.per_channel())
+    for step in (0, 3, 6, 12, 13):
+        jobs = jobs_of(link, [torch.randn(64, 90)], torch.float32)
+        both(fast, link, state_at(link, step), jobs)
+
+
+@pytest.mark.usefixtures("graphs_alone")
+@pytest.mark.slow
 def test_one_program_serves_every_step_shape_and_learning_rate(split: str) -> None:
     torch.manual_seed(0)
     fast = Pass(compile=True)
@@ -342,21 +392,33 @@ def test_parts_and_what_is_left_are_the_whole(split, monkeypatch) -> None:
             assert torch.equal(whole.weight, latent)
 
 
-@pytest.mark.parametrize("kind", ["hard", "parq", "soft", "binary_relax", "proxquant"])
-@pytest.mark.parametrize("granularity", [pf.per_tensor(), pf.per_channel()])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "granularity", "count"),
+    sampled(
+        itertools.product(
+            ["hard", "parq", "soft", "binary_relax", "proxquant"],
+            [pf.per_tensor(), pf.per_channel()],
+            [1, 2],
+        ),
+        2,
+    ),
+)
 def test_a_program_maps_two_in_one_loop(kind: str, granularity, count: int, monkeypatch) -> None:
     """Both halves of a parameter, or two parameters."""
     monkeypatch.setattr(programs, "_LARGE", 2)
     torch.manual_seed(0)
     link = LINKS[kind](pf.lsbq(2), granularity=granularity)
     jobs = jobs_of(link, [torch.randn(64, 96) for _ in range(count)], torch.float32)
-    with fresh_cache():
+    uncached = torch._inductor.config.patch(fx_graph_cache=False)  # else no code is generated
+    with uncached, torch._functorch.config.patch(enable_autograd_cache=False):
         _, sources = run_and_get_code(Pass(compile=True), link, state_at(link, 6), jobs)
     loops = sum(source.count("for(int64_t x0=") for source in sources)
     assert loops == 1, sources
 
 
+@pytest.mark.usefixtures("graphs_alone")
+@pytest.mark.slow
 @pytest.mark.usefixtures("split")
 def test_memory_of_any_order_takes_no_program_of_its_own() -> None:
     """Each order took one of eight that a compiler makes of a function before it gives up."""
@@ -379,6 +441,8 @@ def test_memory_of_any_order_takes_no_program_of_its_own() -> None:
     both(Pass(compile=True), link, state_at(link, 12), [*jobs, *strided])
 
 
+@pytest.mark.usefixtures("graphs_alone")
+@pytest.mark.slow
 @torch.no_grad()
 def test_parameters_of_any_rank_take_one_program() -> None:
     """Rows are views, and for each kind of what they are views of there was a program."""
@@ -453,8 +517,18 @@ class Unhashable:
         return pf.proxmaps.binary_relax(u, levels, c)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("map_", [centered, Unhashable(), "twice"])
+@pytest.mark.parametrize(
+    ("map_", "compiled"),
+    [
+        *itertools.product([centered, Unhashable(), "twice"], [False]),
+        *(
+            pytest.param(map_, True, marks=pytest.mark.slow)
+            for map_ in sampled([centered, Unhashable(), "twice"], 1)
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else getattr(x, "__name__", type(x).__name__),
+)
+@pytest.mark.usefixtures("graphs_alone")
 def test_a_map_of_ones_own_sees_whole_rows(map_, compiled: bool) -> None:
     torch.manual_seed(0)
     granularity = pf.per_channel()

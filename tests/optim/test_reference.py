@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from parq_fn.optim import QuantOptimizer
-from tests.test_reference import TOLERANCE, array, close, of_kind, prox_of
+from tests.reference import TOLERANCE, array, close, of_kind, prox_of
 
 BASES = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,69 +13,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import parq_fn as pf
-from parq_fn.optim import QuantOptimizer, TransformOptimizer
+from parq_fn.optim import QuantOptimizer
 from parq_fn.prox import ProxState
-from tests.optim.processes import on_processes
+from tests.helpers import sampled
+from tests.optim.helpers import ADAPTERS, Net, check_same, quantized, sharded, train, whole
+from tests.processes import on_processes
 
 SPAN: dict[str, Any] = {"anneal_start": 1, "anneal_end": 6, "period": 2}
-
-
-class Net(nn.Module):
-    """Uneven rows, a kernel, vectors, and a weight with fewer rows than there are ranks."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(2, 5, 3, padding=1, dtype=dtype)
-        self.norm = nn.GroupNorm(1, 5, dtype=dtype)
-        self.linear = nn.Linear(5, 7, dtype=dtype)
-        self.head = nn.Linear(7, 1, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.conv(x)).relu().mean((2, 3))
-        return self.head(self.linear(x).tanh())
-
-
-#: What is quantized, and with how many bits.
-BITS = {"conv.weight": 2, "linear.weight": 2, "head.weight": 2, "norm.weight": 1}
-
-
-def optimizer_of(net: Net, prox: pf.Prox) -> QuantOptimizer:
-    by_bits: dict[Any, list[Any]] = {}
-    for name, p in net.named_parameters():
-        by_bits.setdefault(BITS.get(name, 32), []).append((name, p))
-    groups = [{"params": params, "quant_bits": bits} for bits, params in by_bits.items()]
-    return QuantOptimizer(torch.optim.AdamW(groups, lr=0.05), prox)
-
-
-def transformed(net: Net, prox: pf.Prox) -> TransformOptimizer:
-    two = replace(prox, learning_rate=0.05)
-    kinds = {"2": two, "1": replace(two, quantizer=pf.lsbq(1)), "32": pf.identity()}
-    labels = {name: str(bits) for name, bits in BITS.items()} | {"*": "32"}
-    transform = pf.chain(pf.adamw(0.05), pf.partition(kinds, labels))
-    return TransformOptimizer(net.named_parameters(), transform)
-
-
-ADAPTERS: dict[str, Callable[[Net, pf.Prox], Any]] = {
-    "QuantOptimizer": optimizer_of,
-    "TransformOptimizer": transformed,
-}
-
-
-def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    dtype = next(net.parameters()).dtype
-    x = torch.randn(4, 2, 6, 6, dtype=dtype, generator=torch.Generator().manual_seed(1))
-    for _ in range(steps):
-        optimizer.zero_grad()
-        net(x).square().mean().backward()
-        optimizer.step()
-
-
-def whole(got: Any) -> Any:
-    return got.full_tensor() if isinstance(got, DTensor) else got
 
 
 PROXES = {
@@ -89,28 +34,9 @@ PROXES = {
 }
 
 
-def check_same(alone: Net, one: Any, net: nn.Module, other: Any, at: Any) -> None:
-    """Parameters and states are equal, bit for bit."""
-    for (name, p), q in zip(alone.named_parameters(), net.parameters(), strict=True):
-        assert torch.equal(p, whole(q)), (at, name, p, whole(q))
-        mine, theirs = one.state[p], other.state[q]
-        assert mine.keys() == theirs.keys(), (at, name)
-        for key, own in mine.items():
-            got = whole(theirs[key])
-            assert own.dtype == got.dtype, (at, name, key)
-            assert torch.equal(own, got), (at, name, key)
-
-
-def sharded(net: Net, shape: tuple[int, ...], **policy: Any) -> Net:
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-    fully_shard(net.linear, mesh=mesh, **policy)
-    fully_shard(net, mesh=mesh, **policy)
-    return net
-
-
 def same_as_alone(shape: tuple[int, ...], offload: bool, dtypes: tuple[str, ...]) -> None:
     policy = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
-    for given, adapter, name in itertools.product(dtypes, ADAPTERS, PROXES):
+    for given, adapter, name in sampled(itertools.product(dtypes, ADAPTERS, PROXES), 3):
         dtype = getattr(torch, given)
         alone, net = Net(dtype), sharded(Net(dtype), shape, **policy)
         one, other = (ADAPTERS[adapter](each, PROXES[name]) for each in (alone, net))
@@ -125,6 +51,7 @@ def same_as_alone(shape: tuple[int, ...], offload: bool, dtypes: tuple[str, ...]
             assert (rows.unsqueeze(-1) == levels.unsqueeze(-2)).any(-1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "offload", "dtypes"),
     [
@@ -193,6 +120,7 @@ def other_ways_to_train() -> None:
             check_same(alone, one, net, other, ("replicated", adapter, t))
 
 
+@pytest.mark.slow
 def test_r8_freezing_clipping_exchanged_parameters_and_replicas(tmp_path: Path) -> None:
     on_processes(other_ways_to_train, 2, tmp_path)
 
@@ -202,6 +130,7 @@ def functional_loop() -> None:
         pf.functional(nn.ModuleDict({"net": sharded(Net(torch.float64), (1,))}))
 
 
+@pytest.mark.slow
 def test_r21_the_functional_loop_refuses_a_sharded_module(tmp_path: Path) -> None:
     on_processes(functional_loop, 1, tmp_path)
 
@@ -211,7 +140,7 @@ def mixed_precision() -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     net = sharded(Net(torch.float32), (2,), mp_policy=policy)
     for name, prox in PROXES.items():
-        optimizer = optimizer_of(net, prox)
+        optimizer = quantized(net, prox)
         for _ in range(8):
             train(net, optimizer, 1)
             for p, link in quantized_of(optimizer):
@@ -229,6 +158,7 @@ def quantized_of(optimizer: QuantOptimizer) -> list[tuple[Tensor, pf.Prox]]:
     return [(p, optimizer.link(group)) for group in groups for p in group["params"]]
 
 
+@pytest.mark.slow
 def test_mixed_precision_policy(tmp_path: Path) -> None:
     on_processes(mixed_precision, 2, tmp_path)
 
@@ -278,7 +208,8 @@ def distribute(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     return distribute_tensor(tensor, mesh, [Shard(0)])
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", sampled([2, 4], 1))
 def test_law_12_the_functional_core_on_dtensors(world: int, tmp_path: Path) -> None:
     on_processes(core_on_dtensors, world, tmp_path)
 
@@ -292,10 +223,10 @@ def blocks_cut_by_shards() -> None:
             length, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
         )
         runs = []
-        for sharded in (False, True):
+        for split in (False, True):
             module = nn.Module()
             module.weight = nn.Parameter(values.clone())
-            if sharded:
+            if split:
                 fully_shard(module, mesh=mesh)
             group = {"params": [module.weight], "quant_bits": 2, "quant_block_size": block}
             optimizer = QuantOptimizer(torch.optim.SGD([group], lr=0.1), prox)
@@ -306,7 +237,8 @@ def blocks_cut_by_shards() -> None:
         assert all(map(torch.equal, *runs)), (length, block)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", sampled([2, 4], 1))
 def test_r19_blocks_that_shards_cut(world: int, tmp_path: Path) -> None:
     on_processes(blocks_cut_by_shards, world, tmp_path)
 
@@ -331,5 +263,6 @@ def collectives() -> None:
             assert mode.get_total_counts() == (4 if t % 3 == 0 else 0), (adapter, t, counts)
 
 
+@pytest.mark.slow
 def test_collectives_are_one_gather_a_parameter_on_refits_and_none_else(tmp_path: Path) -> None:
     on_processes(collectives, 2, tmp_path)

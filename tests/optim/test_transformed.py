@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 import parq_fn as pf
 from parq_fn.optim import TransformOptimizer
-from tests.optim.test_quantized import PROXES, copies, equal
+from tests.helpers import copies, equal
+from tests.optim.helpers import PROXES
 
 QUANTIZED = "*.weight"
 TRANSFORMS = {

@@ -1,0 +1,56 @@
+"""A small network with a buffer and tied weights, trained until its weights are on levels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import parq_fn as pf
+from parq_fn.optim import QuantOptimizer, TransformOptimizer
+
+SOON: dict[str, Any] = {"anneal_start": 0, "anneal_end": 3, "period": 1}
+
+
+class Net(nn.Module):
+    """A kernel, a norm with buffers, an embedding tied to the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lookup = nn.Embedding(12, 8)
+        self.conv = nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular")
+        self.norm = nn.BatchNorm2d(4)
+        self.linear = nn.Linear(32, 8)
+        self.head = nn.Linear(8, 12)
+        self.head.weight = self.lookup.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.lookup(tokens).unsqueeze(1)  # [n, 1, t, 8]
+        x = self.norm(self.conv(x)).relu().mean(2).flatten(1)
+        return self.head(self.linear(x).tanh())
+
+
+def trained(adapter: str, steps: int = 6) -> tuple[Net, Any]:
+    net = Net()
+    masked = ["conv.weight", "linear.weight", "lookup.weight"]
+    named = dict(net.named_parameters())
+    if adapter == "QuantOptimizer":
+        groups = [
+            {"params": [named[name] for name in masked[:2]], "quant_bits": 2},
+            {"params": [named[masked[2]]], "quant_bits": 0},
+            {"params": [p for name, p in named.items() if name not in masked]},
+        ]
+        prox = pf.parq_prox(pf.lsbq(2), granularity=pf.per_channel(), **SOON)
+        optimizer: Any = QuantOptimizer(torch.optim.AdamW(groups, lr=0.01), prox)
+    else:
+        prox = pf.parq_prox(pf.lsbq(2), **SOON)
+        transform = pf.chain(pf.adamw(0.01), pf.masked(prox, masked))
+        optimizer = TransformOptimizer(net.named_parameters(), transform)
+    tokens = torch.arange(20).reshape(4, 5) % 12
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(tokens).square().sum().backward()
+        optimizer.step()
+    return net.eval(), optimizer

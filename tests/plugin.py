@@ -1,0 +1,139 @@
+"""What every run of the tests does: a printed seed, a limit of processor time, a slow mark.
+
+A test may use 20 seconds of processor time, one that is marked slow 60: its own, that of programs
+it started and waited for, and that of ranks (`tests.processes`). Processor time, unlike the
+time on a clock, is hardly changed by what else a machine does.
+
+    python -m pytest -m "not slow"     # a minute: for each change
+    python -m pytest                   # five minutes: before each commit
+    TEST_SEED=7 python -m pytest       # the same sampled cases again (tests.helpers.sampled)
+    TEST_CASES=all python -m pytest    # every case of what is sampled
+    python -m pytest --minutes 4       # in an order that the seed draws, until time is up
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+QUICK_S, SLOW_S = 20.0, 60.0
+_UNLIMITED = {"learning"}  # marks of tests that train for minutes, which no usual run takes
+
+_charged = 0.0  # seconds, of processes that are not this one's children
+
+os.environ.setdefault("TEST_SEED", str(random.SystemRandom().randrange(100_000)))  # workers' too
+
+
+def seed() -> int:
+    """The seed of this run, the same in all its processes."""
+    return int(os.environ["TEST_SEED"])
+
+
+def charge(seconds: float) -> None:
+    """Counts processor time of a process that this one did not start itself."""
+    global _charged
+    _charged += seconds
+
+
+def spent() -> float:
+    """Processor time so far, of this process and those it has waited for, in seconds."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system + _charged
+
+
+# Limits
+
+
+_USED = "processor seconds"
+_began = pytest.StashKey[float]()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    item.stash[_began] = spent()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    result = yield
+    used = spent() - item.stash[_began]
+    item.user_properties.append((_USED, used))
+    limit = SLOW_S if item.get_closest_marker("slow") else QUICK_S
+    if used > limit and not any(map(item.get_closest_marker, _UNLIMITED)) and not _thorough():
+        pytest.fail(
+            f"{item.nodeid} used {used:.1f} s of processor time, expected at most {limit:.0f}; "
+            "make it smaller, share what it builds, or sample its cases (tests.helpers.sampled)",
+            pytrace=False,
+        )
+    return result
+
+
+def _thorough() -> bool:
+    return (
+        os.environ.get("HYPOTHESIS_PROFILE", "quick") != "quick"
+        or os.environ.get("TEST_CASES") == "all"
+    )
+
+
+# A run that is sized by time
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--minutes",
+        type=float,
+        help="start no test after so many minutes; the order is drawn by TEST_SEED",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    minutes = config.getoption("--minutes")
+    if minutes is not None and not hasattr(config, "workerinput"):
+        os.environ["TEST_DEADLINE"] = str(time.time() + 60 * minutes)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    cases = "all cases" if os.environ.get("TEST_CASES") == "all" else "sampled cases"
+    return f"{cases}; TEST_SEED={seed()} draws the same"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(map(item.get_closest_marker, _UNLIMITED)):
+            item.add_marker(pytest.mark.slow)
+    if config.getoption("--minutes") is not None:
+        random.Random(seed()).shuffle(items)
+
+
+_OUT_OF_TIME = "no time was left of --minutes"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    deadline = os.environ.get("TEST_DEADLINE")
+    if deadline and time.time() > float(deadline):
+        item.add_marker(pytest.mark.skip(reason=_OUT_OF_TIME))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    ended = [
+        report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])
+    ]
+    used = sorted(
+        (dict(r.user_properties).get(_USED, 0.0), r.nodeid) for r in ended if r.when == "call"
+    )
+    if used and used[-1][0] > 1:
+        total = sum(seconds for seconds, _ in used)
+        terminalreporter.section(f"most processor time, of {total:.0f} s in all")
+        for seconds, name in used[:-21:-1]:
+            terminalreporter.write_line(f"{seconds:6.1f} s  {name}")
+    skipped = terminalreporter.stats.get("skipped", [])
+    late = sum(_OUT_OF_TIME in str(report.longrepr) for report in skipped)
+    if late:
+        terminalreporter.write_line(f"{late} tests were not started: {_OUT_OF_TIME}")
