@@ -40,7 +40,7 @@ from tqdm import tqdm
 import parq_fn as pq
 from examples.qat_simple import Data, at_least, load_data
 from examples.qat_simple import title as name_of_bits
-from parq_fn.tree import tree_map
+from parq_fn.foundation.tree import tree_map
 
 Params = dict[str, Tensor]
 

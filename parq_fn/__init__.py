@@ -2,9 +2,23 @@
 
 import torch
 
-from parq_fn import links, modules, optim, proxmaps, quantizers, schedules, tree, wrappers
-from parq_fn.granularity import Granularity, per_block, per_channel, per_tensor
-from parq_fn.links import (
+from parq_fn import modules, moved, optim, proxmaps, quantizers, schedules
+from parq_fn.foundation import tree
+from parq_fn.foundation.tree import read
+from parq_fn.modules import functional, weight_mask
+from parq_fn.quantizers import (
+    Quantizer,
+    asymmetric,
+    lloyd_max,
+    lsbq,
+    max_uniform,
+    ternary_uniform,
+    uniform,
+)
+from parq_fn.quantizers.granularity import Granularity, per_block, per_channel, per_tensor
+from parq_fn.schedules import Schedule, inverse_slope
+from parq_fn.transforms import links, wrappers
+from parq_fn.transforms.links import (
     add_decayed_weights,
     clip,
     clip_by_global_norm,
@@ -15,9 +29,8 @@ from parq_fn.links import (
     scale_by_schedule,
     trace,
 )
-from parq_fn.modules import functional, weight_mask
-from parq_fn.optimizers import adam, adamw, sgd
-from parq_fn.prox import (
+from parq_fn.transforms.optimizers import adam, adamw, sgd
+from parq_fn.transforms.prox_link import (
     Prox,
     ProxState,
     binary_relax_prox,
@@ -27,17 +40,7 @@ from parq_fn.prox import (
     proxquant_prox,
     soft_prox,
 )
-from parq_fn.quantizers import (
-    Quantizer,
-    asymmetric,
-    lloyd_max,
-    lsbq,
-    max_uniform,
-    ternary_uniform,
-    uniform,
-)
-from parq_fn.schedules import Schedule, inverse_slope
-from parq_fn.transformation import (
+from parq_fn.transforms.transformation import (
     Composite,
     EmptyState,
     GradientTransformation,
@@ -53,24 +56,24 @@ from parq_fn.transformation import (
     stateless,
     value_and_grad,
 )
-from parq_fn.tree import read
-from parq_fn.wrappers import accumulate, apply_if_finite
+from parq_fn.transforms.wrappers import accumulate, apply_if_finite
 
 __version__ = "0.1.0"
 
-# States are tuples of tensors: torch.load's safe default may read them.
-torch.serialization.add_safe_globals(
-    [
-        EmptyState,
-        ProxState,
-        wrappers.AccumulateState,
-        links.AdamState,
-        wrappers.FiniteState,
-        links.StepState,
-        links.TraceState,
-        tree.Masked,
-    ]
-)
+# States are tuples of tensors: torch.load's safe default may read them, those of before
+# among them.
+for _state in (
+    EmptyState,
+    ProxState,
+    wrappers.AccumulateState,
+    links.AdamState,
+    wrappers.FiniteState,
+    links.StepState,
+    links.TraceState,
+    tree.Masked,
+):
+    _former = [(_state, name) for name in moved.former_names(_state)]
+    torch.serialization.add_safe_globals([_state, *_former])
 
 __all__ = [
     "Composite",

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from parq_fn import proxmaps
-from parq_fn.optimizers import sgd
-from parq_fn.prox import custom_prox
+from parq_fn.foundation.value import Value, value
 from parq_fn.quantizers import Quantizer
-from parq_fn.transformation import apply_updates, chain, value_and_grad
-from parq_fn.value import Value, value
+from parq_fn.transforms.optimizers import sgd
+from parq_fn.transforms.prox_link import custom_prox
+from parq_fn.transforms.transformation import apply_updates, chain, value_and_grad
 
 
 @value

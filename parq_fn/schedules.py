@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parq_fn.checks import POSITIVE, SHARE, check_before, check_numbers, readable
-from parq_fn.scalar import Scalar, as_scalar, at, is_number
-from parq_fn.traits import ScheduleTraits
-from parq_fn.value import Value, value
+from parq_fn.foundation.checks import POSITIVE, SHARE, check_before, check_numbers, readable
+from parq_fn.foundation.scalar import Scalar, as_scalar, at, is_number
+from parq_fn.foundation.traits import ScheduleTraits
+from parq_fn.foundation.value import Value, value
 
 Number = float | Tensor
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import parq_fn as pf
 from parq_fn import tree
-from parq_fn.quantizers._partition import least_squares_levels
+from parq_fn.quantizers.kmeans_1d import least_squares_levels
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -12,8 +12,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parq_fn.quantizers import _partition
-from parq_fn.quantizers._partition import (
+from parq_fn.quantizers import kmeans_1d
+from parq_fn.quantizers.kmeans_1d import (
     _at,
     _best_cuts,
     _candidate_cuts,
@@ -192,7 +192,7 @@ def test_a_very_long_row_is_solved_as_a_long_one(monkeypatch: pytest.MonkeyPatch
     x = torch.cat(list(samples(20_000).values()))
     for k in (2, 8):
         long = least_squares_levels(x, k)
-        monkeypatch.setattr(_partition, "_CHUNK", 10_000)
+        monkeypatch.setattr(kmeans_1d, "_CHUNK", 10_000)
         very_long = least_squares_levels(x, k)
         monkeypatch.undo()
         torch.testing.assert_close(
@@ -206,7 +206,7 @@ def test_long_rows_are_polished(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.stack([rows[0], rows[1].pow(3), rows[2].abs().log(), rows[3].abs()])
     x = rows / rows.abs().amax(1, keepdim=True)
     least = squared_error(x, least_squares_levels(x, 24, exact_up_to=6000))
-    monkeypatch.setattr(_partition, "_CANDIDATES", 192)
+    monkeypatch.setattr(kmeans_1d, "_CANDIDATES", 192)
     assert bool((squared_error(x, least_squares_levels(x, 24)) <= 1.001 * least).all())
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import parq_fn as pf
-from parq_fn.quantizers import _rows
+from parq_fn.quantizers import reductions
 from parq_fn.quantizers.base import power_of_two
 from parq_fn.quantizers.lsbq import _codes, greedy
 from tests.helpers import sampled
@@ -543,7 +543,7 @@ def test_rows_in_pieces_are_left_alone(quantizer, dtype, monkeypatch) -> None:
     """Pieces share memory for what is made of them, never that of the rows."""
     x = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)).to(dtype)
     whole = quantizer.fit(x)
-    monkeypatch.setattr(_rows, "_PIECE", 2048)
+    monkeypatch.setattr(reductions, "_PIECE", 2048)
     before = x.clone()
     torch.testing.assert_close(quantizer.fit(x), whole)
     assert torch.equal(x, before)
@@ -595,9 +595,9 @@ def test_levels_are_the_same_of_rows_that_are_looked_at_first(quantizer, values)
 def test_one_way_through_memory_gives_what_two_give() -> None:
     for shape in [(1, 1), (3, 1000), (3, 1024), (2, 5000), (1, (1 << 18) + 7), (300, 1025)]:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        mean, top = _rows.mean_and_largest(x)
-        assert torch.equal(mean, _rows.mean(x, torch.abs))
-        assert torch.equal(top, _rows.largest(x))
+        mean, top = reductions.mean_and_largest(x)
+        assert torch.equal(mean, reductions.mean(x, torch.abs))
+        assert torch.equal(top, reductions.largest(x))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 8])
@@ -634,10 +634,10 @@ def test_sums_of_a_stated_order(n: int, longer: int, seed: int) -> None:
     x = torch.randn(3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     near = {"rtol": 0, "atol": 1e-15 * (1 + n)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_rows, "_own_order", lambda _: False)
-        total, running = _rows.summed(x), _rows.running_sums(x)
-        alone = [(_rows.summed(row), _rows.running_sums(row)) for row in x]
-        batched = torch.vmap(_rows.summed)(x), torch.vmap(_rows.running_sums)(x)
+        patch.setattr(reductions, "_own_order", lambda _: False)
+        total, running = reductions.summed(x), reductions.running_sums(x)
+        alone = [(reductions.summed(row), reductions.running_sums(row)) for row in x]
+        batched = torch.vmap(reductions.summed)(x), torch.vmap(reductions.running_sums)(x)
     exact = torch.tensor([math.fsum(row.tolist()) for row in x], dtype=torch.float64)
     assert running.is_contiguous()  # or a search in it warns
     torch.testing.assert_close(total, exact, **near)
@@ -654,7 +654,7 @@ def test_levels_by_sums_of_a_stated_order(quantizer, monkeypatch) -> None:
     x = torch.randn(5, 1500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     wanted = quantizer.fit(x)
     slope = torch.func.grad(lambda x: quantizer.fit(x).square().sum())(x)
-    monkeypatch.setattr(_rows, "_own_order", lambda _: False)
+    monkeypatch.setattr(reductions, "_own_order", lambda _: False)
     torch.testing.assert_close(quantizer.fit(x), wanted, rtol=1e-12, atol=1e-12)
     found = torch.func.grad(lambda x: quantizer.fit(x).square().sum())(x)
     torch.testing.assert_close(found, slope, rtol=1e-10, atol=1e-12)
@@ -667,7 +667,7 @@ def test_levels_of_long_rows_by_sums_of_a_stated_order(n: int, bits: int, monkey
     quantizer = pf.lloyd_max(bits, symmetric=False)
     x = torch.randn(2, n, generator=torch.Generator().manual_seed(0))
     wanted = error(x, quantizer.fit(x))
-    monkeypatch.setattr(_rows, "_own_order", lambda _: False)
+    monkeypatch.setattr(reductions, "_own_order", lambda _: False)
     levels = quantizer.fit(x)
     assert torch.equal(levels, torch.cat([quantizer.fit(row[None]) for row in x]))
     assert error(x, levels) <= wanted * 1.0001

@@ -19,8 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 import parq_fn as pf
-from parq_fn.tree import tree_leaves, tree_map
-from parq_fn.value import value
+from parq_fn.foundation.tree import tree_leaves, tree_map
+from parq_fn.foundation.value import value
 
 MASKS = ["*", "matrix", ["matrix", "nested"], {"matrix": False, "nested": True, "vector": True}]
 WIDE = [torch.float64, torch.float32]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parq_fn.tanh import tanh
+from parq_fn.proxmaps.tanh import tanh
 
 
 def points() -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import parq_fn as pf
 from parq_fn import proxmaps, schedules
-from parq_fn.tree import tree_map
+from parq_fn.foundation.tree import tree_map
 from tests.helpers import sampled
 
 LSBQ = importlib.import_module("parq_fn.quantizers.lsbq")

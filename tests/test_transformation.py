@@ -12,7 +12,7 @@ from torch import Tensor
 
 import parq_fn as pf
 from parq_fn import schedules
-from parq_fn.tree import tree_leaves, tree_map
+from parq_fn.foundation.tree import tree_leaves, tree_map
 
 
 def tree(seed: int = 0) -> dict:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parq_fn.export.grid import even_grid, off_grid
 from parq_fn.export.packing import Packed
-from parq_fn.tree import matches
+from parq_fn.foundation.tree import matches
 
 _WHOLE = (
     torch.float16, torch.float32, torch.float64,

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from parq_fn.export.codes import decode, encode, num_bytes, width
-from parq_fn.levels import nearest
+from parq_fn.foundation.tree import PyTree, names_of, tree_leaves
+from parq_fn.foundation.value import Value, value
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.transformed import TransformOptimizer
-from parq_fn.prox import Prox, ProxState
-from parq_fn.sharded import gathered
-from parq_fn.transformation import Chain, Composite, Transformation, masked, partition
-from parq_fn.tree import PyTree, names_of, tree_leaves
-from parq_fn.value import Value, value
-from parq_fn.wrappers import accumulate, apply_if_finite
+from parq_fn.proxmaps.levels import nearest
+from parq_fn.transforms.prox_link import Prox, ProxState
+from parq_fn.transforms.sharded import gathered
+from parq_fn.transforms.transformation import Chain, Composite, Transformation, masked, partition
+from parq_fn.transforms.wrappers import accumulate, apply_if_finite
 
 
 @value

@@ -6,10 +6,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from parq_fn.granularity import per_block
 from parq_fn.optim.state import Group
-from parq_fn.prox import Prox
 from parq_fn.quantizers import ternary_uniform, uniform
+from parq_fn.quantizers.granularity import per_block
+from parq_fn.transforms.prox_link import Prox
 
 
 def is_quantized(group: Group) -> bool:

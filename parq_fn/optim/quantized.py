@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from parq_fn.checks import SHARE, check_numbers
-from parq_fn.links import times
+from parq_fn.foundation.checks import SHARE, check_numbers
+from parq_fn.foundation.scalar import as_scalar, concrete, new_count
 from parq_fn.optim.base_optimizer import steps_apart, template_of, widened
+from parq_fn.optim.engine.passes import Job, Pass, refit
 from parq_fn.optim.groups import check_group, is_quantized, link_of
-from parq_fn.optim.passes import Job, Pass, refit
 from parq_fn.optim.state import (
     Group,
     after_load,
@@ -46,9 +46,9 @@ from parq_fn.optim.state import (
     value_of,
     wide,
 )
-from parq_fn.prox import Prox, ProxState, parq_prox
-from parq_fn.scalar import as_scalar, concrete, new_count
-from parq_fn.sharded import local, part_of
+from parq_fn.transforms.links import times
+from parq_fn.transforms.prox_link import Prox, ProxState, parq_prox
+from parq_fn.transforms.sharded import local, part_of
 
 #: The entries of a parameter's state that are ours; the others are the base optimizer's.
 _QUANTIZED = ("latent", "levels", "count", "slope", "lr_sum")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from parq_fn.sharded import local
+from parq_fn.transforms.sharded import local
 
 Group = dict[str, Any]
 Entries = dict[str, Any]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from parq_fn.links import add_decayed_weights
-from parq_fn.optim.parts import Part, joined, parts_of
+from parq_fn.foundation.scalar import is_number
+from parq_fn.foundation.value import same
+from parq_fn.optim.leafwise import Part, joined, parts_of
 from parq_fn.optim.state import (
     Entries,
     Group,
@@ -31,16 +32,15 @@ from parq_fn.optim.state import (
     value_of,
     wide,
 )
-from parq_fn.prox import Prox
-from parq_fn.scalar import is_number
-from parq_fn.sharded import local
-from parq_fn.transformation import (
+from parq_fn.transforms.links import add_decayed_weights
+from parq_fn.transforms.prox_link import Prox
+from parq_fn.transforms.sharded import local
+from parq_fn.transforms.transformation import (
     Composite,
     Transformation,
     apply_updates,
     check_transformation,
 )
-from parq_fn.value import same
 
 
 class TransformOptimizer(Optimizer):

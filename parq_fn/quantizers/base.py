@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from parq_fn.levels import nearest
-from parq_fn.quantizers._rows import largest, pieces
-from parq_fn.scalar import concrete, is_plain
-from parq_fn.traits import QuantizerTraits
-from parq_fn.value import Value, value
+from parq_fn.foundation.scalar import concrete, is_plain
+from parq_fn.foundation.traits import QuantizerTraits
+from parq_fn.foundation.value import Value, value
+from parq_fn.proxmaps.levels import nearest
+from parq_fn.quantizers.reductions import largest, pieces
 
 _FAR = 2.0**32  # up to here, and down to its inverse, squares and sums are in range
 

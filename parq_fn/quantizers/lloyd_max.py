@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from parq_fn.checks import check_whole
-from parq_fn.quantizers._partition import least_squares_levels
+from parq_fn.foundation.checks import check_whole
+from parq_fn.foundation.traits import QuantizerTraits
+from parq_fn.foundation.value import value
 from parq_fn.quantizers.base import Quantizer, mirror
+from parq_fn.quantizers.kmeans_1d import least_squares_levels
 from parq_fn.quantizers.lsbq import lsbq
-from parq_fn.traits import QuantizerTraits
-from parq_fn.value import value
 
 
 @value

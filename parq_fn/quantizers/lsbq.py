@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from parq_fn.checks import POSITIVE, check_numbers, check_whole
-from parq_fn.levels import between
-from parq_fn.quantizers._rows import in_order, mean, pieces, running_sums, summed, total
+from parq_fn.foundation.checks import POSITIVE, check_numbers, check_whole
+from parq_fn.foundation.traits import QuantizerTraits
+from parq_fn.foundation.value import value
+from parq_fn.proxmaps.levels import between
 from parq_fn.quantizers.base import Quantizer, mirror, with_zero
+from parq_fn.quantizers.reductions import in_order, mean, pieces, running_sums, summed, total
 from parq_fn.quantizers.uniform import around_mean
-from parq_fn.traits import QuantizerTraits
-from parq_fn.value import value
 
 _SWEEPS = 30  # of the alternating method; each costs O(k log n) a row after one sort
 

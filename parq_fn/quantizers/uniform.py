@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from parq_fn.checks import check_whole
-from parq_fn.quantizers._rows import itself, largest, mean, mean_and_largest
+from parq_fn.foundation.checks import check_whole
+from parq_fn.foundation.traits import QuantizerTraits
+from parq_fn.foundation.value import value
 from parq_fn.quantizers.base import Quantizer, with_zero
-from parq_fn.traits import QuantizerTraits
-from parq_fn.value import value
+from parq_fn.quantizers.reductions import itself, largest, mean, mean_and_largest
 
 
 def around_mean(x: Tensor, center: bool, levels: Callable[[Tensor], Tensor]) -> Tensor:

@@ -30,8 +30,13 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from parq_fn.foundation.traits import (
+    ProxTraits,
+    QuantizerTraits,
+    ScheduleTraits,
+    TransformationTraits,
+)
 from parq_fn.testing import strategies as own
-from parq_fn.traits import ProxTraits, QuantizerTraits, ScheduleTraits, TransformationTraits
 
 Case = dict[str, Any]
 Names = Collection[str]

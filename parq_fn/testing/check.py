@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from hypothesis.errors import HypothesisException
 from torch import Tensor
 
+from parq_fn.foundation.value import show
 from parq_fn.testing import cases
 from parq_fn.testing import laws as all_laws
 from parq_fn.testing.law import Law, Violation
-from parq_fn.value import show
 
 Laws = Iterable[str | Law] | None
 #: Names of inputs -> the strategy of a dict of them.

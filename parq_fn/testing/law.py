@@ -15,7 +15,7 @@ import optree
 import torch
 from torch import Tensor
 
-from parq_fn.value import Value, value
+from parq_fn.foundation.value import Value, value
 
 
 class Claim(NamedTuple):

@@ -7,19 +7,19 @@ import inspect
 from functools import partial
 from typing import Any, NamedTuple
 
-from parq_fn.schedules import Schedule
-from parq_fn.testing import cases
-from parq_fn.testing import laws as all_laws
-from parq_fn.testing.check import Applied, Laws, broken, proxmap_inputs, shrunk
-from parq_fn.testing.law import Law
-from parq_fn.traits import (
+from parq_fn.foundation.traits import (
     ProxTraits,
     QuantizerTraits,
     ScheduleTraits,
     TransformationTraits,
     traits_of,
 )
-from parq_fn.value import Value, show, value
+from parq_fn.foundation.value import Value, show, value
+from parq_fn.schedules import Schedule
+from parq_fn.testing import cases
+from parq_fn.testing import laws as all_laws
+from parq_fn.testing.check import Applied, Laws, broken, proxmap_inputs, shrunk
+from parq_fn.testing.law import Law
 
 
 class Row(NamedTuple):

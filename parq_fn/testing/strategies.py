@@ -19,8 +19,8 @@ from torch import Tensor
 import parq_fn as pq
 from parq_fn import proxmaps as maps
 from parq_fn import schedules as sched
-from parq_fn.interval import Interval
-from parq_fn.traits import Slopes, traits_of
+from parq_fn.foundation.checks import Interval
+from parq_fn.foundation.traits import Slopes, traits_of
 
 Strategy = st.SearchStrategy
 Draw = st.DrawFn

@@ -9,9 +9,9 @@ from typing import Any
 
 import parq_fn as pq
 from parq_fn import proxmaps, schedules
+from parq_fn.foundation.value import show
 from parq_fn.testing import laws
 from parq_fn.testing.law import Law
-from parq_fn.value import show
 
 OPERATORS: dict[str, tuple[Any, ...]] = {
     "proxmap": (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import parq_fn as pf
-from parq_fn.optim.passes import Job, Pass
+from parq_fn.optim.engine.passes import Job, Pass
 from parq_fn.quantizers import relative_error
 from tests.benchmarks import peer
 from tests.benchmarks.measure import finished, interleaved, ratio

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import parq_fn as pf
+from parq_fn.foundation.tree import tree_map
 from parq_fn.optim import QuantOptimizer
-from parq_fn.optim.passes import Pass
-from parq_fn.tree import tree_map
+from parq_fn.optim.engine.passes import Pass
 from tests.benchmarks import fits, peer, steps
 from tests.benchmarks.measure import Work, ratio
 from tests.benchmarks.prox_pass import (

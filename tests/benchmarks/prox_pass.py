@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import parq_fn as pf
-from parq_fn.levels import midpoint
-from parq_fn.optim.passes import Job, Pass, plain
-from parq_fn.prox import Prox, ProxState
+from parq_fn import Prox, ProxState
+from parq_fn.optim.engine.passes import Job, Pass, plain
+from parq_fn.proxmaps.levels import midpoint
 from tests.benchmarks import peer
 from tests.benchmarks.measure import finished, interleaved, on_device, ratio
 from tests.benchmarks.report import Found, geometric_mean

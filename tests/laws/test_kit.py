@@ -16,6 +16,7 @@ from torch import Tensor
 
 import parq_fn as pq
 from parq_fn import proxmaps as maps
+from parq_fn.foundation.traits import Interval, ProxTraits, declares, traits_of
 from parq_fn.testing import (
     Violation,
     check_proxmap,
@@ -28,7 +29,6 @@ from parq_fn.testing import (
     strategies,
     table,
 )
-from parq_fn.traits import Interval, ProxTraits, declares, traits_of
 
 
 def run(code: str) -> str:

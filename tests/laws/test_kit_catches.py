@@ -15,8 +15,17 @@ from torch import Tensor
 import parq_fn as pq
 from parq_fn import proxmaps as maps
 from parq_fn import schedules as sched
-from parq_fn.interval import Interval
-from parq_fn.levels import between, cell, midpoint
+from parq_fn.foundation.checks import Interval
+from parq_fn.foundation.traits import (
+    PER_LEAF,
+    ProxTraits,
+    QuantizerTraits,
+    ScheduleTraits,
+    declares,
+    traits_of,
+)
+from parq_fn.foundation.tree import tree_map
+from parq_fn.proxmaps.levels import between, cell, midpoint
 from parq_fn.quantizers import Quantizer
 from parq_fn.testing import (
     Violation,
@@ -26,15 +35,6 @@ from parq_fn.testing import (
     check_transformation,
     report,
 )
-from parq_fn.traits import (
-    PER_LEAF,
-    ProxTraits,
-    QuantizerTraits,
-    ScheduleTraits,
-    declares,
-    traits_of,
-)
-from parq_fn.tree import tree_map
 
 PARQ, HARD = traits_of(maps.parq), traits_of(maps.hard)
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from parq_fn import proxmaps as maps
+from parq_fn.foundation.traits import traits_of
 from parq_fn.testing import Violation, check, check_proxmap, laws, strategies
-from parq_fn.traits import traits_of
 from tests.twins import proxmaps as twins
 
 

@@ -36,7 +36,7 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "rising, self.schedule(steps - self.steps))",
         ],
     },
-    "parq_fn/proxmaps.py": {
+    "parq_fn/proxmaps/maps.py": {
         "a number where the result is not used: a cell without width, a coefficient at its end": [
             "binary_relax_regularizer: relaxed = theta / (2 * torch.where(theta < 1, 1 - theta, "
             "1.0)) * distance.square() -> relaxed = theta / (2 * torch.where(theta < 1, "
@@ -48,7 +48,7 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             ".gather(-1, passed)",
         ],
     },
-    "parq_fn/formulas.py": {
+    "parq_fn/proxmaps/formulas.py": {
         "two ways to the same weights, of which one is faster": [
             ": _FEW = 5 -> _FEW = 6",
             ": _FEW = 5 -> _FEW = 4",
@@ -109,7 +109,7 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "return torch.where(constant, high, grid)",
         ],
     },
-    "parq_fn/prox.py": {
+    "parq_fn/transforms/prox_link.py": {
         "a quantizer gives a row finite levels or none": [
             "Prox.refit.fit: take = new.isfinite().all(-1, keepdim=True) | "
             "to_device(first, old) -> take = new.isfinite().any(-1, keepdim=True) | "
@@ -149,7 +149,7 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "inner = torch.searchsorted(data, middle, right=True)",
         ],
     },
-    "parq_fn/quantizers/_partition.py": {
+    "parq_fn/quantizers/kmeans_1d.py": {
         "how many rows are taken at a time, for speed and memory: rows are independent": [
             ": _CHUNK = 1 << 17 -> _CHUNK = 1 >> 17",
             ": _CHUNK = 1 << 17 -> _CHUNK = 1 << 18",

@@ -52,7 +52,7 @@ FAULTS = [
     # Compiled passes, and passes over many parameters
     Fault(
         "the compiler makes a program for each rank of a weight, and stops at the ninth",
-        "parq_fn/optim/programs.py",
+        "parq_fn/optim/engine/programs.py",
         "    found = Rows._make(x if x is None else x.detach() for x in part)\n",
         "    found = part\n",
         ("tests/optim/test_passes.py",),
@@ -61,7 +61,7 @@ FAULTS = [
     ),
     Fault(
         "the compiler is given rows of a weight that are not contiguous, and fails",
-        "parq_fn/optim/passes.py",
+        "parq_fn/optim/engine/passes.py",
         "    if copied or (contiguous and not weight.is_contiguous()):\n",
         "    if copied:\n",
         ("tests/optim/test_passes.py",),
@@ -70,7 +70,7 @@ FAULTS = [
     ),
     Fault(
         "the two halves of a large parameter are mapped in one loop each",
-        "parq_fn/optim/programs.py",
+        "parq_fn/optim/engine/programs.py",
         '        options |= {"aggressive_fusion": True, "score_fusion_memory_threshold": 0}\n',
         "        pass\n",
         ("tests/optim/test_passes.py",),
@@ -79,7 +79,7 @@ FAULTS = [
     ),
     Fault(
         "a latent without dimensions takes the dtype of its divisor",
-        "parq_fn/prox.py",
+        "parq_fn/transforms/prox_link.py",
         "    return wide / to_device(divisor, wide).to(wide.dtype)  # or",
         "    return wide / to_device(divisor, wide)  # or",
         ("tests/optim/test_passes.py",),
@@ -108,7 +108,7 @@ FAULTS = [
     # Functions under vmap, grad and compile
     Fault(
         "Adam's moments begin as one tree in two places, so that a step compiles again",
-        "parq_fn/links.py",
+        "parq_fn/transforms/links.py",
         "        first, second, largest = (tree_map(torch.zeros_like, params) for _ in range(3))\n",
         "        first = second = largest = tree_map(torch.zeros_like, params)\n",
         ("tests/test_torch_func.py",),
@@ -117,7 +117,7 @@ FAULTS = [
     ),
     Fault(
         "no derivative in Adam's decay where it is 0",
-        "parq_fn/links.py",
+        "parq_fn/transforms/links.py",
         "    return b * ((count - 1) * b.clamp(min=torch.finfo(b.dtype).tiny).log()).exp()\n",
         "    return (count * b.log()).exp()\n",
         ("tests/test_optimizers.py",),
@@ -126,7 +126,7 @@ FAULTS = [
     ),
     Fault(
         "the cuts of a batch are found along the wrong axis under vmap",
-        "parq_fn/quantizers/_partition.py",
+        "parq_fn/quantizers/kmeans_1d.py",
         "    batched = table.movedim(in_dims[0] or 0, 0)  #",
         "    batched = table  #",
         ("tests/test_torch_func.py", "tests/test_partition.py"),
@@ -145,7 +145,7 @@ FAULTS = [
     ),
     Fault(
         "a transformation is stepped for all parameters at once",
-        "parq_fn/optim/parts.py",
+        "parq_fn/optim/leafwise.py",
         "    if not params or not _is_separable(transformation):\n",
         "    if True:\n",
         ("tests/optim/test_memory.py",),
@@ -164,7 +164,7 @@ FAULTS = [
     ),
     Fault(
         "shards are told apart as if a remainder of rows went to the last process",
-        "parq_fn/sharded.py",
+        "parq_fn/transforms/sharded.py",
         "    size = -(-weight.shape[0] // weight.device_mesh.size(mesh_dim))  #",
         "    size = max(1, weight.shape[0] // weight.device_mesh.size(mesh_dim))  #",
         ("tests/optim/test_sharded.py",),
@@ -182,7 +182,7 @@ FAULTS = [
     ),
     Fault(
         "a norm of sharded gradients is a part of it on each process",
-        "parq_fn/links.py",
+        "parq_fn/transforms/links.py",
         "        gathered(torch.linalg.vector_norm(u,",
         '        (lambda n: getattr(n, "_local_tensor", n))(torch.linalg.vector_norm(u,',
         ("tests/optim/test_sharded.py",),
@@ -359,7 +359,7 @@ FAULTS = [
     ),
     Fault(
         "long rows have too few candidate cuts where many values are equal",
-        "parq_fn/quantizers/_partition.py",
+        "parq_fn/quantizers/kmeans_1d.py",
         "_CANDIDATES = 4096  #",
         "_CANDIDATES = 1024  #",
         ("tests/test_hostile.py", "tests/test_partition.py"),
@@ -368,7 +368,7 @@ FAULTS = [
     ),
     Fault(
         "equal weights of a long row have unequal shares of a derivative",
-        "parq_fn/quantizers/_rows.py",
+        "parq_fn/quantizers/reductions.py",
         "    if not is_plain(x):  #",
         "    if False:  #",
         ("tests/test_quantizers.py",),
@@ -387,7 +387,7 @@ FAULTS = [
     # Maps, links and schedules
     Fault(
         "parq is not finite at the smallest slopes",
-        "parq_fn/formulas.py",
+        "parq_fn/proxmaps/formulas.py",
         "    safe = s.clamp(min=torch.finfo(s.dtype).tiny)\n",
         "    safe = torch.where(s > 0, s, 1.0)\n",
         ("tests/test_hostile.py",),
@@ -396,7 +396,7 @@ FAULTS = [
     ),
     Fault(
         "a row that holds NaN at its first fit gets zeros for levels",
-        "parq_fn/prox.py",
+        "parq_fn/transforms/prox_link.py",
         "            take = new.isfinite().all(-1, keepdim=True) | to_device(first, old)\n",
         "            take = new.isfinite().all(-1, keepdim=True)\n",
         ("tests/test_hostile.py",),
@@ -405,7 +405,7 @@ FAULTS = [
     ),
     Fault(
         "accumulated gradients stall in a narrow dtype",
-        "parq_fn/wrappers.py",
+        "parq_fn/transforms/wrappers.py",
         "torch.zeros_like(p, dtype=_wide(p))",
         "torch.zeros_like(p)",
         ("tests/test_hostile.py",),
@@ -423,7 +423,7 @@ FAULTS = [
     ),
     Fault(
         "a chain takes a prox link in front of one that changes its updates",
-        "parq_fn/transformation.py",
+        "parq_fn/transforms/transformation.py",
         "            if fits is not None and not (own.passes_updates or own.last):\n",
         "            if False:\n",
         ("tests/test_transformation.py",),

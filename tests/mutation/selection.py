@@ -26,17 +26,17 @@ _select(
     ("tests/test_hostile.py", "tests/test_prox.py", *_COMMON),
 )
 _select(
-    "parq_fn/granularity.py",
+    "parq_fn/quantizers/granularity.py",
     ("tests/test_granularity.py",),
     ("tests/test_hostile.py", "tests/test_prox.py", *_COMMON),
 )
 _select(
-    "parq_fn/proxmaps.py",
+    "parq_fn/proxmaps/maps.py",
     ("tests/test_proxmaps.py", "tests/laws/test_proxmaps.py", "tests/test_reference.py"),
     ("tests/test_hostile.py", "tests/test_prox.py", *_COMMON),
 )
 _select(
-    "parq_fn/formulas.py",
+    "parq_fn/proxmaps/formulas.py",
     ("tests/test_levels.py", "tests/test_proxmaps.py"),
     (
         "tests/laws/test_proxmaps.py",
@@ -51,12 +51,12 @@ _select("parq_fn/quantizers/uniform.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/lsbq.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/lloyd_max.py", *_QUANTIZERS)
 _select(
-    "parq_fn/quantizers/_partition.py",
+    "parq_fn/quantizers/kmeans_1d.py",
     ("tests/test_partition.py",),
     ("tests/test_quantizers.py", "tests/laws/test_quantizers.py"),
 )
 _select(
-    "parq_fn/prox.py",
+    "parq_fn/transforms/prox_link.py",
     ("tests/test_prox.py", "tests/test_hostile.py"),
     (
         "tests/laws/test_training.py",
@@ -68,7 +68,7 @@ _select(
     ),
 )
 _select(
-    "parq_fn/transformation.py",
+    "parq_fn/transforms/transformation.py",
     ("tests/test_transformation.py", "tests/test_hostile.py"),
     (
         "tests/laws/test_transformations.py",

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import parq_fn as pf
+from parq_fn import Composite, EmptyState, Link
+from parq_fn.foundation.traits import PER_LEAF
+from parq_fn.foundation.tree import tree_map
+from parq_fn.foundation.value import value
 from parq_fn.optim import TransformOptimizer
-from parq_fn.optim.parts import parts_of
-from parq_fn.traits import PER_LEAF
-from parq_fn.transformation import Composite, EmptyState, Link
-from parq_fn.tree import tree_map
-from parq_fn.value import value
+from parq_fn.optim.leafwise import parts_of
 
 TWO = {"a": torch.ones(2), "c": torch.ones(2)}
 

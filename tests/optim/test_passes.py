@@ -14,10 +14,10 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import parq_fn as pf
-from parq_fn.optim import passes, programs
-from parq_fn.optim.passes import Job, Pass, plain, refit
-from parq_fn.optim.rows import Rows
-from parq_fn.prox import Prox, ProxState
+from parq_fn import Prox, ProxState
+from parq_fn.optim.engine import passes, programs
+from parq_fn.optim.engine.passes import Job, Pass, plain, refit
+from parq_fn.optim.engine.rows import Rows
 from tests.helpers import sampled, spread
 
 SPAN: dict[str, Any] = {"anneal_start": 2, "anneal_end": 10}

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import parq_fn as pf
+from parq_fn import ProxState
 from parq_fn.optim import QuantOptimizer
-from parq_fn.prox import ProxState
 from tests.helpers import sampled
 from tests.optim.helpers import ADAPTERS, Net, check_same, quantized, sharded, train, whole
 from tests.processes import on_processes

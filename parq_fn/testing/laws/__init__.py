@@ -13,19 +13,19 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from parq_fn.schedules import Schedule
-from parq_fn.testing.law import Law
-from parq_fn.testing.laws import prox_links as _prox_links
-from parq_fn.testing.laws import proximal as _proximal
-from parq_fn.testing.laws import proxmaps, quantizers, schedules, transformations
-from parq_fn.traits import (
+from parq_fn.foundation.traits import (
     ProxTraits,
     QuantizerTraits,
     ScheduleTraits,
     TransformationTraits,
     traits_of,
 )
-from parq_fn.value import show
+from parq_fn.foundation.value import show
+from parq_fn.schedules import Schedule
+from parq_fn.testing.law import Law
+from parq_fn.testing.laws import prox_links as _prox_links
+from parq_fn.testing.laws import proximal as _proximal
+from parq_fn.testing.laws import proxmaps, quantizers, schedules, transformations
 
 del _proximal, _prox_links  # imported for the laws that they add
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from parq_fn.checks import readable
-from parq_fn.prox import Prox, ProxState
+from parq_fn.foundation.checks import readable
+from parq_fn.foundation.tree import PyTree, tree_leaves, tree_map
 from parq_fn.testing.law import Claim, equal
 from parq_fn.testing.laws.transformations import Point, Steps, last, law, train
-from parq_fn.tree import PyTree, tree_leaves, tree_map
+from parq_fn.transforms.prox_link import Prox, ProxState
 
 
 def to_dtype(tree: PyTree, dtype: torch.dtype) -> PyTree:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from parq_fn.foundation.traits import Coefficient, Penalty, ProxTraits
 from parq_fn.testing.law import Claim, at_most, equal
 from parq_fn.testing.laws.proxmaps import ROUNDING, Map, equal_where, law, midpoints, off_ties
-from parq_fn.traits import Coefficient, Penalty, ProxTraits
 
 
 def candidates(v: Tensor, levels: Tensor) -> Tensor:

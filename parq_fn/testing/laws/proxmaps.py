@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parq_fn.foundation.traits import Coefficient, ProxTraits
 from parq_fn.testing.law import Claim, Collection, at_most, equal
-from parq_fn.traits import Coefficient, ProxTraits
 
 LAWS = Collection("proxmap")
 law = LAWS.law

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parq_fn.granularity import per_block
-from parq_fn.levels import nearest
+from parq_fn.foundation.traits import QuantizerTraits
+from parq_fn.proxmaps.levels import nearest
+from parq_fn.quantizers.granularity import per_block
 from parq_fn.testing.law import Claim, Collection, at_most, equal
-from parq_fn.traits import QuantizerTraits
 
 LAWS = Collection("quantizer")
 law = LAWS.law

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parq_fn.foundation.traits import ScheduleTraits
 from parq_fn.testing.law import Claim, Collection, at_most, equal
-from parq_fn.traits import ScheduleTraits
 
 LAWS = Collection("schedule")
 law = LAWS.law

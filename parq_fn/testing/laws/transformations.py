@@ -10,9 +10,9 @@ import optree
 import torch
 from torch import Tensor
 
+from parq_fn.foundation.tree import PyTree, tree_map
 from parq_fn.testing.law import Claim, Collection, equal
-from parq_fn.transformation import apply_updates, masked, value_and_grad
-from parq_fn.tree import PyTree, tree_map
+from parq_fn.transforms.transformation import apply_updates, masked, value_and_grad
 
 LAWS = Collection("transformation")
 law = LAWS.law

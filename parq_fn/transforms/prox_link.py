@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from parq_fn import proxmaps, schedules
-from parq_fn.checks import (
+from parq_fn.foundation.checks import (
     NOT_NEGATIVE,
     POSITIVE,
     check_before,
@@ -29,7 +29,11 @@ from parq_fn.checks import (
     check_whole,
     readable,
 )
-from parq_fn.formulas import (
+from parq_fn.foundation.scalar import Scalar, as_scalar, at, concrete, new_count, to_device
+from parq_fn.foundation.traits import ProxTraits, TransformationTraits
+from parq_fn.foundation.tree import PyTree, check_floating, names_of, tree_map
+from parq_fn.foundation.value import same, state_class, value
+from parq_fn.proxmaps.formulas import (
     Chooser,
     Formula,
     binary_relax_at,
@@ -38,15 +42,11 @@ from parq_fn.formulas import (
     proxquant_at,
     soft_at,
 )
-from parq_fn.granularity import Granularity, per_tensor
-from parq_fn.links import times
 from parq_fn.quantizers import Quantizer
-from parq_fn.scalar import Scalar, as_scalar, at, concrete, new_count, to_device
-from parq_fn.sharded import gathered, local, part_of, placed
-from parq_fn.traits import ProxTraits, TransformationTraits
-from parq_fn.transformation import Link, apply_updates
-from parq_fn.tree import PyTree, check_floating, names_of, tree_map
-from parq_fn.value import same, state_class, value
+from parq_fn.quantizers.granularity import Granularity, per_tensor
+from parq_fn.transforms.links import times
+from parq_fn.transforms.sharded import gathered, local, part_of, placed
+from parq_fn.transforms.transformation import Link, apply_updates
 
 
 @state_class

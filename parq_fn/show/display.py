@@ -17,12 +17,12 @@ import optree
 import torch
 from torch import Tensor
 
-from parq_fn.prox import Prox
+from parq_fn.foundation.scalar import is_number
+from parq_fn.foundation.value import show
 from parq_fn.quantizers import Quantizer
-from parq_fn.scalar import is_number
 from parq_fn.schedules import Schedule
-from parq_fn.transformation import Chain, masked, partition
-from parq_fn.value import show
+from parq_fn.transforms.prox_link import Prox
+from parq_fn.transforms.transformation import Chain, masked, partition
 
 WIDTH, HEIGHT, EDGE = 220, 90, 14
 

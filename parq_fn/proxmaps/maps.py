@@ -1,13 +1,13 @@
 """Prox maps: (u [r, n], levels [r, k], coefficient) -> w [r, n], and their regularizers.
 
 u is the latent weight, Q = (q_1 <= ... <= q_k) the sorted levels of its row, c_i the midpoint
-of the cell [q_i, q_{i+1}]; `parq_fn.levels` holds the search and the tie rule. Every map
+of the cell [q_i, q_{i+1}]; `parq_fn.proxmaps.levels` holds the search and the tie rule. Every map
 computes in float32 or better and returns u's dtype and shape; values it puts on a level are
 bit-equal to it. NaN gives NaN; an infinity goes to the end level, except where the map has no
 bounded range. A coefficient is a number or a 0-d tensor. TypeError and ValueError as
 `levels.prepare` raises them.
 
-This file says what each map is; `parq_fn.formulas` computes it.
+This file says what each map is; `parq_fn.proxmaps.formulas` computes it.
 
 A regularizer takes (w [r, n], levels [r, k], coefficient) and gives the penalty at every w:
 map(u) = argmin_w (w - u)^2 / 2 + penalty(w).
@@ -21,7 +21,9 @@ import math
 import torch
 from torch import Tensor
 
-from parq_fn.formulas import (
+from parq_fn.foundation.checks import Interval
+from parq_fn.foundation.traits import ProxTraits, Slopes, declares, unchanged
+from parq_fn.proxmaps.formulas import (
     CLIP,
     HARD,
     Chooser,
@@ -31,9 +33,7 @@ from parq_fn.formulas import (
     proxquant_at,
     soft_at,
 )
-from parq_fn.interval import Interval
-from parq_fn.levels import between, cell, closest, nan_with, prepare, search
-from parq_fn.traits import ProxTraits, Slopes, declares, unchanged
+from parq_fn.proxmaps.levels import between, cell, closest, nan_with, prepare, search
 
 
 def _of(chooser: Chooser, u: Tensor, levels: Tensor, coefficient: float | Tensor) -> Tensor:

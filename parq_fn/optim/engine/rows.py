@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parq_fn.formulas import Formula
-from parq_fn.levels import prepare
-from parq_fn.prox import Prox, ProxState, shrunk
-from parq_fn.scalar import to_device
+from parq_fn.foundation.scalar import to_device
+from parq_fn.proxmaps.formulas import Formula
+from parq_fn.proxmaps.levels import prepare
+from parq_fn.transforms.prox_link import Prox, ProxState, shrunk
 
 
 class Rows(NamedTuple):

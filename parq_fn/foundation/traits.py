@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from parq_fn.interval import Interval
-from parq_fn.value import Value, value
+from parq_fn.foundation.checks import Interval
+from parq_fn.foundation.value import Value, value
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -192,7 +192,7 @@ class TransformationTraits(Value):
     batches: bool = True
     #: It looks at params + updates: what stands behind it in a chain must let updates pass.
     last: bool = False
-    #: It is a prox link of `parq_fn.prox`, with its state's fields.
+    #: It is a prox link of `parq_fn.transforms.prox_link`, with its state's fields.
     prox: bool = False
     #: It is one whose weights are levels from a step on that is known.
     hardens: bool = False

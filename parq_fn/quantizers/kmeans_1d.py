@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parq_fn.quantizers._rows import in_order, run_sums, running_sums, summed, total
+from parq_fn.quantizers.reductions import in_order, run_sums, running_sums, summed, total
 
 _CHUNK = 1 << 17  # sorted values per chunk: amortises the calls, stays near the cache
 _DOUBLES = 1 << 25  # 256 MB of float64, the bound on one chunk's temporaries

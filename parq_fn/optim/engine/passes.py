@@ -6,7 +6,7 @@ tensors of the parameter's size in between. `Pass` gives the same, bit for bit b
 zero:
 
 - a large parameter a piece at a time, so that what lies in between stays in the cache, or with
-  `compile` in one loop that reads the latent and writes the weight (`parq_fn.optim.programs`);
+  `compile` in one loop that reads the latent and writes the weight (`programs`);
 - small parameters together, copied into the rows of one buffer that is mapped whole; `refit`
   fits their levels together too, and on a GPU those of larger ones.
 """
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from parq_fn.granularity import Granularity, per_channel
-from parq_fn.optim.programs import Programs
-from parq_fn.optim.rows import Maps, Rows, in_rows
+from parq_fn.foundation.scalar import concrete
+from parq_fn.optim.engine.programs import Programs
+from parq_fn.optim.engine.rows import Maps, Rows, in_rows
 from parq_fn.optim.state import chunks
-from parq_fn.prox import Prox, ProxState
-from parq_fn.scalar import concrete
-from parq_fn.sharded import gathered
+from parq_fn.quantizers.granularity import Granularity, per_channel
+from parq_fn.transforms.prox_link import Prox, ProxState
+from parq_fn.transforms.sharded import gathered
 
 _PIECE = 1 << 17  # elements that are mapped at a time
 _WIDTH = 1 << 10  # of the rows that a long row is cut into

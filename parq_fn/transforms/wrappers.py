@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parq_fn.checks import check_whole
-from parq_fn.scalar import concrete, new_count, to_device
-from parq_fn.sharded import gathered
-from parq_fn.traits import TransformationTraits, shared
-from parq_fn.transformation import Link, Transformation, check_transformation
-from parq_fn.tree import PyTree, check_floating, select, tree_leaves, tree_map
-from parq_fn.value import state_class, value
+from parq_fn.foundation.checks import check_whole
+from parq_fn.foundation.scalar import concrete, new_count, to_device
+from parq_fn.foundation.traits import TransformationTraits, shared
+from parq_fn.foundation.tree import PyTree, check_floating, select, tree_leaves, tree_map
+from parq_fn.foundation.value import state_class, value
+from parq_fn.transforms.sharded import gathered
+from parq_fn.transforms.transformation import Link, Transformation, check_transformation
 
 
 def _wide(leaf: Tensor) -> torch.dtype:

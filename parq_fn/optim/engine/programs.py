@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parq_fn.formulas import Formula
-from parq_fn.levels import MANY, bounds
-from parq_fn.optim.rows import Map, Maps, Rows, in_columns, in_rows, write
+from parq_fn.optim.engine.rows import Map, Maps, Rows, in_columns, in_rows, write
+from parq_fn.proxmaps.formulas import Formula
+from parq_fn.proxmaps.levels import MANY, bounds
 
 _LONG = 1 << 10  # of a row from which on its bounds are computed once, not for every weight
 _LARGE = 1 << 20  # of a latent from which on a program is told more of its shape

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parq_fn.scalar import as_scalar, is_plain, to_device
+from parq_fn.foundation.scalar import as_scalar, is_plain, to_device
 
 #: Up to so many levels are compared one by one, or halved in a compiled loop.
 FEW = 32

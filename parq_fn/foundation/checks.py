@@ -1,4 +1,4 @@
-"""Checks of hyperparameters, made where a link, quantizer or schedule is built.
+"""Intervals, and checks of hyperparameters, made where a link, quantizer or schedule is built.
 
 Checked is what can be read: a number, or a 0-d tensor on the CPU outside of any trace. A
 schedule, a tensor batched by `vmap` and one traced by a compiler pass.
@@ -12,8 +12,33 @@ from typing import Any
 
 from torch import Tensor
 
-from parq_fn.interval import Interval
-from parq_fn.scalar import concrete, is_number
+from parq_fn.foundation.scalar import concrete, is_number
+from parq_fn.foundation.value import Value, value
+
+
+@value
+class Interval(Value):
+    """The numbers from low to high, each end among them unless `open_low` or `open_high`.
+
+    >>> share = Interval(0.0, 1.0, open_low=True)
+    >>> 0.0 in share, 1.0 in share, str(share)
+    (False, True, '(0, 1]')
+    """
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        above = number > self.low if self.open_low else number >= self.low
+        below = number < self.high if self.open_high else number <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
 
 FINITE = Interval(-math.inf, math.inf, open_low=True, open_high=True)
 NOT_NEGATIVE = Interval(0.0, math.inf, open_high=True)

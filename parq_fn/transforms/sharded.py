@@ -12,8 +12,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from parq_fn.granularity import Granularity
-from parq_fn.value import value
+from parq_fn.foundation.value import value
+from parq_fn.quantizers.granularity import Granularity
 
 
 @value

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from parq_fn.checks import check_whole
-from parq_fn.value import Value, value
+from parq_fn.foundation.checks import check_whole
+from parq_fn.foundation.value import Value, value
 
 
 @value

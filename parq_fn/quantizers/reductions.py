@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parq_fn.scalar import is_plain
+from parq_fn.foundation.scalar import is_plain
 
 #: f(x, *of_row, out=None): of elements and of tensors [r, 1], the same for all elements of a row;
 #: the result lies in `out` where it is given, as that of torch.abs, else in memory of its own.

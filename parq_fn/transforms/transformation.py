@@ -21,8 +21,8 @@ import optree
 import torch
 from torch import Tensor
 
-from parq_fn.traits import PER_LEAF, TransformationTraits, shared, traits_of
-from parq_fn.tree import (
+from parq_fn.foundation.traits import PER_LEAF, TransformationTraits, shared, traits_of
+from parq_fn.foundation.tree import (
     Labels,
     Mask,
     PyTree,
@@ -34,7 +34,7 @@ from parq_fn.tree import (
     tree_leaves,
     tree_map,
 )
-from parq_fn.value import Value, show, value
+from parq_fn.foundation.value import Value, show, value
 
 
 @runtime_checkable
@@ -63,7 +63,7 @@ class Link(Value):
 
     >>> import torch
     >>> from parq_fn import Link
-    >>> from parq_fn.tree import tree_map
+    >>> from parq_fn.foundation.tree import tree_map
     >>> class flip(Link):
     ...     def update(self, updates, state, params, **extra):
     ...         return tree_map(torch.neg, updates), state  # a missing gradient, None, stays one

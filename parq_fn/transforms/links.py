@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parq_fn.checks import DECAY, NOT_NEGATIVE, check_numbers
-from parq_fn.interval import Interval
-from parq_fn.scalar import Scalar, at, is_number, new_count, to_device
-from parq_fn.sharded import gathered
-from parq_fn.traits import PER_LEAF, TransformationTraits
-from parq_fn.transformation import Link
-from parq_fn.tree import PyTree, by_name, check_floating, tree_leaves, tree_map
-from parq_fn.value import state_class, value
+from parq_fn.foundation.checks import DECAY, NOT_NEGATIVE, Interval, check_numbers
+from parq_fn.foundation.scalar import Scalar, at, is_number, new_count, to_device
+from parq_fn.foundation.traits import PER_LEAF, TransformationTraits
+from parq_fn.foundation.tree import PyTree, by_name, check_floating, tree_leaves, tree_map
+from parq_fn.foundation.value import state_class, value
+from parq_fn.transforms.sharded import gathered
+from parq_fn.transforms.transformation import Link
 
 
 @state_class

@@ -15,11 +15,11 @@ from typing import Any
 import optree
 from torch import Tensor
 
+from parq_fn.foundation.traits import traits_of
+from parq_fn.foundation.tree import PyTree, names_of, pick, resolve_labels, resolve_mask
 from parq_fn.optim.state import chunks
-from parq_fn.traits import traits_of
-from parq_fn.transformation import Chain, Composite, Transformation, masked, partition
-from parq_fn.tree import PyTree, names_of, pick, resolve_labels, resolve_mask
-from parq_fn.wrappers import accumulate
+from parq_fn.transforms.transformation import Chain, Composite, Transformation, masked, partition
+from parq_fn.transforms.wrappers import accumulate
 
 _METHODS = ("traits", "init", "update", "weights")
 

@@ -67,7 +67,7 @@ class Value:
 
 
 def _html(shown: Any) -> str:
-    from parq_fn import display  # which stands above all that it shows
+    from parq_fn.show import display  # which stands above all
 
     if isinstance(shown, tuple):
         return display.table(shown)._repr_html_()

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from parq_fn.display import horizon
-from parq_fn.levels import nearest
+from parq_fn.foundation.tree import names_of, tree_leaves
+from parq_fn.foundation.value import show
+from parq_fn.proxmaps.levels import nearest
 from parq_fn.quantizers import Quantizer, lloyd_max, lsbq, relative_error, uniform
-from parq_fn.transformation import Transformation
-from parq_fn.tree import names_of, tree_leaves
-from parq_fn.value import show
+from parq_fn.show.display import horizon
+from parq_fn.transforms.transformation import Transformation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

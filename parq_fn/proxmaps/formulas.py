@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parq_fn.levels import between, cell, closest, midpoint, nan_with, nearer, prepare
-from parq_fn.scalar import is_plain
-from parq_fn.tanh import tanh
+from parq_fn.foundation.scalar import is_plain
+from parq_fn.proxmaps.levels import between, cell, closest, midpoint, nan_with, nearer, prepare
+from parq_fn.proxmaps.tanh import tanh
 
 #: Levels up to which a line for each cell costs less than a search for a weight's.
 _FEW = 5

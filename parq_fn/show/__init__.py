@@ -1,0 +1,1 @@
+"""What values and states show in a notebook, and figures."""

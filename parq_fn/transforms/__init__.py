@@ -1,0 +1,1 @@
+"""Gradient transformations: the contract, how they compose, links, optimizers, prox links."""
