@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parq_fn.foundation.torch_private import BATCH_NORM
 from parq_fn.foundation.tree import matches
 
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (BATCH_NORM, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]]:

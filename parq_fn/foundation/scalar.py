@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from parq_fn.foundation.torch_private import in_dispatch_mode, is_functional
 
 #: A number, a 0-d tensor, or a schedule of the step count.
 Scalar = float | Tensor | Callable[[Tensor], Tensor]
@@ -75,7 +76,7 @@ def is_plain(tensor: Tensor) -> bool:
     """
     if type(tensor) not in (Tensor, torch.nn.Parameter) or _is_traced():
         return False
-    if torch._is_functional_tensor(tensor):
+    if is_functional(tensor):
         return False
     try:
         tensor.numpy()
@@ -87,7 +88,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 def _is_traced() -> bool:
     """Whether operations are recorded, by a compiler or a dispatch mode."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    return torch.compiler.is_compiling() or in_dispatch_mode()
 
 
 def to_device(scalar: Tensor, like: Tensor) -> Tensor:

@@ -4,26 +4,21 @@ make, in which dtype, and whether it may be stepped for some parameters at a tim
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer, optimizer
+from torch.optim import Optimizer
 
+from parq_fn.foundation.torch_private import drop_step_hooks, has_step_hooks
 from parq_fn.optim.state import Entries, Group
 
 
 def steps_apart(base: Optimizer) -> bool:
     """Whether a step may be made for some parameters, then for others: in torch's optimizers
     nothing but the parameters' own state knows of steps."""
-    hooks = (
-        base._optimizer_step_pre_hooks,
-        base._optimizer_step_post_hooks,
-        optimizer._global_optimizer_pre_hooks,
-        optimizer._global_optimizer_post_hooks,
-    )
-    return type(base).__module__.startswith("torch.optim.") and not any(hooks)
+    return type(base).__module__.startswith("torch.optim.") and not has_step_hooks(base)
 
 
 def widened(entries: Entries, p: Tensor, latent: Tensor) -> Entries:
@@ -49,8 +44,7 @@ def template_of(base: Optimizer, group: Group, p: Tensor, like: Tensor) -> Entri
     twin = object.__new__(type(base))
     left_out = ("step", "param_groups", "state")
     twin.__dict__.update({k: _copied(v) for k, v in base.__dict__.items() if k not in left_out})
-    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-        twin.__dict__[hooks] = OrderedDict()
+    drop_step_hooks(twin)
     shown = {k: _copied(v) for k, v in group.items() if k != "params"}
     twin.param_groups = [{**shown, "params": [stand_in]}]
     twin.state = defaultdict(dict)

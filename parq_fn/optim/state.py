@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from parq_fn.foundation.torch_private import hooks_after_load, hooks_before_load, is_flat, writes_to
 from parq_fn.transforms.sharded import local
 
 Group = dict[str, Any]
@@ -69,7 +70,7 @@ def chunks(sizes: Mapping[Any, int], bound: int | None = None) -> list[list[Any]
 
 def refuse_flat(who: str, p: Tensor, name: str) -> None:
     """Raises TypeError for a parameter of FSDP1."""
-    if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
+    if is_flat(p):
         raise TypeError(
             f"{who}: parameter {name!r} is flattened by FSDP1, which loses its rows; "
             "shard with torch.distributed.fsdp.fully_shard"
@@ -140,7 +141,7 @@ def check_entries(mine: Entries, saved: Entries, needed: Iterable[str], name: st
 def mark(p: Tensor) -> tuple[int, int]:
     """What tells that a parameter was written since: torch's count of writes, and where it lies."""
     mine = local(p)
-    return mine._version, mine.data_ptr()
+    return writes_to(mine), mine.data_ptr()
 
 
 def beside(p: Tensor, entries: Entries) -> Entries:
@@ -171,7 +172,7 @@ def taken_over(latent: Tensor, weight: Tensor, wrote: Tensor) -> Tensor:
 def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state dict as the optimizer's hooks before loading leave it."""
     state_dict = state_dict.copy()  # hooks may change it
-    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+    for hook in hooks_before_load(optimizer):
         given = hook(optimizer, state_dict)
         state_dict = state_dict if given is None else given
     return state_dict
@@ -179,7 +180,7 @@ def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, A
 
 def after_load(optimizer: Optimizer) -> None:
     """Runs the optimizer's hooks after loading."""
-    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+    for hook in hooks_after_load(optimizer):
         hook(optimizer)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parq_fn.foundation.scalar import concrete
+from parq_fn.foundation.torch_private import copy_each
 from parq_fn.optim.engine.programs import Programs
 from parq_fn.optim.engine.rows import Maps, Rows, in_rows
 from parq_fn.optim.state import chunks
@@ -128,9 +129,9 @@ class Pass:
         size = sum(r for r, _ in shapes), width
         latent = alike[0].latent.new_zeros(size)
         weight = alike[0].weight.new_empty(size)
-        torch._foreach_copy_(_cut(latent, shapes), [rows.latent for rows in alike])
+        copy_each(_cut(latent, shapes), [rows.latent for rows in alike])
         self._run(maps, [Rows(latent, torch.cat([rows.levels for rows in alike]), weight)])
-        torch._foreach_copy_([rows.weight for rows in alike], _cut(weight, shapes))
+        copy_each([rows.weight for rows in alike], _cut(weight, shapes))
 
     def _run(self, maps: Maps, wholes: list[Rows]) -> None:
         if self.compile:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from parq_fn.foundation.torch_private import compiled, compiler_options, mark_constant
 from parq_fn.optim.engine.rows import Map, Maps, Rows, in_columns, in_rows, write
 from parq_fn.proxmaps.formulas import Formula
 from parq_fn.proxmaps.levels import MANY, bounds
@@ -62,7 +62,7 @@ class Programs:
             if cells_from is None and bound is None:
                 cells_from = MANY  # from there on a cell is searched for the nearest level, too
             narrow = cells_from is not None and k >= cells_from
-            options = _options(device, two=len(parts) > 1, narrow=narrow)
+            options = compiler_options(device, two=len(parts) > 1, narrow=narrow)
             self._found[key] = _compiled(formula, options)
         return self._found[key]
 
@@ -194,7 +194,7 @@ def _by_itself(part: Rows) -> Rows:
     found = Rows._make(x if x is None else x.detach() for x in part)
     for x in found:
         if x is not None and x.dim() > 2:
-            torch._dynamo.mark_static(x, [1, 2])
+            mark_constant(x, [1, 2])
     return found
 
 
@@ -214,30 +214,7 @@ def _compiled(formula: Formula, options: dict[str, Any]) -> Callable[..., None]:
                 part = Rows._make(x if x is None else _flat(x) for x in part)
             write(formula, part, scalars, divisor)
 
-    # a code object of its own, for a compiler counts the programs of each and stops at eight
-    own: Any = FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
-    program: Callable[..., None] = torch.compile(own, fullgraph=True, dynamic=True, options=options)
-    return program
-
-
-def _options(device: str, *, two: bool, narrow: bool) -> dict[str, Any]:
-    """Of a compiler, for a device's type. two: parts are mapped at a time; narrow: where a search
-    comes before a calculation."""
-    if device != "cpu":
-        # each operation rounded by itself, quotients too, and subnormal numbers kept
-        return {
-            "emulate_precision_casts": True,
-            "eager_numerics.division_rounding": True,
-            "eager_numerics.disable_ftz": True,
-        }
-    options: dict[str, Any] = {}
-    if two:  # one loop, though they share no memory
-        options |= {"aggressive_fusion": True, "score_fusion_memory_threshold": 0}
-    if narrow and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        # With vectors of 512 bits a comparison becomes a vector in a register that some processors
-        # wait for, so that the whole way of one weight is gone before the next one's begins.
-        options["cpp.simdlen"] = 256
-    return options
+    return compiled(run, options)
 
 
 def _identity(weight: Any) -> Any:

@@ -1,0 +1,115 @@
+"""Every call into torch that torch keeps private, or promises nothing about.
+
+They are why the package takes one minor version of torch: another one may name or do these things
+otherwise, and this file is the place to look.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer, optimizer
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+# Tensors
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a dispatch mode, such as a tracer's, sees the operations."""
+    return _get_current_dispatch_mode() is not None
+
+
+def is_functional(tensor: Tensor) -> bool:
+    """Whether it wraps another tensor, for a tracer that takes writes out of a program."""
+    return torch._is_functional_tensor(tensor)
+
+
+def writes_to(tensor: Tensor) -> int:
+    """How often a tensor's memory was written to, through whatever view of it but `.data`."""
+    return tensor._version
+
+
+def copy_each(into: list[Tensor], of: list[Tensor]) -> None:
+    """Copies tensors into others, of all in few operations."""
+    torch._foreach_copy_(into, of)
+
+
+# Modules
+
+#: The base of all batch and instance norms.
+BATCH_NORM = nn.modules.batchnorm._NormBase
+
+
+def is_flat(p: Tensor) -> bool:
+    """Whether a parameter is one of FSDP1's, flattened with others."""
+    return bool(getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False))
+
+
+# Optimizers
+
+_STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+def has_step_hooks(base: Optimizer) -> bool:
+    """Whether anything else is called at a step of the optimizer."""
+    everywhere = optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks
+    return any((*(getattr(base, name) for name in _STEP_HOOKS), *everywhere))
+
+
+def drop_step_hooks(base: Optimizer) -> None:
+    """Takes an optimizer's own hooks of a step away."""
+    base.__dict__.update((name, OrderedDict()) for name in _STEP_HOOKS)
+
+
+def hooks_before_load(of: Optimizer) -> list[Callable[..., Any]]:
+    """What is called with an optimizer and the state that it is about to load."""
+    return [*of._optimizer_load_state_dict_pre_hooks.values()]
+
+
+def hooks_after_load(of: Optimizer) -> list[Callable[..., Any]]:
+    """What is called with an optimizer that has loaded a state."""
+    return [*of._optimizer_load_state_dict_post_hooks.values()]
+
+
+# The compiler
+
+
+def mark_constant(tensor: Tensor, dims: list[int]) -> None:
+    """Has a compiler take these sizes of a tensor for constants."""
+    torch._dynamo.mark_static(tensor, dims)
+
+
+def compiled(function: Any, options: dict[str, Any]) -> Callable[..., None]:
+    """A function compiled for sizes of any number.
+
+    Its code object is its own, for a compiler counts the programs of each and stops at eight.
+    """
+    code, name = function.__code__.replace(), function.__name__
+    own: Any = FunctionType(code, function.__globals__, name, None, function.__closure__)
+    program: Callable[..., None] = torch.compile(own, fullgraph=True, dynamic=True, options=options)
+    return program
+
+
+def compiler_options(device: str, *, two: bool, narrow: bool) -> dict[str, Any]:
+    """Options of inductor, for a device's type. two: parts are mapped at a time; narrow: where a
+    search comes before a calculation."""
+    if device != "cpu":
+        # each operation rounded by itself, quotients too, and subnormal numbers kept
+        return {
+            "emulate_precision_casts": True,
+            "eager_numerics.division_rounding": True,
+            "eager_numerics.disable_ftz": True,
+        }
+    options: dict[str, Any] = {}
+    if two:  # one loop, though they share no memory
+        options |= {"aggressive_fusion": True, "score_fusion_memory_threshold": 0}
+    if narrow and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        # With vectors of 512 bits a comparison becomes a vector in a register that some processors
+        # wait for, so that the whole way of one weight is gone before the next one's begins.
+        options["cpp.simdlen"] = 256
+    return options
