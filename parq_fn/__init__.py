@@ -1,10 +1,14 @@
 """Quantization-aware training as composable, pure gradient transformations for PyTorch."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 import torch
 
-from parq_fn import modules, moved, optim, proxmaps, quantizers, schedules
+from parq_fn import modules, moved, proxmaps, quantizers, schedules
 from parq_fn.foundation import tree
 from parq_fn.foundation.tree import read
+from parq_fn.foundation.value import shown_by
 from parq_fn.modules import functional, weight_mask
 from parq_fn.quantizers import (
     Quantizer,
@@ -58,7 +62,38 @@ from parq_fn.transforms.transformation import (
 )
 from parq_fn.transforms.wrappers import accumulate, apply_if_finite
 
+if TYPE_CHECKING:
+    from parq_fn import convergence as convergence
+    from parq_fn import export as export
+    from parq_fn import optim as optim
+    from parq_fn import show as show
+    from parq_fn import testing as testing
+    from parq_fn.show import display as display
+    from parq_fn.show import plot as plot
+
 __version__ = "0.1.0"
+
+#: What is imported when it is first asked for.
+_LATER = ("convergence", "display", "export", "optim", "plot", "show")
+
+if not TYPE_CHECKING:  # a checker would take every name for one of the package
+
+    def __getattr__(name: str) -> Any:
+        if name in (*_LATER, "testing", *moved.MOVED):
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:  # without testing, which needs hypothesis
+        return sorted({*globals(), *_LATER})
+
+
+@shown_by
+def _html(shown: Any) -> str:
+    """Until something is shown; from then on it is what is imported here that shows it."""
+    from parq_fn.show import display
+
+    return display.html(shown)
+
 
 # States are tuples of tensors: torch.load's safe default may read them, those of before
 # among them.

@@ -9,6 +9,7 @@ signature, the fields and the printed form are one text: `lsbq(2)` builds one, p
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
@@ -62,16 +63,23 @@ class Value:
                 raise TypeError(f"unhashable {type(self).__name__}: field {name!r} holds a tensor")
         return hash((type(self).__name__, *sorted(vars(self).items(), key=lambda item: item[0])))
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> str | None:
         return _html(self)
 
 
-def _html(shown: Any) -> str:
-    from parq_fn.show import display  # which stands above all
+_renderer: Callable[[Any], str] | None = None
 
-    if isinstance(shown, tuple):
-        return display.table(shown)._repr_html_()
-    return display.html_of(shown)
+
+def shown_by(renderer: Callable[[Any], str]) -> Callable[[Any], str]:
+    """Decorator: what makes the HTML of values and states that a notebook shows. Without one they
+    show as text."""
+    global _renderer
+    _renderer = renderer
+    return renderer
+
+
+def _html(shown: Any) -> str | None:
+    return None if _renderer is None else _renderer(shown)
 
 
 def state_class(cls: type[_T]) -> type[_T]:

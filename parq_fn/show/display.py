@@ -18,13 +18,19 @@ import torch
 from torch import Tensor
 
 from parq_fn.foundation.scalar import is_number
-from parq_fn.foundation.value import show
+from parq_fn.foundation.value import show, shown_by
 from parq_fn.quantizers import Quantizer
 from parq_fn.schedules import Schedule
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.transformation import Chain, masked, partition
 
 WIDTH, HEIGHT, EDGE = 220, 90, 14
+
+
+@shown_by
+def html(shown: Any) -> str:
+    """A value or state as HTML: `html_of` or `table`."""
+    return table(shown)._repr_html_() if isinstance(shown, tuple) else html_of(shown)
 
 
 def html_of(value: Any) -> str:
