@@ -34,9 +34,8 @@ from parq_fn.transforms.links import (
     trace,
 )
 from parq_fn.transforms.optimizers import adam, adamw, sgd
-from parq_fn.transforms.prox_link import (
-    Prox,
-    ProxState,
+from parq_fn.transforms.prox_link import Prox, ProxState
+from parq_fn.transforms.prox_links import (
     binary_relax_prox,
     custom_prox,
     hard_prox,

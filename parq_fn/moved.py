@@ -29,7 +29,7 @@ MOVED = {
     "links": "transforms.links",
     "wrappers": "transforms.wrappers",
     "optimizers": "transforms.optimizers",
-    "prox": "transforms.prox_link",
+    "prox": "transforms.prox_link transforms.prox_links",
     "sharded": "transforms.sharded",
     "optim.parts": "optim.leafwise",
     "optim.passes": "optim.engine.passes",

@@ -47,7 +47,8 @@ from parq_fn.optim.state import (
     wide,
 )
 from parq_fn.transforms.links import times
-from parq_fn.transforms.prox_link import Prox, ProxState, parq_prox
+from parq_fn.transforms.prox_link import Prox, ProxState
+from parq_fn.transforms.prox_links import parq_prox
 from parq_fn.transforms.sharded import local, part_of
 
 #: The entries of a parameter's state that are ours; the others are the base optimizer's.

@@ -14,39 +14,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import optree
 import torch
 from torch import Tensor
 
-from parq_fn import proxmaps, schedules
 from parq_fn.foundation.checks import (
     NOT_NEGATIVE,
     POSITIVE,
-    check_before,
     check_numbers,
     check_whole,
     readable,
 )
 from parq_fn.foundation.scalar import Scalar, as_scalar, at, concrete, new_count, to_device
-from parq_fn.foundation.traits import ProxTraits, TransformationTraits
+from parq_fn.foundation.traits import TransformationTraits
 from parq_fn.foundation.tree import PyTree, check_floating, names_of, tree_map
 from parq_fn.foundation.value import same, state_class, value
 from parq_fn.proxmaps.formulas import (
     Chooser,
     Formula,
-    binary_relax_at,
-    hard_at,
-    parq_at,
-    proxquant_at,
-    soft_at,
 )
 from parq_fn.quantizers import Quantizer
 from parq_fn.quantizers.granularity import Granularity, per_tensor
 from parq_fn.transforms.links import times
 from parq_fn.transforms.sharded import gathered, local, part_of, placed
 from parq_fn.transforms.transformation import Link, apply_updates
+
+_F = TypeVar("_F", bound=Callable[..., Tensor])
 
 
 @state_class
@@ -320,219 +315,15 @@ def shrunk(latent: Tensor, divisor: Tensor | None) -> Tensor:
     return wide / to_device(divisor, wide).to(wide.dtype)  # or a 0-d latent would be promoted
 
 
-@value
-class hard_prox(Prox):
-    """w = nearest level of u, from warmup on: the straight-through estimator as a link.
-
-    Options as in `Prox`.
-
-    >>> from parq_fn import apply_updates, chain, lsbq, sgd
-    >>> transform, params = chain(sgd(0.0), hard_prox(lsbq(1))), {"w": torch.tensor([1.0, -3.0])}
-    >>> updates, state = transform.update(params, transform.init(params), params)
-    >>> transform.weights(state, apply_updates(params, updates))
-    {'w': tensor([ 2., -2.])}
-    """
-
-    @property
-    def ends(self) -> float | Tensor:
-        return 0
-
-    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-        del coefficient
-        return proxmaps.hard(u, levels)
+#: What computes `proxmap`, by the function that says what it is.
+_KNOWN: dict[Any, Chooser] = {}
 
 
-@value
-class _Annealed(Prox):
-    """A prox link whose map sharpens from anneal_start to anneal_end and is hard from then on.
+def computed_by(chooser: Chooser) -> Callable[[_F], _F]:
+    """Decorator of a link's `proxmap`: formulas that give the same weights."""
 
-    Raises ValueError unless anneal_start < anneal_end.
-    """
+    def declare(proxmap: _F) -> _F:
+        _KNOWN[proxmap] = chooser
+        return proxmap
 
-    anneal_start: float | Tensor = field(kw_only=True)
-    anneal_end: float | Tensor = field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        who = type(self).__name__
-        check_before(who, anneal_start=self.anneal_start, anneal_end=self.anneal_end)
-
-    @property
-    def begins(self) -> float | Tensor:
-        return self.anneal_start
-
-    @property
-    def ends(self) -> float | Tensor:
-        return self.anneal_end
-
-    def _progress(self, step: Tensor) -> Tensor:
-        return schedules.progress(step, self.anneal_start, self.anneal_end)
-
-
-@value
-class parq_prox(_Annealed):
-    """w = parq(u, levels, s), s the `inverse_slope` schedule of anneal_start, anneal_end,
-    steepness and center; w = u before anneal_start.
-
-    At anneal_start s = 1, and weights outside the range of the levels jump to its ends. With
-    clipped_start=True they are held to the range from warmup on instead.
-
-    Options as in `Prox`.
-
-    >>> from parq_fn import lsbq, per_channel
-    >>> parq_prox(lsbq(2), anneal_start=100, anneal_end=2000, granularity=per_channel())
-    parq_prox(lsbq(2), anneal_start=100, anneal_end=2000, granularity=per_channel())
-
-    Source: Jin et al., PARQ, arXiv 2503.15748.
-    """
-
-    steepness: float | Tensor = field(default=10.0, kw_only=True)
-    center: float | Tensor = field(default=0.5, kw_only=True)
-    clipped_start: bool = field(default=False, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._schedule()
-
-    @property
-    def begins(self) -> float | Tensor:
-        return 0 if self.clipped_start else self.anneal_start
-
-    def _schedule(self) -> schedules.inverse_slope:
-        return schedules.inverse_slope(
-            self.anneal_start, self.anneal_end, self.steepness, self.center
-        )
-
-    def coefficient(self, step: Tensor) -> Tensor:
-        return self._schedule()(step)
-
-    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-        return proxmaps.parq(u, levels, coefficient)
-
-
-@value
-class soft_prox(_Annealed):
-    """w = soft(u, levels, T), T from `temperature` to `end_temperature` in the `power`-th power
-    of the progress from anneal_start to anneal_end, then hard; w = u before anneal_start.
-
-    Options as in `Prox`.
-
-    >>> from parq_fn import lsbq
-    >>> soft_prox(lsbq(2), anneal_start=0, anneal_end=9).coefficient(torch.tensor([0, 9]))
-    tensor([1., inf], dtype=torch.float64)
-    """
-
-    temperature: float | Tensor = field(default=1.0, kw_only=True)
-    end_temperature: float | Tensor = field(default=1000.0, kw_only=True)
-    power: float | Tensor = field(default=1.0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_numbers("soft_prox", NOT_NEGATIVE, temperature=self.temperature)
-        check_numbers("soft_prox", NOT_NEGATIVE, end_temperature=self.end_temperature)
-        check_numbers("soft_prox", POSITIVE, power=self.power)
-
-    def coefficient(self, step: Tensor) -> Tensor:
-        x = self._progress(step) ** self.power
-        relaxed = (1 - x) * self.temperature + x * self.end_temperature
-        return torch.where(step >= self.anneal_end, torch.inf, relaxed)
-
-    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-        return proxmaps.soft(u, levels, coefficient)
-
-
-@value
-class binary_relax_prox(_Annealed):
-    """w = binary_relax(u, levels, theta), theta from 0 at anneal_start to 1 at anneal_end,
-    linear in the steps between, then hard.
-
-    Options as in `Prox`.
-
-    >>> from parq_fn import lsbq
-    >>> binary_relax_prox(lsbq(2), anneal_start=0, anneal_end=8).coefficient(torch.tensor(2))
-    tensor(0.2500, dtype=torch.float64)
-
-    Source: Yin et al., BinaryRelax, arXiv 1801.06313.
-    """
-
-    def coefficient(self, step: Tensor) -> Tensor:
-        return self._progress(step)
-
-    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-        return proxmaps.binary_relax(u, levels, coefficient)
-
-
-@value
-class proxquant_prox(_Annealed):
-    """w = proxquant(u, levels, lam), lam from 0 at anneal_start to `strength` at anneal_end,
-    linear in the steps between, then hard.
-
-    strength is in the units of the weights: about half a cell's width makes the last annealed
-    weights nearly hard. Options as in `Prox`.
-
-    >>> from parq_fn import lsbq
-    >>> link = proxquant_prox(lsbq(2), anneal_start=0, anneal_end=8, strength=0.1)
-    >>> link.coefficient(torch.tensor([4, 8]))
-    tensor([0.0500,    inf], dtype=torch.float64)
-
-    Source: Bai, Wang, Liberty, ProxQuant, arXiv 1810.00861.
-    """
-
-    strength: float | Tensor = field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_numbers("proxquant_prox", NOT_NEGATIVE, strength=self.strength)
-
-    def coefficient(self, step: Tensor) -> Tensor:
-        relaxed = self._progress(step) * self.strength
-        return torch.where(step >= self.anneal_end, torch.inf, relaxed)
-
-    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-        return proxmaps.proxquant(u, levels, coefficient)
-
-
-@value
-class custom_prox(Prox):
-    """w = map(u, levels, schedule(t)) from warmup and step `start` on: a prox link from a map
-    and a schedule of your own.
-
-    The map takes latent rows [r, n], levels [r, k] in ascending order and a 0-d coefficient, and
-    gives weights [r, n]. What is to be a level at its end it must take from the levels
-    (`torch.where(c >= 1, hard(u, levels), ...)`): u + c * (level - u) is not the level at c = 1.
-
-    Options as in `Prox`.
-
-    >>> from parq_fn import lsbq, proxmaps, schedules
-    >>> custom_prox(lsbq(2), proxmaps.binary_relax, schedules.linear(0.0, 0.9, 0, 1000))
-    custom_prox(lsbq(2), binary_relax, linear(0.0, 0.9, 0, 1000))
-    """
-
-    map: Callable[[Tensor, Tensor, Tensor], Tensor]
-    schedule: Scalar
-    start: float | Tensor = field(default=0, kw_only=True)
-
-    @property
-    def begins(self) -> float | Tensor:
-        return self.start
-
-    def coefficient(self, step: Tensor) -> Tensor:
-        return at(self.schedule, step)
-
-    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-        return self.map(u, levels, coefficient)
-
-    @property
-    def elementwise(self) -> bool:
-        own = type(self).proxmap is custom_prox.proxmap
-        return own and isinstance(getattr(self.map, "traits", None), ProxTraits)
-
-
-#: The formulas of the library's maps, for links that have them.
-_KNOWN: dict[Any, Chooser] = {
-    hard_prox.proxmap: hard_at,
-    parq_prox.proxmap: parq_at,
-    soft_prox.proxmap: soft_at,
-    binary_relax_prox.proxmap: binary_relax_at,
-    proxquant_prox.proxmap: proxquant_at,
-}
+    return declare

@@ -120,6 +120,8 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "if all((same(rate, own[0]) for rate in own[0:])):",
             "Prox._common: return own[0] if own else 0.0 -> return own[-1] if own else 0.0",
         ],
+    },
+    "parq_fn/transforms/prox_links.py": {
         "no step comes before the first": [
             "parq_prox.begins: return 0 if self.clipped_start else self.anneal_start -> "
             "return -1 if self.clipped_start else self.anneal_start",

@@ -55,8 +55,7 @@ _select(
     ("tests/test_partition.py",),
     ("tests/test_quantizers.py", "tests/laws/test_quantizers.py"),
 )
-_select(
-    "parq_fn/transforms/prox_link.py",
+_PROX_LINKS = (
     ("tests/test_prox.py", "tests/test_hostile.py"),
     (
         "tests/laws/test_training.py",
@@ -67,6 +66,8 @@ _select(
         *_COMMON,
     ),
 )
+_select("parq_fn/transforms/prox_link.py", *_PROX_LINKS)
+_select("parq_fn/transforms/prox_links.py", *_PROX_LINKS)
 _select(
     "parq_fn/transforms/transformation.py",
     ("tests/test_transformation.py", "tests/test_hostile.py"),

@@ -1,0 +1,230 @@
+"""The prox links: for each map a schedule of its coefficient; `prox_link` says what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import field
+
+import torch
+from torch import Tensor
+
+from parq_fn import proxmaps, schedules
+from parq_fn.foundation.checks import NOT_NEGATIVE, POSITIVE, check_before, check_numbers
+from parq_fn.foundation.scalar import Scalar, at
+from parq_fn.foundation.traits import ProxTraits
+from parq_fn.foundation.value import value
+from parq_fn.proxmaps.formulas import binary_relax_at, hard_at, parq_at, proxquant_at, soft_at
+from parq_fn.transforms.prox_link import Prox, computed_by
+
+
+@value
+class hard_prox(Prox):
+    """w = nearest level of u, from warmup on: the straight-through estimator as a link.
+
+    Options as in `Prox`.
+
+    >>> from parq_fn import apply_updates, chain, lsbq, sgd
+    >>> transform, params = chain(sgd(0.0), hard_prox(lsbq(1))), {"w": torch.tensor([1.0, -3.0])}
+    >>> updates, state = transform.update(params, transform.init(params), params)
+    >>> transform.weights(state, apply_updates(params, updates))
+    {'w': tensor([ 2., -2.])}
+    """
+
+    @property
+    def ends(self) -> float | Tensor:
+        return 0
+
+    @computed_by(hard_at)
+    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        del coefficient
+        return proxmaps.hard(u, levels)
+
+
+@value
+class _Annealed(Prox):
+    """A prox link whose map sharpens from anneal_start to anneal_end and is hard from then on.
+
+    Raises ValueError unless anneal_start < anneal_end.
+    """
+
+    anneal_start: float | Tensor = field(kw_only=True)
+    anneal_end: float | Tensor = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        who = type(self).__name__
+        check_before(who, anneal_start=self.anneal_start, anneal_end=self.anneal_end)
+
+    @property
+    def begins(self) -> float | Tensor:
+        return self.anneal_start
+
+    @property
+    def ends(self) -> float | Tensor:
+        return self.anneal_end
+
+    def _progress(self, step: Tensor) -> Tensor:
+        return schedules.progress(step, self.anneal_start, self.anneal_end)
+
+
+@value
+class parq_prox(_Annealed):
+    """w = parq(u, levels, s), s the `inverse_slope` schedule of anneal_start, anneal_end,
+    steepness and center; w = u before anneal_start.
+
+    At anneal_start s = 1, and weights outside the range of the levels jump to its ends. With
+    clipped_start=True they are held to the range from warmup on instead.
+
+    Options as in `Prox`.
+
+    >>> from parq_fn import lsbq, per_channel
+    >>> parq_prox(lsbq(2), anneal_start=100, anneal_end=2000, granularity=per_channel())
+    parq_prox(lsbq(2), anneal_start=100, anneal_end=2000, granularity=per_channel())
+
+    Source: Jin et al., PARQ, arXiv 2503.15748.
+    """
+
+    steepness: float | Tensor = field(default=10.0, kw_only=True)
+    center: float | Tensor = field(default=0.5, kw_only=True)
+    clipped_start: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._schedule()
+
+    @property
+    def begins(self) -> float | Tensor:
+        return 0 if self.clipped_start else self.anneal_start
+
+    def _schedule(self) -> schedules.inverse_slope:
+        return schedules.inverse_slope(
+            self.anneal_start, self.anneal_end, self.steepness, self.center
+        )
+
+    def coefficient(self, step: Tensor) -> Tensor:
+        return self._schedule()(step)
+
+    @computed_by(parq_at)
+    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        return proxmaps.parq(u, levels, coefficient)
+
+
+@value
+class soft_prox(_Annealed):
+    """w = soft(u, levels, T), T from `temperature` to `end_temperature` in the `power`-th power
+    of the progress from anneal_start to anneal_end, then hard; w = u before anneal_start.
+
+    Options as in `Prox`.
+
+    >>> from parq_fn import lsbq
+    >>> soft_prox(lsbq(2), anneal_start=0, anneal_end=9).coefficient(torch.tensor([0, 9]))
+    tensor([1., inf], dtype=torch.float64)
+    """
+
+    temperature: float | Tensor = field(default=1.0, kw_only=True)
+    end_temperature: float | Tensor = field(default=1000.0, kw_only=True)
+    power: float | Tensor = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers("soft_prox", NOT_NEGATIVE, temperature=self.temperature)
+        check_numbers("soft_prox", NOT_NEGATIVE, end_temperature=self.end_temperature)
+        check_numbers("soft_prox", POSITIVE, power=self.power)
+
+    def coefficient(self, step: Tensor) -> Tensor:
+        x = self._progress(step) ** self.power
+        relaxed = (1 - x) * self.temperature + x * self.end_temperature
+        return torch.where(step >= self.anneal_end, torch.inf, relaxed)
+
+    @computed_by(soft_at)
+    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        return proxmaps.soft(u, levels, coefficient)
+
+
+@value
+class binary_relax_prox(_Annealed):
+    """w = binary_relax(u, levels, theta), theta from 0 at anneal_start to 1 at anneal_end,
+    linear in the steps between, then hard.
+
+    Options as in `Prox`.
+
+    >>> from parq_fn import lsbq
+    >>> binary_relax_prox(lsbq(2), anneal_start=0, anneal_end=8).coefficient(torch.tensor(2))
+    tensor(0.2500, dtype=torch.float64)
+
+    Source: Yin et al., BinaryRelax, arXiv 1801.06313.
+    """
+
+    def coefficient(self, step: Tensor) -> Tensor:
+        return self._progress(step)
+
+    @computed_by(binary_relax_at)
+    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        return proxmaps.binary_relax(u, levels, coefficient)
+
+
+@value
+class proxquant_prox(_Annealed):
+    """w = proxquant(u, levels, lam), lam from 0 at anneal_start to `strength` at anneal_end,
+    linear in the steps between, then hard.
+
+    strength is in the units of the weights: about half a cell's width makes the last annealed
+    weights nearly hard. Options as in `Prox`.
+
+    >>> from parq_fn import lsbq
+    >>> link = proxquant_prox(lsbq(2), anneal_start=0, anneal_end=8, strength=0.1)
+    >>> link.coefficient(torch.tensor([4, 8]))
+    tensor([0.0500,    inf], dtype=torch.float64)
+
+    Source: Bai, Wang, Liberty, ProxQuant, arXiv 1810.00861.
+    """
+
+    strength: float | Tensor = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers("proxquant_prox", NOT_NEGATIVE, strength=self.strength)
+
+    def coefficient(self, step: Tensor) -> Tensor:
+        relaxed = self._progress(step) * self.strength
+        return torch.where(step >= self.anneal_end, torch.inf, relaxed)
+
+    @computed_by(proxquant_at)
+    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        return proxmaps.proxquant(u, levels, coefficient)
+
+
+@value
+class custom_prox(Prox):
+    """w = map(u, levels, schedule(t)) from warmup and step `start` on: a prox link from a map
+    and a schedule of your own.
+
+    The map takes latent rows [r, n], levels [r, k] in ascending order and a 0-d coefficient, and
+    gives weights [r, n]. What is to be a level at its end it must take from the levels
+    (`torch.where(c >= 1, hard(u, levels), ...)`): u + c * (level - u) is not the level at c = 1.
+
+    Options as in `Prox`.
+
+    >>> from parq_fn import lsbq, proxmaps, schedules
+    >>> custom_prox(lsbq(2), proxmaps.binary_relax, schedules.linear(0.0, 0.9, 0, 1000))
+    custom_prox(lsbq(2), binary_relax, linear(0.0, 0.9, 0, 1000))
+    """
+
+    map: Callable[[Tensor, Tensor, Tensor], Tensor]
+    schedule: Scalar
+    start: float | Tensor = field(default=0, kw_only=True)
+
+    @property
+    def begins(self) -> float | Tensor:
+        return self.start
+
+    def coefficient(self, step: Tensor) -> Tensor:
+        return at(self.schedule, step)
+
+    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        return self.map(u, levels, coefficient)
+
+    @property
+    def elementwise(self) -> bool:
+        own = type(self).proxmap is custom_prox.proxmap
+        return own and isinstance(getattr(self.map, "traits", None), ProxTraits)
