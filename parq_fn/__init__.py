@@ -22,6 +22,7 @@ from parq_fn.quantizers import (
 from parq_fn.quantizers.granularity import Granularity, per_block, per_channel, per_tensor
 from parq_fn.schedules import Schedule, inverse_slope
 from parq_fn.transforms import links, wrappers
+from parq_fn.transforms.chain import Composite, chain, named_chain
 from parq_fn.transforms.links import (
     add_decayed_weights,
     clip,
@@ -33,7 +34,9 @@ from parq_fn.transforms.links import (
     scale_by_schedule,
     trace,
 )
+from parq_fn.transforms.masked import masked
 from parq_fn.transforms.optimizers import adam, adamw, sgd
+from parq_fn.transforms.partition import partition
 from parq_fn.transforms.prox_link import Prox, ProxState
 from parq_fn.transforms.prox_links import (
     binary_relax_prox,
@@ -43,21 +46,15 @@ from parq_fn.transforms.prox_links import (
     proxquant_prox,
     soft_prox,
 )
+from parq_fn.transforms.train import apply_updates, value_and_grad
 from parq_fn.transforms.transformation import (
-    Composite,
     EmptyState,
     GradientTransformation,
     Link,
     Transformation,
-    apply_updates,
-    chain,
     freeze,
     identity,
-    masked,
-    named_chain,
-    partition,
     stateless,
-    value_and_grad,
 )
 from parq_fn.transforms.wrappers import accumulate, apply_if_finite
 

@@ -24,9 +24,10 @@ from torch import Tensor
 from parq_fn import proxmaps
 from parq_fn.foundation.value import Value, value
 from parq_fn.quantizers import Quantizer
+from parq_fn.transforms.chain import chain
 from parq_fn.transforms.optimizers import sgd
 from parq_fn.transforms.prox_links import custom_prox
-from parq_fn.transforms.transformation import apply_updates, chain, value_and_grad
+from parq_fn.transforms.train import apply_updates, value_and_grad
 
 
 @value

@@ -25,7 +25,8 @@ MOVED = {
     "levels": "proxmaps.levels",
     "tanh": "proxmaps.tanh",
     "granularity": "quantizers.granularity",
-    "transformation": "transforms.transformation",
+    "transformation": "transforms.transformation transforms.chain transforms.masked"
+    " transforms.partition transforms.train",
     "links": "transforms.links",
     "wrappers": "transforms.wrappers",
     "optimizers": "transforms.optimizers",

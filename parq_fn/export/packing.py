@@ -20,9 +20,12 @@ from parq_fn.foundation.value import Value, value
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.transformed import TransformOptimizer
 from parq_fn.proxmaps.levels import nearest
+from parq_fn.transforms.chain import Chain, Composite
+from parq_fn.transforms.masked import masked
+from parq_fn.transforms.partition import partition
 from parq_fn.transforms.prox_link import Prox, ProxState
 from parq_fn.transforms.sharded import gathered
-from parq_fn.transforms.transformation import Chain, Composite, Transformation, masked, partition
+from parq_fn.transforms.transformation import Transformation
 from parq_fn.transforms.wrappers import accumulate, apply_if_finite
 
 

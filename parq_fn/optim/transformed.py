@@ -32,15 +32,12 @@ from parq_fn.optim.state import (
     value_of,
     wide,
 )
+from parq_fn.transforms.chain import Composite
 from parq_fn.transforms.links import add_decayed_weights
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.sharded import local
-from parq_fn.transforms.transformation import (
-    Composite,
-    Transformation,
-    apply_updates,
-    check_transformation,
-)
+from parq_fn.transforms.train import apply_updates
+from parq_fn.transforms.transformation import Transformation, check_transformation
 
 
 class TransformOptimizer(Optimizer):

@@ -21,8 +21,10 @@ from parq_fn.foundation.scalar import is_number
 from parq_fn.foundation.value import show, shown_by
 from parq_fn.quantizers import Quantizer
 from parq_fn.schedules import Schedule
+from parq_fn.transforms.chain import Chain
+from parq_fn.transforms.masked import masked
+from parq_fn.transforms.partition import partition
 from parq_fn.transforms.prox_link import Prox
-from parq_fn.transforms.transformation import Chain, masked, partition
 
 WIDTH, HEIGHT, EDGE = 220, 90, 14
 

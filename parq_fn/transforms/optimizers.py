@@ -5,13 +5,13 @@ from __future__ import annotations
 from parq_fn.foundation.checks import DECAY, NOT_NEGATIVE, check_numbers
 from parq_fn.foundation.scalar import Scalar, is_number
 from parq_fn.foundation.value import value
+from parq_fn.transforms.chain import Chain, Composite, chain
 from parq_fn.transforms.links import (
     add_decayed_weights,
     scale_by_adam,
     scale_by_learning_rate,
     trace,
 )
-from parq_fn.transforms.transformation import Chain, Composite, chain
 
 
 def _off(hyperparameter: object) -> bool:

@@ -20,26 +20,18 @@ import optree
 import torch
 from torch import Tensor
 
-from parq_fn.foundation.checks import (
-    NOT_NEGATIVE,
-    POSITIVE,
-    check_numbers,
-    check_whole,
-    readable,
-)
+from parq_fn.foundation.checks import NOT_NEGATIVE, POSITIVE, check_numbers, check_whole, readable
 from parq_fn.foundation.scalar import Scalar, as_scalar, at, concrete, new_count, to_device
 from parq_fn.foundation.traits import TransformationTraits
 from parq_fn.foundation.tree import PyTree, check_floating, names_of, tree_map
 from parq_fn.foundation.value import same, state_class, value
-from parq_fn.proxmaps.formulas import (
-    Chooser,
-    Formula,
-)
+from parq_fn.proxmaps.formulas import Chooser, Formula
 from parq_fn.quantizers import Quantizer
 from parq_fn.quantizers.granularity import Granularity, per_tensor
 from parq_fn.transforms.links import times
 from parq_fn.transforms.sharded import gathered, local, part_of, placed
-from parq_fn.transforms.transformation import Link, apply_updates
+from parq_fn.transforms.train import apply_updates
+from parq_fn.transforms.transformation import Link
 
 _F = TypeVar("_F", bound=Callable[..., Tensor])
 

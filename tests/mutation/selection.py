@@ -68,8 +68,7 @@ _PROX_LINKS = (
 )
 _select("parq_fn/transforms/prox_link.py", *_PROX_LINKS)
 _select("parq_fn/transforms/prox_links.py", *_PROX_LINKS)
-_select(
-    "parq_fn/transforms/transformation.py",
+_TRANSFORMS = (
     ("tests/test_transformation.py", "tests/test_hostile.py"),
     (
         "tests/laws/test_transformations.py",
@@ -81,3 +80,5 @@ _select(
         *_COMMON,
     ),
 )
+for _name in ("transformation", "chain", "masked", "partition", "train"):
+    _select(f"parq_fn/transforms/{_name}.py", *_TRANSFORMS)

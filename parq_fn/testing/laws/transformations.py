@@ -12,7 +12,8 @@ from torch import Tensor
 
 from parq_fn.foundation.tree import PyTree, tree_map
 from parq_fn.testing.law import Claim, Collection, equal
-from parq_fn.transforms.transformation import apply_updates, masked, value_and_grad
+from parq_fn.transforms.masked import masked
+from parq_fn.transforms.train import apply_updates, value_and_grad
 
 LAWS = Collection("transformation")
 law = LAWS.law

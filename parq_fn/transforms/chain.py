@@ -1,0 +1,130 @@
+"""Chains of transformations, and transformations that are short for one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from parq_fn.foundation.traits import TransformationTraits, shared, traits_of
+from parq_fn.foundation.tree import PyTree, check_match
+from parq_fn.foundation.value import Value, value
+from parq_fn.transforms.transformation import Link, Transformation, check_transformation
+
+
+@value
+class Chain(Value):
+    """See `chain` and `named_chain`."""
+
+    links: tuple[Transformation, ...]
+    names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for i, link in enumerate(self.links):
+            check_transformation(link, f"link {self.names[i] if self.names else i}")
+        traits = [traits_of(link) or TransformationTraits() for link in self.links]
+        fits = None  # the last link so far that does
+        for link, own in zip(self.links, traits, strict=True):
+            if fits is not None and not (own.passes_updates or own.last):
+                raise ValueError(
+                    f"{fits!r} fits its levels to params + updates as they reach it, and {link!r} "
+                    "behind it may change them; put it last (a link that lets updates pass says "
+                    "so in its traits: passes_updates=True)"
+                )
+            fits = link if own.last else fits
+
+    def __repr__(self) -> str:
+        if self.names is None:
+            return f"chain({', '.join(map(repr, self.links))})"
+        named = zip(self.names, self.links, strict=True)
+        return f"named_chain({', '.join(f'{name}={link!r}' for name, link in named)})"
+
+    @property
+    def traits(self) -> TransformationTraits:
+        """What all its links declare."""
+        return shared(self.links)
+
+    def _states(self, state: PyTree) -> list[PyTree]:
+        if len(state) != len(self.links):
+            raise ValueError(
+                f"state of {len(state)} link(s) for a chain of {len(self.links)}; "
+                "a state belongs to the transformation whose init made it"
+            )
+        return [state[name] for name in self.names] if self.names else list(state)
+
+    def _pack(self, states: list[PyTree]) -> PyTree:
+        return dict(zip(self.names, states, strict=True)) if self.names else tuple(states)
+
+    def init(self, params: PyTree) -> PyTree:
+        """The states of the links: a tuple, or a dict by their names."""
+        return self._pack([link.init(params) for link in self.links])
+
+    def update(
+        self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        """Every link's update in turn, each seeing the updates of the one before it.
+
+        Raises ValueError for updates of another structure or shape than the params.
+        """
+        if params is not None:
+            check_match(updates, params, "chain" if self.names is None else "named_chain")
+        states = []
+        for link, old in zip(self.links, self._states(state), strict=True):
+            updates, new = link.update(updates, old, params, **extra)
+            states.append(new)
+        return updates, self._pack(states)
+
+    def weights(self, state: PyTree, params: PyTree) -> PyTree:
+        """Every link's weights in turn."""
+        for link, own in zip(self.links, self._states(state), strict=True):
+            params = link.weights(own, params)
+        return params
+
+
+def chain(*links: Transformation) -> Chain:
+    """Applies links in order: updates run through them from left to right.
+
+    Raises TypeError for a link without init, update and weights, ValueError for a prox link in
+    front of one that may change its updates.
+
+    >>> from parq_fn import chain, clip, sgd
+    >>> chain(clip(1.0), sgd(0.1))
+    chain(clip(1.0), sgd(0.1))
+    """
+    return Chain(links)
+
+
+def named_chain(**links: Transformation) -> Chain:
+    """A chain whose state is a dict by the links' names, in the order given.
+
+    >>> from parq_fn import hard_prox, lsbq, named_chain, sgd
+    >>> named_chain(base=sgd(0.1), prox=hard_prox(lsbq(2)))
+    named_chain(base=sgd(0.1), prox=hard_prox(lsbq(2)))
+    """
+    return Chain(tuple(links.values()), tuple(links))
+
+
+@value
+class Composite(Link):
+    """Base of transformations that are a chain of others: `expand` gives it."""
+
+    def expand(self) -> Transformation:
+        """The chain that this is short for."""
+        raise NotImplementedError(f"{type(self).__name__} must define expand")
+
+    @property
+    def traits(self) -> TransformationTraits:
+        """What the chain declares."""
+        return shared([self.expand()])
+
+    def init(self, params: PyTree) -> PyTree:
+        """The state of the chain."""
+        return self.expand().init(params)
+
+    def update(
+        self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        """The update of the chain."""
+        return self.expand().update(updates, state, params, **extra)
+
+    def weights(self, state: PyTree, params: PyTree) -> PyTree:
+        """The weights of the chain."""
+        return self.expand().weights(state, params)

@@ -1,0 +1,61 @@
+"""A transformation of some of the leaves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from parq_fn.foundation.traits import TransformationTraits, shared
+from parq_fn.foundation.tree import Mask, PyTree, merge, pick, resolve_mask
+from parq_fn.foundation.value import value
+from parq_fn.transforms.transformation import Link, Transformation, check_transformation
+
+
+@value
+class masked(Link):
+    """Applies a transformation to the leaves of a mask; the others pass through untouched.
+
+    The mask is a name pattern or several ("*.weight", "layer1", a compiled regular expression),
+    a predicate of (name, leaf), or a tree of bools, possibly a prefix of the params. The inner
+    transformation sees the leafless node `tree.Masked()` where the mask does not hold.
+
+    Raises ValueError for a pattern or name that no parameter has.
+
+    >>> import torch
+    >>> from parq_fn import masked, scale
+    >>> params = {"a": {"weight": torch.ones(1), "bias": torch.ones(1)}}
+    >>> link = masked(scale(10.0), "*.weight")
+    >>> link.update(params, link.init(params), params)[0]
+    {'a': {'weight': tensor([10.]), 'bias': tensor([1.])}}
+    """
+
+    inner: Transformation
+    mask: Mask
+
+    def __post_init__(self) -> None:
+        check_transformation(self.inner, "the inner transformation of masked")
+
+    @property
+    def traits(self) -> TransformationTraits:
+        """What the inner transformation declares, but that names count."""
+        return replace(shared([self.inner]), leafwise=False)
+
+    def init(self, params: PyTree) -> PyTree:
+        """The inner state, without leaves outside the mask."""
+        return self.inner.init(pick(resolve_mask(self.mask, params), params, params))
+
+    def update(
+        self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        """The inner update on the mask, the updates as they came elsewhere."""
+        mask = resolve_mask(self.mask, params)
+        chosen, state = self.inner.update(
+            pick(mask, params, updates), state, pick(mask, params, params), **extra
+        )
+        return merge(mask, params, chosen, updates), state
+
+    def weights(self, state: PyTree, params: PyTree) -> PyTree:
+        """The inner weights on the mask, the params elsewhere."""
+        mask = resolve_mask(self.mask, params)
+        own = self.inner.weights(state, pick(mask, params, params))
+        return merge(mask, params, own, params)

@@ -1,0 +1,79 @@
+"""A transformation for each kind of leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from parq_fn.foundation.traits import TransformationTraits, shared
+from parq_fn.foundation.tree import Labels, PyTree, merge, pick, resolve_labels
+from parq_fn.foundation.value import value
+from parq_fn.transforms.transformation import Link, Transformation, check_transformation
+
+
+@value
+class partition(Link):
+    """Applies to every leaf the transformation of its label.
+
+    Labels are {pattern: label} (the first pattern that matches decides, "*" last), a function
+    of (name, leaf), or a tree of labels, possibly a prefix of the params.
+
+    Raises ValueError for a label without a transformation, and as `masked` does.
+
+    >>> import torch
+    >>> from parq_fn import freeze, partition, scale
+    >>> params = {"weight": torch.ones(1), "bias": torch.ones(1)}
+    >>> link = partition({"train": scale(2.0), "stop": freeze()}, {"bias": "stop", "*": "train"})
+    >>> link.update(params, link.init(params), params)[0]
+    {'weight': tensor([2.]), 'bias': tensor([0.])}
+    """
+
+    transforms: Mapping[str, Transformation]
+    labels: Labels
+
+    def __post_init__(self) -> None:
+        for label, link in self.transforms.items():
+            check_transformation(link, f"the transformation of label {label!r}")
+
+    @property
+    def traits(self) -> TransformationTraits:
+        """What all its transformations declare, but that names count."""
+        return replace(shared(self.transforms.values()), leafwise=False)
+
+    def _masks(self, params: PyTree) -> dict[str, list[bool]]:
+        labels = resolve_labels(self.labels, params)
+        unknown = sorted({label for label in labels if label not in self.transforms})
+        if unknown:
+            raise ValueError(
+                f"labels without a transformation: {unknown}; there are transformations "
+                f"for: {sorted(self.transforms)}"
+            )
+        return {name: [label == name for label in labels] for name in self.transforms}
+
+    def init(self, params: PyTree) -> PyTree:
+        """The inner states, a dict by label."""
+        return {
+            label: self.transforms[label].init(pick(mask, params, params))
+            for label, mask in self._masks(params).items()
+        }
+
+    def update(
+        self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        """Every label's update on its own leaves."""
+        states, out = {}, updates
+        for label, mask in self._masks(params).items():
+            chosen, states[label] = self.transforms[label].update(
+                pick(mask, params, updates), state[label], pick(mask, params, params), **extra
+            )
+            out = merge(mask, params, chosen, out)
+        return out, states
+
+    def weights(self, state: PyTree, params: PyTree) -> PyTree:
+        """Every label's weights on its own leaves."""
+        out = params
+        for label, mask in self._masks(params).items():
+            own = self.transforms[label].weights(state[label], pick(mask, params, params))
+            out = merge(mask, params, own, out)
+        return out
