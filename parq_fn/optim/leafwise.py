@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parq_fn.foundation.traits import traits_of
 from parq_fn.foundation.tree import PyTree, names_of, pick, resolve_labels, resolve_mask
-from parq_fn.optim.state import chunks
+from parq_fn.optim.engine.chunks import chunks
 from parq_fn.transforms.chain import Chain, Composite
 from parq_fn.transforms.masked import masked
 from parq_fn.transforms.partition import partition

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from parq_fn.foundation.checks import SHARE, check_numbers
 from parq_fn.foundation.scalar import as_scalar, concrete, new_count
 from parq_fn.optim.base_optimizer import steps_apart, template_of, widened
+from parq_fn.optim.engine.chunks import chunks
 from parq_fn.optim.engine.passes import Job, Pass, refit
 from parq_fn.optim.groups import check_group, is_quantized, link_of
 from parq_fn.optim.state import (
@@ -34,7 +35,6 @@ from parq_fn.optim.state import (
     beside,
     check_dtype,
     check_entries,
-    chunks,
     load_groups,
     loaded,
     mark,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -46,26 +46,6 @@ def check_dtype(who: str, p: Tensor, latent: Tensor, name: str) -> None:
             f"{who}: parameter {name!r} is {p.dtype} now and its latent {latent.dtype}; convert "
             "the module before the optimizer is built"
         )
-
-
-def chunks(sizes: Mapping[Any, int], bound: int | None = None) -> list[list[Any]]:
-    """The keys, in runs whose sizes sum to no more than the bound, by default the largest of them;
-    one that is larger stands alone.
-
-    >>> chunks({"a": 3, "b": 1, "c": 2, "d": 1})
-    [['a'], ['b', 'c'], ['d']]
-    """
-    runs: list[list[Any]] = []
-    total = 0
-    if bound is None:
-        bound = max(sizes.values(), default=0)
-    for key, size in sizes.items():
-        if not runs or total + size > bound:
-            runs.append([])
-            total = 0
-        runs[-1].append(key)
-        total += size
-    return runs
 
 
 def refuse_flat(who: str, p: Tensor, name: str) -> None:

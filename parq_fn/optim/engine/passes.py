@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor
 
 from parq_fn.foundation.scalar import concrete
 from parq_fn.foundation.torch_private import copy_each
+from parq_fn.optim.engine.chunks import chunks
 from parq_fn.optim.engine.programs import Programs
 from parq_fn.optim.engine.rows import Maps, Rows, in_rows
-from parq_fn.optim.state import chunks
 from parq_fn.quantizers.granularity import Granularity, per_channel
 from parq_fn.transforms.prox_link import Prox, ProxState
 from parq_fn.transforms.sharded import gathered
