@@ -61,7 +61,6 @@ PRIVATE = {
     "export.hugging_face": {"_tied_weights_keys": "which of a transformers model's are tied"},
     "export.packing": {
         "_named": "an adapter's parameters by name: until both adapters have one store",
-        "_states": "a chain's states by link: until links know their children",
     },
 }
 

@@ -20,13 +20,9 @@ from parq_fn.foundation.value import Value, value
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.transformed import TransformOptimizer
 from parq_fn.proxmaps.levels import nearest
-from parq_fn.transforms.chain import Chain, Composite
-from parq_fn.transforms.masked import masked
-from parq_fn.transforms.partition import partition
 from parq_fn.transforms.prox_link import Prox, ProxState
 from parq_fn.transforms.sharded import gathered
-from parq_fn.transforms.transformation import Transformation
-from parq_fn.transforms.wrappers import accumulate, apply_if_finite
+from parq_fn.transforms.transformation import Transformation, children_of
 
 
 @value
@@ -275,15 +271,7 @@ def prox_states(link: Any, state: Any) -> Iterator[tuple[Prox, ProxState]]:
     """The prox links inside a transformation, each with its state."""
     if isinstance(link, Prox):
         yield link, state
-    elif isinstance(link, Composite):
-        yield from prox_states(link.expand(), state)
-    elif isinstance(link, Chain):
-        for inner, own in zip(link.links, link._states(state), strict=True):
-            yield from prox_states(inner, own)
-    elif isinstance(link, masked):
-        yield from prox_states(link.inner, state)
-    elif isinstance(link, partition):
-        for label, inner in link.transforms.items():
-            yield from prox_states(inner, state[label])
-    elif isinstance(link, accumulate | apply_if_finite):
-        yield from prox_states(link.inner, state.inner)
+    elif inside := children_of(link):
+        states = link.child_states(state)
+        for name, inner in inside.items():
+            yield from prox_states(inner, states[name])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, NoReturn
 
@@ -171,6 +172,18 @@ def _unmatched(what: str, pattern: Any, names: list[str]) -> NoReturn:
     raise ValueError(f"{what} {pattern!r} matches no parameter; the parameters are: {shown}")
 
 
+@dataclass(frozen=True)
+class ByName:
+    """A mask or labels that say of every leaf, by its exact name, what they say, whatever other
+    leaves there are. (A dict is one of patterns, or has to fit all leaves.)"""
+
+    values: Mapping[str, Any]
+
+    def of(self, names: list[str]) -> list[Any]:
+        """What it says of the leaves of these names."""
+        return [self.values[name] for name in names]
+
+
 def resolve_mask(mask: Mask, params: PyTree) -> list[bool]:
     """Whether the mask holds, for each leaf of `params`.
 
@@ -181,6 +194,8 @@ def resolve_mask(mask: Mask, params: PyTree) -> list[bool]:
     [False, True]
     """
     names = names_of(params)
+    if isinstance(mask, ByName):
+        return mask.of(names)
     patterns: Any = (mask,) if isinstance(mask, str | re.Pattern) else mask
     if _is_patterns(patterns):
         if not patterns:
@@ -206,6 +221,8 @@ def resolve_labels(labels: Labels, params: PyTree) -> list[str]:
     ['rest', 'quantized']
     """
     names = names_of(params)
+    if isinstance(labels, ByName):
+        return labels.of(names)
     if isinstance(labels, Mapping) and all(isinstance(v, str) for v in labels.values()):
         for pattern in labels:
             if pattern != "*" and not any(matches(pattern, name) for name in names):

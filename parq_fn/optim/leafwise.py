@@ -9,22 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import optree
 from torch import Tensor
 
 from parq_fn.foundation.traits import traits_of
-from parq_fn.foundation.tree import PyTree, names_of, pick, resolve_labels, resolve_mask
+from parq_fn.foundation.tree import PyTree
 from parq_fn.optim.engine.chunks import chunks
-from parq_fn.transforms.chain import Chain, Composite
-from parq_fn.transforms.masked import masked
-from parq_fn.transforms.partition import partition
-from parq_fn.transforms.transformation import Transformation
-from parq_fn.transforms.wrappers import accumulate
-
-_METHODS = ("traits", "init", "update", "weights")
+from parq_fn.transforms.transformation import Transformation, children_of, pinned
 
 
 class Part:
@@ -83,10 +76,12 @@ def parts_of(transformation: Transformation, params: Mapping[str, Tensor]) -> li
     Raises ValueError as the masks and labels do.
     """
     whole = Part(transformation, list(params))
-    if not params or not _is_separable(transformation):
+    if not params or not _tells_all(transformation):
         return [whole] if params else []
-    cut = chunks({name: p.numel() for name, p in params.items()})
-    parts = [Part(_among(transformation, dict(params), set(own)), own) for own in cut]
+    alone = pinned(transformation, dict(params))
+    if not getattr(traits_of(alone), "leafwise", False):
+        return [whole]
+    parts = [Part(alone, own) for own in chunks({name: p.numel() for name, p in params.items()})]
     common = _common(whole, params)
     return parts if all(_common(part, params) == common for part in parts) else [whole]
 
@@ -110,73 +105,12 @@ def joined(states: list[PyTree]) -> PyTree:
     return first
 
 
-def _is_separable(transformation: Any) -> bool:
-    """Whether leaves are treated each alone, under their names."""
-    kind = type(transformation)  # a subclass may do anything
-    if _is_short(transformation):
-        return _is_separable(transformation.expand())
-    if kind is Chain:
-        return all(map(_is_separable, transformation.links))
-    if kind is accumulate:
-        return _is_separable(transformation.inner)
-    if kind is masked:  # a predicate may look at values, and so change
-        return not callable(transformation.mask) and _is_separable(transformation.inner)
-    if kind is partition:
-        links = transformation.transforms.values()
-        return not callable(transformation.labels) and all(map(_is_separable, links))
-    return bool(getattr(traits_of(transformation), "leafwise", False)) and _speaks_of_itself(kind)
-
-
-def _speaks_of_itself(kind: type) -> bool:
-    """Whether the class that says what a link does also has its traits: they are inherited."""
-    said = [next(i for i, c in enumerate(kind.__mro__) if name in vars(c)) for name in _METHODS]
-    return said[0] <= min(said[1:])
-
-
-def _is_short(transformation: Any) -> bool:
-    """Whether it is a Composite, and that alone."""
-    kind = type(transformation)
-    return isinstance(transformation, Composite) and all(
-        getattr(kind, name) is getattr(Composite, name) for name in _METHODS
+def _tells_all(transformation: Any) -> bool:
+    """Whether what it and its children declare is of what they do: traits are inherited, by a
+    class too that does something else."""
+    order = type(transformation).__mro__
+    traits, *methods = (
+        next((i for i, cls in enumerate(order) if name in vars(cls)), len(order))
+        for name in ("traits", "init", "update", "weights")
     )
-
-
-def _among(transformation: Any, params: PyTree, own: set[str]) -> Any:
-    """The transformation of a few of the params: its masks and labels say of those what they
-    say of all."""
-    kind = type(transformation)
-    if _is_short(transformation):
-        return _among(transformation.expand(), params, own)
-    if kind is Chain:
-        links = tuple(_among(link, params, own) for link in transformation.links)
-        return replace(transformation, links=links)
-    if kind is accumulate:
-        return replace(transformation, inner=_among(transformation.inner, params, own))
-    if kind is masked:
-        mask = resolve_mask(transformation.mask, params)
-        inner = _among(transformation.inner, pick(mask, params, params), own)
-        return masked(inner, _of(own, params, mask))
-    if kind is partition:
-        labels = resolve_labels(transformation.labels, params)
-        transforms = {
-            label: _among(one, pick([at == label for at in labels], params, params), own)
-            for label, one in transformation.transforms.items()
-        }
-        return partition(transforms, _Known(_of(own, params, labels)))
-    return transformation
-
-
-@dataclass(frozen=True)
-class _Known:
-    """Labels by exact name: a dict of them would be one of patterns."""
-
-    labels: dict[str, str]
-
-    def __call__(self, name: str, leaf: Any) -> str:
-        del leaf
-        return self.labels[name]
-
-
-def _of(own: set[str], params: PyTree, values: list[Any]) -> dict[str, Any]:
-    named = zip(names_of(params), values, strict=True)
-    return {name: value for name, value in named if name in own}
+    return traits <= min(methods) and all(map(_tells_all, children_of(transformation).values()))

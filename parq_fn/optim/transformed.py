@@ -32,7 +32,7 @@ from parq_fn.optim.state import (
     value_of,
     wide,
 )
-from parq_fn.transforms.chain import Composite
+from parq_fn.transforms.chain import every_link
 from parq_fn.transforms.links import add_decayed_weights
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.sharded import local
@@ -114,9 +114,7 @@ class TransformOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 refuse_flat("TransformOptimizer", p, name_of(group, index, i))
-            if group.get("weight_decay") and not any(
-                _links(self.transformation, add_decayed_weights)
-            ):
+            if group.get("weight_decay") and not _has(self.transformation, add_decayed_weights):
                 raise ValueError(
                     f"TransformOptimizer: group {index} has weight_decay="
                     f"{group['weight_decay']} and no link takes one; give the transformation "
@@ -180,7 +178,7 @@ class TransformOptimizer(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group; its parameters begin now, the others keep their state."""
         building = not hasattr(self, "transformation")  # called by Optimizer.__init__
-        if not building and any(_links(self.transformation, Prox)) and self._has_stepped():
+        if not building and _has(self.transformation, Prox) and self._has_stepped():
             raise ValueError(
                 "TransformOptimizer: its prox links have taken steps, and a parameter added now "
                 "would have no levels until they fit again; add groups before the first step, or "
@@ -420,34 +418,15 @@ def _is_count(got: Any) -> bool:
     return isinstance(got, int)
 
 
-def _fields(value: Any, name: str) -> Iterator[Any]:
-    """The fields of that name in a transformation and those inside it."""
-    if isinstance(value, Composite):  # which may make several of one
-        yield from _fields(value.expand(), name)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _fields(item, name)
-    elif isinstance(value, dict):
-        yield from _fields(list(value.values()), name)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            got = getattr(value, field.name)
-            if field.name == name and got is not None:
-                yield got
-            yield from _fields(got, name)
+def _fields(transformation: Any, name: str) -> Iterator[Any]:
+    """The fields of that name of the links that a transformation is made of."""
+    for link in every_link(transformation):
+        fields = dataclasses.fields(link) if dataclasses.is_dataclass(link) else ()
+        got = getattr(link, name) if any(field.name == name for field in fields) else None
+        if got is not None:
+            yield got
 
 
-def _links(value: Any, kind: type) -> Iterator[Any]:
-    """The links of a kind among a transformation and those inside it."""
-    if isinstance(value, kind):
-        yield value
-    elif isinstance(value, Composite):
-        yield from _links(value.expand(), kind)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _links(item, kind)
-    elif isinstance(value, dict):
-        yield from _links(list(value.values()), kind)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _links(getattr(value, field.name), kind)
+def _has(transformation: Any, kind: type) -> bool:
+    """Whether a link of that kind is among those that a transformation is made of."""
+    return any(isinstance(link, kind) for link in every_link(transformation))

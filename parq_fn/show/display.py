@@ -21,10 +21,9 @@ from parq_fn.foundation.scalar import is_number
 from parq_fn.foundation.value import show, shown_by
 from parq_fn.quantizers import Quantizer
 from parq_fn.schedules import Schedule
-from parq_fn.transforms.chain import Chain
-from parq_fn.transforms.masked import masked
-from parq_fn.transforms.partition import partition
+from parq_fn.transforms.chain import Composite
 from parq_fn.transforms.prox_link import Prox
+from parq_fn.transforms.transformation import children_of
 
 WIDTH, HEIGHT, EDGE = 220, 90, 14
 
@@ -43,7 +42,8 @@ def html_of(value: Any) -> str:
 def _inside(value: Any) -> str:
     pictures = "".join(_drawn(value))
     parts = "".join(
-        f"<li><code>{escape(name)}</code> {html_of(part)}</li>" for name, part in parts_of(value)
+        f"<li><code>{escape(name)}</code> {html_of(part)}</li>"
+        for name, part in parts_of(value).items()
     )
     below = f'<ul style="margin:0">{parts}</ul>' if parts else ""
     return (f"<div>{pictures}</div>" if pictures else "") + below
@@ -56,27 +56,9 @@ def _drawn(value: Any) -> list[str]:
         return []
 
 
-@singledispatch
-def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
-    """(name, part) of the transformations that one is made of."""
-    del value
-    yield from ()
-
-
-@parts_of.register
-def _(value: Chain) -> Iterator[tuple[str, Any]]:
-    names = value.names or tuple(map(str, range(len(value.links))))
-    yield from zip(names, value.links, strict=True)
-
-
-@parts_of.register
-def _(value: masked) -> Iterator[tuple[str, Any]]:
-    yield "inner", value.inner
-
-
-@parts_of.register
-def _(value: partition) -> Iterator[tuple[str, Any]]:
-    yield from value.transforms.items()
+def parts_of(value: Any) -> dict[str, Any]:
+    """The transformations that one is made of, by name; a Composite is shown by its call alone."""
+    return {} if isinstance(value, Composite) else children_of(value)
 
 
 @singledispatch

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from parq_fn.foundation.traits import TransformationTraits, shared, traits_of
 from parq_fn.foundation.tree import PyTree, check_match
-from parq_fn.foundation.value import Value, value
-from parq_fn.transforms.transformation import Link, Transformation, check_transformation
+from parq_fn.foundation.value import changed, value
+from parq_fn.transforms.transformation import (
+    Link,
+    Transformation,
+    check_transformation,
+    children_of,
+    in_place,
+)
 
 
 @value
-class Chain(Value):
+class Chain(Link):
     """See `chain` and `named_chain`."""
 
     links: tuple[Transformation, ...]
@@ -41,6 +48,21 @@ class Chain(Value):
     def traits(self) -> TransformationTraits:
         """What all its links declare."""
         return shared(self.links)
+
+    def children(self) -> dict[str, Transformation]:
+        """Its links by name, or by number."""
+        return dict(zip(self._keys(), self.links, strict=True))
+
+    def with_children(self, children: Mapping[str, Transformation]) -> Transformation:
+        """The chain of these links."""
+        return changed(self, links=tuple(in_place(self, children)))
+
+    def child_states(self, state: PyTree) -> dict[str, PyTree]:
+        """The states of its links."""
+        return dict(zip(self._keys(), self._states(state), strict=True))
+
+    def _keys(self) -> tuple[str, ...]:
+        return self.names or tuple(map(str, range(len(self.links))))
 
     def _states(self, state: PyTree) -> list[PyTree]:
         if len(state) != len(self.links):
@@ -128,3 +150,33 @@ class Composite(Link):
     def weights(self, state: PyTree, params: PyTree) -> PyTree:
         """The weights of the chain."""
         return self.expand().weights(state, params)
+
+    def children(self) -> dict[str, Transformation]:
+        """The chain, as "expanded"."""
+        return {"expanded": self.expand()}
+
+    def with_children(self, children: Mapping[str, Transformation]) -> Transformation:
+        """The chain given: the link is no more than short for one."""
+        (expanded,) = in_place(self, children)
+        return expanded
+
+    def pinned(self, params: PyTree) -> Transformation:
+        """The chain's; a class that has traits of its own is left as it is."""
+        return super().pinned(params) if type(self).traits is Composite.traits else self
+
+    def child_states(self, state: PyTree) -> dict[str, PyTree]:
+        """Its state is the chain's."""
+        return {"expanded": state}
+
+
+def every_link(transformation: Any) -> Iterator[Any]:
+    """The links that a transformation is made of, itself the first; a Composite's in its place.
+
+    >>> from parq_fn import accumulate, sgd
+    >>> [type(link).__name__ for link in every_link(accumulate(sgd(0.1), 2))]
+    ['accumulate', 'Chain', 'scale_by_learning_rate']
+    """
+    if not isinstance(transformation, Composite):
+        yield transformation
+    for child in children_of(transformation).values():
+        yield from every_link(child)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from parq_fn.foundation.traits import TransformationTraits, shared
-from parq_fn.foundation.tree import Mask, PyTree, merge, pick, resolve_mask
-from parq_fn.foundation.value import value
-from parq_fn.transforms.transformation import Link, Transformation, check_transformation
+from parq_fn.foundation.tree import ByName, Mask, PyTree, merge, names_of, pick, resolve_mask
+from parq_fn.foundation.value import changed, value
+from parq_fn.transforms.transformation import (
+    Link,
+    Transformation,
+    check_transformation,
+    in_place,
+    pinned,
+)
 
 
 @value
@@ -37,8 +44,9 @@ class masked(Link):
 
     @property
     def traits(self) -> TransformationTraits:
-        """What the inner transformation declares, but that names count."""
-        return replace(shared([self.inner]), leafwise=False)
+        """What the inner transformation declares, but that the names of all leaves count."""
+        inner = shared([self.inner])
+        return replace(inner, leafwise=inner.leafwise and isinstance(self.mask, ByName))
 
     def init(self, params: PyTree) -> PyTree:
         """The inner state, without leaves outside the mask."""
@@ -59,3 +67,26 @@ class masked(Link):
         mask = resolve_mask(self.mask, params)
         own = self.inner.weights(state, pick(mask, params, params))
         return merge(mask, params, own, params)
+
+    def children(self) -> dict[str, Transformation]:
+        """The inner transformation."""
+        return {"inner": self.inner}
+
+    def with_children(self, children: Mapping[str, Transformation]) -> Transformation:
+        """The same mask for another transformation."""
+        (inner,) = in_place(self, children)
+        return changed(self, inner=inner)
+
+    def child_states(self, state: PyTree) -> dict[str, PyTree]:
+        """Its state is the inner one."""
+        return {"inner": state}
+
+    def pinned(self, params: PyTree) -> Transformation:
+        """With the mask by exact names; as it is where that is a function, which may look at
+        values."""
+        if callable(self.mask):
+            return self
+        mask = resolve_mask(self.mask, params)
+        inner = pinned(self.inner, pick(mask, params, params))
+        by_name = ByName(dict(zip(names_of(params), mask, strict=True)))
+        return changed(self, inner=inner, mask=by_name)

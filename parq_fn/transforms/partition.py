@@ -7,9 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from parq_fn.foundation.traits import TransformationTraits, shared
-from parq_fn.foundation.tree import Labels, PyTree, merge, pick, resolve_labels
-from parq_fn.foundation.value import value
-from parq_fn.transforms.transformation import Link, Transformation, check_transformation
+from parq_fn.foundation.tree import ByName, Labels, PyTree, merge, names_of, pick, resolve_labels
+from parq_fn.foundation.value import changed, value
+from parq_fn.transforms.transformation import (
+    Link,
+    Transformation,
+    check_transformation,
+    in_place,
+    pinned,
+)
 
 
 @value
@@ -38,8 +44,9 @@ class partition(Link):
 
     @property
     def traits(self) -> TransformationTraits:
-        """What all its transformations declare, but that names count."""
-        return replace(shared(self.transforms.values()), leafwise=False)
+        """What all its transformations declare, but that the names of all leaves count."""
+        own = shared(self.transforms.values())
+        return replace(own, leafwise=own.leafwise and isinstance(self.labels, ByName))
 
     def _masks(self, params: PyTree) -> dict[str, list[bool]]:
         labels = resolve_labels(self.labels, params)
@@ -77,3 +84,29 @@ class partition(Link):
             own = self.transforms[label].weights(state[label], pick(mask, params, params))
             out = merge(mask, params, own, out)
         return out
+
+    def children(self) -> dict[str, Transformation]:
+        """The transformations by label."""
+        return dict(self.transforms)
+
+    def with_children(self, children: Mapping[str, Transformation]) -> Transformation:
+        """Other transformations for the same labels."""
+        transforms = dict(zip(self.transforms, in_place(self, children), strict=True))
+        return changed(self, transforms=transforms)
+
+    def child_states(self, state: PyTree) -> dict[str, PyTree]:
+        """Its state is theirs by label."""
+        return dict(state)
+
+    def pinned(self, params: PyTree) -> Transformation:
+        """With the labels by exact names; as it is where they are a function, which may look at
+        values."""
+        if callable(self.labels):
+            return self
+        transforms = {
+            label: pinned(self.transforms[label], pick(mask, params, params))
+            for label, mask in self._masks(params).items()
+        }
+        labels = resolve_labels(self.labels, params)
+        by_name = ByName(dict(zip(names_of(params), labels, strict=True)))
+        return changed(self, transforms=transforms, labels=by_name)

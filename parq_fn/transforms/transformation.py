@@ -13,7 +13,7 @@ are frozen dataclasses; states are NamedTuples of tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -79,6 +79,62 @@ class Link(Value):
         """The weights the model computes with; of the base the params."""
         del state
         return params
+
+    # What it is made of.
+
+    def children(self) -> dict[str, Transformation]:
+        """The transformations inside this one, by name; of the base none."""
+        return {}
+
+    def with_children(self, children: Mapping[str, Transformation]) -> Transformation:
+        """The same around these, which go by the names that `children` gives.
+
+        Raises ValueError for other names.
+        """
+        if in_place(self, children):
+            raise NotImplementedError(f"{type(self).__name__} must define with_children")
+        return self
+
+    def child_states(self, state: PyTree) -> dict[str, PyTree]:
+        """The states of its children, by their names, from its own."""
+        del state
+        if self.children():
+            raise NotImplementedError(f"{type(self).__name__} must define child_states")
+        return {}
+
+    def pinned(self, params: PyTree) -> Transformation:
+        """The same for some of these params too: masks and labels, which go by the names of all,
+        say of each what they say of it now."""
+        inside = {name: pinned(child, params) for name, child in self.children().items()}
+        return self.with_children(inside) if inside else self
+
+
+def children_of(transformation: Any) -> dict[str, Any]:
+    """Its children, by name; none of an object that does not tell.
+
+    >>> from parq_fn import chain, clip, sgd
+    >>> children_of(chain(clip(1.0), sgd(0.1)))
+    {'0': clip(1.0), '1': sgd(0.1)}
+    """
+    return transformation.children() if hasattr(transformation, "with_children") else {}
+
+
+def pinned(transformation: Any, params: PyTree) -> Any:
+    """See `Link.pinned`; an object without it is as it was."""
+    method = getattr(transformation, "pinned", None)
+    return transformation if method is None else method(params)
+
+
+def in_place(link: Link, children: Mapping[str, Transformation]) -> list[Transformation]:
+    """New children in the order of a link's own; ValueError where their names are others."""
+    own = link.children()
+    if children.keys() != own.keys():
+        raise ValueError(
+            f"{type(link).__name__} has the children {list(own)}, got {list(children)}"
+        )
+    for name, child in children.items():
+        check_transformation(child, f"the child {name!r} of {type(link).__name__}")
+    return [children[name] for name in own]
 
 
 @value

@@ -6,6 +6,7 @@ updates that were made.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,13 +17,45 @@ from parq_fn.foundation.checks import check_whole
 from parq_fn.foundation.scalar import concrete, new_count, to_device
 from parq_fn.foundation.traits import TransformationTraits, shared
 from parq_fn.foundation.tree import PyTree, check_floating, select, tree_leaves, tree_map
-from parq_fn.foundation.value import state_class, value
+from parq_fn.foundation.value import changed, state_class, value
 from parq_fn.transforms.sharded import gathered
-from parq_fn.transforms.transformation import Link, Transformation, check_transformation
+from parq_fn.transforms.transformation import (
+    Link,
+    Transformation,
+    check_transformation,
+    in_place,
+)
 
 
 def _wide(leaf: Tensor) -> torch.dtype:
     return torch.promote_types(leaf.dtype, torch.float32)
+
+
+@value
+class _Around(Link):
+    """Base of these links: one transformation, and a state that has its state as `inner`."""
+
+    inner: Transformation
+
+    def __post_init__(self) -> None:
+        check_transformation(self.inner, f"the inner transformation of {type(self).__name__}")
+
+    def weights(self, state: Any, params: PyTree) -> PyTree:
+        """The inner weights."""
+        return self.inner.weights(state.inner, params)
+
+    def children(self) -> dict[str, Transformation]:
+        """The inner transformation."""
+        return {"inner": self.inner}
+
+    def with_children(self, children: Mapping[str, Transformation]) -> Transformation:
+        """The same around another transformation."""
+        (inner,) = in_place(self, children)
+        return changed(self, inner=inner)
+
+    def child_states(self, state: Any) -> dict[str, PyTree]:
+        """The inner state."""
+        return {"inner": state.inner}
 
 
 @state_class
@@ -35,7 +68,7 @@ class AccumulateState(NamedTuple):
 
 
 @value
-class accumulate(Link):
+class accumulate(_Around):
     """Gradient accumulation: one inner update with the mean of every `steps` updates.
 
     On the calls between, updates are zeros and the inner state stands still, so the schedule,
@@ -54,11 +87,10 @@ class accumulate(Link):
     ({'w': tensor([0.])}, {'w': tensor([-2.])})
     """
 
-    inner: Transformation
     steps: int
 
     def __post_init__(self) -> None:
-        check_transformation(self.inner, "the inner transformation of accumulate")
+        super().__post_init__()
         check_whole("accumulate", 1, steps=self.steps)
 
     @property
@@ -89,10 +121,6 @@ class accumulate(Link):
             select(due, inner, state.inner),
         )
 
-    def weights(self, state: AccumulateState, params: PyTree) -> PyTree:
-        """The inner weights."""
-        return self.inner.weights(state.inner, params)
-
 
 @state_class
 class FiniteState(NamedTuple):
@@ -103,17 +131,12 @@ class FiniteState(NamedTuple):
 
 
 @value
-class apply_if_finite(Link):
+class apply_if_finite(_Around):
     """The inner update where every element of the updates is finite; otherwise zeros.
 
     A skipped call leaves the inner state as it was, levels and counts of a prox link included,
     and is counted in `skipped`. Wrap the whole chain.
     """
-
-    inner: Transformation
-
-    def __post_init__(self) -> None:
-        check_transformation(self.inner, "the inner transformation of apply_if_finite")
 
     @property
     def traits(self) -> TransformationTraits:
@@ -134,7 +157,3 @@ class apply_if_finite(Link):
         zeros = tree_map(torch.zeros_like, out)
         skipped = state.skipped + to_device((~finite).to(torch.int64), state.skipped)
         return select(finite, out, zeros), FiniteState(skipped, select(finite, inner, state.inner))
-
-    def weights(self, state: FiniteState, params: PyTree) -> PyTree:
-        """The inner weights."""
-        return self.inner.weights(state.inner, params)
