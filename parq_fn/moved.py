@@ -21,7 +21,8 @@ MOVED = {
     "interval": "foundation.checks",
     "tree": "foundation.tree",
     "traits": "foundation.traits",
-    "formulas": "proxmaps.formulas",
+    "formulas": "proxmaps.proxmap proxmaps.hard proxmaps.clip proxmaps.parq proxmaps.soft"
+    " proxmaps.binary_relax proxmaps.proxquant",
     "levels": "proxmaps.levels",
     "tanh": "proxmaps.tanh",
     "granularity": "quantizers.granularity",

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
+import pickle
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+import parq_fn as pf
 from parq_fn import proxmaps as maps
+from parq_fn.foundation.traits import ProxTraits, declares
+from parq_fn.optim import QuantOptimizer
 
 Q = torch.tensor([[-2.0, -1.0, 1.0, 4.0]], dtype=torch.float64)
 SLOPES = torch.tensor([[-1.0, 0.5, 2.0]], dtype=torch.float64)
@@ -213,3 +222,135 @@ def test_soft_reaches_the_end_of_the_narrowest_cell() -> None:
     levels = torch.tensor([[1e-45, 3e-45]])
     got = maps.soft(torch.tensor([[-math.inf, math.inf]]), levels, 1000.0)
     assert torch.equal(got, levels)
+
+
+# Maps are values
+
+
+def test_the_list_of_maps_is_all_of_them() -> None:
+    exported = {got for got in vars(maps).values() if isinstance(got, maps.ProxMap)}
+    assert exported == set(maps.MAPS) == {f for f, _ in MAPS}
+    assert len(maps.MAPS) == len(exported)
+
+
+@pytest.mark.parametrize("map_", maps.MAPS, ids=repr)
+def test_a_map_is_its_name_printed_pickled_and_copied(map_: maps.ProxMap) -> None:
+    assert repr(map_) == map_.__name__ == str(map_)
+    assert getattr(maps, map_.__name__) is map_
+    assert pickle.loads(pickle.dumps(map_)) is map_
+    assert copy.deepcopy(map_) is map_
+    assert len({map_, replace(map_)}) == 1
+    assert map_.__doc__ == map_.function.__doc__ != maps.ProxMap.__doc__
+    assert [*inspect.signature(map_).parameters][:2] == ["u", "levels"]
+    assert map_.traits.elementwise
+    assert map_.regularizer is map_.traits.regularizer
+
+
+def test_a_changed_map_is_another_value() -> None:
+    changed = replace(maps.parq, formulas=None)
+    assert changed != maps.parq
+    assert changed == replace(maps.parq, formulas=None)
+    assert repr(changed).startswith("ProxMap(parq, ProxTraits(")
+    again = pickle.loads(pickle.dumps(changed))
+    assert again == changed
+    assert again.function is maps.parq.function
+    u = torch.tensor([[0.2]])
+    assert torch.equal(changed(u, Q.float(), 0.5), maps.parq(u, Q.float(), inverse_slope=0.5))
+    assert replace(changed, formulas=maps.parq.formulas) == maps.parq
+
+
+@maps.prox_map(ProxTraits(elementwise=True, monotone=True))
+def doubled(u: Tensor, levels: Tensor, coefficient: Any = None) -> Tensor:
+    """A map of a user's own."""
+    del levels, coefficient
+    return 2 * u
+
+
+def test_a_map_of_ones_own_is_its_name_too() -> None:
+    assert repr(doubled) == "doubled"
+    assert pickle.loads(pickle.dumps(doubled)) is doubled
+    assert doubled.__doc__ == "A map of a user's own."
+    local = maps.ProxMap(lambda u, levels, c: u)
+    assert repr(local) == "ProxMap(<lambda>, ProxTraits())"
+    assert not local.traits.elementwise
+    assert "doubled" in repr(pf.custom_prox(pf.lsbq(1), doubled, 0.0))
+
+
+def ends_and_between(map_: maps.ProxMap) -> list[float]:
+    """Coefficients of the domain that it declares, and its sharp end."""
+    domain, sharp = map_.traits.coefficients, map_.traits.sharp
+    some = (0.0, 0.3, 0.5, 0.9, 1.0, math.inf)
+    return [c for c in some if domain is None or c in domain or c == sharp]
+
+
+@pytest.mark.parametrize(
+    ("map_", "at"), [(f, c) for f in maps.MAPS if f.formulas for c in ends_and_between(f)], ids=repr
+)
+def test_formulas_give_what_the_function_does(map_: maps.ProxMap, at: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    u = 3 * torch.randn(3, 50, generator=generator)
+    q = torch.randn(3, 4, generator=generator).sort(-1).values
+    wanted = map_(u, q, at)
+    for formula in (map_.formula(at), map_.formula(None)):
+        assert torch.equal(formula(u, q, at), wanted)
+
+
+def test_a_map_without_formulas_is_computed_by_its_function() -> None:
+    formula = doubled.formula(0.5)
+    assert not formula.prepared
+    u = torch.ones(1, 2)
+    assert torch.equal(formula.weight(u, Q.float(), None, *formula.scalars(u.sum())), 2 * u)
+
+
+# Which maps may be given pieces of rows
+
+
+def by_largest(u: Tensor, levels: Tensor, c: Tensor) -> Tensor:
+    """Couples the weights of a row: each over the largest of all."""
+    return u / u.abs().amax(-1, keepdim=True) * levels[..., -1:]
+
+
+COUPLING = {
+    "traits": declares(ProxTraits(in_range=True, monotone=True))(by_largest),
+    "value": maps.ProxMap(by_largest, ProxTraits(in_range=True)),
+    "replaced": replace(maps.parq, function=by_largest, traits=ProxTraits(), formulas=None),
+}
+
+
+@pytest.mark.parametrize("name", COUPLING)
+def test_a_map_that_couples_weights_sees_whole_rows_whatever_else_it_declares(name: str) -> None:
+    link = pf.custom_prox(pf.lsbq(1), COUPLING[name], 0.5, granularity=pf.per_channel(), period=1)
+    assert not link.elementwise
+    torch.manual_seed(0)
+    shapes = [(2, 5), (3, 7), (2, 1 << 18)]  # small ones are padded, long rows cut, where allowed
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    base = torch.optim.SGD([{"params": params, "quant_bits": 1}], lr=0.0)
+    optimizer = QuantOptimizer(base, link)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p in params:
+        latent, levels = optimizer.state[p]["latent"], optimizer.state[p]["levels"]
+        assert torch.equal(p.detach(), by_largest(latent, levels, torch.tensor(0.5)))
+
+
+def test_elementwise_is_what_the_map_declares() -> None:
+    @declares(ProxTraits(elementwise=True))
+    def scaled(u: Tensor, levels: Tensor, c: Tensor) -> Tensor:
+        return c * u
+
+    class own_method(pf.parq_prox):
+        @declares(ProxTraits(elementwise=True))
+        def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+            return 2 * maps.parq(u, levels, coefficient)
+
+    class other_map(pf.hard_prox):
+        proxmap = maps.clip
+
+    assert pf.custom_prox(pf.lsbq(1), scaled, 0.5).elementwise
+    assert pf.custom_prox(pf.lsbq(1), maps.hard, 0.5).elementwise
+    assert not pf.custom_prox(pf.lsbq(1), lambda u, q, c: u, 0.5).elementwise
+    assert own_method(pf.lsbq(1), anneal_start=0, anneal_end=9).elementwise
+    link = other_map(pf.lsbq(1))
+    assert link.elementwise
+    assert link.formula(0.5) is maps.clip.formula(0.5)

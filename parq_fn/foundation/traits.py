@@ -1,8 +1,8 @@
 """Traits: what an operator declares about itself, for `parq_fn.testing` to hold it to.
 
-A prox map carries them as an attribute `traits` (see `declares`), a quantizer or schedule as a
-property. What is not declared is not checked; an operator without traits is held to the laws of
-all its kind.
+A prox map carries them as an attribute `traits` (for a function see `declares`), a quantizer or
+schedule as a property. What is not declared is not checked; an operator without traits is held to
+the laws of all its kind.
 
 In what follows c is the map's coefficient, u the latent weight, Q = (q_1 <= ... <= q_k) its
 levels and H the nearest level.
@@ -42,6 +42,8 @@ class ProxTraits(Value):
 
     #: The coefficients that everything below is declared for; None for a map without one.
     coefficients: Interval | Slopes | None = None
+    #: f(u)_j depends on u_j and its row's levels alone: rows may be cut to pieces and filled up.
+    elementwise: bool = False
     #: u <= v implies f(u) <= f(v).
     monotone: bool = True
     #: q_1 <= f(u) <= q_k.

@@ -225,7 +225,7 @@ def quantizers() -> Strategy[pq.Quantizer]:
     )
 
 
-MAPS = (maps.hard, maps.clip, maps.parq, maps.soft, maps.binary_relax, maps.proxquant, maps.par)
+MAPS = maps.MAPS
 
 
 @st.composite

@@ -14,15 +14,7 @@ from parq_fn.testing import laws
 from parq_fn.testing.law import Law
 
 OPERATORS: dict[str, tuple[Any, ...]] = {
-    "proxmap": (
-        proxmaps.hard,
-        proxmaps.clip,
-        proxmaps.parq,
-        proxmaps.soft,
-        proxmaps.binary_relax,
-        proxmaps.proxquant,
-        proxmaps.par,
-    ),
+    "proxmap": proxmaps.MAPS,
     "quantizer": (
         pq.lsbq(0),
         pq.lsbq(1),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import optree
 import torch
@@ -22,18 +22,16 @@ from torch import Tensor
 
 from parq_fn.foundation.checks import NOT_NEGATIVE, POSITIVE, check_numbers, check_whole, readable
 from parq_fn.foundation.scalar import Scalar, as_scalar, at, concrete, new_count, to_device
-from parq_fn.foundation.traits import TransformationTraits
+from parq_fn.foundation.traits import TransformationTraits, traits_of
 from parq_fn.foundation.tree import PyTree, check_floating, names_of, tree_map
 from parq_fn.foundation.value import same, state_class, value
-from parq_fn.proxmaps.formulas import Chooser, Formula
+from parq_fn.proxmaps.proxmap import Formula, ProxMap, itself
 from parq_fn.quantizers import Quantizer
 from parq_fn.quantizers.granularity import Granularity, per_tensor
 from parq_fn.transforms.links import times
 from parq_fn.transforms.sharded import gathered, local, part_of, placed
 from parq_fn.transforms.train import apply_updates
 from parq_fn.transforms.transformation import Link
-
-_F = TypeVar("_F", bound=Callable[..., Tensor])
 
 
 @state_class
@@ -56,7 +54,7 @@ def _whole() -> Granularity:
 
 @value
 class Prox(Link):
-    """Base of the prox links, and their options.
+    """Base of the prox links: a map (`proxmap`), its coefficient at a step, a quantizer, options.
 
     quantizer: rows [r, n] -> levels [r, k].
     granularity: which weights share levels.
@@ -134,8 +132,10 @@ class Prox(Link):
         """The map's coefficient at a step."""
         return torch.zeros_like(step)
 
-    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-        """Latent rows [r, n], levels [r, k] -> weights [r, n]."""
+    @property
+    def proxmap(self) -> Callable[..., Tensor]:
+        """(latent rows [r, n], levels [r, k], coefficient []) -> weights [r, n]: a prox map, or a
+        method of a subclass's own."""
         raise NotImplementedError(f"{type(self).__name__} must define proxmap")
 
     def formula(self, coefficient: float) -> Formula:
@@ -143,10 +143,9 @@ class Prox(Link):
 
         For those who know the coefficient and apply the map often, or compile it.
         """
-        chooser = _KNOWN.get(type(self).proxmap)
-        if chooser is None:  # a map of a subclass's own
-            return Formula(self._own, lambda coefficient: (coefficient,), prepared=False)
-        return chooser(coefficient)
+        if isinstance(self.proxmap, ProxMap):
+            return self.proxmap.formula(coefficient)
+        return Formula(self._own, itself, prepared=False)
 
     def _own(self, u: Tensor, levels: Tensor, bound: Tensor | None, coefficient: Tensor) -> Tensor:
         del bound
@@ -154,12 +153,12 @@ class Prox(Link):
 
     @property
     def elementwise(self) -> bool:
-        """Whether a weight hangs on its own latent and the levels of its row alone, so that rows
-        may be cut and filled up: where the map is one of the library's, or declares traits.
+        """Whether a weight depends on its own latent and the levels of its row alone, so that rows
+        may be cut and filled up: where the map declares it among its traits.
 
         A rank that holds part of a row maps that part by itself, whatever this says.
         """
-        return type(self).proxmap in _KNOWN
+        return bool(getattr(traits_of(self.proxmap), "elementwise", False))
 
     # The transformation.
 
@@ -305,17 +304,3 @@ def shrunk(latent: Tensor, divisor: Tensor | None) -> Tensor:
         return latent
     wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
     return wide / to_device(divisor, wide).to(wide.dtype)  # or a 0-d latent would be promoted
-
-
-#: What computes `proxmap`, by the function that says what it is.
-_KNOWN: dict[Any, Chooser] = {}
-
-
-def computed_by(chooser: Chooser) -> Callable[[_F], _F]:
-    """Decorator of a link's `proxmap`: formulas that give the same weights."""
-
-    def declare(proxmap: _F) -> _F:
-        _KNOWN[proxmap] = chooser
-        return proxmap
-
-    return declare

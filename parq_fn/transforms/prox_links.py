@@ -11,10 +11,8 @@ from torch import Tensor
 from parq_fn import proxmaps, schedules
 from parq_fn.foundation.checks import NOT_NEGATIVE, POSITIVE, check_before, check_numbers
 from parq_fn.foundation.scalar import Scalar, at
-from parq_fn.foundation.traits import ProxTraits
 from parq_fn.foundation.value import value
-from parq_fn.proxmaps.formulas import binary_relax_at, hard_at, parq_at, proxquant_at, soft_at
-from parq_fn.transforms.prox_link import Prox, computed_by
+from parq_fn.transforms.prox_link import Prox
 
 
 @value
@@ -30,14 +28,11 @@ class hard_prox(Prox):
     {'w': tensor([ 2., -2.])}
     """
 
+    proxmap = proxmaps.hard
+
     @property
     def ends(self) -> float | Tensor:
         return 0
-
-    @computed_by(hard_at)
-    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-        del coefficient
-        return proxmaps.hard(u, levels)
 
 
 @value
@@ -84,6 +79,8 @@ class parq_prox(_Annealed):
     Source: Jin et al., PARQ, arXiv 2503.15748.
     """
 
+    proxmap = proxmaps.parq
+
     steepness: float | Tensor = field(default=10.0, kw_only=True)
     center: float | Tensor = field(default=0.5, kw_only=True)
     clipped_start: bool = field(default=False, kw_only=True)
@@ -104,10 +101,6 @@ class parq_prox(_Annealed):
     def coefficient(self, step: Tensor) -> Tensor:
         return self._schedule()(step)
 
-    @computed_by(parq_at)
-    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-        return proxmaps.parq(u, levels, coefficient)
-
 
 @value
 class soft_prox(_Annealed):
@@ -120,6 +113,8 @@ class soft_prox(_Annealed):
     >>> soft_prox(lsbq(2), anneal_start=0, anneal_end=9).coefficient(torch.tensor([0, 9]))
     tensor([1., inf], dtype=torch.float64)
     """
+
+    proxmap = proxmaps.soft
 
     temperature: float | Tensor = field(default=1.0, kw_only=True)
     end_temperature: float | Tensor = field(default=1000.0, kw_only=True)
@@ -136,10 +131,6 @@ class soft_prox(_Annealed):
         relaxed = (1 - x) * self.temperature + x * self.end_temperature
         return torch.where(step >= self.anneal_end, torch.inf, relaxed)
 
-    @computed_by(soft_at)
-    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-        return proxmaps.soft(u, levels, coefficient)
-
 
 @value
 class binary_relax_prox(_Annealed):
@@ -155,12 +146,10 @@ class binary_relax_prox(_Annealed):
     Source: Yin et al., BinaryRelax, arXiv 1801.06313.
     """
 
+    proxmap = proxmaps.binary_relax
+
     def coefficient(self, step: Tensor) -> Tensor:
         return self._progress(step)
-
-    @computed_by(binary_relax_at)
-    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-        return proxmaps.binary_relax(u, levels, coefficient)
 
 
 @value
@@ -179,6 +168,8 @@ class proxquant_prox(_Annealed):
     Source: Bai, Wang, Liberty, ProxQuant, arXiv 1810.00861.
     """
 
+    proxmap = proxmaps.proxquant
+
     strength: float | Tensor = field(kw_only=True)
 
     def __post_init__(self) -> None:
@@ -189,10 +180,6 @@ class proxquant_prox(_Annealed):
         relaxed = self._progress(step) * self.strength
         return torch.where(step >= self.anneal_end, torch.inf, relaxed)
 
-    @computed_by(proxquant_at)
-    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-        return proxmaps.proxquant(u, levels, coefficient)
-
 
 @value
 class custom_prox(Prox):
@@ -202,6 +189,8 @@ class custom_prox(Prox):
     The map takes latent rows [r, n], levels [r, k] in ascending order and a 0-d coefficient, and
     gives weights [r, n]. What is to be a level at its end it must take from the levels
     (`torch.where(c >= 1, hard(u, levels), ...)`): u + c * (level - u) is not the level at c = 1.
+    It sees whole rows, unless it declares the trait `elementwise` (see `proxmaps.prox_map`): such
+    a one may be given pieces of them, which is faster.
 
     Options as in `Prox`.
 
@@ -221,10 +210,6 @@ class custom_prox(Prox):
     def coefficient(self, step: Tensor) -> Tensor:
         return at(self.schedule, step)
 
-    def proxmap(self, u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
-        return self.map(u, levels, coefficient)
-
     @property
-    def elementwise(self) -> bool:
-        own = type(self).proxmap is custom_prox.proxmap
-        return own and isinstance(getattr(self.map, "traits", None), ProxTraits)
+    def proxmap(self) -> Callable[..., Tensor]:
+        return self.map

@@ -36,19 +36,24 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "rising, self.schedule(steps - self.steps))",
         ],
     },
-    "parq_fn/proxmaps/maps.py": {
+    "parq_fn/proxmaps/binary_relax.py": {
         "a number where the result is not used: a cell without width, a coefficient at its end": [
             "binary_relax_regularizer: relaxed = theta / (2 * torch.where(theta < 1, 1 - theta, "
             "1.0)) * distance.square() -> relaxed = theta / (2 * torch.where(theta < 1, "
             "1 - theta, 2.0)) * distance.square()",
         ],
+        "two ways to the same weights, of which one is faster": [
+            _GAP + "if is_plain(gap) and (not gap.numel() and bool(gap.abs().amax() < torch.inf)):",
+        ],
+    },
+    "parq_fn/proxmaps/par.py": {
         "a second infinity behind the last level, that no weight reaches": [
             "par: hi = torch.cat([q, torch.full_like(q[..., :1], torch.inf)], -1).gather(-1, "
             "passed) -> hi = torch.cat([q, torch.full_like(q[..., :2], torch.inf)], -1)"
             ".gather(-1, passed)",
         ],
     },
-    "parq_fn/proxmaps/formulas.py": {
+    "parq_fn/proxmaps/parq.py": {
         "two ways to the same weights, of which one is faster": [
             ": _FEW = 5 -> _FEW = 6",
             ": _FEW = 5 -> _FEW = 4",
@@ -58,7 +63,6 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             _LINES + "if 2 <= q.shape[-1] < _FEW and in_place:",
             _LINES + "if 2 <= q.shape[-1] > _FEW and in_place:",
             _LINES + "if 3 <= q.shape[-1] <= _FEW and in_place:",
-            _GAP + "if is_plain(gap) and (not gap.numel() and bool(gap.abs().amax() < torch.inf)):",
         ],
         "how wide the vectors are that a formula is compiled for": [
             ": _SLOPED = Formula(_sloped, _steep, cells_from=_FEW + 1) -> "
@@ -75,6 +79,10 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "_PARQ = Formula(_parq, _any_slope, cells_from=4)",
             ": _PARQ = Formula(_parq, _any_slope, cells_from=3) -> "
             "_PARQ = Formula(_parq, _any_slope, cells_from=2)",
+        ],
+    },
+    "parq_fn/proxmaps/soft.py": {
+        "how wide the vectors are that a formula is compiled for": [
             ": _CURVED = Formula(_curved, _curvature, cells_from=3) -> "
             "_CURVED = Formula(_curved, _curvature)",
             ": _CURVED = Formula(_curved, _curvature, cells_from=3) -> "

@@ -6,6 +6,8 @@ kit on broken operators, and (by their mark) what compiles.
 
 from __future__ import annotations
 
+from parq_fn import proxmaps
+
 #: {module: (files run first, files run where those pass)}.
 TESTS: dict[str, tuple[tuple[str, ...], ...]] = {}
 
@@ -30,21 +32,21 @@ _select(
     ("tests/test_granularity.py",),
     ("tests/test_hostile.py", "tests/test_prox.py", *_COMMON),
 )
+for _map in proxmaps.MAPS:
+    _select(
+        f"parq_fn/proxmaps/{_map.__name__}.py",
+        (
+            "tests/test_proxmaps.py",
+            "tests/test_levels.py",
+            "tests/laws/test_proxmaps.py",
+            "tests/test_reference.py",
+        ),
+        ("tests/test_hostile.py", "tests/test_prox.py", "tests/optim/test_passes.py", *_COMMON),
+    )
 _select(
-    "parq_fn/proxmaps/maps.py",
-    ("tests/test_proxmaps.py", "tests/laws/test_proxmaps.py", "tests/test_reference.py"),
-    ("tests/test_hostile.py", "tests/test_prox.py", *_COMMON),
-)
-_select(
-    "parq_fn/proxmaps/formulas.py",
-    ("tests/test_levels.py", "tests/test_proxmaps.py"),
-    (
-        "tests/laws/test_proxmaps.py",
-        "tests/test_reference.py",
-        "tests/test_hostile.py",
-        "tests/optim/test_passes.py",
-        *_COMMON,
-    ),
+    "parq_fn/proxmaps/proxmap.py",
+    ("tests/test_proxmaps.py", "tests/test_levels.py"),
+    ("tests/test_value.py", "tests/optim/test_passes.py", *_COMMON),
 )
 _select("parq_fn/quantizers/base.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/uniform.py", *_QUANTIZERS)

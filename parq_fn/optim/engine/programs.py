@@ -21,8 +21,8 @@ from torch import Tensor
 
 from parq_fn.foundation.torch_private import compiled, compiler_options, mark_constant
 from parq_fn.optim.engine.rows import Map, Maps, Rows, in_columns, in_rows, write
-from parq_fn.proxmaps.formulas import Formula
 from parq_fn.proxmaps.levels import MANY, bounds
+from parq_fn.proxmaps.proxmap import Formula
 
 _LONG = 1 << 10  # of a row from which on its bounds are computed once, not for every weight
 _LARGE = 1 << 20  # of a latent from which on a program is told more of its shape

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from parq_fn.foundation.scalar import to_device
-from parq_fn.proxmaps.formulas import Formula
 from parq_fn.proxmaps.levels import prepare
+from parq_fn.proxmaps.proxmap import Formula
 from parq_fn.transforms.prox_link import Prox, ProxState, shrunk
 
 

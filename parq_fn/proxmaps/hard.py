@@ -1,0 +1,52 @@
+"""`hard`: the nearest level."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parq_fn.proxmaps.levels import cell, closest, nan_with, prepare
+from parq_fn.proxmaps.proxmap import Formula, follows_levels, no_scalars, prox_map
+
+
+def rounded(u: Tensor, q: Tensor, bound: Tensor | None) -> Tensor:
+    """The level nearest to u."""
+    return nan_with(u, closest(u, q, bound))
+
+
+HARD = Formula(rounded, no_scalars)
+
+
+def hard_at(coefficient: float | None) -> Formula:
+    """`hard`, which has no coefficient."""
+    del coefficient
+    return HARD
+
+
+@prox_map(
+    follows_levels(
+        in_range=True,
+        onto_levels=True,
+        jump=lambda _, width: width,
+        regularizer=lambda w, q, _: hard_regularizer(w, q),
+        idempotent=True,
+    ),
+    hard_at,
+)
+def hard(u: Tensor, levels: Tensor, coefficient: float | Tensor | None = None) -> Tensor:
+    """argmin_w |w - u| over w in Q: the nearest level, the lower one in a tie.
+
+    >>> hard(torch.tensor([[-3.0, 0.0, 0.2]]), torch.tensor([[-1.0, 1.0]]))
+    tensor([[-1., -1.,  1.]])
+
+    Source: the straight-through estimator's rounding; PARQ, arXiv 2503.15748, section 4.
+    """
+    del coefficient
+    return HARD(u, levels, 0.0)
+
+
+def hard_regularizer(w: Tensor, levels: Tensor) -> Tensor:
+    """0 for w in Q, else infinity."""
+    x, q = prepare(w, levels)
+    lo, hi = cell(x, q)
+    return torch.where((x == lo) | (x == hi), torch.zeros_like(x), torch.inf).to(w.dtype)
