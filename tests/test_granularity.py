@@ -79,8 +79,8 @@ def test_blocks_run_along_the_last_dimension() -> None:
     ("size", "shape", "message"),
     [
         (4, (2, 6), r"block size 4 does not divide the last dimension of shape \(2, 6\)"),
-        (3, (2, 6, 3), r"per_block\(3\) takes 1-D and 2-D weights, got shape \(2, 6, 3\)"),
-        (3, (), "takes 1-D and 2-D weights"),
+        (4, (2, 4, 3), r"block size 4 does not divide the last dimension of shape \(2, 4, 3\)"),
+        (3, (), r"per_block\(3\) takes weights that have dimension -1, got shape \(\)"),
     ],
 )
 def test_blocks_that_do_not_fit(size: int, shape: tuple[int, ...], message: str) -> None:

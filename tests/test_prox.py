@@ -327,7 +327,7 @@ def test_bad_settings(build, error, message: str) -> None:
     [
         ({"a": torch.zeros(2, 6)}, {"granularity": pf.per_block(4)}, ValueError,
          "parq_prox: parameter 'a': block size 4 does not divide"),
-        ({"a": torch.zeros(2, 6, 1)}, {"granularity": pf.per_block(1)}, ValueError,
+        ({"a": torch.zeros(())}, {"granularity": pf.per_block(1)}, ValueError,
          "parameter 'a': per_block"),
         ({"a": torch.zeros(2, dtype=torch.int32)}, {}, TypeError,
          "parq_prox: parameter 'a' has dtype torch.int32"),

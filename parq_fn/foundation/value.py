@@ -56,16 +56,22 @@ class Value:
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        return same(vars(self), vars(other))
+        return same(_contents(self), _contents(other))
 
     def __hash__(self) -> int:
-        for name, got in vars(self).items():
+        contents = _contents(self)
+        for name, got in contents.items():
             if _holds_tensor(got):  # equal tensors hash apart
                 raise TypeError(f"unhashable {type(self).__name__}: field {name!r} holds a tensor")
-        return hash((type(self).__name__, *sorted(vars(self).items(), key=lambda item: item[0])))
+        return hash((type(self).__name__, *sorted(contents.items(), key=lambda item: item[0])))
 
     def _repr_html_(self) -> str | None:
         return _html(self)
+
+
+def _contents(self: Any) -> dict[str, Any]:
+    """What a value is, by name; fields that came after it was pickled have their defaults."""
+    return {**{f.name: getattr(self, f.name) for f in _fields(self)}, **vars(self)}
 
 
 _renderer: Callable[[Any], str] | None = None
