@@ -45,7 +45,8 @@ def check_group(group: Group, index: int) -> None:
 
 
 def link_of(prox: Prox, bits: int, block: int | None) -> Prox:
-    """The prox link with a group's bits, 0 for ternary, and its block size where it has one."""
+    """The prox link with a group's bits, 0 for ternary, and its block size where it has one, along
+    the dimensions that the link's own blocks run along."""
     quantizer: Any = prox.quantizer
     if bits == 0 and isinstance(quantizer, uniform):
         quantizer = ternary_uniform(center=quantizer.center)
@@ -55,5 +56,10 @@ def link_of(prox: Prox, bits: int, block: int | None) -> Prox:
         raise ValueError(
             f"QuantOptimizer: {quantizer!r} has no bits to be set to quant_bits={bits}"
         )
-    granularity = prox.granularity if block is None else per_block(block)
+    granularity = prox.granularity
+    if block is not None:
+        if isinstance(granularity, per_block):
+            granularity = dataclasses.replace(granularity, size=block)
+        else:
+            granularity = per_block(block)
     return dataclasses.replace(prox, quantizer=quantizer, granularity=granularity)

@@ -1,19 +1,23 @@
 """Sharded parameters: which rows of a DTensor a rank holds, and how it maps them alone.
 
 Levels are fitted to the gathered latent, the same on every rank, and kept whole. Maps act
-element by element, so that a rank maps its own shard: rows are runs of the weight's logical
-order, and so is a shard along dimension 0, which is filled up to whole rows for the map.
+element by element, so that a rank maps its own shard. Where rows are runs of the weight's logical
+order, so is a shard along dimension 0, which is filled up to whole rows for the map. Of rows in
+another order a shard has whole ones, or a part of every one, or runs that are cut into pieces, each
+with the levels of its row.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from parq_fn.foundation.value import value
-from parq_fn.quantizers.granularity import Granularity
+from parq_fn.quantizers.granularity import Granularity, per_block
 
 
 @value
@@ -43,7 +47,7 @@ class Part(NamedTuple):
     """What a rank holds of a parameter's rows."""
 
     granularity: Granularity  # of the local tensor
-    rows: slice  # of the levels
+    rows: slice | Tensor  # of the levels; indices where those of a row are needed more than once
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -67,8 +71,9 @@ def placed(mine: Tensor, like: Tensor) -> Tensor:
 def part_of(weight: Tensor, granularity: Granularity) -> Part:
     """The part of the weight's rows that this rank holds.
 
-    Raises ValueError as the granularity does, and for a weight sharded along another dimension
-    than the first (unless all of it is one row), or along more than one dimension of the mesh.
+    Raises ValueError as the granularity does; for a weight sharded along another dimension than
+    the first (unless all of it is one row), or along more than one dimension of the mesh; and for a
+    granularity that makes rows in a way of its own, of which a shard cannot be told.
     """
     r, n = granularity.shape(weight)
     whole = Part(granularity, slice(None))
@@ -86,9 +91,51 @@ def part_of(weight: Tensor, granularity: Granularity) -> Part:
             f"it is placed as {weight.placements}; rows of {granularity!r} can be told from one "
             "Shard(0) only"
         )
+    if getattr(type(granularity), "rows", None) is not Granularity.rows:
+        raise ValueError(
+            f"it is sharded, and {granularity!r} makes rows in a way of its own, of which a shard "
+            "cannot be told; give a granularity shape alone, or use per_channel or per_block"
+        )
     size = -(-weight.shape[0] // weight.device_mesh.size(mesh_dim))  # as torch.chunk cuts
-    inner = weight.shape[1:].numel()
-    start = min(weight.shape[0], weight.device_mesh.get_local_rank(mesh_dim) * size) * inner
-    stop = start + mine.numel()
-    first, last = start // n, -(-stop // n)
-    return Part(run(n, start - first * n, last * n - stop), slice(first, last))
+    first = min(weight.shape[0], weight.device_mesh.get_local_rank(mesh_dim) * size)
+    count = mine.shape[0]
+    order = granularity.order(weight)
+    if order is None:
+        return _run(weight, n, first, mine.numel())
+    if isinstance(granularity, per_block) and 0 in granularity.dims(weight):
+        return _pieces(granularity, weight, first, mine)
+    if order.dims[0] == 0:  # the rows of some of the indices of dimension 0
+        inner = r // max(weight.shape[0], 1)
+        return Part(granularity, slice(first * inner, (first + count) * inner))
+    return Part(granularity, slice(None))  # a part of every row
+
+
+def _run(weight: Tensor, n: int, first: int, numel: int) -> Part:
+    """Of rows of n that are runs of the weight: those that the shard lies in."""
+    start = first * weight.shape[1:].numel()
+    stop = start + numel
+    begin, end = start // n, -(-stop // n)
+    return Part(run(n, start - begin * n, end * n - stop), slice(begin, end))
+
+
+def _pieces(blocks: per_block, weight: Tensor, first: int, mine: Tensor) -> Part:
+    """Of blocks that dimension 0 is among: whole ones, or pieces that no block's end lies in.
+
+    What blocks are cut from are indices (a, i, b), those of dimension 0 in the middle; a rank holds
+    i from `first` on. The pieces are as long as shard and blocks allow.
+    """
+    along = blocks.dims(weight)
+    place = along.index(0)
+    inner = math.prod(weight.shape[d] for d in along[place + 1 :])
+    outer = math.prod(weight.shape[d] for d in along[:place])
+    count = mine.shape[0]
+    size = math.gcd(blocks.size, first * inner, count * inner, weight.shape[0] * inner)
+    beside = mine.numel() // max(outer * count * inner, 1)  # rows for each block
+    if size == blocks.size and outer == 1:
+        begin = first * inner // size * beside
+        return Part(blocks, slice(begin, begin + mine.numel() // size))
+    starts = torch.arange(0, outer * count * inner, size, device=mine.device)
+    a, within = starts // max(count * inner, 1), starts % max(count * inner, 1)
+    found = (a * weight.shape[0] * inner + first * inner + within) // blocks.size
+    rows = found[:, None] * beside + torch.arange(beside, device=mine.device)
+    return Part(per_block(size, blocks.along), rows.flatten())
