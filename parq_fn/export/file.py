@@ -4,6 +4,10 @@ A packed weight is two tensors, NAME.codes and NAME.levels; the others are as th
 belongs to it is JSON under the one key "parq_fn" of the metadata (of several keys the order would
 not be fixed), with the format's version and a SHA-256 of the file with zeros in its own place, so
 that a change of any byte is noticed.
+
+Version 2 has weights whose rows are not runs of their logical order, with "cut", {"axis": ...} or
+{"size": ..., "along": ...}, as of per_channel and per_block. Files without such weights are of
+version 1, which older releases read.
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ from torch.distributed.tensor import DTensor
 
 from parq_fn.export.codes import num_bytes
 from parq_fn.export.packing import Entry, Packed
+from parq_fn.quantizers.granularity import Granularity, per_block, per_channel
 
-VERSION = 1
+VERSION = 2
 _BLANK = "0" * 64
 _KEY = "parq_fn"
 _MARK = rb"\"sha256\":\""  # JSON within JSON
@@ -104,17 +109,20 @@ def _made(entry: Packed | Tensor | Entry) -> Tensor:
 
 def _header_of(packed: Mapping[str, Any] | list[Entry], parts: list[_Part]) -> bytearray:
     """The file's first bytes, up to the tensors, with the hash still blank."""
-    about = {
-        name: {
-            "shape": list(entry.source.shape if isinstance(entry, Entry) else entry.shape),
-            "quantizer": entry.quantizer,
-            "granularity": entry.granularity,
-        }
-        for name, entry in _entries(packed)
-        if isinstance(entry, Packed) or (isinstance(entry, Entry) and entry.levels is not None)
-    }
+    about: dict[str, dict[str, Any]] = {}
+    version = 1
+    for name, entry in _entries(packed):
+        if isinstance(entry, Packed) or (isinstance(entry, Entry) and entry.levels is not None):
+            about[name] = {
+                "shape": list(entry.source.shape if isinstance(entry, Entry) else entry.shape),
+                "quantizer": entry.quantizer,
+                "granularity": entry.granularity,
+            }
+            cut = entry.cut
+            if cut is not None:
+                about[name]["cut"], version = cut_as_json(cut), 2
     names = [name for name, _ in _entries(packed)]
-    own = {"names": names, "packed": about, "sha256": _BLANK, "version": VERSION}
+    own = {"names": names, "packed": about, "sha256": _BLANK, "version": version}
     header: dict[str, Any] = {"__metadata__": {_KEY: _json(own)}}
     end = 0
     for part in parts:
@@ -126,6 +134,26 @@ def _header_of(packed: Mapping[str, Any] | list[Entry], parts: list[_Part]) -> b
     text = _json(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin aligned
     return bytearray(len(text).to_bytes(8, "little") + text)
+
+
+def cut_as_json(cut: Granularity) -> dict[str, Any]:
+    """The fields of a `Packed.cut`, by name, for JSON.
+
+    >>> cut_as_json(per_channel((0, 2))), cut_as_json(per_block(32, along=0))
+    ({'axis': [0, 2]}, {'size': 32, 'along': 0})
+    """
+    return {k: list(got) if isinstance(got, tuple) else int(got) for k, got in vars(cut).items()}
+
+
+def cut_from_json(fields: dict[str, Any]) -> Granularity:
+    """What `cut_as_json` gave, read again.
+
+    Raises ValueError or TypeError for anything else.
+    """
+    own: dict[str, Any] = {
+        k: tuple(got) if isinstance(got, list) else got for k, got in fields.items()
+    }
+    return per_channel(**own) if own.keys() == {"axis"} else per_block(**own)
 
 
 def _json(value: Any) -> str:
@@ -178,8 +206,9 @@ def load(file: str | os.PathLike[str]) -> dict[str, Packed | Tensor]:
     try:
         for name, own in header["packed"].items():
             codes, levels = tensors[f"{name}.codes"], tensors[f"{name}.levels"]
-            shape = tuple(own["shape"])
-            tensors[name] = Packed(codes, levels, shape, own["quantizer"], own["granularity"])
+            shape, cut = tuple(own["shape"]), own.get("cut")
+            cut = None if cut is None else cut_from_json(cut)
+            tensors[name] = Packed(codes, levels, shape, own["quantizer"], own["granularity"], cut)
         return {name: tensors[name] for name in header["names"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} has a header that does not fit its tensors: {error}") from None

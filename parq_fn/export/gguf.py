@@ -106,13 +106,21 @@ def _blocks(
         off_grid(name, levels, error, reason, rounded)
     size = _SIZES[kind]
     (*_, last), (r, n) = (1, *entry.shape), entry.indices().shape
-    if not entry.shape or not last or last % size or (n % size and r > 1):
+    held = bool(entry.shape) and last > 0 and last % size == 0
+    if held and entry.cut is None:
+        held = n % size == 0 or r == 1
+    elif held:
+        of_row = entry.restored(torch.arange(r).unsqueeze(1).expand(r, n)).reshape(-1, size)
+        held = bool((of_row == of_row[:, :1]).all())
+    if not held:
+        cut = "" if entry.cut is None else f" of {entry.cut!r}"
         raise ValueError(
             f"parameter {name!r}: {kind} holds blocks of {size} along the last dimension; its "
-            f"shape is {tuple(entry.shape)} in rows of {n}; name it in in_full to keep it in float"
+            f"shape is {tuple(entry.shape)} in rows of {n}{cut}; name it in in_full to keep it in "
+            "float"
         )
-    codes = multiples.gather(1, entry.indices()).reshape(-1, last // size, size)
-    scale = unit.half().expand(r, n).reshape(-1, last // size, size)[..., 0]
+    codes = entry.restored(multiples.gather(1, entry.indices())).reshape(-1, last // size, size)
+    scale = entry.restored(unit.half().expand(r, n)).reshape(-1, last // size, size)[..., 0]
     return kind, codes.to(torch.int8).cpu().numpy(), scale.cpu().numpy()
 
 

@@ -22,6 +22,7 @@ except ImportError:
     ) from None
 
 from parq_fn.export.codes import num_bytes
+from parq_fn.export.file import cut_as_json, cut_from_json
 from parq_fn.export.layers import PackedLayer, pack_layer, packs, quantized
 
 METHOD = "parq_fn"
@@ -31,11 +32,13 @@ METHOD = "parq_fn"
 class ParqFnConfig(QuantizationConfigMixin):  # type: ignore[misc] # of no known type
     """What config.json says of packed layers: {name: {"levels": [r, k], "shape": [...]}}, of
     layers that share codes, such as tied embeddings, under the first name; `tied` has the others.
+    Where rows are not runs of a weight, {"levels": [r, k], "cut": {..., "shape": [...]}}, the cut
+    as in packed files.
     """
 
     def __init__(
         self,
-        layers: dict[str, dict[str, list[int]]] | None = None,
+        layers: dict[str, dict[str, Any]] | None = None,
         tied: dict[str, str] | None = None,
         **unused: Any,
     ) -> None:
@@ -55,12 +58,14 @@ class ParqFnQuantizer(HfQuantizer):  # type: ignore[misc] # of no known type
         config: Any = self.quantization_config
         for name, about in config.layers.items():
             r, k = about["levels"]
-            layer, shape = _layer(model, name), tuple(about["shape"])
+            layer, own = _layer(model, name), dict(about.get("cut", about))
+            shape = tuple(own.pop("shape"))
+            cut = cut_from_json(own) if "cut" in about else None
             if not packs(layer):
                 raise ValueError(f"{name} is a {type(layer).__name__}, which cannot be packed")
             empty = {"device": layer.weight.device, "dtype": torch.uint8}
             codes = torch.empty(num_bytes(torch.Size(shape).numel(), k), **empty)
-            pack_layer(layer, codes, layer.weight.new_empty(r, k), shape)
+            pack_layer(layer, codes, layer.weight.new_empty(r, k), shape, cut)
         for name, first in config.tied.items():
             _share(model.get_submodule(name), model.get_submodule(first))
         _untie(model)
@@ -86,15 +91,16 @@ def quantize_pretrained(model: PreTrainedModel, file: str | os.PathLike[str]) ->
     Raises as `quantized` does.
     """
     quantized(model, file)
-    layers: dict[str, dict[str, list[int]]] = {}
+    layers: dict[str, dict[str, Any]] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, PackedLayer):
             owner = first.setdefault(id(layer.codes), name)
             if owner == name:
-                shapes = {"levels": list(layer.levels.shape), "shape": list(layer.packed_shape)}
-                layers[name] = shapes
+                shape, cut = {"shape": list(layer.packed_shape)}, layer.packed_cut
+                own = shape if cut is None else {"cut": {**cut_as_json(cut), **shape}}
+                layers[name] = {"levels": list(layer.levels.shape), **own}
             else:
                 tied[name] = owner
                 _share(layer, model.get_submodule(owner))
@@ -119,7 +125,7 @@ def _layer(model: Any, name: str) -> Any:
 def _share(layer: nn.Module, owner: Any) -> None:
     """Packs a layer with the codes of another, which alone has them in the state dict."""
     if not isinstance(layer, PackedLayer):
-        pack_layer(layer, owner.codes, owner.levels, owner.packed_shape)
+        pack_layer(layer, owner.codes, owner.levels, owner.packed_shape, owner.packed_cut)
     for name in ("codes", "levels"):
         layer.register_buffer(name, getattr(owner, name), persistent=False)
 

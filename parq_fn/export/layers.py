@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from parq_fn.export.codes import decode, fill_bytes
 from parq_fn.export.file import load
 from parq_fn.export.packing import Packed, decoded, unpack
+from parq_fn.quantizers.granularity import Granularity
 
 
 def load_into(module: nn.Module, file: str | os.PathLike[str]) -> None:
@@ -68,15 +69,18 @@ class PackedLayer(nn.Module):
     codes: Tensor  # [bytes], uint8
     levels: Tensor  # [r, k]
     packed_shape: tuple[int, ...]
+    packed_cut: Granularity | None = None  # as `Packed.cut`
 
     @property
     def weight(self) -> Tensor:
         """The decoded weight."""
-        return decoded(self.codes, self.levels, self.packed_shape)
+        return decoded(self.codes, self.levels, self.packed_shape, self.packed_cut)
 
     def extra_repr(self) -> str:
         r, k = self.levels.shape
-        return f"{super().extra_repr()}, {k} levels in {r} {'row' if r == 1 else 'rows'}"
+        rows = f"{r} {'row' if r == 1 else 'rows'}"
+        cut = "" if self.packed_cut is None else f" of {self.packed_cut}"
+        return f"{super().extra_repr()}, {k} levels in {rows}{cut}"
 
 
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # weight is decoded
@@ -88,11 +92,13 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override] # weight i
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # weight is decoded
-    """nn.Embedding with a packed weight, of which the rows that are looked up are decoded."""
+    """nn.Embedding with a packed weight, of which the rows that are looked up are decoded; all of
+    it where rows of levels run across them."""
 
     def forward(self, x: Tensor) -> Tensor:
         (count, size), (r, k) = self.packed_shape, self.levels.shape
-        if not (fill_bytes(size, k) and (r == 1 or r % count == 0)):
+        whole = self.packed_cut is None and (r == 1 or r % count == 0)
+        if not (fill_bytes(size, k) and whole):
             out: Tensor = super().forward(x)
             return out
         codes = decode(self.codes.reshape(count, -1)[x], size, k).to(torch.int64)
@@ -128,13 +134,20 @@ def holders_of(module: nn.Module) -> dict[str, list[nn.Module]]:
     return holders
 
 
-def pack_layer(layer: nn.Module, codes: Tensor, levels: Tensor, shape: tuple[int, ...]) -> None:
-    """Takes codes and levels for the layer's weight, in place."""
+def pack_layer(
+    layer: nn.Module,
+    codes: Tensor,
+    levels: Tensor,
+    shape: tuple[int, ...],
+    cut: Granularity | None = None,
+) -> None:
+    """Takes codes and levels for the layer's weight, in place; rows are cut as in `Packed`."""
     del layer.weight
     layer.__class__ = _PACKED[type(layer)]
     layer.register_buffer("codes", codes)
     layer.register_buffer("levels", levels)
     layer.packed_shape = shape  # type: ignore[assignment] # of a PackedLayer
+    layer.packed_cut = cut  # type: ignore[assignment]
 
 
 def quantized(module: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
@@ -156,7 +169,7 @@ def quantized(module: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
                 device = own[name].device
                 codes, levels = entry.codes.to(device), entry.levels.to(own[name])
                 for layer in holders[name]:
-                    pack_layer(layer, codes, levels, tuple(entry.shape))
+                    pack_layer(layer, codes, levels, tuple(entry.shape), entry.cut)
             else:
                 own[name].copy_(entry.unpack() if isinstance(entry, Packed) else entry)
     return module

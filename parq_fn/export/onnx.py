@@ -121,7 +121,7 @@ def _standing_for(
     stored, coded = _stored(bits, opset), _stored((k - 1).bit_length(), opset)
     if bool(grid.is_exact.all()) and stored <= max(4, coded):
         kind = f"INT{stored}"
-        whole = fuse and r in (1, entry.shape[0])
+        whole = fuse and entry.cut is None and r in (1, entry.shape[0])
         shape = entry.shape if whole else (*rows.shape, 1)  # no shape that a Reshape keeps
         scale_shape = [] if r == 1 else [r]
         constants = [
@@ -155,20 +155,32 @@ def _shaped(
     inputs: list[str],
     *before: Any,
 ) -> tuple[list[Any], Any, str]:
-    """The operator on its inputs, and a Reshape to the weight's shape where that is another."""
+    """The operator on its inputs, and a Reshape to the weight's shape where that is another; where
+    rows are not runs of the weight, Transposes too."""
     axis = {} if operator == "DequantizeLinear" and len(entry.levels) == 1 else {"axis": 0}
     axis = {"axis": 1} if operator == "GatherElements" else axis
-    same = tuple(shape) == tuple(entry.shape)
-    out = name if same else f"{name}.rows"
+    steps = _steps_back(entry)
+    if steps or tuple(shape) != tuple(entry.shape):
+        steps.append(("Reshape", list(entry.shape)))
+    out = f"{name}.rows" if steps else name
     nodes = [*before, onnx.helper.make_node(operator, inputs, [out], **axis)]
-    if not same:
-        constants.append(
-            onnx.helper.make_tensor(
-                f"{name}.shape", onnx.TensorProto.INT64, [len(entry.shape)], list(entry.shape)
-            )
-        )
-        nodes.append(onnx.helper.make_node("Reshape", [out, f"{name}.shape"], [name]))
+    for i, (step, numbers) in enumerate(steps):
+        given, out = out, name if i == len(steps) - 1 else f"{name}.{i}"
+        if step == "Transpose":
+            nodes.append(onnx.helper.make_node(step, [given], [out], perm=numbers))
+            continue
+        to, kind_of_size = f"{name}.shape.{i}", onnx.TensorProto.INT64
+        constants.append(onnx.helper.make_tensor(to, kind_of_size, [len(numbers)], numbers))
+        nodes.append(onnx.helper.make_node(step, [given, to], [out]))
     return constants, nodes, f"{operator}, {kind}"
+
+
+def _steps_back(entry: Packed) -> list[tuple[str, list[int]]]:
+    """Operators, each with its numbers, that put rows into the order of the weight's elements."""
+    order = None if entry.cut is None else entry.cut.order(torch.empty(entry.shape, device="meta"))
+    steps = [] if order is None else order.steps_back(entry.shape)
+    turned = [(sizes, turn) for sizes, turn in steps if turn != sorted(turn)]
+    return [step for sizes, turn in turned for step in (("Reshape", sizes), ("Transpose", turn))]
 
 
 def _stored(bits: int, opset: int) -> int:

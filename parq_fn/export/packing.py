@@ -1,8 +1,8 @@
 """Packing: quantized weights as codes and levels, and back, bit for bit.
 
 After annealing a weight is one of its row's levels, so nothing is quantized again: a code says
-which. Rows are runs of a weight's logical order for every granularity, so a shape and the number
-of rows are all that the way back needs.
+which. Where rows are runs of a weight's logical order, its shape and the number of rows are all
+that the way back needs; rows along other dimensions are kept as the granularity that cuts them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from parq_fn.foundation.value import Value, value
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.transformed import TransformOptimizer
 from parq_fn.proxmaps.levels import nearest
+from parq_fn.quantizers.granularity import Granularity, per_block, per_channel
 from parq_fn.transforms.prox_link import Prox, ProxState
 from parq_fn.transforms.sharded import gathered
 from parq_fn.transforms.transformation import Transformation, children_of
@@ -31,8 +32,10 @@ class Packed(Value):
 
     codes: [bytes], uint8, as of `codes.encode`, in the weight's logical order.
     levels: [r, k], in the weight's dtype.
-    shape: of the weight, of r rows one after another.
+    shape: of the weight.
     quantizer, granularity: as they print, for the reader.
+    cut: how the weight is cut into its r rows, a per_channel or per_block; None where they are
+        runs of its logical order, one after another.
     """
 
     codes: Tensor
@@ -40,6 +43,7 @@ class Packed(Value):
     shape: tuple[int, ...]
     quantizer: str = ""
     granularity: str = ""
+    cut: Granularity | None = None
 
     def __post_init__(self) -> None:
         count, (r, k) = torch.Size(self.shape).numel(), self.levels.shape
@@ -50,6 +54,8 @@ class Packed(Value):
             )
         if r == 0 or count % r:
             raise ValueError(f"shape {self.shape} is not {r} rows of one length")
+        if self.cut is not None and self.cut.shape(_empty(self.shape))[0] != r:
+            raise ValueError(f"shape {self.shape} has other rows of {self.cut!r} than {r}")
 
     @property
     def bits(self) -> float:
@@ -64,22 +70,60 @@ class Packed(Value):
 
     def unpack(self) -> Tensor:
         """The weight, of its shape, contiguous: bit-equal to what was packed."""
-        return decoded(self.codes, self.levels, self.shape)
+        return decoded(self.codes, self.levels, self.shape, self.cut)
 
     def indices(self) -> Tensor:
         """Which level of its row each element is: [r, n], int64."""
-        return indices(self.codes, self.levels, self.shape)
+        whole = decode(self.codes, torch.Size(self.shape).numel(), self.levels.shape[1])
+        return _rows(whole.reshape(self.shape), len(self.levels), self.cut).to(torch.int64)
+
+    def restored(self, rows: Tensor) -> Tensor:
+        """Rows [r, n] in the weight's shape, contiguous."""
+        return _restored(rows, _empty(self.shape), self.cut)
 
 
-def indices(codes: Tensor, levels: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What codes [bytes] stand for, [r, n], int64, for levels [r, k] of a weight's shape."""
-    (r, k), count = levels.shape, torch.Size(shape).numel()
-    return decode(codes, count, k).reshape(r, -1).to(torch.int64)
+def decoded(
+    codes: Tensor, levels: Tensor, shape: tuple[int, ...], cut: Granularity | None = None
+) -> Tensor:
+    """The weight that codes [bytes] and levels [r, k] stand for; rows are cut as in `Packed`."""
+    whole = decode(codes, torch.Size(shape).numel(), levels.shape[1]).reshape(shape)
+    rows = _rows(whole, len(levels), cut)
+    return _restored(levels.gather(1, rows.to(torch.int64)), whole, cut)
 
 
-def decoded(codes: Tensor, levels: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The weight that codes [bytes] and levels [r, k] stand for."""
-    return levels.gather(1, indices(codes, levels, shape)).reshape(shape)
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    """A weight of a shape, without its numbers."""
+    try:
+        return torch.empty(shape, device="meta")
+    except RuntimeError as error:  # negative, or too large to count
+        raise ValueError(f"no weight has shape {shape}: {error}") from None
+
+
+def _rows(whole: Tensor, r: int, cut: Granularity | None) -> Tensor:
+    return whole.reshape(r, -1) if cut is None else cut.rows(whole)
+
+
+def _restored(rows: Tensor, like: Tensor, cut: Granularity | None) -> Tensor:
+    return rows.reshape(like.shape) if cut is None else cut.restore(rows, like)
+
+
+def cut_of(granularity: Any, weight: Tensor) -> Granularity | None:
+    """How a weight is cut into its rows, as `Packed` keeps it: None where they are runs of its
+    logical order, or one row, whose order is none.
+
+    Raises ValueError for rows in an order that neither per_channel nor per_block makes.
+    """
+    own = getattr(type(granularity), "rows", None) is Granularity.rows
+    if own and (granularity.order(weight) is None or granularity.shape(weight)[0] == 1):
+        return None
+    if own and isinstance(granularity, per_channel):
+        return per_channel(granularity.axis)
+    if own and isinstance(granularity, per_block):
+        return per_block(granularity.size, granularity.along)
+    raise ValueError(
+        f"{granularity!r} makes rows in a way of its own, which packed weights do not hold; "
+        "per_tensor, per_channel, per_block and granularities that give a shape alone are held"
+    )
 
 
 def pack_weight(
@@ -89,22 +133,26 @@ def pack_weight(
     name: str = "weight",
     snap: bool = False,
     quantizer: str = "",
-    granularity: str = "",
+    granularity: str | Granularity = "",
 ) -> Packed:
-    """A weight of r rows one after another, each of whose elements is a level of its row [r, k].
+    """A weight of r rows, each of whose elements is a level of its row [r, k].
 
     snap: round what is on no level to the nearest; without it that is an error. What unpacks is
     equal; a zero has the sign of its level.
+    granularity: how the weight is cut into rows; without one, or with its name alone, rows stand
+    one after another.
     Raises ValueError, with the name, for weights off their levels, with the share of them; for
-    levels that are not rows of 1 to 256 sorted ones; and for a shape that is not their rows.
+    levels that are not rows of 1 to 256 sorted ones; for a shape that is not their rows; and for a
+    granularity that makes rows in a way of its own.
 
     >>> packed = pack_weight(torch.tensor([[1.0, -1.0, 1.0]]), torch.tensor([[-1.0, 1.0]]))
     >>> packed.codes, packed.unpack()
     (tensor([5], dtype=torch.uint8), tensor([[ 1., -1.,  1.]]))
     """
     levels = levels.detach().to(weight.dtype).contiguous()
-    _check_levels(name, weight, levels)
-    rows = weight.detach().reshape(len(levels), -1)
+    cut = None if isinstance(granularity, str) else _named(name, granularity, weight)
+    _check_levels(name, weight, levels, cut)
+    rows = _rows(weight.detach(), len(levels), cut)
     if snap:
         rows = nearest(rows, levels)
     codes = torch.searchsorted(levels, rows.contiguous()).clamp(max=levels.shape[1] - 1)
@@ -114,15 +162,23 @@ def pack_weight(
             f"parameter {name!r}: {100 * off / rows.numel():.3g} % of its weights are on none of "
             "their levels; train to the end of annealing, or round them with snap=True"
         )
-    packed = encode(codes.flatten(), levels.shape[1])
-    return Packed(packed, levels.clone(), tuple(weight.shape), quantizer, granularity)
+    packed = encode(_restored(codes, weight, cut).flatten(), levels.shape[1])
+    text = granularity if isinstance(granularity, str) else repr(granularity)
+    return Packed(packed, levels.clone(), tuple(weight.shape), quantizer, text, cut)
 
 
-def _check_levels(name: str, weight: Tensor, levels: Tensor) -> None:
+def _named(name: str, granularity: Any, weight: Tensor) -> Granularity | None:
+    try:
+        return cut_of(granularity, weight)
+    except ValueError as error:
+        raise ValueError(f"parameter {name!r}: {error}") from None
+
+
+def _check_levels(name: str, weight: Tensor, levels: Tensor, cut: Granularity | None) -> None:
     shape = tuple(levels.shape)
     if levels.dim() != 2 or not (shape[0] >= 1 and 1 <= shape[1] <= 256):
         raise ValueError(f"parameter {name!r}: expected levels [r, 1 to 256], got {shape}")
-    if weight.numel() % shape[0]:
+    if weight.numel() % shape[0] or (cut is not None and cut.shape(weight)[0] != shape[0]):
         raise ValueError(
             f"parameter {name!r}: shape {tuple(weight.shape)} is not {shape[0]} rows of one length"
         )
@@ -146,8 +202,9 @@ def pack(
     parameters are gathered, one at a time, on every rank. Tied parameters come once, under their
     first name; extra state that is no tensor is not kept.
 
-    Raises ValueError for a weight that is on none of its levels, with its name, unless `snap`, and
-    for a module that has none of the optimizer's quantized parameters, such as a copy.
+    Raises ValueError for a weight that is on none of its levels, with its name, unless `snap`; for
+    a module that has none of the optimizer's quantized parameters, such as a copy; and for a
+    granularity that makes rows in a way of its own.
 
     >>> from parq_fn import chain, hard_prox, lsbq, sgd
     >>> params, transform = {"w": torch.tensor([[1.0, -3.0]])}, chain(sgd(0.1), hard_prox(lsbq(1)))
@@ -184,7 +241,7 @@ class Entry:
             name=self.name,
             snap=self.snap,
             quantizer=self.quantizer,
-            granularity=self.granularity,
+            granularity=self.link.granularity if self.link else "",
         )
 
     @property
@@ -194,6 +251,12 @@ class Entry:
     @property
     def granularity(self) -> str:
         return repr(self.link.granularity) if self.link else ""
+
+    @property
+    def cut(self) -> Granularity | None:
+        """As of `Packed`. Raises ValueError as `pack` does."""
+        link = self.link
+        return _named(self.name, link.granularity, self.source) if link is not None else None
 
 
 def stream(

@@ -39,7 +39,8 @@ def to_torchao(
     the error; without it they are refused.
 
     Raises ImportError without torchao; ValueError, with the parameter's name, for levels that are
-    not evenly spaced, rows that cross output channels, and float64.
+    not evenly spaced, rows that cross output channels or run along another dimension than the
+    inputs, and float64.
     """
     tensor_class, activation = _torchao()
     made = copy.deepcopy(module)
@@ -104,6 +105,12 @@ def _affine(name: str, entry: Packed, rounded: bool) -> tuple[Tensor, Tensor, Te
 
 def _blocks(name: str, entry: Packed) -> tuple[int, ...]:
     """How many scales there are along each dimension of the weight."""
+    if entry.cut is not None:
+        raise ValueError(
+            f"parameter {name!r}: torchao's integer tensors have scales for output channels or "
+            f"groups of their inputs, which rows of {entry.cut!r} are not; unpack it, or train it "
+            "with rows of those"
+        )
     r, (first, *rest) = len(entry.levels), entry.shape
     ones = (1,) * (len(rest) - 1)
     if r == 1 or r == first:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
-from tests.optim.processes import on_processes
+from tests.processes import on_processes
 
 RATE = 0.125  # a product with which is exact, however steps are written
 SPAN: dict[str, Any] = {"anneal_start": 1, "anneal_end": 5, "period": 2}
