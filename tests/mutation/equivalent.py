@@ -14,7 +14,6 @@ _LEFT = "_best_starts: left = known + (m + 1) * (at_left > best) -> "
 _REST = "_best_starts: rest = column + (m + 1) * (at > best.gather(1, owner)) -> "
 _LOW = "_means: low = values.gather(1, cuts[:, :-1].clamp(max=n - 1)) -> "
 _LINES = "_sloped: if 2 <= q.shape[-1] <= _FEW and in_place: -> "
-_GAP = "_or_sum: if is_plain(gap) and (not gap.numel() or bool(gap.abs().amax() < torch.inf)): -> "
 _PER_ROW = "least_squares_levels: per_row = (n + 1) * (num_levels + 64 if exact else 20) -> "
 _ROWS = "least_squares_levels: rows = max(1, min(_CHUNK // n, _DOUBLES // per_row)) -> "
 
@@ -41,9 +40,6 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "binary_relax_regularizer: relaxed = theta / (2 * torch.where(theta < 1, 1 - theta, "
             "1.0)) * distance.square() -> relaxed = theta / (2 * torch.where(theta < 1, "
             "1 - theta, 2.0)) * distance.square()",
-        ],
-        "two ways to the same weights, of which one is faster": [
-            _GAP + "if is_plain(gap) and (not gap.numel() and bool(gap.abs().amax() < torch.inf)):",
         ],
     },
     "parq_fn/proxmaps/par.py": {

@@ -70,7 +70,7 @@ FAULTS = [
     ),
     Fault(
         "the two halves of a large parameter are mapped in one loop each",
-        "parq_fn/optim/engine/programs.py",
+        "parq_fn/foundation/torch_private.py",
         '        options |= {"aggressive_fusion": True, "score_fusion_memory_threshold": 0}\n',
         "        pass\n",
         ("tests/optim/test_passes.py",),
@@ -146,7 +146,7 @@ FAULTS = [
     Fault(
         "a transformation is stepped for all parameters at once",
         "parq_fn/optim/leafwise.py",
-        "    if not params or not _is_separable(transformation):\n",
+        "    if not params or not _tells_all(transformation):\n",
         "    if True:\n",
         ("tests/optim/test_memory.py",),
         "takes_leaves_apart",
@@ -387,7 +387,7 @@ FAULTS = [
     # Maps, links and schedules
     Fault(
         "parq is not finite at the smallest slopes",
-        "parq_fn/proxmaps/formulas.py",
+        "parq_fn/proxmaps/parq.py",
         "    safe = s.clamp(min=torch.finfo(s.dtype).tiny)\n",
         "    safe = torch.where(s > 0, s, 1.0)\n",
         ("tests/test_hostile.py",),
@@ -423,7 +423,7 @@ FAULTS = [
     ),
     Fault(
         "a chain takes a prox link in front of one that changes its updates",
-        "parq_fn/transforms/transformation.py",
+        "parq_fn/transforms/chain.py",
         "            if fits is not None and not (own.passes_updates or own.last):\n",
         "            if False:\n",
         ("tests/test_transformation.py",),

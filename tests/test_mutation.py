@@ -1,0 +1,34 @@
+"""The lists of the mutation runs fit the code of today."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.mutation.equivalent import EQUIVALENT
+from tests.mutation.history import FAULTS, Fault
+from tests.mutation.mutants import mutants
+from tests.mutation.selection import TESTS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_can_be_put_back_in_one_place(fault: Fault) -> None:
+    assert (ROOT / fault.file).read_text().count(fault.right) == 1
+    assert fault.wrong != fault.right
+    assert all((ROOT / test).exists() for test in fault.tests)
+
+
+@pytest.mark.parametrize("module", EQUIVALENT)
+def test_mutants_that_are_said_to_be_equivalent_exist(module: str) -> None:
+    keys = {mutant.key for mutant in mutants((ROOT / module).read_text())}
+    listed = {key for same in EQUIVALENT[module].values() for key in same}
+    assert listed - keys == set()
+
+
+def test_files_that_mutants_are_made_of_and_tests_that_run_on_them_exist() -> None:
+    tests = {test for stages in TESTS.values() for stage in stages for test in stage}
+    named = set(TESTS) | tests
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
