@@ -38,6 +38,7 @@ def test_steep_annealing_trains(steepness: float) -> None:
         assert bool(transform.weights(state, params)["w"].isfinite().all())
 
 
+@pytest.mark.slow
 def test_a_step_with_a_weight_mask_and_its_init_compile() -> None:
     torch.compiler.reset()
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
@@ -164,6 +165,7 @@ def test_levels_that_are_neighbouring_floats_are_fixed_points() -> None:
         assert torch.equal(w(levels, levels), levels)
 
 
+@pytest.mark.slow
 def test_long_rows_of_ties_are_within_half_a_percent() -> None:
     """Ties crowd a few values; with too few candidate cuts the rest got none (2% off)."""
     ties = torch.arange(58.0).repeat_interleave(200) * 0.6
@@ -302,6 +304,7 @@ def test_counts_stay_on_the_cpu_under_another_default_device() -> None:
     assert tree.read(state, "slope").device.type == "cpu"
 
 
+@pytest.mark.slow
 def test_permuted_weights_keep_their_strides_under_dynamic_shapes() -> None:
     torch.compiler.reset()
     link = pf.hard_prox(pf.lsbq(1), granularity=pf.per_channel())

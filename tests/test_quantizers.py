@@ -166,6 +166,7 @@ def test_greedy_energy(values) -> None:
         rest = after
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_levels_in_every_dtype(quantizer, dtype) -> None:
@@ -188,6 +189,7 @@ def test_levels_in_every_dtype(quantizer, dtype) -> None:
     torch.testing.assert_close(gap, nearest, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_extreme_rows(quantizer, dtype) -> None:
@@ -205,6 +207,7 @@ def test_extreme_rows(quantizer, dtype) -> None:
     assert quantizer(torch.zeros(0, 4, dtype=dtype)).shape == (0, quantizer.num_levels)
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("exponent", [-90, -1, 7, 90])
 def test_powers_of_two_scale_bit_for_bit(quantizer, exponent: int) -> None:
@@ -212,6 +215,7 @@ def test_powers_of_two_scale_bit_for_bit(quantizer, exponent: int) -> None:
     assert torch.equal(quantizer(x * 2.0**exponent), quantizer(x) * 2.0**exponent)
 
 
+@pytest.mark.slow
 @every
 def test_rows_are_their_own(quantizer) -> None:
     x = torch.randn(4, 23, generator=torch.Generator().manual_seed(0))
@@ -224,6 +228,7 @@ def test_rows_are_their_own(quantizer) -> None:
         assert torch.equal(levels[i], quantizer.fit(x[i : i + 1])[0])
 
 
+@pytest.mark.slow
 @every
 def test_vmap_is_the_loop(quantizer) -> None:
     x = torch.randn(3, 2, 19, generator=torch.Generator().manual_seed(0))
@@ -382,6 +387,7 @@ def test_numbers_of_levels() -> None:
     assert pf.lsbq(0).num_levels == pf.ternary_uniform().num_levels == 3
 
 
+@pytest.mark.slow
 @every
 def test_levels_are_made_on_the_device_of_the_rows(quantizer) -> None:
     levels = quantizer.fit(torch.ones(3, 7, device="meta"))
@@ -389,6 +395,7 @@ def test_levels_are_made_on_the_device_of_the_rows(quantizer) -> None:
     assert levels.shape == (3, quantizer.num_levels)
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("number", [0.0, 2.0, -1.5])
 def test_constant_rows_have_finite_derivatives(quantizer, number: float) -> None:
@@ -517,6 +524,7 @@ def test_levels_have_their_tangent(quantizer) -> None:
     torch.testing.assert_close(tangent, slope, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", SEVERAL, ids=repr)
 def test_a_traced_fit_fits_other_rows_too(quantizer) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -615,6 +623,7 @@ def test_equal_weights_have_equal_shares_of_a_derivative(n: int) -> None:
         torch.testing.assert_close(slope, slope[:, :1].expand_as(slope), msg=repr(quantizer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", [pf.lsbq(1), pf.lsbq(3), pf.uniform(2)], ids=repr)
 def test_fits_are_traced_with_symbols_for_sizes(quantizer) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -648,6 +657,7 @@ def test_sums_of_a_stated_order(n: int, longer: int, seed: int) -> None:
         assert torch.equal(torch.stack(list(sums_up_to)), running)
 
 
+@pytest.mark.slow
 @every
 def test_levels_by_sums_of_a_stated_order(quantizer, monkeypatch) -> None:
     """As on a GPU: those of torch's sums, to rounding, and of any rows and derivatives."""
@@ -660,6 +670,7 @@ def test_levels_by_sums_of_a_stated_order(quantizer, monkeypatch) -> None:
     torch.testing.assert_close(found, slope, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [5000, (1 << 17) + 5])
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_levels_of_long_rows_by_sums_of_a_stated_order(n: int, bits: int, monkeypatch) -> None:

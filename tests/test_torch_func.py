@@ -93,6 +93,7 @@ TRANSFORMS = [
 every = pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: repr(t)[:70])
 
 
+@pytest.mark.slow
 @every
 def test_a_stack_of_models_by_vmap_is_the_loop(transform) -> None:
     models = [model(seed) for seed in range(3)]
@@ -237,6 +238,7 @@ MAPS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "values"), MAPS, ids=lambda v: getattr(v, "__name__", ""))
 def test_prox_maps_under_vmap_grad_and_compile(function, values) -> None:
     u = torch.randn(3, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -196,6 +196,7 @@ def test_networks_for_imagenet_on_two_processes(
     assert any(isinstance(entry, export.Packed) for entry in packed.values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
 def test_the_status_of_a_run_is_that_of_its_command(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["qat_resnet_cifar10", "--data", "none", "--resume", "x"])

@@ -54,3 +54,11 @@ def trained(adapter: str, steps: int = 6) -> tuple[Net, Any]:
         net(tokens).square().sum().backward()
         optimizer.step()
     return net.eval(), optimizer
+
+
+def on_levels(shape: tuple[int, ...], cut: Any, quantizer: Any = None) -> tuple[Tensor, Tensor]:
+    """(a weight on its levels, the levels)"""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rows = cut.rows(weight)
+    levels = (quantizer or pf.lsbq(2))(rows)
+    return cut.restore(pf.proxmaps.hard(rows, levels), weight), levels

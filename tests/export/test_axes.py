@@ -17,6 +17,7 @@ from parq_fn.export import Packed, load, load_into, pack, pack_weight, quantized
 from parq_fn.export.file import _BLANK, _header, _write, cut_as_json, cut_from_json
 from parq_fn.export.layers import PackedLayer
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
+from tests.export.helpers import on_levels
 from tests.test_axes import cases
 
 CUTS = {
@@ -26,14 +27,6 @@ CUTS = {
 }
 TWO = pf.lsbq(2)
 BOTH = [(shape, cut) for shape, cuts in CUTS.items() for cut in cuts]
-
-
-def on_levels(shape: tuple[int, ...], cut: Any, quantizer: Any = TWO) -> tuple[Tensor, Tensor]:
-    """(a weight on its levels, the levels)"""
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    rows = cut.rows(weight)
-    levels = quantizer(rows)
-    return cut.restore(pf.proxmaps.hard(rows, levels), weight), levels
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -276,115 +269,3 @@ def test_packed_layers_are_exact(dtype: torch.dtype, tmp_path: Path) -> None:
         assert torch.equal(
             linear(torch.eye(8, dtype=dtype)), exact["linear"](torch.eye(8, dtype=dtype))
         )
-
-
-def test_hugging_face_keeps_the_cut(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    from parq_fn.export.hugging_face import quantize_pretrained
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    model, packed = transformers.AutoModelForCausalLM.from_config(config).eval(), dict[str, Any]()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            packed[name] = p.detach()
-            if p.dim() > 1:
-                cut = pf.per_channel(1) if "mlp" not in name else pf.per_block(8)
-                rows = cut.rows(p)
-                levels = pf.lsbq(2)(rows)
-                p.copy_(cut.restore(pf.proxmaps.hard(rows, levels), p))
-                packed[name] = pack_weight(p, levels, granularity=cut)
-        expected = model(TOKENS).logits
-        save(packed, tmp_path / "packed")
-        quantize_pretrained(model, tmp_path / "packed").save_pretrained(tmp_path / "model")
-        own = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
-        assert own["layers"]["model.embed_tokens"] == {
-            "levels": [16, 4], "cut": {"axis": 1, "shape": [32, 16]},
-        }  # fmt: skip
-        assert own["layers"]["model.layers.0.mlp.up_proj"].keys() == {"levels", "shape"}
-        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-        for made in (model, again):
-            assert torch.equal(made(TOKENS).logits, expected)
-        assert again.lm_head.codes is again.model.embed_tokens.codes
-
-
-# Exporters.
-
-
-def test_torchao_refuses_rows_along_other_dimensions() -> None:
-    pytest.importorskip("torchao")
-    from parq_fn.export.torchao import to_torchao
-
-    for shape, cut in (((8, 8), pf.per_channel(1)), ((8, 6), pf.per_block(4, along=0))):
-        weight, levels = on_levels(shape, cut, pf.uniform(2))
-        net = nn.Linear(*reversed(shape), bias=False)
-        packed = {"weight": pack_weight(weight, levels, granularity=cut)}
-        with pytest.raises(ValueError, match="'weight': torchao's integer tensors have scales for"):
-            to_torchao(net, packed)
-    for cut in (pf.per_block(4, along=(0, 1)), pf.per_block(48, along=(1, 0))):
-        weight, levels = on_levels((8, 6), cut, pf.uniform(2))
-        net = nn.Linear(6, 8, bias=False)
-        packed = {"weight": pack_weight(weight, levels, granularity=cut)}
-        if cut.size == 48:
-            assert torch.equal(to_torchao(net, packed).weight.dequantize(), weight)
-        else:
-            with pytest.raises(ValueError, match=r"its shape is \(8, 6\) and it has 12 rows"):
-                to_torchao(net, packed)
-
-
-def test_gguf_holds_what_has_one_scale_a_block(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
-    from parq_fn.export.gguf import to_gguf
-
-    levels = torch.tensor([[-1.0, 0.0, 1.0]]) * 2.0 ** torch.arange(4)[:, None]
-    codes = torch.randint(3, (3, 4, 512), generator=torch.Generator().manual_seed(0))
-    weight = (codes - 1.0) * 2.0 ** torch.arange(4.0)[:, None]
-    packed = pack_weight(weight, levels, granularity=pf.per_channel(1))
-    assert packed.cut is not None
-    assert to_gguf({"w": packed}, tmp_path / "file") == {"w": "TQ2_0"}
-    (tensor,) = gguf.GGUFReader(tmp_path / "file").tensors
-    read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    assert torch.equal(torch.from_numpy(read).reshape(weight.shape), weight)
-
-    along = pack_weight(weight[0].t().contiguous(), levels, granularity=pf.per_channel(1))
-    message = r"'w': TQ2_0 holds blocks of 256 along the last .* rows of 512 of per_channel\(axis=1"
-    for entry in (
-        along,
-        pack_weight(weight.permute(2, 0, 1), levels, granularity=pf.per_channel(2)),
-    ):
-        wide = {"w": entry}
-        with pytest.raises(ValueError, match="'w': TQ2_0 holds blocks of 256 along the last"):
-            to_gguf(wide, tmp_path / "other")
-    square = torch.randint(3, (256, 256), generator=torch.Generator().manual_seed(1)) - 1.0
-    scales = 2.0 ** (torch.arange(256) % 4)
-    entry = pack_weight(
-        square * scales, torch.tensor([[-1.0, 0.0, 1.0]]) * scales[:, None],
-        granularity=pf.per_channel(1), name="w",
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=message.replace("512", "256")):
-        to_gguf({"w": entry}, tmp_path / "other")
-
-
-@pytest.mark.parametrize("quantizer", [pf.uniform(2), pf.lsbq(2), pf.lsbq(0)], ids=repr)
-@pytest.mark.parametrize(
-    "cut",
-    [pf.per_channel(1), pf.per_block(4, along=0), pf.per_block(16, along=(1, 0))],
-    ids=repr,
-)
-def test_onnx_holds_rows_along_any_dimension(cut, quantizer, tmp_path: Path) -> None:
-    pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    from parq_fn.export.onnx import to_onnx
-
-    weight, levels = on_levels((8, 8), cut, quantizer)
-    packed = {"weight": pack_weight(weight, levels, granularity=cut)}
-    net = nn.Linear(8, 8, bias=False)
-    for fuse in (False, True):
-        file = tmp_path / f"{fuse}.onnx"
-        to_onnx(net, packed, (torch.eye(8),), file, fuse=fuse)
-        session = onnxruntime.InferenceSession(file)
-        (got,) = session.run(None, {session.get_inputs()[0].name: torch.eye(8).numpy()})
-        assert torch.equal(torch.from_numpy(got), weight.t())

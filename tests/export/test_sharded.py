@@ -87,6 +87,7 @@ def one_alone(folder: str) -> None:
         assert (Path(folder) / "alone").read_bytes() == (Path(folder) / "again").read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_not_sharded_is_written_by_one_rank_alone(tmp_path: Path) -> None:
     on_processes(one_alone, 2, tmp_path, str(tmp_path))
 
@@ -109,5 +110,6 @@ def fail(folder: str) -> None:
     assert not (Path(folder) / "early").exists()
 
 
+@pytest.mark.slow
 def test_what_fails_fails_on_every_rank(tmp_path: Path) -> None:
     on_processes(fail, 2, tmp_path, str(tmp_path))

@@ -41,6 +41,7 @@ OPERATORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", OPERATORS, ids=repr)
 @pytest.mark.laws
 def test_every_declared_law(quantizer: Any) -> None:
@@ -142,6 +143,7 @@ FAILS: list[tuple[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("law", "quantizer"), FAILS, ids=str)
 def test_what_must_not_hold_does_not(law: str, quantizer: Any) -> None:
     with pytest.raises(Violation, match=law):

@@ -28,6 +28,7 @@ PROX_LINKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", PROX_LINKS, ids=repr)
 @pytest.mark.laws
 def test_prox_links(link: Any) -> None:
@@ -49,6 +50,7 @@ LINKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", LINKS, ids=lambda link: type(link).__name__)
 @pytest.mark.laws
 def test_links(link: Any) -> None:

@@ -26,11 +26,11 @@ LIMIT_S = 150  # several times what the tests of a module take: slow is not caug
 MEMORY = 12 << 30
 
 torch.set_num_threads(1)
-os.environ["TEST_CASES"] = "all"  # what a mutant is killed by is no matter of chance
 
 
 def load() -> None:
     """Loads, before the first fork, what the package and every test run need."""
+    os.environ["TEST_CASES"] = "all"  # what a mutant is killed by is no matter of chance
     for name in ("numpy", "optree", "torch._dynamo", "torch._functorch.apis", "torch.testing"):
         importlib.import_module(name)
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
+from tests.helpers import sampled
 from tests.processes import on_processes
 
 RATE = 0.125  # a product with which is exact, however steps are written
@@ -135,6 +136,7 @@ def test_memory_formats_change_nothing(form: str) -> None:
     assert torch.equal(*runs)
 
 
+@pytest.mark.slow
 def test_compiled_weights_are_those_of_eager_mode() -> None:
     for cut in (pf.per_channel(1), pf.per_block(16, along=0)):
         prox = pf.parq_prox(pf.lsbq(2), **SPAN, granularity=cut)
@@ -228,9 +230,10 @@ def equal_to_one_process(adapters: tuple[str, ...]) -> None:
         quant(list(module.named_parameters()), prox)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "adapters"),
-    [(2, ("QuantOptimizer", "TransformOptimizer")), (3, ("QuantOptimizer",))],
+    sampled([(2, ("QuantOptimizer",)), (2, ("TransformOptimizer",)), (3, ("QuantOptimizer",))], 1),
 )
 def test_sharded_along_dimension_0_equals_one_process(
     world: int, adapters: tuple[str, ...], tmp_path: Path

@@ -68,6 +68,7 @@ def load(folder: str, split: bool) -> None:
             train(net, optimizer, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 def test_on_one_process_without_a_group(tmp_path: Path) -> None:
     save(str(tmp_path), False)

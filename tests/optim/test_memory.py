@@ -107,6 +107,7 @@ def test_so_does_a_step_of_a_transformation_that_takes_leaves_apart(
     assert most[1] <= bound * LARGEST * 4
 
 
+@pytest.mark.slow
 def test_one_that_looks_at_all_leaves_together_needs_them_together() -> None:
     transform = pf.chain(pf.clip_by_global_norm(1.0), pf.adamw(0.01))
     few, many = (steps_of(transform, count, torch.float32) for count in (4, 24))

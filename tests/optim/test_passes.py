@@ -192,6 +192,7 @@ def test_small_parameters_get_their_levels_together(
             assert got.untyped_storage().nbytes() == got.numel() * got.element_size()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 31, 100, 255, 1000, 1023, 1024, 1500, 4096, 5000])
 def test_a_row_has_the_levels_it_has_alone(n: int, device: str) -> None:

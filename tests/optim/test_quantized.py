@@ -81,6 +81,7 @@ def adamw(groups: Any) -> torch.optim.Optimizer:
 # One mathematics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("prox", PROXES)
 def test_equals_the_functional_loop(base: str, prox: str) -> None:
