@@ -4,8 +4,8 @@ A test may use 20 seconds of processor time, one that is marked slow 60: its own
 it started and waited for, and that of ranks (`tests.processes`). Processor time, unlike the
 time on a clock, is hardly changed by what else a machine does.
 
-    python -m pytest -m "not slow"     # a minute: for each change
-    python -m pytest                   # five minutes: before each commit
+    python -m pytest -m "not slow"     # a minute or so: for each change
+    python -m pytest                   # some minutes: before each commit
     TEST_SEED=7 python -m pytest       # the same sampled cases again (tests.helpers.sampled)
     TEST_CASES=all python -m pytest    # every case of what is sampled
     python -m pytest --minutes 4       # in an order that the seed draws, until time is up

@@ -64,6 +64,7 @@ def test_a_step_with_a_weight_mask_and_its_init_compile() -> None:
         torch.testing.assert_close(ours[0][name], theirs[0][name])
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_compile() -> None:
     torch.compiler.reset()
     link = pf.hard_prox(pf.lsbq(1), granularity=pf.per_channel())

@@ -21,6 +21,7 @@ def test_a_fault_can_be_put_back_in_one_place(fault: Fault) -> None:
     assert all((ROOT / test).exists() for test in fault.tests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", EQUIVALENT)
 def test_mutants_that_are_said_to_be_equivalent_exist(module: str) -> None:
     keys = {mutant.key for mutant in mutants((ROOT / module).read_text())}
