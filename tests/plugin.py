@@ -92,12 +92,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    minutes = config.getoption("--minutes")
-    if minutes is not None and not hasattr(config, "workerinput"):
-        os.environ["TEST_DEADLINE"] = str(time.time() + 60 * minutes)
-
-
 def pytest_report_header(config: pytest.Config) -> str:
     cases = "all cases" if os.environ.get("TEST_CASES") == "all" else "sampled cases"
     return f"{cases}; TEST_SEED={seed()} draws the same"
@@ -112,12 +106,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 _OUT_OF_TIME = "no time was left of --minutes"
+_ends = pytest.StashKey[float]()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> None:
-    deadline = os.environ.get("TEST_DEADLINE")
-    if deadline and time.time() > float(deadline):
+    minutes = item.config.getoption("--minutes")
+    if minutes is None:
+        return
+    ends = item.config.stash.setdefault(_ends, time.monotonic() + 60 * minutes)  # from the first
+    if time.monotonic() > ends:
         item.add_marker(pytest.mark.skip(reason=_OUT_OF_TIME))
 
 
