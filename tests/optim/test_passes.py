@@ -493,6 +493,17 @@ def test_on_a_gpu_weights_are_those_on_a_cpu(kind: str, monkeypatch) -> None:
                     assert torch.equal(job.weight, moved.weight.cpu()), (link, step, one.compile)
 
 
+def test_what_a_compiler_is_given_is_contiguous() -> None:
+    """Latents, levels and weights in any order of memory; each order would take a program."""
+    for shape in ((6, 8), (4, 3, 2, 2)):
+        latent = torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))
+        weight = torch.full_like(latent, torch.nan)
+        for granularity in (pf.per_tensor(), pf.per_channel(), pf.per_channel(axis=1)):
+            levels = torch.randn(4, granularity.shape(latent)[0]).t()
+            rows = passes._rows_of(Job(latent, levels, granularity, weight), contiguous=True)
+            assert all(x.is_contiguous() for x in rows if x is not None), granularity
+
+
 # Maps of a user's own.
 
 
