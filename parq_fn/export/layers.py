@@ -147,7 +147,7 @@ def pack_layer(
     layer.register_buffer("codes", codes)
     layer.register_buffer("levels", levels)
     layer.packed_shape = shape  # type: ignore[assignment] # of a PackedLayer
-    layer.packed_cut = cut  # type: ignore[assignment]
+    layer.packed_cut = cut  # type: ignore[assignment] # of a PackedLayer
 
 
 def quantized(module: nn.Module, file: str | os.PathLike[str]) -> nn.Module:

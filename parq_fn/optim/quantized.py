@@ -278,7 +278,7 @@ class QuantOptimizer(Optimizer):
         latent.data = latent.data.to(p.device)
         self.state[p].update({**beside(p, self.state[p]), "latent": latent.detach()})
 
-    # Parameters that another hand changed.
+    # Parameters that code outside the optimizer changed.
 
     def _wrote(self, p: Tensor) -> None:
         self._written[p] = mark(p)

@@ -261,7 +261,7 @@ class TransformOptimizer(Optimizer):
         for _, p, _ in self._named():
             self.state[p].update(beside(p, self.state[p]))
 
-    # Parameters that another hand changed.
+    # Parameters that code outside the optimizer changed.
 
     def _wrote(self, p: Tensor) -> None:
         self._written[p] = mark(p)
