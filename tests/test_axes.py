@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -100,6 +100,7 @@ def cases(draw: Any, low: int = 0) -> tuple[Tensor, Any]:
     return laid_out(draw, shape, dtype), pf.per_block(draw(st.sampled_from(divisors)), along)
 
 
+@example((torch.arange(4.0).reshape(2, 2), pf.per_block(2, along=(0, 1))))
 @given(cases())
 def test_rows_are_those_of_plain_loops_and_come_back(case: tuple[Tensor, Any]) -> None:
     weight, cut = case

@@ -71,11 +71,9 @@ class Granularity(Value):
         """Rows [r, n] in the shape and memory format of `weight`."""
         own = self.order(weight)
         whole = rows.reshape(weight.shape) if own is None else own.back(rows, weight.shape)
-        if weight.is_contiguous():
-            return whole if own is None else whole.contiguous()
-        order = _by_stride(weight.stride())
-        if order == list(range(weight.dim())):
-            return whole if own is None else whole.contiguous()
+        order = None if weight.is_contiguous() else _by_stride(weight.stride())
+        if order is None or order == list(range(weight.dim())):
+            return whole.contiguous()
         return whole.permute(order).contiguous().permute(_inverse(order))
 
 
