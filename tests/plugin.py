@@ -6,8 +6,9 @@ time on a clock, is hardly changed by what else a machine does.
 
     python -m pytest -m "not slow"     # a minute or so: for each change
     python -m pytest                   # some minutes: before each commit
-    TEST_SEED=7 python -m pytest       # the same sampled cases again (tests.helpers.sampled)
-    TEST_CASES=all python -m pytest    # every case of what is sampled
+    python -m pytest tests/some_file.py   # whole, tests that are marked rare among it
+    TEST_SEED=7 python -m pytest       # the same rare tests and sampled cases again
+    TEST_CASES=all python -m pytest    # all of them
     python -m pytest --minutes 4       # in an order that the seed draws, until time is up
 """
 
@@ -23,6 +24,7 @@ import pytest
 
 QUICK_S, SLOW_S = 20.0, 60.0
 _UNLIMITED = {"learning"}  # marks of tests that train for minutes, which no usual run takes
+RARE = 3  # a run of everything takes one in so many of the tests that are marked rare
 
 _charged = 0.0  # seconds, of processes that are not this one's children
 
@@ -93,14 +95,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
+    rare = f"one in {RARE} of the rare tests" if _draws_rare(config) else "all rare tests"
     cases = "all cases" if os.environ.get("TEST_CASES") == "all" else "sampled cases"
-    return f"{cases}; TEST_SEED={seed()} draws the same"
+    return f"{rare}, {cases}; TEST_SEED={seed()} draws the same"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # workers are given all they run as arguments
+        chosen = config.args_source is pytest.Config.ArgsSource.ARGS or config.option.keyword
+        every = chosen or config.option.minutes is not None  # which are run is drawn all the same
+        os.environ["TEST_RARE"] = "all" if every else "drawn"
+
+
+def _draws_rare(config: pytest.Config) -> bool:
+    """Whether this run takes some of the rare tests: it does where nothing was asked for by name."""
+    return os.environ["TEST_RARE"] == "drawn" and os.environ.get("TEST_CASES") != "all"
+
+
+def _left_out(items: list[pytest.Item]) -> list[pytest.Item]:
+    """All rare tests but one, drawn by the seed, of every `RARE` that follow one another."""
+    rare = [item for item in items if item.get_closest_marker("rare")]
+    draw = random.Random(seed())
+    runs = [rare[i : i + RARE] for i in range(0, len(rare), RARE)]
+    kept = {draw.choice(run + [None] * (RARE - len(run))) for run in runs}
+    return [item for item in rare if item not in kept]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if any(map(item.get_closest_marker, _UNLIMITED)):
+        if any(map(item.get_closest_marker, {*_UNLIMITED, "rare"})):
             item.add_marker(pytest.mark.slow)
+    if _draws_rare(config):
+        out = set(_left_out(items))
+        config.hook.pytest_deselected(items=[item for item in items if item in out])
+        items[:] = [item for item in items if item not in out]
     if config.getoption("--minutes") is not None:
         random.Random(seed()).shuffle(items)
 

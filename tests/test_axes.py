@@ -144,7 +144,7 @@ CUTS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("cut", CUTS, ids=repr)
 def test_compiled_in_one_graph(cut) -> None:
     torch.compiler.reset()

@@ -14,7 +14,7 @@ from tests.benchmarks.measure import interleaved, ratio, table
 from tests.benchmarks.report import Found, combined, geometric_mean, overall, show
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_the_suite_runs_on_small_inputs(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(peer, "available", False)
     file = tmp_path / "figures.json"
@@ -35,7 +35,7 @@ def _impatient(monkeypatch) -> None:
     monkeypatch.setattr(measure.CORES, "patience", 0)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_missed_limit_is_an_error(monkeypatch, capsys) -> None:
     found = [Found("g", "a case", "seconds", 2.0, 0.1, 1.0), Found("g", "b", "seconds", 0.5, 0, 1)]
     monkeypatch.setattr(suite, "GROUPS", {"pass": lambda size, repeats: iter(found)})

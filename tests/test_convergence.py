@@ -54,7 +54,7 @@ def test_no_gradient_within_the_levels_is_longer_than_the_bound(name: str) -> No
         assert float(found.norm()) <= problem.gradient_bound()
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_last_iterate_of_aprox_stays_under_the_bound(name: str) -> None:
     run = aprox(PROBLEMS[name](), 1000)
@@ -63,7 +63,7 @@ def test_the_last_iterate_of_aprox_stays_under_the_bound(name: str) -> None:
     assert run.gap[-1] < 0.1 * run.gap[0]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_aprox_lands_on_the_grid_where_proximal_sgd_does_not() -> None:
     problem = random_problem()
     best = optimum(problem)

@@ -143,7 +143,7 @@ def samples(n: int) -> dict[str, Tensor]:
     return {name: torch.tensor(v / np.abs(v).max()).float()[None] for name, v in rows.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_long_rows_are_near_optimal() -> None:
     rows = samples(20_000)
     x = torch.cat(list(rows.values()))
@@ -154,7 +154,7 @@ def test_long_rows_are_near_optimal() -> None:
         assert not [name for name, b in zip(rows, bad, strict=True) if b], k
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_long_rows_are_near_optimal_with_many_levels() -> None:
     x = samples(5000)["gaussian"]
     least = squared_error(x, least_squares_levels(x, 256, exact_up_to=5000))
@@ -190,7 +190,7 @@ def test_sums_kept_at_some_values_alone_give_those_at_all(run: int) -> None:
     assert torch.equal(_candidate_cuts(values, 1000, run), _candidate_cuts(values, 1000))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_very_long_row_is_solved_as_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.cat(list(samples(20_000).values()))
     for k in (2, 8):
@@ -228,7 +228,7 @@ def test_a_million_gaussians(k: int, distortion: float) -> None:
     assert squared_error(x, levels).item() / x.numel() == pytest.approx(distortion, rel=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @BRANCHES
 def test_rows_are_independent(limit: int) -> None:
     zeros = torch.zeros(1, LONG, dtype=F64)
@@ -294,7 +294,7 @@ def test_vmap_takes_any_axis(limit: int, axis: int) -> None:
     assert torch.equal(torch.vmap(levels, in_dims=axis)(moved), torch.stack([*map(levels, x)]))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_exact_as_far_as_asked() -> None:
     x = rand(1, 5000) ** 3
     _, levels = plain_program(x[0].numpy(), 12)
@@ -315,7 +315,7 @@ def test_the_program_runs_where_its_table_is() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("backend", "n", "k", "limit"),
     sampled([("inductor", 4, 3, LONG), ("aot_eager", 40, 4, LONG), ("aot_eager", LONG, 2, 0)], 1),

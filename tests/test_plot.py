@@ -245,7 +245,7 @@ def test_the_same_figure_gives_the_same_files(tmp_path: Path) -> None:
     assert kept[0] == kept[1]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_matplotlib_is_imported_when_something_is_drawn_and_asked_for_by_name() -> None:
     code = """
 import sys

@@ -18,7 +18,7 @@ def short(folder: Path, flags: str = "") -> list[str]:
     return ["--epochs", "2", "--batch-size", "128", "--save-dir", str(folder), *flags.split()]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("flags", "code_bits"),
     sampled(
@@ -43,7 +43,7 @@ def test_ends_on_levels(flags: str, code_bits: list[float], tmp_path: Path) -> N
     assert all(row.packed < row.float32 / 4 for row in quantized)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_same_seed_same_table_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(1)
     rows = main(short(tmp_path / "a", "--quant-bits 2 1 --epochs 1"))
@@ -65,7 +65,7 @@ def test_same_seed_same_table_and_files(tmp_path: Path, capsys: pytest.CaptureFi
         assert (tmp_path / name / "weights.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_both_engines_give_the_same_table(tmp_path: Path) -> None:
     options = "--quant-bits 2 --epochs 2 --quant-warmup-steps 3 --quant-shrink"
     rows = [
@@ -79,7 +79,7 @@ def test_both_engines_give_the_same_table(tmp_path: Path) -> None:
     assert images[0] == images[1]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("engine", sampled(["functional", "torch"], 1))
 def test_a_saved_network_has_the_printed_accuracy_and_size(
     engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -13,7 +13,7 @@ from examples.sweep import Setting, draw, main
 SMALL = ["--steps", "24", "--lr", "0.01", "--anneal-end", "0.5", "--seeds", "2", "--no-progress"]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.usefixtures("graphs_alone")
 def test_a_sweep_equals_its_runs_one_after_another(tmp_path: Path, capsys) -> None:
     flags = [*SMALL, "--dtype", "float64", "--one-by-one", "--save-dir", str(tmp_path)]
@@ -30,7 +30,7 @@ def test_a_sweep_equals_its_runs_one_after_another(tmp_path: Path, capsys) -> No
     assert "differ by up to 0.00" in shown.err
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.usefixtures("graphs_alone")
 def test_a_sweep_of_one_run_is_compiled_once(tmp_path: Path) -> None:
     """A batch of one is laid out in two ways that a compiler tells apart."""
@@ -40,7 +40,7 @@ def test_a_sweep_of_one_run_is_compiled_once(tmp_path: Path) -> None:
         main([*flags, "--save-dir", str(tmp_path)])
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.usefixtures("graphs_alone")
 def test_a_sweep_gives_the_same_again(tmp_path: Path) -> None:
     flags = [*SMALL[2:], "--steps", "12"]

@@ -23,7 +23,7 @@ def test_it_is_tanh() -> None:
     assert bool(tanh(torch.tensor(torch.nan)).isnan())
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_compiled_it_has_the_same_bits() -> None:
     x = torch.cat([points(), -points()])
     assert torch.equal(torch.compile(tanh, fullgraph=True)(x), tanh(x))

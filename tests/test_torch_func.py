@@ -110,7 +110,7 @@ def test_a_stack_of_models_by_vmap_is_the_loop(transform) -> None:
         assert_close(weights, transform.weights(own, alone))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("transform", sampled(TRANSFORMS, 3), ids=lambda t: repr(t)[:70])
 def test_a_whole_step_compiles_once(transform, monkeypatch) -> None:
     """Full graph, no recompile from step to step, the same numbers."""
@@ -166,7 +166,7 @@ def test_hyperparameters_by_vmap_are_the_loop() -> None:
     assert_close(alone, numbers)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_sweep_step_compiles() -> None:
     """vmap over hyperparameters inside one compiled program."""
     torch.compiler.reset()

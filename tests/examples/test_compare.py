@@ -9,7 +9,7 @@ import pytest
 from examples import compare
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_rows_of_a_comparison(tmp_path: Path, capsys) -> None:
     flags = ["qat_resnet_cifar10", "--save-dir", str(tmp_path), "--proxmaps", "hard", "parq"]
     flags += ["--data", "synthetic", "--synthetic-images", "60", "--epochs", "1", "--batch-size"]

@@ -277,6 +277,7 @@ class Stuck(transforms.Evaluation):
         return super().__call__(image)
 
 
+@pytest.mark.rare
 def test_a_worker_does_not_wait_for_a_thread_of_the_main_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -290,6 +291,7 @@ def test_a_worker_does_not_wait_for_a_thread_of_the_main_process(
     batches.close()
 
 
+@pytest.mark.rare
 def test_a_worker_that_is_stuck_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by a run of these tests: it was waited for without end."""
     monkeypatch.setattr(loading, "PATIENCE", 1.0)

@@ -77,7 +77,7 @@ CASES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("case", sampled(CASES, 2))
 def test_a_recipe_trains_tests_and_saves(
     case: str, cifar: Path, folders: Path, tmp_path: Path, capsys
@@ -111,7 +111,7 @@ def test_a_recipe_trains_tests_and_saves(
     assert printed_accuracy(capsys.readouterr().out) == pytest.approx(float(hard), abs=1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_hdf5_files_are_the_folders_they_were_made_of(
     folders: Path, tmp_path: Path, capsys
 ) -> None:
@@ -126,7 +126,7 @@ def test_hdf5_files_are_the_folders_they_were_made_of(
     assert told[0] == told[1]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_full_precision_and_synthetic_data(tmp_path: Path) -> None:
     flags = ["--data", "synthetic", "--synthetic-images", "100", "--full-prec", "--epochs", "1"]
     flags += ["--batch-size", "20", "--lr", "0.02", "--custom-train-transform", "--cutmix-mixup"]
@@ -149,7 +149,7 @@ def started(folder: Path, world: int, *flags: str, program: str = "qat_resnet_ci
 RESUMED = [("none", 0), ("none", 1), ("ddp", 0), ("ddp", 1), ("fsdp2", 0), ("fsdp2", 1)]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(("mode", "workers"), sampled(RESUMED, 1))
 def test_a_run_that_was_stopped_resumes_bit_for_bit(
     mode: str, workers: int, cifar: Path, tmp_path: Path
@@ -176,7 +176,7 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(
     assert printed_accuracy(shown) == pytest.approx(records(whole)[-1]["test_accuracy"], abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("case", "mode"), sampled(itertools.product(["resnet", "deit"], ["ddp", "fsdp2"]), 1)
 )
@@ -196,7 +196,7 @@ def test_networks_for_imagenet_on_two_processes(
     assert any(isinstance(entry, export.Packed) for entry in packed.values())
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
 def test_the_status_of_a_run_is_that_of_its_command(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["qat_resnet_cifar10", "--data", "none", "--resume", "x"])
@@ -210,7 +210,7 @@ LONG = ["--data", "synthetic", "--synthetic-images", "400", "--batch-size", "20"
 LONG += ["--print-freq", "1", "--epochs", "9", "--no-progress", "--quant-warmup-steps", "1"]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("when", sampled(["from epoch 0, step 0", "step 2 of"], 1))
 def test_ctrl_c_stops_like_a_scheduler(when: str, tmp_path: Path) -> None:
     """Its workers get the signal, too, and the server that they come from as it begins."""
@@ -228,7 +228,7 @@ needs_proc = pytest.mark.skipif(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @needs_proc
 @pytest.mark.parametrize("killed", ["run", "worker"])
 def test_nothing_is_left_where_a_run_or_a_worker_is_killed(killed: str, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ leave(3)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_process_that_leaves_takes_its_workers_along() -> None:
     """Found by a run of these tests: one that was stuck as it was forked kept the output open."""
     command = [sys.executable, "-c", LEFT]
@@ -291,7 +291,7 @@ def test_a_process_that_leaves_takes_its_workers_along() -> None:
     assert left.returncode == 3
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_run_that_breaks_leaves_no_worker_behind(tmp_path: Path) -> None:
     """Found by a user: workers in which SIGTERM was blocked were waited for without end."""
     code = BROKEN.replace("FOLDER", repr(str(tmp_path)))
@@ -424,7 +424,7 @@ def test_labels_of_an_hdf5_file_are_checked(labels, message: str, tmp_path: Path
     )
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_what_a_run_goes_on_from_is_checked(cifar: Path, tmp_path: Path, capsys) -> None:
     flags = ["--data-dir", str(cifar), "--batch-size", "10", "--epochs", "2"]
     flags += ["--save-dir", str(tmp_path), "--resume"]
@@ -468,7 +468,7 @@ def test_images_and_classes_that_do_not_fit_get_one_line(
     assert "takes a folder of train and val" in said
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_corrupt_images_are_skipped_and_counted(folders: Path, tmp_path: Path, capsys) -> None:
     images = image_folders(tmp_path / "images")
     for part, label in (("train", 3), ("val", 5)):
@@ -485,7 +485,7 @@ def test_corrupt_images_are_skipped_and_counted(folders: Path, tmp_path: Path, c
     assert "train.hdf5: 59 images, 1 left out" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_checkpoints_of_other_runs_are_refused(cifar: Path, tmp_path: Path, capsys) -> None:
     flags = ["--batch-size", "30", "--epochs", "2", "--data-dir", str(cifar)]
     flags += ["--save-dir", str(tmp_path)]
@@ -535,7 +535,7 @@ def stopped_once(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     monkeypatch.setattr(training, "score", signalled)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("call", sampled([1, 2, 3], 1))  # the third is of the packed weights
 def test_a_run_that_is_stopped_in_a_test_goes_on(
     call: int, cifar: Path, tmp_path: Path, monkeypatch, capsys
@@ -578,7 +578,7 @@ def test_help_explains_every_flag_with_its_default(capsys) -> None:
         assert shown.count("(default: ") >= 40
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_run_begun_later_takes_the_rates_and_the_annealing_of_its_epoch(
     cifar: Path, tmp_path: Path
 ) -> None:

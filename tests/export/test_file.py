@@ -50,7 +50,7 @@ def test_what_is_read_is_what_was_written(written) -> None:
             assert got[name].dtype == entry.dtype
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_the_same_model_gives_the_same_bytes_in_another_process_too(written, tmp_path) -> None:
     file, _, _ = written
     code = "import sys; from parq_fn.export import load, save; save(load(sys.argv[1]), sys.argv[2])"
@@ -122,7 +122,7 @@ def test_into_a_plain_module(written) -> None:
     assert torch.equal(small.weight, before)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.usefixtures("graphs_alone")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_packed_layers_give_the_module_s_outputs(written, compiled: bool) -> None:
@@ -162,7 +162,7 @@ def test_packed_embeddings_decode_the_rows_that_are_looked_up(k, size, rows, tmp
     assert "PackedEmbedding" in repr(run)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_the_command_verifies_and_prints_a_table(
     written, tmp_path: Path, capsys, monkeypatch
 ) -> None:

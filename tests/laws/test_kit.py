@@ -36,12 +36,12 @@ def run(code: str) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_the_package_does_not_import_hypothesis() -> None:
     assert run("import sys, parq_fn; print('hypothesis' in sys.modules)").strip() == "False"
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_without_hypothesis_it_says_what_to_install() -> None:
     said = run("import sys; sys.modules['hypothesis'] = None; import parq_fn.testing")
     assert "ImportError" in said
@@ -79,7 +79,7 @@ def test_laws_are_taken_by_name_as_values_and_as_what_another_declares() -> None
         check_proxmap(maps.binary_relax, laws={"in_range"})
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_map_that_needs_a_coefficient_is_asked_for_it() -> None:
     def scaled(u: Any, levels: Any, c: Any) -> Any:
         return c * u
@@ -230,7 +230,7 @@ def test_params_and_steps_fit(data: Any) -> None:
         pq.apply_updates(params, grads)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     "wanted",
     [
@@ -252,7 +252,7 @@ def test_params_are_of_every_kind(wanted: Any) -> None:
     find(strategies.params(), wanted, settings=loose)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_they_shrink_to_something_readable() -> None:
     quiet = settings(max_examples=500, derandomize=False)
     q = find(strategies.levels(), lambda q: q.shape[-1] >= 2, settings=quiet)
@@ -268,7 +268,7 @@ def test_traits_pickle_with_their_operators() -> None:
     assert pickle.loads(pickle.dumps(pq.lsbq(2))).traits.symmetric
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     "link",
     [

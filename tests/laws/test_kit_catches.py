@@ -132,7 +132,7 @@ WRONG_MAPS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(("wrong", "names"), WRONG_MAPS, ids=[m.__name__ for m, _ in WRONG_MAPS])
 def test_wrong_maps(wrong: Any, names: tuple[str, ...]) -> None:
     with caught(*names):
@@ -206,7 +206,7 @@ def half_in_half(rows: Tensor) -> Tensor:
 half_in_half.traits = QuantizerTraits(widens=True)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("wrong", "names"),
     [
@@ -224,7 +224,7 @@ def test_wrong_quantizers(wrong: Any, names: tuple[str, ...]) -> None:
         check_quantizer(wrong, max_examples=40)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_wrong_quantizers_by_the_law_in_question() -> None:
     with caught("least_squares"):
         check_quantizer(not_optimal(), laws={"least_squares"}, max_examples=100)
@@ -261,7 +261,7 @@ def published_slope(step: Any) -> Tensor:
     return (torch.sigmoid(-10 * (x - 0.3)) - h[2]) / (h[1] - h[2])
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("wrong", "names"),
     [
@@ -375,7 +375,7 @@ class delta_prox(pq.Link):
         return tree_map(lambda p: p + (p.round() - p) * 1.1, params).popitem()
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("wrong", "names"),
     [
@@ -397,7 +397,7 @@ def test_wrong_transformations(wrong: Any, names: tuple[str, ...]) -> None:
         check_transformation(wrong, laws=names, max_examples=25)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_wrong_transformation_is_caught_by_some_law_of_all() -> None:
     with caught("state_keeps_form"):
         check_transformation(state_grows(), max_examples=20)
@@ -427,7 +427,7 @@ class weights_of_the_delta(pq.hard_prox):
         return tree_map(lambda w, p: p + (w - p), hard, params)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("wrong", "names"),
     [
@@ -441,7 +441,7 @@ def test_wrong_prox_links(wrong: Any, names: tuple[str, ...]) -> None:
         check_transformation(wrong, laws=names, max_examples=10)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_the_report_names_what_is_broken() -> None:
     made = report(ends_not_clamped, max_examples=50)
     broken = {row.law.name for row in made.rows if row.counterexample}
@@ -478,7 +478,7 @@ def jumps_at_quarters(u: Tensor, levels: Tensor) -> Tensor:
     return torch.where((u - lo) / (hi - lo).clamp(min=1e-9) < 0.25, lo, 0.5 * lo + 0.5 * u)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("wrong", "name"),
     [
@@ -513,7 +513,7 @@ class first_leaf_differs(pq.Link):
         return {k: None if u is None else r * u for (k, u), r in pairs}, state
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_link_that_treats_the_first_leaf_apart() -> None:
     with caught("leafwise"):
         check_transformation(first_leaf_differs(), laws={"leafwise"}, max_examples=100)

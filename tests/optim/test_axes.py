@@ -66,7 +66,7 @@ def quant(params: Any, prox: pf.Prox, **options: Any) -> QuantOptimizer:
     return QuantOptimizer(torch.optim.SGD(groups), prox, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("cut", CUTS, ids=repr)
 def test_adapters_equal_the_functional_loop(cut, dtype: torch.dtype) -> None:
@@ -137,7 +137,7 @@ def test_memory_formats_change_nothing(form: str) -> None:
     assert torch.equal(*runs)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.usefixtures("graphs_alone")
 def test_compiled_weights_are_those_of_eager_mode() -> None:
     for cut in (pf.per_channel(1), pf.per_block(16, along=0)):
@@ -232,7 +232,7 @@ def equal_to_one_process(adapters: tuple[str, ...]) -> None:
         quant(list(module.named_parameters()), prox)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("world", "adapters"),
     sampled([(2, ("QuantOptimizer",)), (2, ("TransformOptimizer",)), (3, ("QuantOptimizer",))], 1),

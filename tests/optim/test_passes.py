@@ -322,7 +322,7 @@ def test_what_one_pass_has_compiled_serves_its_later_steps() -> None:
 
 
 @pytest.mark.usefixtures("graphs_alone")
-@pytest.mark.slow
+@pytest.mark.rare
 def test_one_program_serves_every_step_shape_and_learning_rate(split: str) -> None:
     torch.manual_seed(0)
     fast = Pass(compile=True)
@@ -393,7 +393,7 @@ def test_parts_and_what_is_left_are_the_whole(split, monkeypatch) -> None:
             assert torch.equal(whole.weight, latent)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("kind", "granularity", "count"),
     sampled(
@@ -419,7 +419,7 @@ def test_a_program_maps_two_in_one_loop(kind: str, granularity, count: int, monk
 
 
 @pytest.mark.usefixtures("graphs_alone")
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.usefixtures("split")
 def test_memory_of_any_order_takes_no_program_of_its_own() -> None:
     """Each order took one of eight that a compiler makes of a function before it gives up."""
