@@ -108,7 +108,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _draws_rare(config: pytest.Config) -> bool:
-    """Whether this run takes some of the rare tests: it does where nothing was asked for by name."""
+    """Whether this run takes some of the rare tests: where nothing was asked for by name."""
     return os.environ["TEST_RARE"] == "drawn" and os.environ.get("TEST_CASES") != "all"
 
 

@@ -174,6 +174,7 @@ def test_no_gradient_no_motion(kind: str) -> None:
         seen = weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAPS)
 @pytest.mark.parametrize("at", [1, 4, 10])
 def test_resuming_from_a_saved_state_changes_no_bit(kind: str, at: int, tmp_path) -> None:

@@ -88,6 +88,7 @@ def run(case: dict, published_soft: bool) -> None:
         close(weights["bias"], array(case, "bias")[t], tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", of_kind("trajectory"))
 def test_trajectory(case: dict) -> None:
     run(case, published_soft=False)

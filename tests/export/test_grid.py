@@ -20,6 +20,7 @@ EVEN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("quantizer", EVEN, ids=repr)
 @given(seed=st.integers(0, 10_000), exponent=st.integers(-8, 8))

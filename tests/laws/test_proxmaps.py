@@ -196,6 +196,7 @@ FAILS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("law", "map_", "claims"), FAILS, ids=[f"{m.__name__}-{law}" for law, m, _ in FAILS]
 )

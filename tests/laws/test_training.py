@@ -80,6 +80,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("link", "twin"), CASES, ids=["parq", "relax", "proxquant", "soft", "hard"]
 )

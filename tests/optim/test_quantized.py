@@ -112,6 +112,7 @@ def test_equals_the_functional_loop(base: str, prox: str) -> None:
     assert all(w in levels for w in real.weight.flatten())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("prox", PROXES)
 def test_narrow_parameters_have_float32_latents_and_the_cores_weights(prox: str, dtype) -> None:

@@ -40,6 +40,7 @@ def run(case: dict, tolerance: float, published_soft: bool = False) -> None:
         close(bias.detach(), array(case, "bias")[t], tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", of_kind("trajectory"))
 def test_trajectory(case: dict) -> None:
     run(case, 1e-8 if case["prox"] == "soft" else TOLERANCE)

@@ -71,6 +71,7 @@ class Run:
         return [*self.net.parameters(), *states]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_equals_the_functional_loop_bit_for_bit(name: str, dtype: torch.dtype) -> None:
@@ -123,6 +124,7 @@ def test_shrink_takes_the_rate_of_its_parameters() -> None:
         optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 1, 5, 11])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", ["torch", "nested", "flattened"])
@@ -161,6 +163,7 @@ def test_r1_r2_asking_for_the_state_changes_nothing_and_all_keys_are_there() -> 
     ].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_r7_copies_go_on_to_the_bit_and_leave_the_original_alone(copied, name: str) -> None:
