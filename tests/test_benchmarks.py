@@ -18,11 +18,11 @@ from tests.benchmarks.report import Found, combined, geometric_mean, overall, sh
 def test_the_suite_runs_on_small_inputs(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(peer, "available", False)
     file = tmp_path / "figures.json"
-    wanted = ["pass", "fits", "steps", "gpu", "--tiny", "--repeats", "1", "--rounds", "1"]
+    wanted = ["pass", "fits", "steps", "refits", "gpu", "--tiny", "--repeats", "1", "--rounds", "1"]
     assert suite.main([*wanted, "--json", str(file)]) == 0
     report = json.loads(file.read_text())
     groups = {figure["group"] for figure in report["figures"]}
-    assert groups >= {"pass", "fits", "steps", "memory"}
+    assert groups >= {"pass", "fits", "steps", "memory", "refits"}
     assert report["machine"]["torch"] == torch.__version__
     shown = capsys.readouterr().out
     assert "parq, 16 levels, channel" in shown

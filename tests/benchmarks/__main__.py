@@ -4,6 +4,7 @@ Groups:
   pass   the prox pass: latents to weights, against a copy and the published maps
   fits   levels of millions of weights, and of a network's
   steps  whole steps of QuantOptimizer(AdamW), their memory, compilation, the functional loop
+  refits whole steps of QuantOptimizer(SGD) that fit and round, against the published optimizer
   sweep  a grid of trainings in one program, against one after another
   gpu    the pass, steps and a captured graph on a GPU
 Packed layers are measured by python -m tests.benchmarks.packed.
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 
 from examples.qat_simple import at_least
-from tests.benchmarks import fits, gpu, peer, prox_pass, steps, sweep
+from tests.benchmarks import fits, gpu, peer, prox_pass, refits, steps, sweep
 from tests.benchmarks.measure import CORES
 from tests.benchmarks.report import Found, combined, overall, show
 
@@ -39,6 +40,7 @@ GROUPS = {
     "pass": prox_pass.run,
     "fits": fits.run,
     "steps": steps.run,
+    "refits": refits.run,
     "sweep": sweep.run,
     "gpu": gpu.run,
 }
