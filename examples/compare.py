@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.qat_simple import title
+from examples.options import name_of_bits
 from examples.recipe.flags import OneLine, Recipe, parse
 from examples.recipe.log import LOG, read
 from examples.recipe.problem import tell
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     for width in args.quant_bits:
         for proxmap in args.proxmaps:
             own = [*flags, "--quant-bits", str(width), "--quant-proxmap", proxmap]
-            todo[f"{NAMES[proxmap]}, {title(width)}"] = f"{proxmap}_{width}", own
+            todo[f"{NAMES[proxmap]}, {name_of_bits(width)}"] = f"{proxmap}_{width}", own
     recipe = importlib.import_module(f"examples.{args.recipe}").RECIPE
     check(recipe, (own for _, own in todo.values()))
     rows: list[Row] = []

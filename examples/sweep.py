@@ -38,8 +38,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import parq_fn as pq
-from examples.qat_simple import Data, at_least, load_data
-from examples.qat_simple import title as name_of_bits
+from examples.digits import Data, load_data
+from examples.options import at_least, name_of_bits
 from parq_fn.foundation.tree import tree_map
 
 Params = dict[str, Tensor]

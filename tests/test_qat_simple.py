@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.qat_simple import main, packed_bytes, parse, share_on_levels
-from parq_fn import per_channel, per_tensor
+from examples.qat_simple_report import main, packed_bytes, parse, share_on_levels
+from parq_fn import per_channel
+from parq_fn.export import pack_weight
 from tests.helpers import sampled
 
 
@@ -95,22 +96,35 @@ def test_a_saved_network_has_the_printed_accuracy_and_size(
 
 
 def test_packed_bytes_by_hand() -> None:
-    params = {"kernel": torch.zeros(2, 11), "bias": torch.zeros(3)}
-    levels = {"kernel": torch.zeros(2, 4)}
-    assert packed_bytes(params, levels, 2) == 6 + 2 * 4 * 4 + 3 * 4  # 44 bits: 6 bytes
-    assert packed_bytes(params, {"kernel": torch.zeros(1, 3)}, 0) == 5 + 3 * 4 + 3 * 4
-    assert packed_bytes(params, {"kernel": torch.zeros(1, 2)}, 1) == 3 + 2 * 4 + 3 * 4
-    assert packed_bytes(params, {}, 0) == (22 + 3) * 4
+    kernel, bias = torch.zeros(2, 11), torch.zeros(3)
+
+    def size(rows: int, levels: int) -> int:
+        return packed_bytes(
+            {"kernel": pack_weight(kernel, torch.zeros(rows, levels)), "bias": bias}
+        )
+
+    assert size(2, 4) == 6 + 2 * 4 * 4 + 3 * 4  # 44 bits: 6 bytes
+    assert size(1, 3) == 5 + 3 * 4 + 3 * 4
+    assert size(1, 2) == 3 + 2 * 4 + 3 * 4
+    assert packed_bytes({"kernel": kernel, "bias": bias}) == (22 + 3) * 4
 
 
 def test_share_on_levels_looks_at_the_bits() -> None:
     weights = {"head": torch.tensor([[1.0, -1.0], [2.0, 0.1 + 0.2]]), "bias": torch.ones(1)}
-    levels = {"head": torch.tensor([[-1.0, 1.0], [0.3, 2.0]])}
+    levels = torch.tensor([[-1.0, 1.0], [0.3, 2.0]])
     above = torch.nextafter(torch.tensor(0.3), torch.tensor(1.0))
-    for value, share in ((torch.tensor(0.3), 1.0), (above, 0.75)):
+
+    def share(levels: torch.Tensor) -> float:
+        options = (
+            {"snap": True, "granularity": per_channel()} if len(levels) > 1 else {"snap": True}
+        )
+        packed = {"head": pack_weight(weights["head"], levels, **options), "bias": weights["bias"]}
+        return share_on_levels(weights, packed)
+
+    for value, expected in ((torch.tensor(0.3), 1.0), (above, 0.75)):
         weights["head"][1, 1] = value
-        assert share_on_levels(weights, levels, {"matrix": per_channel()}) == share
-    assert share_on_levels(weights, {"head": levels["head"][:1]}, {"matrix": per_tensor()}) == 0.5
+        assert share(levels) == expected
+    assert share(levels[:1]) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from torch import nn
 
-from examples.qat_simple import at_least
+from examples.options import at_least
 from examples.recipe.parallel import MODES
 from examples.recipe.problem import tell
 from examples.recipe.transforms import Normal

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from examples.qat_simple import at_least
+from examples.options import at_least
 from tests.benchmarks import fits, gpu, peer, prox_pass, refits, steps, sweep
 from tests.benchmarks.measure import CORES
 from tests.benchmarks.report import Found, combined, overall, show

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import parq_fn as pf
-from examples.qat_simple import at_least
+from examples.options import at_least
 from parq_fn.export import pack_weight, quantized, save
 from tests.benchmarks.measure import ratio, seconds, table
 

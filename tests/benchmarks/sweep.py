@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from examples.qat_simple import Data, load_data
+from examples.digits import Data, load_data
 from examples.sweep import Sweep, at_once, hold, one_by_one, order_of, parse, settings_of
 from tests.benchmarks.measure import CORES, ratio
 from tests.benchmarks.report import Found
