@@ -27,11 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import parq_fn as pq
-from parq_fn.optim import QuantOptimizer, load_checkpoint, save_checkpoint
+from parq_fn.optim import QuantOptimizer, load_checkpoint, save_checkpoint, share_on_levels
 
 # Text, as bytes.
 
@@ -116,18 +115,6 @@ def wrap(net: nn.Module, args: argparse.Namespace) -> QuantOptimizer:
         granularity=pq.per_channel(),
     )
     return QuantOptimizer(base, prox)
-
-
-def share_on_levels(optimizer: QuantOptimizer) -> float:
-    """The share of quantized weights that are bit-equal to a level of their row."""
-    on = total = 0
-    for p in optimizer.param_groups[0]["params"]:
-        levels = optimizer.state[p]["levels"]
-        weight = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
-        rows = weight.reshape(len(levels), -1)
-        on += int((rows.unsqueeze(-1) == levels.unsqueeze(-2)).any(-1).sum())
-        total += rows.numel()
-    return on / total
 
 
 # Checkpoints: a folder a step, whole once it has its name.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from torch import nn
 
-from examples.options import at_least
+from examples.options import METHODS, PROXES, at_least
 from examples.recipe.parallel import MODES
 from examples.recipe.problem import tell
 from examples.recipe.transforms import Normal
@@ -124,7 +124,7 @@ def parse(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--full-prec", False, "quantize nothing")
     flag("--quant-bits", 2, "bits of a weight, 0 to 8; 0 is ternary", type=int, choices=range(9))
     text = "evenly spaced levels, or least-squares binary quantization"
-    flag("--quant-method", "lsbq", text, choices=("uniform", "lsbq"))
+    flag("--quant-method", "lsbq", text, choices=METHODS)
     text = "lsbq by least squares, exact to 2 bits and alternating from 3 on; otherwise greedy"
     flag("--quant-lsbq-optimal", False, text)
     flag("--quant-per-channel", False, "levels for each output channel; otherwise each tensor")
@@ -132,7 +132,7 @@ def parse(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--quant-warmup-steps", 0, "steps before the first fit, in full precision", **whole)
     flag("--quant-shrink", False, "map the latent weights over the sum of learning rates")
     text = "from latent weights to the network's; hard is the straight-through estimator"
-    flag("--quant-proxmap", "parq", text, choices=("hard", "soft", "parq", "binaryrelax"))
+    flag("--quant-proxmap", "parq", text, choices=PROXES)
     flag("--anneal-start", 0.0, "epoch at which annealing starts", **number)
     text = "epoch at which it ends; from then on every weight is on a level"
     shown = "as published, in proportion to --epochs"
@@ -209,15 +209,3 @@ def _check(parser: OneLine, recipe: Recipe, args: argparse.Namespace) -> None:
         parser.error(f"--image-size must be at most 4096, got {args.image_size}")
     if args.image_size % 16 and "deit" in args.arch:
         parser.error(f"--image-size must be a multiple of 16, got {args.image_size}")
-
-
-def quantizer_of(args: argparse.Namespace) -> Any:
-    """The quantizer that the flags name."""
-    import parq_fn as pq
-
-    bits = args.quant_bits
-    if args.quant_method == "uniform":
-        return pq.uniform(bits) if bits else pq.ternary_uniform()
-    if args.quant_lsbq_optimal:
-        return pq.lsbq(bits, "optimal" if bits <= 2 else "alternating")
-    return pq.lsbq(bits)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.recipe.datasets import DataSet, Unreadable
 from examples.recipe.problem import Problem
-from examples.recipe.transforms import Mix, Transform, drawing, mixed
+from examples.recipe.transforms import Transform, drawing, mixed
 
 
 class Key(NamedTuple):
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # [n, 3, h, w]
     labels: Tensor  # [n], below 0 for what counts nothing
-    mix: Mix | None  # what else the images show
+    shares: Tensor | None  # [n, classes], of mixed images: how much of each class they show
     skipped: int  # images that could not be read, each counted once in an epoch
     problem: str  # of the first of them
 
@@ -76,16 +76,16 @@ class Views(Dataset[View]):
         return View(key, torch.zeros(3, size, size), -1, problem)
 
 
-def gathered(views: Sequence[View], mix_seed: int | None = None) -> Batch:
+def gathered(views: Sequence[View], mix_seed: int | None = None, classes: int = 0) -> Batch:
     """One batch of views; with a seed, mixed."""
     images = torch.stack([view.image for view in views])
     labels = torch.tensor([view.label for view in views])
-    mix = None
+    shares = None
     if mix_seed is not None:
-        images, mix = mixed(images, labels, "mix", mix_seed, *views[0].key)
+        images, shares = mixed(images, labels, classes, "mix", mix_seed, *views[0].key)
     problems = [view.problem for view in views if view.problem]
     skipped = sum(bool(view.problem) and view.key.copy == 0 for view in views)
-    return Batch(images, labels, mix, skipped, problems[0] if problems else "")
+    return Batch(images, labels, shares, skipped, problems[0] if problems else "")
 
 
 def steps_of(count: int, batch_size: int) -> int:
@@ -193,7 +193,7 @@ def batches(
         views,
         batch_sampler=keys,
         num_workers=workers,
-        collate_fn=partial(gathered, mix_seed=mix_seed),
+        collate_fn=partial(gathered, mix_seed=mix_seed, classes=len(views.images.classes)),
         pin_memory=device.type == "cuda",
         worker_init_fn=_ends_with_the_main,
         multiprocessing_context=WORKERS if workers else None,
@@ -207,9 +207,6 @@ def batches(
                 "them counted: --skip-corrupt",
                 here=True,
             )
-        mix = batch.mix
-        if mix is not None:
-            mix = Mix(*(part.to(device, non_blocking=True) for part in mix))
-        images = batch.images.to(device, non_blocking=True)
-        labels = batch.labels.to(device, non_blocking=True)
-        yield batch._replace(images=images, labels=labels, mix=mix)
+        tensors = {name: getattr(batch, name) for name in ("images", "labels", "shares")}
+        moved = {k: t.to(device, non_blocking=True) for k, t in tensors.items() if t is not None}
+        yield batch._replace(**moved)

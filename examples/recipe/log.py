@@ -18,9 +18,11 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import parq_fn as pq
 from examples.recipe.datasets import unfinished
 from examples.recipe.parallel import World, whole
 from examples.recipe.problem import Problem
+from parq_fn import plot
 from parq_fn.optim import QuantOptimizer
 
 LOG = "log.jsonl"
@@ -98,23 +100,6 @@ class Log:
             self.board.close()
 
 
-def on_levels(optimizer: QuantOptimizer) -> float:
-    """The share of quantized weights that are bit-equal to a level of their row."""
-    on = total = 0
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            levels = optimizer.state.get(p, {}).get("levels")
-            if levels is None:
-                continue
-            rows = optimizer.link(group).granularity.rows(whole(p))
-            # a level at a time: rows for every level would be many times the weight
-            hit = torch.zeros_like(rows, dtype=torch.bool)
-            for level in levels.unbind(1):
-                hit |= rows == level.unsqueeze(1)
-            on, total = on + int(hit.sum()), total + rows.numel()
-    return on / total
-
-
 def levels_of(net: nn.Module, optimizer: QuantOptimizer) -> dict[str, float]:
     """Each level of every quantized parameter, the mean over its rows."""
     found = {}
@@ -126,23 +111,23 @@ def levels_of(net: nn.Module, optimizer: QuantOptimizer) -> dict[str, float]:
     return found
 
 
-def drawn(net: nn.Module, optimizer: QuantOptimizer, most: int = 6) -> Figure:
+#: A transformation for plots, whose "state" is the weights.
+_GIVEN = pq.GradientTransformation(
+    init=lambda params: params,
+    update=lambda updates, state, params, **extra: (updates, state),
+    weights=lambda state, params: state,
+)
+
+
+def latents_and_weights(net: nn.Module, optimizer: QuantOptimizer, most: int = 6) -> Figure:
     """Weights against latents, of up to so many layers, evenly chosen."""
-    names = [n for n, p in net.named_parameters() if "latent" in optimizer.state.get(p, {})]
-    chosen = [names[round(i)] for i in torch.linspace(0, len(names) - 1, most).tolist()]
     parameters = dict(net.named_parameters())
+    names = [n for n, p in parameters.items() if "latent" in optimizer.state.get(p, {})]
+    chosen = [names[round(i)] for i in torch.linspace(0, len(names) - 1, most).tolist()]
     figure = Figure(figsize=(10, 6), layout="constrained")
     panels = figure.subplots(2, most // 2, squeeze=False).flat
     for panel, name in zip(panels, dict.fromkeys(chosen), strict=False):
-        u, w = (
-            whole(t).float().flatten().cpu()
-            for t in (optimizer.state[parameters[name]]["latent"], parameters[name])
-        )
-        order = u.argsort()[:: max(1, len(u) // 2000)]
-        panel.plot(u[order], u[order], color="0.7", linewidth=0.8)
-        panel.plot(u[order], w[order], ".", color="#0072B2", markersize=2)
-        panel.set_title(name, fontsize="small")
-        panel.tick_params(labelsize="small")
-    figure.supxlabel("latent weight")
-    figure.supylabel("weight")
+        p = parameters[name]
+        latent, weight = ({name: whole(t)} for t in (optimizer.state[p]["latent"], p))
+        plot.latent_vs_weight(_GIVEN, weight, latent, ax=panel)
     return figure

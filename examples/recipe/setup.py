@@ -10,19 +10,13 @@ from PIL import Image
 from torch import nn
 
 import parq_fn as pq
+from examples.options import PROXES, quantizer_of
 from examples.recipe.datasets import Cifar10, DataSet, Hdf5, ImageFolder, Shapes
-from examples.recipe.flags import Recipe, quantizer_of
+from examples.recipe.flags import Recipe
 from examples.recipe.loading import Views
 from examples.recipe.problem import Problem
 from examples.recipe.transforms import Evaluation, Training, Transform, seed_of
 from parq_fn.optim import QuantOptimizer
-
-PROXES = {
-    "hard": pq.hard_prox,
-    "soft": pq.soft_prox,
-    "parq": pq.parq_prox,
-    "binaryrelax": pq.binary_relax_prox,
-}
 
 
 def network_of(recipe: Recipe, args: argparse.Namespace, classes: int) -> nn.Module:
@@ -126,6 +120,7 @@ def optimizer_of(
         options |= {"anneal_start": start - before, "anneal_end": end - before}
     if args.quant_proxmap == "parq":
         options |= {"steepness": args.anneal_steepness, "center": args.anneal_center}
-    prox = PROXES[args.quant_proxmap](quantizer_of(args), **options)
+    quantizer = quantizer_of(args.quant_method, args.quant_bits, args.quant_lsbq_optimal)
+    prox = PROXES[args.quant_proxmap](quantizer, **options)
     frac = args.anneal_wd_frac
     return QuantOptimizer(base, prox, anneal_weight_decay=frac, compile=args.torch_compile)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.recipe import checkpoints
@@ -27,13 +28,13 @@ from examples.recipe.checkpoints import BEST, LAST, Progress
 from examples.recipe.evaluation import evaluate, score
 from examples.recipe.flags import Recipe, parse
 from examples.recipe.loading import STOPPING, Batch, batches, steps_of, training_keys
-from examples.recipe.log import LOG, Log, drawn, levels_of, on_levels
+from examples.recipe.log import LOG, Log, latents_and_weights, levels_of
 from examples.recipe.parallel import World, agree_on_buffers, leave, quiet, spread, world_of
 from examples.recipe.problem import Problem, tell
 from examples.recipe.setup import images_of, network_of, optimizer_of, rate_of, views_of
-from examples.recipe.transforms import loss_of, seed_of
+from examples.recipe.transforms import seed_of
 from parq_fn import export
-from parq_fn.optim import QuantOptimizer
+from parq_fn.optim import QuantOptimizer, share_on_levels
 
 WEIGHTS = "quantized.safetensors"
 MARK = "stopped"  # a file that says that the run was told to stop
@@ -195,7 +196,8 @@ class Run:
         with torch.autocast(world.device.type, torch.bfloat16, enabled=args.amp):
             scores = self.model(batch.images)
         scores = scores.float()
-        loss = loss_of(scores, batch.labels, batch.mix, self.recipe.smoothing)
+        target = batch.labels if batch.shares is None else batch.shares
+        loss = F.cross_entropy(scores, target, label_smoothing=self.recipe.smoothing)
         loss.backward()
         self.optimizer.step()
         right = (scores.detach().argmax(1) == batch.labels).sum()
@@ -251,14 +253,14 @@ class Run:
             **self._slope,
         }
         if self.quantized is not None:
-            record["on_levels"] = on_levels(self.quantized)
+            record["on_levels"] = share_on_levels(self.quantized)
         seconds = time.perf_counter() - self.start
         record |= {"skipped": round(skipped) + test.skipped, "seconds": seconds}
         self.log.epoch(done, record)
         due = epoch + 1 == args.epochs or (epoch + 1) % args.save_every == 0
         if self.quantized is not None and due:
             self.log.scalars(done, levels_of(self.net, self.quantized))
-            self.log.figure(done, "weights", drawn(self.net, self.quantized))
+            self.log.figure(done, "weights", latents_and_weights(self.net, self.quantized))
         better, at.best = test.accuracy > at.best, max(at.best, test.accuracy)
         at.epoch, at.step, self.sums = epoch + 1, 0, torch.zeros_like(self.sums)
         self.start = time.perf_counter()

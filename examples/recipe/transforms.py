@@ -163,16 +163,10 @@ class Training:
         return self.erase(self.normal(x)[None])[0]
 
 
-class Mix(NamedTuple):
-    """What else mixed images show."""
-
-    labels: Tensor  # [n], of the other image
-    share: Tensor  # [n], of the other image
-
-
-def mixed(images: Tensor, labels: Tensor, *drawn: int | str) -> tuple[Tensor, Mix]:
+def mixed(images: Tensor, labels: Tensor, classes: int, *drawn: int | str) -> tuple[Tensor, Tensor]:
     """Mixup (Beta(0.8, 0.8)) or cutmix (Beta(1, 1)) of a whole batch, as likely, by kornia; by
-    chance as `drawing` names it. Returns the images, and what else they show.
+    chance as `drawing` names it. Returns the images, and the share of each class in them
+    [n, classes], which `F.cross_entropy` takes as probabilities.
 
     Source: Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899.
     """
@@ -181,17 +175,10 @@ def mixed(images: Tensor, labels: Tensor, *drawn: int | str) -> tuple[Tensor, Mi
             one = torch.distributions.Beta(0.8, 0.8).sample().item()
             mix = K.RandomMixUpV2((one, one), p=1.0, data_keys=["input", "class"])
             out, found = mix(images, labels)
-            return out, Mix(found[:, 1].to(labels), found[:, 2].to(images))
-        cut = K.RandomCutMixV2(p=1.0, data_keys=["input", "class"], use_correct_lambda=True)
-        out, found = cut(images, labels)
-    own = found[0, :, 2].to(images)  # of cutmix kornia gives the share that is left
-    return out, Mix(found[0, :, 1].to(labels), 1 - own)
-
-
-def loss_of(scores: Tensor, labels: Tensor, mix: Mix | None, smoothing: float) -> Tensor:
-    """Mean cross entropy in nats; of mixed images, of both labels by their shares."""
-    own = F.cross_entropy(scores, labels, label_smoothing=smoothing, reduction="none")
-    if mix is not None:
-        other = F.cross_entropy(scores, mix.labels, label_smoothing=smoothing, reduction="none")
-        own = torch.lerp(own, other, mix.share)
-    return own.mean()
+            other, share = found[:, 1], found[:, 2]
+        else:
+            cut = K.RandomCutMixV2(p=1.0, data_keys=["input", "class"], use_correct_lambda=True)
+            out, found = cut(images, labels)
+            other, share = found[0, :, 1], 1 - found[0, :, 2]  # kornia gives the share that is left
+    own, other = (F.one_hot(i.to(labels), classes).to(images) for i in (labels, other))
+    return out, torch.lerp(own, other, share.to(images)[:, None])
