@@ -20,8 +20,8 @@ from typing import NamedTuple
 from examples.options import name_of_bits
 from examples.recipe.flags import OneLine, Recipe, parse
 from examples.recipe.log import LOG, read
-from examples.recipe.problem import tell
-from examples.recipe.training import WEIGHTS
+from examples.recipe.plan import WEIGHTS
+from examples.recipe.user_error import tell
 
 RECIPES = ("qat_resnet_cifar10", "qat_resnet_imagenet", "qat_vit_imagenet")
 NAMES = {"hard": "STE", "binaryrelax": "BinaryRelax", "parq": "PARQ", "soft": "soft"}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from examples.recipe.datasets import ImageFolder, Unreadable, unfinished
 from examples.recipe.flags import OneLine
-from examples.recipe.problem import Problem
+from examples.recipe.user_error import UserError
 
 
 def convert(images: ImageFolder, file: Path, check: bool) -> tuple[int, int]:
@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file = folder / f"{name}.hdf5"
             count, left_out = convert(images, file, args.check)
             if not count:
-                raise Problem(f"{file}: no image could be read")
+                raise UserError(f"{file}: no image could be read")
             print(f"{file}: {count} images" + (f", {left_out} left out" if left_out else ""))
-    except (Problem, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +11,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from examples.recipe.problem import Problem
+from examples.recipe.flags import Flags
+from examples.recipe.user_error import UserError
 from parq_fn.optim import load_checkpoint, save_checkpoint
 
 LAST, BEST = "last", "best"
@@ -40,14 +40,14 @@ class Progress:
             raise ValueError(f"expected four sums for each process, got {self}")
 
 
-def source_of(args: argparse.Namespace) -> Path:
+def source_of(args: Flags) -> Path:
     """What --resume names, a checkpoint or a run, which stands for its last; or --save-dir's."""
     named = Path(args.resume or args.save_dir)
     return named / LAST if not args.resume or (named / LAST).is_dir() else named
 
 
-def progress_at(source: Path, args: argparse.Namespace, fixed: list[str]) -> Progress | None:
-    """A checkpoint's progress; None where there is none. Raises Problem for one that is cut off,
+def progress_at(source: Path, args: Flags, fixed: list[str]) -> Progress | None:
+    """A checkpoint's progress; None where there is none. Raises UserError for one that is cut off,
     is not of these scripts, or is of a run with other values of the flags named in `fixed`."""
     about: dict[str, Any] = {}
     try:
@@ -57,11 +57,11 @@ def progress_at(source: Path, args: argparse.Namespace, fixed: list[str]) -> Pro
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
-        raise Problem(f"no checkpoint of these scripts at {source}: {_line(error)}") from None
+        raise UserError(f"no checkpoint of these scripts at {source}: {_line(error)}") from None
     for name in fixed:
         got, own = flags.get(name), getattr(args, name)
         if got != own:
-            raise Problem(
+            raise UserError(
                 f"{source} was trained {_said(name, got)}, and this run is {_said(name, own)}; "
                 "give the same, or another --resume or --save-dir"
             )
@@ -69,11 +69,11 @@ def progress_at(source: Path, args: argparse.Namespace, fixed: list[str]) -> Pro
 
 
 def load(source: Path, net: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Its state into the network and the optimizer. Raises Problem where it does not fit."""
+    """Its state into the network and the optimizer. Raises UserError where it does not fit."""
     try:
         load_checkpoint(source, net, optimizer)
     except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise Problem(f"{source} cannot be loaded: {_line(error)}") from None
+        raise UserError(f"{source} cannot be loaded: {_line(error)}") from None
 
 
 def save(
@@ -81,16 +81,16 @@ def save(
     net: nn.Module,
     optimizer: Optimizer,
     progress: Progress,
-    args: argparse.Namespace,
+    args: Flags,
     fixed: list[str],
 ) -> None:
-    """A checkpoint, with the flags that it fits no other values of. Raises Problem where it
+    """A checkpoint, with the flags that it fits no other values of. Raises UserError where it
     cannot be written."""
     told = asdict(progress) | {"flags": {name: getattr(args, name) for name in fixed}}
     try:
         save_checkpoint(folder, net, optimizer, progress={"json": json.dumps(told)})
     except (ValueError, OSError, CheckpointException) as error:
-        raise Problem(f"{folder} cannot be saved: {_line(error)}") from None
+        raise UserError(f"{folder} cannot be saved: {_line(error)}") from None
 
 
 def _said(name: str, value: object) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from examples.recipe.problem import Problem
+from examples.recipe.user_error import UserError
 
 
 class Unreadable(Exception):
@@ -67,14 +67,14 @@ def _again(folder: Path) -> str:
 
 def _unpickle(file: Path) -> dict[bytes, Any]:
     if not file.is_file():
-        raise Problem(f"{file} is missing; {_again(file.parent)}")
+        raise UserError(f"{file} is missing; {_again(file.parent)}")
     try:
         with file.open("rb") as opened:
             found = _Arrays(opened, encoding="bytes").load()
         if not isinstance(found, dict):
             raise pickle.UnpicklingError(f"it holds a {type(found).__name__}, not a dict")
     except Exception as error:  # a pickle raises whatever it comes upon
-        raise Problem(
+        raise UserError(
             f"{file} is no batch of CIFAR-10 or was cut off ({error}; {file.stat().st_size} "
             f"bytes); {_again(file.parent)}"
         ) from None
@@ -84,7 +84,7 @@ def _unpickle(file: Path) -> dict[bytes, Any]:
 class Cifar10:
     """The batches of python pickles: 32 x 32 images, 10 classes.
 
-    Raises Problem for batches that are missing, cut off, or hold something else.
+    Raises UserError for batches that are missing, cut off, or hold something else.
     """
 
     def __init__(self, data_dir: Path, train: bool) -> None:
@@ -93,7 +93,7 @@ class Cifar10:
             download_cifar10(data_dir)
         names = _unpickle(folder / "batches.meta").get(b"label_names")
         if not (names and isinstance(names, list) and all(isinstance(n, bytes) for n in names)):
-            raise Problem(f"{folder / 'batches.meta'} names no labels; {_again(folder)}")
+            raise UserError(f"{folder / 'batches.meta'} names no labels; {_again(folder)}")
         self.classes = [name.decode(errors="replace") for name in names]
         images, labels = [], []
         for name in [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]:
@@ -102,12 +102,14 @@ class Cifar10:
             whole = isinstance(own, list) and all(isinstance(label, int) for label in own)
             shape = getattr(data, "shape", None)
             if not whole or shape != (len(own), 3072) or data.dtype != np.uint8:
-                raise Problem(
+                raise UserError(
                     f"{folder / name}: expected uint8 data of shape [n, 3072] and n whole labels; "
                     f"{_again(folder)}"
                 )
             if not all(0 <= label < len(self.classes) for label in own):
-                raise Problem(f"{folder / name}: expected labels from 0 to {len(self.classes) - 1}")
+                raise UserError(
+                    f"{folder / name}: expected labels from 0 to {len(self.classes) - 1}"
+                )
             images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
             labels += own
         self.images, self.labels = np.ascontiguousarray(np.concatenate(images)), labels
@@ -122,11 +124,11 @@ class Cifar10:
 def download_cifar10(data_dir: Path, url: str = CIFAR_URL, md5: str = CIFAR_MD5) -> None:
     """Downloads, checks and unpacks the batches; what was only begun leaves nothing behind.
 
-    Raises Problem where the address is out of reach or the bytes are others.
+    Raises UserError where the address is out of reach or the bytes are others.
     """
     by_hand = f"put the folder {CIFAR_FOLDER} there by hand, or pass --data synthetic"
     if data_dir.is_file():
-        raise Problem(f"--data-dir takes a folder, and {data_dir} is a file")
+        raise UserError(f"--data-dir takes a folder, and {data_dir} is a file")
     archive = data_dir / f"cifar-10-python.tar.gz.{os.getpid()}.part"
     unpacked = data_dir / f"{CIFAR_FOLDER}.{os.getpid()}.part"
     found = hashlib.md5(usedforsecurity=False)
@@ -140,7 +142,7 @@ def download_cifar10(data_dir: Path, url: str = CIFAR_URL, md5: str = CIFAR_MD5)
                     found.update(block)
                     progress.update(len(block))
         if found.hexdigest() != md5:
-            raise Problem(
+            raise UserError(
                 f"{url} gave other bytes than expected (md5 {found.hexdigest()}, not {md5}): "
                 f"try again, or {by_hand}"
             )
@@ -148,7 +150,7 @@ def download_cifar10(data_dir: Path, url: str = CIFAR_URL, md5: str = CIFAR_MD5)
             opened.extractall(unpacked, filter="data")
         (unpacked / CIFAR_FOLDER).rename(data_dir / CIFAR_FOLDER)
     except (OSError, http.client.HTTPException, tarfile.TarError) as error:
-        raise Problem(f"no {CIFAR_FOLDER} in {data_dir}, and {url}: {error}; {by_hand}") from None
+        raise UserError(f"no {CIFAR_FOLDER} in {data_dir}, and {url}: {error}; {by_hand}") from None
     finally:
         archive.unlink(missing_ok=True)
         shutil.rmtree(unpacked, ignore_errors=True)
@@ -170,7 +172,7 @@ def decoded(read: Callable[[], bytes], where: str) -> Image.Image:
 class ImageFolder:
     """A folder for each class, as ImageNet is unpacked: train/n01440764/....JPEG, val/...
 
-    Labels count the folders in alphabetical order. Raises Problem where there are none, or one
+    Labels count the folders in alphabetical order. Raises UserError where there are none, or one
     is empty.
     """
 
@@ -179,14 +181,14 @@ class ImageFolder:
         if not folder.is_dir():
             file = folder.with_suffix(".hdf5")
             if file.exists():
-                raise Problem(f"no folder {folder}, but {file}: pass --hdf5-data to read that")
-            raise Problem(
+                raise UserError(f"no folder {folder}, but {file}: pass --hdf5-data to read that")
+            raise UserError(
                 f"no folder {folder}; --data-dir takes a folder of train and val, each with a "
                 "folder of JPEGs for every class, or pass --data synthetic"
             )
         self.classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
         if not self.classes:
-            raise Problem(f"{folder} has no folders of classes")
+            raise UserError(f"{folder} has no folders of classes")
         names: list[bytes] = []
         labels: list[int] = []
         for label, name in enumerate(self.classes):
@@ -194,7 +196,7 @@ class ImageFolder:
                 f for f in os.listdir(folder / name) if Path(f).suffix.lower() in _SUFFIXES
             )
             if not own:
-                raise Problem(f"{folder / name} holds no .jpeg, .jpg or .png")
+                raise UserError(f"{folder / name} holds no .jpeg, .jpg or .png")
             names += [os.fsencode(file) for file in own]
             labels += [label] * len(own)
         # arrays, for a million objects would be copied into every worker, as it counts their uses
@@ -221,7 +223,7 @@ class Hdf5:
     """train.hdf5 and val.hdf5, as examples.create_hdf5 makes them of folders: the bytes of the
     JPEGs ("images"), their labels, and the names of the classes.
 
-    Raises Problem for a file that is missing, cut off, or of something else.
+    Raises UserError for a file that is missing, cut off, or of something else.
     """
 
     def __init__(self, data_dir: Path, train: bool) -> None:
@@ -230,23 +232,23 @@ class Hdf5:
         self.path = data_dir / ("train.hdf5" if train else "val.hdf5")
         how = f"python -m examples.create_hdf5 --data-dir FOLDER --save-dir {data_dir}"
         if not self.path.is_file():
-            raise Problem(f"no file {self.path}; make it of folders of JPEGs: {how}")
+            raise UserError(f"no file {self.path}; make it of folders of JPEGs: {how}")
         try:
             with h5py.File(self.path, "r") as file:
                 labels = file["labels"][:]
                 self.classes = [name.decode() for name in file["classes"][:]]
                 count = len(file["images"])
         except (OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            raise Problem(
+            raise UserError(
                 f"{self.path} is not such a file, or was cut off ({error}): {how}"
             ) from None
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise Problem(f"{self.path}: expected labels that are whole numbers: {how}")
+            raise UserError(f"{self.path}: expected labels that are whole numbers: {how}")
         self.labels = labels.tolist()
         if not count or count != len(self.labels):
-            raise Problem(f"{self.path} has {count} images and {len(self.labels)} labels: {how}")
+            raise UserError(f"{self.path} has {count} images and {len(self.labels)} labels: {how}")
         if not all(0 <= label < len(self.classes) for label in self.labels):
-            raise Problem(
+            raise UserError(
                 f"{self.path}: expected labels from 0 to {len(self.classes) - 1}, got "
                 f"{min(self.labels)} to {max(self.labels)}: {how}"
             )

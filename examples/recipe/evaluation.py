@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -12,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from examples.recipe import checkpoints
-from examples.recipe.flags import Recipe
+from examples.recipe.flags import Flags, Recipe
 from examples.recipe.loading import Views, batches, evaluation_keys
 from examples.recipe.parallel import World, agree_on_buffers, reshard, spread
-from examples.recipe.problem import Problem
 from examples.recipe.setup import images_of, network_of, views_of
+from examples.recipe.user_error import UserError
 from parq_fn import export
 
 
@@ -33,7 +32,7 @@ def score(
     net: nn.Module,
     model: nn.Module,
     views: Views,
-    args: argparse.Namespace,
+    args: Flags,
     world: World,
     between: Callable[[], None] = lambda: None,
 ) -> Score:
@@ -58,24 +57,24 @@ def score(
         reshard(net)
     loss, hits, images, skipped = world.total(*sums.tolist())
     if not images:
-        raise Problem("no test image could be read")
+        raise UserError("no test image could be read")
     return Score(loss / images, 100 * hits / images, round(skipped))
 
 
-def evaluate(recipe: Recipe, args: argparse.Namespace, world: World) -> None:
+def evaluate(recipe: Recipe, args: Flags, world: World) -> None:
     """Tests a checkpoint, or a file of packed weights, and prints what was found."""
     source = checkpoints.source_of(args)
     packed = source.is_file()
     fixed = ["arch", "image_size", "data"]
     if not packed and checkpoints.progress_at(source, args, fixed) is None:
-        raise Problem(f"no checkpoint of these scripts at {source}")
+        raise UserError(f"no checkpoint of these scripts at {source}")
     test = world.in_turn(partial(images_of, recipe, args, False))
     net = network_of(recipe, args, len(test.classes))
     if packed:
         try:
             export.load_into(net, source)
         except (ValueError, KeyError, TypeError) as error:
-            raise Problem(f"{source} does not fit {args.arch}: {str(error)[:300]}") from None
+            raise UserError(f"{source} does not fit {args.arch}: {str(error)[:300]}") from None
     model = spread(net, recipe.blocks, world)
     if not packed:
         checkpoints.load(source, net)

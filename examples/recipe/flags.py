@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -11,8 +12,8 @@ from torch import nn
 
 from examples.options import METHODS, PROXES, at_least
 from examples.recipe.parallel import MODES
-from examples.recipe.problem import tell
 from examples.recipe.transforms import Normal
+from examples.recipe.user_error import tell
 
 
 class Recipe(NamedTuple):
@@ -37,6 +38,60 @@ class Recipe(NamedTuple):
     defaults: dict[str, Any]
 
 
+@dataclass
+class Flags:
+    """The flags of a run, with `Recipe`'s defaults; --help explains each."""
+
+    arch: str
+    data: str  # cifar10, imagenet or synthetic
+    data_dir: Path
+    hdf5_data: bool
+    image_size: int
+    synthetic_images: int
+    skip_corrupt: bool
+    workers: int
+    custom_train_transform: bool
+    cutmix_mixup: bool
+    no_repeat_aug: bool
+
+    epochs: int
+    start_epoch: int | None
+    batch_size: int  # over all processes
+    lr: float
+    lr_min: float
+    warmup_epochs: float
+    const_lr_epochs: float
+    momentum: float
+    weight_decay: float
+    seed: int
+    torch_compile: bool
+    amp: bool
+    parallel: str | None  # one of parallel.MODES
+
+    full_prec: bool
+    quant_bits: int
+    quant_method: str
+    quant_lsbq_optimal: bool
+    quant_per_channel: bool
+    quant_period: int
+    quant_warmup_steps: int
+    quant_shrink: bool
+    quant_proxmap: str
+    anneal_start: float  # epoch
+    anneal_end: float  # epoch
+    anneal_steepness: float
+    anneal_center: float
+    anneal_wd_frac: float
+    nm_gamma: float
+
+    save_dir: Path
+    save_every: int
+    print_freq: int
+    resume: str | None  # "" for the last checkpoint of save_dir
+    evaluate: bool
+    no_progress: bool
+
+
 class OneLine(argparse.ArgumentParser):
     """Tells what is wrong in one line; the flags are in --help."""
 
@@ -45,7 +100,7 @@ class OneLine(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def parse(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(recipe: Recipe, argv: Sequence[str] | None) -> Flags:
     """The flags, checked. What is wrong ends the program with one line."""
     parser = OneLine(
         f"python -m examples.{recipe.program}",
@@ -156,7 +211,7 @@ def parse(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--no-progress", False, "no progress bars")
     args = parser.parse_args(argv)
     _check(parser, recipe, args)
-    return args
+    return Flags(**vars(args))
 
 
 def _check(parser: OneLine, recipe: Recipe, args: argparse.Namespace) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from examples.recipe.datasets import DataSet, Unreadable
-from examples.recipe.problem import Problem
 from examples.recipe.transforms import Transform, drawing, mixed
+from examples.recipe.user_error import UserError
 
 
 class Key(NamedTuple):
@@ -165,14 +165,14 @@ def _ends_with_the_main(worker: int) -> None:
 
 
 def _batches_of(loader: DataLoader[View]) -> Iterator[Batch]:
-    """All of them. Raises Problem where a worker is gone, or gives none."""
+    """All of them. Raises UserError where a worker is gone, or gives none."""
     try:
         yield from _undisturbed(loader)
     except (ConnectionError, EOFError, RuntimeError) as error:
         other = not re.search("exited unexpectedly|timed out after", str(error))
         if isinstance(error, RuntimeError) and other:
             raise  # by a worker, not of one
-        raise Problem(
+        raise UserError(
             f"a process that reads images was lost, killed for its memory perhaps ({error}); "
             "--resume goes on from the last checkpoint, with other --workers too",
             here=True,
@@ -187,7 +187,7 @@ def batches(
     skip: bool,
     mix_seed: int | None = None,
 ) -> Iterator[Batch]:
-    """The batches of the keys, on the device; with a seed, mixed. Raises Problem for an image
+    """The batches of the keys, on the device; with a seed, mixed. Raises UserError for an image
     that cannot be read, unless such images are to be skipped, and for a worker that is lost."""
     loader = DataLoader(
         views,
@@ -202,7 +202,7 @@ def batches(
     for batch in _batches_of(loader):
         too_many = views.training and bool((batch.labels < 0).any())  # a hundred in a row
         if batch.problem and (too_many or not skip):
-            raise Problem(
+            raise UserError(
                 f"{batch.problem}; delete or repair the file, or leave such images out and have "
                 "them counted: --skip-corrupt",
                 here=True,

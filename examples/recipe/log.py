@@ -21,7 +21,7 @@ from tqdm import tqdm
 import parq_fn as pq
 from examples.recipe.datasets import unfinished
 from examples.recipe.parallel import World, whole
-from examples.recipe.problem import Problem
+from examples.recipe.user_error import UserError
 from parq_fn import plot
 from parq_fn.optim import QuantOptimizer
 
@@ -30,14 +30,14 @@ LOG = "log.jsonl"
 
 def read(file: Path) -> list[dict[str, Any]]:
     """The records of a log, none without one. A line whose writing was cut off is left out. Raises
-    Problem for what is no log."""
+    UserError for what is no log."""
     try:
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         records = [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
-        raise Problem(f"{file} is no log of a run: {error}; move it away") from None
+        raise UserError(f"{file} is no log of a run: {error}; move it away") from None
     if not all(isinstance(r, dict) and type(r.get("epoch")) is int for r in records):
-        raise Problem(f"{file} is no log of a run: it has lines of no epoch; move it away")
+        raise UserError(f"{file} is no log of a run: it has lines of no epoch; move it away")
     return records
 
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from examples.recipe.problem import Problem, tell
+from examples.recipe.user_error import UserError, tell
 
 Made = TypeVar("Made")
 
@@ -53,20 +53,20 @@ class World(NamedTuple):
 
     def in_turn(self, make: Callable[[], Made]) -> Made:
         """What the first process makes, who may download for all, and then the others. Its
-        Problem is everyone's."""
+        UserError is everyone's."""
         made, problem = None, None
         if self.first:
             try:
                 made = make()
-            except Problem as met:
+            except UserError as met:
                 problem = met
         if self.any(problem is not None):
-            raise problem or Problem("")
+            raise problem or UserError("")
         if made is None:
             try:
                 return make()
-            except Problem as met:
-                raise Problem(str(met), here=True) from None
+            except UserError as met:
+                raise UserError(str(met), here=True) from None
         return made
 
 
@@ -74,26 +74,26 @@ class World(NamedTuple):
 def world_of(mode: str | None, program: str) -> Iterator[World]:
     """Joins the processes that torchrun started; None is ddp where it started any, else none.
 
-    Of several processes none gets out of it: all end by `leave`. Raises Problem where mode and
+    Of several processes none gets out of it: all end by `leave`. Raises UserError where mode and
     processes do not fit.
     """
     launched = "WORLD_SIZE" in os.environ
     absent = [name for name in TOLD if name not in os.environ]
     if launched and absent:
-        raise Problem(f"WORLD_SIZE is set and {', '.join(absent)} are not; start by torchrun")
+        raise UserError(f"WORLD_SIZE is set and {', '.join(absent)} are not; start by torchrun")
     size = int(os.environ["WORLD_SIZE"]) if launched else 1
     mode = mode or ("ddp" if launched else "none")
     if mode != "none" and not launched:
-        raise Problem(
+        raise UserError(
             f"--parallel {mode} takes its processes from torchrun: torchrun --nproc-per-node 2 -m "
             f"examples.{program} --parallel {mode} ..."
         )
     if mode == "none" and size > 1:
-        raise Problem(f"torchrun started {size} processes; pass --parallel ddp or fsdp2")
+        raise UserError(f"torchrun started {size} processes; pass --parallel ddp or fsdp2")
     gpu = torch.cuda.is_available()
     local = int(os.environ["LOCAL_RANK"]) if launched else 0
     if gpu and local >= torch.cuda.device_count():
-        raise Problem(
+        raise UserError(
             f"process {local} of this machine has no GPU, of which it has "
             f"{torch.cuda.device_count()}; start as many processes",
             here=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
@@ -12,20 +11,20 @@ from torch import nn
 import parq_fn as pq
 from examples.options import PROXES, quantizer_of
 from examples.recipe.datasets import Cifar10, DataSet, Hdf5, ImageFolder, Shapes
-from examples.recipe.flags import Recipe
+from examples.recipe.flags import Flags, Recipe
 from examples.recipe.loading import Views
-from examples.recipe.problem import Problem
 from examples.recipe.transforms import Evaluation, Training, Transform, seed_of
+from examples.recipe.user_error import UserError
 from parq_fn.optim import QuantOptimizer
 
 
-def network_of(recipe: Recipe, args: argparse.Namespace, classes: int) -> nn.Module:
+def network_of(recipe: Recipe, args: Flags, classes: int) -> nn.Module:
     """The network at its start, which the seed decides."""
     torch.manual_seed(seed_of("start", args.seed))
     return recipe.build(args.arch, classes, args.image_size)
 
 
-def images_of(recipe: Recipe, args: argparse.Namespace, train: bool) -> DataSet:
+def images_of(recipe: Recipe, args: Flags, train: bool) -> DataSet:
     """The training or test images that the flags name."""
     if args.data == "synthetic":
         count = args.synthetic_images if train else max(10, args.synthetic_images // 5)
@@ -35,7 +34,7 @@ def images_of(recipe: Recipe, args: argparse.Namespace, train: bool) -> DataSet:
     return Hdf5(args.data_dir, train) if args.hdf5_data else ImageFolder(args.data_dir, train)
 
 
-def views_of(recipe: Recipe, args: argparse.Namespace, images: DataSet, train: bool) -> Views:
+def views_of(recipe: Recipe, args: Flags, images: DataSet, train: bool) -> Views:
     """The images as the network sees them."""
     size, custom, small = args.image_size, args.custom_train_transform, recipe.data == "cifar10"
     bicubic, bilinear = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
@@ -47,12 +46,12 @@ def views_of(recipe: Recipe, args: argparse.Namespace, images: DataSet, train: b
     return Views(images, transform, args.seed, train)
 
 
-def rate_of(recipe: Recipe, args: argparse.Namespace, steps: int) -> pq.schedules.Schedule:
+def rate_of(recipe: Recipe, args: Flags, steps: int) -> pq.schedules.Schedule:
     """The learning rate by step, of `steps` in an epoch: a rise, a cosine or cuts, a constant."""
     total = args.epochs * steps
     rise, still = (round(e * steps) for e in (args.warmup_epochs, args.const_lr_epochs))
     if rise + still >= total:
-        raise Problem(
+        raise UserError(
             f"--warmup-epochs and --const-lr-epochs leave none of the run's {total} steps: "
             f"{rise} and {still}"
         )
@@ -73,7 +72,7 @@ def rate_of(recipe: Recipe, args: argparse.Namespace, steps: int) -> pq.schedule
     return pq.schedules.join(parts, bounds)
 
 
-def annealing_of(args: argparse.Namespace, steps: int) -> tuple[int, int]:
+def annealing_of(args: Flags, steps: int) -> tuple[int, int]:
     """The steps at which it starts and ends, the end before the run's last step, so that this is
     a hard one."""
     start, end = (round(e * steps) for e in (args.anneal_start, args.anneal_end))
@@ -82,7 +81,7 @@ def annealing_of(args: argparse.Namespace, steps: int) -> tuple[int, int]:
 
 
 def optimizer_of(
-    recipe: Recipe, args: argparse.Namespace, net: nn.Module, steps: int, begun: int
+    recipe: Recipe, args: Flags, net: nn.Module, steps: int, begun: int
 ) -> torch.optim.Optimizer:
     """SGD or AdamW, around them the quantization; its steps count from the epoch `begun` on."""
     mask = pq.weight_mask(net, exclude=recipe.full_precision)

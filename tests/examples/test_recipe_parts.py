@@ -24,10 +24,10 @@ from PIL import Image
 from examples import create_hdf5, qat_resnet_cifar10, qat_resnet_imagenet, qat_vit_imagenet
 from examples.recipe import datasets, loading, rand_augment, transforms
 from examples.recipe.deit import DeiT, DropPath
-from examples.recipe.problem import Problem
 from examples.recipe.resnet import ResNet
 from examples.recipe.resnet_cifar import CifarResNet
 from examples.recipe.setup import annealing_of, optimizer_of, rate_of, views_of
+from examples.recipe.user_error import UserError
 from tests.examples.data_sets import cifar_batches, image_folders
 
 RECIPES = (qat_resnet_cifar10, qat_resnet_imagenet, qat_vit_imagenet)
@@ -168,7 +168,7 @@ def test_short_runs_have_rates_and_an_annealing_that_ends_in_them(
     assert begin < end < total
     try:
         rate = rate_of(recipe, args, steps)
-    except Problem:
+    except UserError:
         assert round(args.warmup_epochs * steps) + round(args.const_lr_epochs * steps) >= total
         return
     rates = [float(rate(step)) for step in range(total)]
@@ -246,7 +246,7 @@ def archive(tmp_path: Path):
 def test_downloads_are_checked(archive, tmp_path: Path) -> None:
     url, md5 = archive
     target = tmp_path / "target"
-    with pytest.raises(Problem, match="gave other bytes than expected"):
+    with pytest.raises(UserError, match="gave other bytes than expected"):
         datasets.download_cifar10(target, url, "0" * 32)
     assert not list(target.iterdir())
     datasets.download_cifar10(target, url, md5)
@@ -298,7 +298,7 @@ def test_a_worker_that_is_stuck_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     stuck = views(Stuck(40, Image.Resampling.BICUBIC, transforms.CIFAR))
     batches = loading.batches(stuck, [[loading.Key(0)]], 1, torch.device("cpu"), skip=False)
     start = time.monotonic()
-    with pytest.raises(Problem, match=r"images was lost.*timed out after 1.*--resume goes on"):
+    with pytest.raises(UserError, match=r"images was lost.*timed out after 1.*--resume goes on"):
         next(batches)
     batches.close()
     assert time.monotonic() - start < 60

@@ -257,8 +257,9 @@ FAULTS = [
     # Recipes: runs that are stopped, workers that are lost
     Fault(
         "a checkpoint fits a run with another number of epochs",
-        "examples/recipe/training.py",
-        '    return sorted(vars(args).keys() - FREE, key=lambda name: (name != "epochs", name))\n',
+        "examples/recipe/plan.py",
+        "    return sorted(vars(args).keys() - RESUMABLE_FLAGS, "
+        'key=lambda name: (name != "epochs", name))\n',
         '    return ["arch", "image_size", "data", "full_prec", "seed", "batch_size", '
         '"quant_bits"]\n',
         ("tests/examples/test_recipes.py",),
@@ -296,7 +297,7 @@ FAULTS = [
         "a worker that is killed ends the run with a traceback",
         "examples/recipe/loading.py",
         "    except (ConnectionError, EOFError, RuntimeError) as error:\n",
-        "    except Problem as error:\n",
+        "    except UserError as error:\n",
         ("tests/examples/test_recipes.py",),
         "nothing_is_left and worker",
         "8ccddd3",

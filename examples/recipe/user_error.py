@@ -6,7 +6,7 @@ import os
 import sys
 
 
-class Problem(Exception):
+class UserError(Exception):
     """Ends a program with its text as the only line.
 
     here: it may be met on one process alone, which then tells it; otherwise the first does.
