@@ -71,16 +71,10 @@ class Convex(Protocol):
 
 
 @value
-class least_squares(Value):
-    """f(w) = |A w - b|^2 / 2.
-
-    a: A [m, n]; b: [m]; levels: [k]; slopes: [1, k - 1] as of `proxmaps.par`; all float64.
-    """
+class _OfMatrix(Value):
+    """Base of the problems of a matrix: a [m, n], a row a sample."""
 
     a: Tensor
-    b: Tensor
-    levels: Tensor
-    slopes: Tensor
 
     @property
     def samples(self) -> int:
@@ -89,6 +83,18 @@ class least_squares(Value):
     @property
     def size(self) -> int:
         return self.a.shape[1]
+
+
+@value
+class least_squares(_OfMatrix):
+    """f(w) = |A w - b|^2 / 2.
+
+    a: A [m, n]; b: [m]; levels: [k]; slopes: [1, k - 1] as of `proxmaps.par`; all float64.
+    """
+
+    b: Tensor
+    levels: Tensor
+    slopes: Tensor
 
     def loss(self, w: Tensor, index: Tensor) -> Tensor:
         residual = self.a[index] @ w - self.b[index]
@@ -104,24 +110,15 @@ class least_squares(Value):
 
 
 @value
-class logistic(Value):
+class logistic(_OfMatrix):
     """f(w) = mean of log(1 + exp(-y_i a_i . w)).
 
     a: [m, n]; y: [m], -1 or 1; levels: [k]; slopes: [1, k - 1] as of `proxmaps.par`; float64.
     """
 
-    a: Tensor
     y: Tensor
     levels: Tensor
     slopes: Tensor
-
-    @property
-    def samples(self) -> int:
-        return len(self.a)
-
-    @property
-    def size(self) -> int:
-        return self.a.shape[1]
 
     def loss(self, w: Tensor, index: Tensor) -> Tensor:
         return torch.nn.functional.softplus(-self.y[index] * (self.a[index] @ w)).mean()

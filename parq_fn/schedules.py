@@ -97,15 +97,27 @@ class constant(Schedule):
         return as_scalar(self.value) + torch.zeros_like(_steps(step))
 
 
-def _check_path(path: Any) -> None:
-    """Raises ValueError unless init and end are finite and start_step < end_step."""
-    who = type(path).__name__
-    check_numbers(who, init=path.init, end=path.end)
-    check_before(who, start_step=path.start_step, end_step=path.end_step)
+@value
+class _Path(Schedule):
+    """Base of the paths from init at start_step to end at end_step."""
+
+    init: Number
+    end: Number
+    start_step: Number
+    end_step: Number
+
+    def __post_init__(self) -> None:
+        who = type(self).__name__
+        check_numbers(who, init=self.init, end=self.end)
+        check_before(who, start_step=self.start_step, end_step=self.end_step)
+
+    @property
+    def traits(self) -> ScheduleTraits:
+        return _path(self, antisymmetric=True)
 
 
 @value
-class linear(Schedule):
+class linear(_Path):
     """init + (end - init) * x.
 
     Raises ValueError unless start_step < end_step.
@@ -114,25 +126,13 @@ class linear(Schedule):
     tensor([1.0000, 0.5000, 0.0000, 0.0000], dtype=torch.float64)
     """
 
-    init: Number
-    end: Number
-    start_step: Number
-    end_step: Number
-
-    def __post_init__(self) -> None:
-        _check_path(self)
-
-    @property
-    def traits(self) -> ScheduleTraits:
-        return _path(self, antisymmetric=True)
-
     def __call__(self, step: int | Tensor) -> Tensor:
         x = progress(step, self.start_step, self.end_step)
         return (1 - x) * self.init + x * self.end
 
 
 @value
-class cosine(Schedule):
+class cosine(_Path):
     """end + (init - end) * (1 + cos(pi x)) / 2.
 
     Raises ValueError unless start_step < end_step.
@@ -141,18 +141,6 @@ class cosine(Schedule):
     tensor(0.5000, dtype=torch.float64)
     """
 
-    init: Number
-    end: Number
-    start_step: Number
-    end_step: Number
-
-    def __post_init__(self) -> None:
-        _check_path(self)
-
-    @property
-    def traits(self) -> ScheduleTraits:
-        return _path(self, antisymmetric=True)
-
     def __call__(self, step: int | Tensor) -> Tensor:
         x = progress(step, self.start_step, self.end_step)
         share = (1 + torch.cos(math.pi * x)) / 2
@@ -160,7 +148,7 @@ class cosine(Schedule):
 
 
 @value
-class exponential(Schedule):
+class exponential(_Path):
     """init * (end / init) ** x: the geometric path from init to end.
 
     Raises ValueError unless start_step < end_step and init and end are of one sign, not 0.
@@ -169,13 +157,8 @@ class exponential(Schedule):
     tensor(0.1000, dtype=torch.float64)
     """
 
-    init: Number
-    end: Number
-    start_step: Number
-    end_step: Number
-
     def __post_init__(self) -> None:
-        _check_path(self)
+        super().__post_init__()
         init, end = readable(self.init), readable(self.end)
         if (
             init is not None
@@ -345,7 +328,7 @@ class inverse_slope(Schedule):
 
 
 @value
-class polynomial(Schedule):
+class polynomial(_Path):
     """init + (end - init) * x ** power: linear where the power is 1.
 
     Raises ValueError unless start_step < end_step and power > 0.
@@ -354,14 +337,10 @@ class polynomial(Schedule):
     tensor(250.7500, dtype=torch.float64)
     """
 
-    init: Number
-    end: Number
-    start_step: Number
-    end_step: Number
     power: Number = 1.0
 
     def __post_init__(self) -> None:
-        _check_path(self)
+        super().__post_init__()
         check_numbers("polynomial", POSITIVE, power=self.power)
 
     @property

@@ -58,7 +58,17 @@ class scale(Link):
 
 
 @value
-class scale_by_schedule(Link):
+class _Counting(Link):
+    """Base of the links that keep nothing but the count of their updates."""
+
+    def init(self, params: PyTree) -> StepState:
+        """A count of 0."""
+        del params
+        return StepState(new_count())
+
+
+@value
+class scale_by_schedule(_Counting):
     """updates -> schedule(count) * updates, count the updates before this one."""
 
     schedule: Scalar
@@ -66,11 +76,6 @@ class scale_by_schedule(Link):
 
     def __post_init__(self) -> None:
         check_numbers("scale_by_schedule", schedules=True, schedule=self.schedule)
-
-    def init(self, params: PyTree) -> StepState:
-        """A count of 0."""
-        del params
-        return StepState(new_count())
 
     def update(
         self, updates: PyTree, state: StepState, params: PyTree, **extra: Any
@@ -80,11 +85,29 @@ class scale_by_schedule(Link):
         return tree_map(lambda u: times(u, factor), updates), StepState(state.step + 1)
 
 
+def _each(
+    own: Scalar,
+    given: Scalar | Mapping[str, Scalar | None] | None,
+    step: Tensor,
+    updates: PyTree,
+    params: PyTree,
+) -> PyTree:
+    """A scalar for each leaf of the updates: what is given, for all or by name, or the own."""
+
+    def scalar(one: Scalar | None) -> Tensor:
+        return at(own if one is None else one, step)
+
+    if isinstance(given, Mapping):
+        return by_name({name: scalar(one) for name, one in given.items()}, params)
+    whole = scalar(given)
+    return tree_map(lambda _: whole, updates)
+
+
 @value
-class scale_by_learning_rate(Link):
+class scale_by_learning_rate(_Counting):
     """updates -> -learning_rate * updates, so that adding them descends.
 
-    An extra argument `learning_rate` of `update` stands in for the link's own: a scalar, or one
+    An extra argument `learning_rate` of `update` overrides the link's own: a scalar, or one
     for each leaf's name, None where it is the link's.
     """
 
@@ -94,11 +117,6 @@ class scale_by_learning_rate(Link):
     def __post_init__(self) -> None:
         rate = {"learning_rate": self.learning_rate}
         check_numbers("scale_by_learning_rate", NOT_NEGATIVE, schedules=True, **rate)
-
-    def init(self, params: PyTree) -> StepState:
-        """A count of 0."""
-        del params
-        return StepState(new_count())
 
     def update(
         self,
@@ -111,25 +129,17 @@ class scale_by_learning_rate(Link):
     ) -> tuple[PyTree, StepState]:
         del extra
 
-        def rate(given: Scalar | None) -> Tensor:
-            return -at(self.learning_rate if given is None else given, state.step)
-
-        if isinstance(learning_rate, Mapping):
-            rates = by_name({name: rate(one) for name, one in learning_rate.items()}, params)
-            out = tree_map(times, updates, rates)
-        else:
-            whole = rate(learning_rate)
-            out = tree_map(lambda u: times(u, whole), updates)
-        return out, StepState(state.step + 1)
+        rates = _each(self.learning_rate, learning_rate, state.step, updates, params)
+        return tree_map(lambda u, r: times(u, -r), updates, rates), StepState(state.step + 1)
 
 
 @value
-class add_decayed_weights(Link):
+class add_decayed_weights(_Counting):
     """updates -> updates + weight_decay * params: the gradient of weight_decay / 2 |params|^2.
 
     Before the other links it is an L2 penalty (sgd, adam), after them decoupled decay (adamw).
-    It acts on the latent params. An extra argument `weight_decay` of `update` stands in for the
-    link's own: a scalar, or one for each leaf's name, None where it is the link's.
+    It acts on the latent params. An extra argument `weight_decay` of `update` overrides the link's
+    own: a scalar, or one for each leaf's name, None where it is the link's.
     """
 
     weight_decay: Scalar
@@ -138,11 +148,6 @@ class add_decayed_weights(Link):
     def __post_init__(self) -> None:
         decay = {"weight_decay": self.weight_decay}
         check_numbers("add_decayed_weights", NOT_NEGATIVE, schedules=True, **decay)
-
-    def init(self, params: PyTree) -> StepState:
-        """A count of 0."""
-        del params
-        return StepState(new_count())
 
     def update(
         self,
@@ -158,16 +163,8 @@ class add_decayed_weights(Link):
         def add(u: Tensor, p: Tensor, decay: Tensor) -> Tensor:
             return u + times(p, decay).to(u.dtype)
 
-        def decay(given: Scalar | None) -> Tensor:
-            return at(self.weight_decay if given is None else given, state.step)
-
-        if isinstance(weight_decay, Mapping):
-            decays = by_name({name: decay(one) for name, one in weight_decay.items()}, params)
-            out = tree_map(add, updates, params, decays)
-        else:
-            whole = decay(weight_decay)
-            out = tree_map(lambda u, p: add(u, p, whole), updates, params)
-        return out, StepState(state.step + 1)
+        decays = _each(self.weight_decay, weight_decay, state.step, updates, params)
+        return tree_map(add, updates, params, decays), StepState(state.step + 1)
 
 
 @state_class
@@ -236,7 +233,7 @@ class scale_by_adam(Link):
     """m <- b1 m + (1 - b1) u, v <- b2 v + (1 - b2) u^2;
     updates -> m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps), t the count with this update.
 
-    With amsgrad the largest v so far stands in for v.
+    With amsgrad the largest v so far takes the place of v.
 
     Source: Kingma and Ba, Adam, arXiv 1412.6980; Reddi et al., AMSGrad, arXiv 1904.09237.
     """

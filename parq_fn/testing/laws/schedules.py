@@ -158,6 +158,13 @@ def progress_only(
     )
 
 
+def _between(traits: ScheduleTraits, share: float) -> Tensor:
+    """first + (last - first) * share."""
+    assert traits.first is not None
+    assert traits.last is not None
+    return number(traits.first + (traits.last - traits.first) * share)
+
+
 @law(
     "The softest of its family is the straight line.",
     "s(t) -> first + (last - first) x",
@@ -170,10 +177,7 @@ def soft_limit_is_line(
 ) -> Claim:
     del schedule
     assert traits.line is not None
-    assert traits.first is not None
-    assert traits.last is not None
-    got = at(traits.line, start + offset * (end - start))
-    return equal(got, number(traits.first + (traits.last - traits.first) * offset))
+    return equal(at(traits.line, start + offset * (end - start)), _between(traits, offset))
 
 
 @law(
@@ -188,8 +192,6 @@ def sharp_limit_is_step(
 ) -> Claim:
     del schedule
     assert traits.step is not None
-    assert traits.first is not None
-    assert traits.last is not None
     x = offset if abs(offset - traits.step_at) > 0.01 else (0.0 if traits.step_at > 0.5 else 1.0)
     got = at(traits.step, start + x * (end - start))
-    return equal(got, number(traits.first if x < traits.step_at else traits.last))
+    return equal(got, _between(traits, float(x > traits.step_at)))
