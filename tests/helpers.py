@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+import parq_fn as pf
 from tests.plugin import seed
 
 _T = TypeVar("_T")
@@ -109,3 +110,19 @@ def run_blocks(blocks: Iterable[str], names: dict[str, Any] | None = None) -> di
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     return names
+
+
+# A granularity of one's own.
+
+
+class every_other(pf.Granularity):
+    """Rows that a weight's own order does not have, by methods of its own."""
+
+    def shape(self, weight: Tensor) -> tuple[int, int]:
+        return 2, weight.numel() // 2
+
+    def rows(self, weight: Tensor) -> Tensor:
+        return weight.reshape(-1, 2).t()
+
+    def restore(self, rows: Tensor, weight: Tensor) -> Tensor:
+        return rows.t().reshape(weight.shape)

@@ -83,3 +83,36 @@ def test_a_module_sharded_by_fully_shard_is_refused() -> None:
     module = nn.Sequential(Sharded(2, 2))
     with pytest.raises(TypeError, match="module '0' is sharded by fully_shard"):
         pf.functional(module)
+
+
+# Found by attack, each with the input that showed it.
+
+
+def test_modules_with_running_statistics_are_refused_in_train_mode() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    apply, params = pf.functional(net)
+    with pytest.raises(ValueError, match=r"'1' \(BatchNorm1d\) would change its running"):
+        apply(params, torch.randn(4, 2))
+    net.eval()
+    assert apply(params, torch.randn(4, 2)).shape == (4, 2)
+
+
+def test_missing_and_unknown_weights_are_refused() -> None:
+    apply, params = pf.functional(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"without \['weight'\] .* with \['wieght'\] unknown"):
+        apply({"bias": params["bias"], "wieght": params["weight"]}, torch.ones(1, 2))
+
+
+def test_module_parameters_are_refused_where_their_graph_would_grow() -> None:
+    params = dict(nn.Linear(2, 2).named_parameters())
+    with pytest.raises(TypeError, match=r"parameter 'bias' is an nn.Parameter"):
+        pf.hard_prox(pf.lsbq(1)).init(params)
+    step = pf.value_and_grad(lambda w: w["weight"].sum(), pf.sgd(0.1))
+    with pytest.raises(TypeError, match=r"takes plain tensors, got an nn.Parameter"):
+        step(params, pf.sgd(0.1).init(params))
+
+
+def test_a_tied_weight_is_excluded_by_either_name() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    assert pf.weight_mask(net, exclude="1")["0.weight"] is False

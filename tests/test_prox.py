@@ -530,3 +530,43 @@ def test_several_rates_are_refused_where_they_count_and_zero_elsewhere(rates: An
     for options in ({"shrink": True}, {"normal_map": 2.0}):
         with pytest.raises(ValueError, match="hard_prox: shrink and normal_map take one learning"):
             sum_of_rates(given, names, learning_rate=0.5, **options)
+
+
+# Found by attack, each with the input that showed it.
+
+
+@pytest.mark.parametrize("steepness", [200, 2000])
+def test_steep_annealing_trains(steepness: float) -> None:
+    prox = pf.parq_prox(pf.lsbq(2), anneal_start=5, anneal_end=195, steepness=steepness)
+    transform = pf.chain(pf.sgd(0.05), prox)
+    params = {"w": torch.randn(4, 8, generator=torch.Generator().manual_seed(0))}
+    state = transform.init(params)
+    step = pf.value_and_grad(lambda w: (w["w"] - 0.3).square().sum(), transform)
+    for _ in range(200):
+        _, grads = step(params, state)
+        updates, state = transform.update(grads, state, params)
+        params = pf.apply_updates(params, updates)
+        assert bool(transform.weights(state, params)["w"].isfinite().all())
+
+
+def test_a_row_that_holds_nan_at_its_first_fit_gives_nan_not_zero() -> None:
+    link = pf.hard_prox(pf.lsbq(1), granularity=pf.per_channel(), period=2)
+    params = {"w": torch.ones(2, 4)}
+    broken = {"w": torch.tensor([[0.0, torch.nan, 0.0, 0.0], [0.0] * 4])}
+    _, state = link.update(broken, link.init(params), params)
+    assert bool(link.weights(state, params)["w"][0].isnan().all())
+    assert link.weights(state, params)["w"][1].tolist() == [1.0] * 4
+    for _ in range(2):
+        _, state = link.update({"w": torch.zeros(2, 4)}, state, params)
+    assert link.weights(state, params)["w"].tolist() == [[1.0] * 4] * 2
+
+
+def test_a_quantizer_with_another_number_of_levels_is_named() -> None:
+    class three(pf.Quantizer):
+        num_levels = 2
+
+        def levels(self, x):
+            return x[..., :3]
+
+    with pytest.raises(ValueError, match=r"three\(\): levels\(x\) has shape \(1, 3\), .*\(1, 2\)"):
+        three()(torch.ones(1, 5))

@@ -354,3 +354,40 @@ def test_elementwise_is_what_the_map_declares() -> None:
     link = other_map(pf.lsbq(1))
     assert link.elementwise
     assert link.formula(0.5) is maps.clip.formula(0.5)
+
+
+# Found by attack, each with the input that showed it.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("slope", [1e-300, 1e-45, 1e-40, 1e-38])
+def test_parq_at_a_subnormal_slope_is_finite(dtype, slope: float) -> None:
+    u = torch.tensor([[-5.0, -1.0, 0.2, -0.5, 5.0]], dtype=dtype)
+    levels = torch.tensor([[-1.0, 0.0, 1.0]], dtype=dtype)
+    s = torch.tensor(slope, dtype=torch.float64)
+    expected = torch.tensor([[-1.0, -1.0, 0.0, -0.5 if s.to(torch.float32) > 0 else -1.0, 1.0]])
+    w = pf.proxmaps.parq(u, levels, s)
+    assert bool(w.isfinite().all())
+    assert torch.equal(w[:, [0, 1, 2, 4]], expected[:, [0, 1, 2, 4]].to(dtype))
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-9, 3.0, 1e4])
+def test_soft_is_finite_on_cells_as_wide_as_the_dtype(temperature: float) -> None:
+    top = torch.finfo(torch.float32).max
+    u = torch.tensor([[-torch.inf, -top, -1.0, 0.0, 1.0, top / 2, top, torch.inf]])
+    w = pf.proxmaps.soft(u, torch.tensor([[-top, top]]), temperature)
+    assert bool(w.isfinite().all())
+    assert bool((w.diff() >= 0).all())
+    assert w[0, 3] == 0
+    if temperature <= 1e-9:
+        exact = pf.proxmaps.clip(u, torch.tensor([[-top, top]]))
+        torch.testing.assert_close(w, exact, rtol=1e-6, atol=1e-6 * top)
+
+
+def test_par_regularizer_at_infinity() -> None:
+    w, q = torch.tensor([[-torch.inf, 0.0, torch.inf, torch.nan]]), torch.tensor([[-1.0, 1.0]])
+    bounded = pf.proxmaps.par_regularizer(w, q, torch.tensor([[0.0]]))
+    flat = pf.proxmaps.par_regularizer(w, q, torch.tensor([[0.0, 1.0, 0.0]]))
+    assert bounded[0, :3].tolist() == [torch.inf, 0.0, torch.inf]
+    assert flat[0, :3].tolist() == [0.0, 1.0, 2.0]
+    assert bool(bounded[0, 3].isnan() & flat[0, 3].isnan())

@@ -682,3 +682,13 @@ def test_levels_of_long_rows_by_sums_of_a_stated_order(n: int, bits: int, monkey
     levels = quantizer.fit(x)
     assert torch.equal(levels, torch.cat([quantizer.fit(row[None]) for row in x]))
     assert error(x, levels) <= wanted * 1.0001
+
+
+# Found by attack, each with the input that showed it.
+
+
+def test_levels_that_are_neighbouring_floats_are_fixed_points() -> None:
+    low = torch.tensor(1.7).nextafter(torch.tensor(2.0))
+    levels = torch.stack([low, low.nextafter(torch.tensor(2.0))])[None]
+    for w in (pf.proxmaps.hard, lambda u, q: pf.proxmaps.parq(u, q, 0.0)):
+        assert torch.equal(w(levels, levels), levels)

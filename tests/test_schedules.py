@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import parq_fn as pf
 from parq_fn import schedules as sched
 
 PATHS = [sched.linear, sched.cosine, sched.exponential, sched.polynomial]
@@ -121,3 +122,17 @@ def test_boundaries_that_cannot_be_read_are_not_compared() -> None:
 
     values = torch.vmap(value)(torch.tensor([3.0, 5.0]))
     assert values.tolist() == [[1, 2, 3], [1, 1, 3]]
+
+
+# Found by attack, each with the input that showed it.
+
+
+def test_a_schedule_may_return_a_number() -> None:
+    optimizer = pf.sgd(lambda step: 0.5)
+    params = {"w": torch.ones(1)}
+    assert optimizer.update(params, optimizer.init(params), params)[0]["w"] == -0.5
+
+
+def test_small_exponential_paths_do_not_underflow_in_the_check() -> None:
+    path = pf.schedules.exponential(1e-200, 1e-300, 0, 2)
+    assert float(path(1)) == pytest.approx(1e-250)

@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import parq_fn as pf
 from parq_fn import proxmaps, schedules
@@ -289,3 +289,55 @@ def test_schedules_take_ints_tensors_batches_and_compile(schedule) -> None:
         assert_close(alone, together[t], 1e-15)
     assert_close(torch.vmap(schedule)(steps), together, 1e-15)
     assert_close(compiled(steps), together, 1e-15)
+
+
+# Found by attack, each with the input that showed it.
+
+
+@pytest.mark.slow
+def test_a_step_with_a_weight_mask_and_its_init_compile() -> None:
+    torch.compiler.reset()
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    apply, params = pf.functional(net)
+    mask = pf.weight_mask(net, exclude="1")
+    prox = pf.hard_prox(pf.lsbq(1), granularity=pf.per_channel())
+    transform = pf.chain(pf.sgd(0.1), pf.masked(prox, mask))
+    x = torch.ones(2, 3)
+
+    def step(params, state):
+        gradient = pf.value_and_grad(lambda w: apply(w, x).square().sum(), transform)
+        _, grads = gradient(params, state)
+        updates, state = transform.update(grads, state, params)
+        return pf.apply_updates(params, updates), state
+
+    init = torch.compile(prox.init, fullgraph=True, backend="eager")
+    assert init({"w": params["0.weight"]}).levels["w"].shape == (4, 2)
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    ours = theirs = (params, transform.init(params))
+    for _ in range(3):
+        ours, theirs = compiled(*ours), step(*theirs)
+    for name in params:
+        torch.testing.assert_close(ours[0][name], theirs[0][name])
+
+
+@pytest.mark.slow
+def test_dynamic_shapes_compile() -> None:
+    torch.compiler.reset()
+    link = pf.hard_prox(pf.lsbq(1), granularity=pf.per_channel())
+    params = {"w": torch.randn(4, 6)}
+    _, state = link.update(params, link.init(params), params)
+    compiled = torch.compile(link.weights, fullgraph=True, backend="eager", dynamic=True)
+    assert torch.equal(compiled(state, params)["w"], link.weights(state, params)["w"])
+
+
+@pytest.mark.slow
+def test_permuted_weights_keep_their_strides_under_dynamic_shapes() -> None:
+    torch.compiler.reset()
+    link = pf.hard_prox(pf.lsbq(1), granularity=pf.per_channel())
+    image = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    params = {"conv": image, "linear": torch.randn(6, 4).t()}
+    _, state = link.update(params, link.init(params), params)
+    compiled = torch.compile(link.weights, fullgraph=True, backend="eager", dynamic=True)
+    for name, weight in compiled(state, params).items():
+        assert torch.equal(weight, link.weights(state, params)[name])
+        assert weight.stride() == params[name].stride()

@@ -319,3 +319,33 @@ def test_updates_are_added_in_the_dtype_of_the_params() -> None:
     assert pf.apply_updates(params, {"w": torch.ones(2)})["w"].dtype == torch.bfloat16
     with pytest.raises(ValueError, match="apply_updates: the update of 'w' has shape"):
         pf.apply_updates(params, {"w": torch.ones(1, 2)})
+
+
+# Found by attack, each with the input that showed it.
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (), (8, 4)])
+def test_gradients_of_another_shape_are_named(shape) -> None:
+    transform = pf.chain(pf.sgd(0.1, 0.9), pf.hard_prox(pf.lsbq(1)))
+    params = {"a": torch.zeros(1), "w": torch.zeros(4, 8)}
+    grads = {"a": torch.zeros(1), "w": torch.ones(shape)}
+    with pytest.raises(ValueError, match=r"chain: the update of 'w' has shape .* \(4, 8\)"):
+        transform.update(grads, transform.init(params), params)
+
+
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.bfloat16, 512), (torch.float16, 4096)])
+def test_accumulation_does_not_stall_in_a_narrow_dtype(dtype, steps: int) -> None:
+    transform = pf.accumulate(pf.sgd(1.0), steps)
+    params = {"w": torch.zeros(2, dtype=dtype)}
+    state = transform.init(params)
+    for _ in range(steps):
+        updates, state = transform.update({"w": torch.ones(2, dtype=dtype)}, state, params)
+    assert updates["w"].tolist() == [-1.0, -1.0]
+    assert updates["w"].dtype == dtype
+
+
+def test_apply_if_finite_around_accumulate_takes_missing_gradients() -> None:
+    transform = pf.apply_if_finite(pf.accumulate(pf.sgd(0.1), 2))
+    params = {"a": torch.ones(1), "b": torch.ones(1)}
+    updates, _ = transform.update({"a": None, "b": params["b"]}, transform.init(params), params)
+    assert updates["b"] == 0

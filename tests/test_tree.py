@@ -138,3 +138,32 @@ def test_updates_of_another_shape_or_structure_name_the_leaf() -> None:
         ValueError, match=r"trees differ in structure: leaves of the first alone: \['b'\]"
     ):
         pf.apply_updates(params, {"a": torch.zeros(2, 1)})
+
+
+# Found by attack, each with the input that showed it.
+
+
+@pytest.mark.parametrize("mask", [[], (), set(), lambda name, leaf: False])
+def test_masks_that_pick_nothing_are_refused(mask) -> None:
+    with pytest.raises(ValueError, match=r"picks no parameter|matches no parameter"):
+        pf.masked(pf.freeze(), mask).init({"w": torch.ones(1)})
+
+
+def test_of_overlapping_mask_entries_the_longest_decides() -> None:
+    params = {"layer1.weight": torch.ones(1), "layer1.bias": torch.ones(1)}
+    assert tree.resolve_mask({"layer1": True, "layer1.bias": False}, params) == [False, True]
+    with pytest.raises(ValueError, match="two leaves have one name"):
+        tree.resolve_mask({"a.b": True, "a": {"b": False}}, {"a.b": params, "a": {"b": 1.0}})
+
+
+@pytest.mark.parametrize("leaf", [torch.ones(4).to(torch.float8_e4m3fn), torch.eye(4).to_sparse()])
+def test_narrow_and_sparse_leaves_are_named(leaf) -> None:
+    with pytest.raises(TypeError, match=r"hard_prox: parameter 'w' is torch.float.* and dense"):
+        pf.hard_prox(pf.lsbq(1)).init({"w": leaf})
+
+
+def test_counts_stay_on_the_cpu_under_another_default_device() -> None:
+    with torch.device("meta"):
+        state = pf.chain(pf.sgd(0.1, 0.9), pf.hard_prox(pf.lsbq(1))).init({"w": torch.ones(2, 2)})
+    assert tree.read(state, "count").device.type == "cpu"
+    assert tree.read(state, "slope").device.type == "cpu"

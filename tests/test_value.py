@@ -125,3 +125,23 @@ def test_equality_of_tensor_fields() -> None:
 def test_everything_public_is_listed_sorted() -> None:
     assert pf.__all__ == sorted(pf.__all__)
     assert all(hasattr(pf, name) for name in pf.__all__)
+
+
+# Found by attack, each with the input that showed it.
+
+
+def test_a_subclass_with_an_init_of_its_own_compares_by_its_attributes() -> None:
+    class shifted(pf.Link):
+        def __init__(self, by):
+            self.by = by
+
+    assert shifted(1) != shifted(2)
+    assert shifted(1) == shifted(1)
+    assert hash(shifted(1)) == hash(shifted(1))
+    assert repr(shifted(1)) == "shifted(by=1)"
+
+
+def test_values_that_hold_tensors_anywhere_are_unhashable() -> None:
+    schedule = pf.schedules.piecewise((torch.tensor(1.0), 0.5), (3,))
+    with pytest.raises(TypeError, match="field 'values' holds a tensor"):
+        hash(schedule)

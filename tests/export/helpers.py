@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import parq_fn as pf
+from parq_fn.export import pack_weight
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
 
 SOON: dict[str, Any] = {"anneal_start": 0, "anneal_end": 3, "period": 1}
@@ -62,3 +63,15 @@ def on_levels(shape: tuple[int, ...], cut: Any, quantizer: Any = None) -> tuple[
     rows = cut.rows(weight)
     levels = (quantizer or pf.lsbq(2))(rows)
     return cut.restore(pf.proxmaps.hard(rows, levels), weight), levels
+
+
+def signs(module: nn.Module) -> dict[str, Any]:
+    """A module's matrices set to +-1/4, packed."""
+    packed: dict[str, Any] = {}
+    for name, p in module.named_parameters():
+        if p.dim() > 1:
+            p.data = torch.where(p >= 0, 0.25, -0.25)
+            packed[name] = pack_weight(p, torch.tensor([[-0.25, 0.25]]))
+        else:
+            packed[name] = p.detach()
+    return packed

@@ -18,6 +18,7 @@ from parq_fn.export.file import _BLANK, _header, _write, cut_as_json, cut_from_j
 from parq_fn.export.layers import PackedLayer
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
 from tests.export.helpers import on_levels
+from tests.helpers import every_other
 from tests.test_axes import cases
 
 CUTS = {
@@ -172,19 +173,6 @@ def test_levels_of_other_rows_are_told() -> None:
     square, own = on_levels((8, 8), pf.per_channel(1))
     with pytest.raises(ValueError, match="on none of their levels"):
         pack_weight(square, own)
-
-
-class every_other(pf.Granularity):
-    """Rows that a weight's own order does not have, by methods of its own."""
-
-    def shape(self, weight: Tensor) -> tuple[int, int]:
-        return 2, weight.numel() // 2
-
-    def rows(self, weight: Tensor) -> Tensor:
-        return weight.reshape(-1, 2).t()
-
-    def restore(self, rows: Tensor, weight: Tensor) -> Tensor:
-        return rows.t().reshape(weight.shape)
 
 
 class halves(pf.Granularity):

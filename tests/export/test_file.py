@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +27,8 @@ from parq_fn.export import (
     table,
     unpack,
 )
-from tests.export.helpers import Net, trained
+from parq_fn.export.file import _BLANK, _write
+from tests.export.helpers import Net, signs, trained
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -176,3 +180,41 @@ def test_the_command_verifies_and_prints_a_table(
     monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / "cut")])
     assert importlib.import_module("parq_fn.export.__main__").main() == 1
     assert "was changed or cut off" in capsys.readouterr().err
+
+
+# Found by reviews.
+
+
+def test_permissions_are_those_of_the_file_before_or_of_the_user(tmp_path: Path) -> None:
+    packed, file = signs(nn.Linear(8, 2)), tmp_path / "file"
+    before = os.umask(0o077)
+    try:
+        save(packed, file)
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    finally:
+        os.umask(before)
+    file.chmod(0o640)
+    save(packed, file)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("version", [-3, True, 0, "1", None])
+def test_versions_that_never_were_are_refused(version: Any, tmp_path: Path) -> None:
+    own = {"names": [], "packed": {}, "sha256": _BLANK, "version": version}
+    text = json.dumps({"__metadata__": {"parq_fn": json.dumps(own, separators=(",", ":"))}})
+    header = bytearray(len(text).to_bytes(8, "little") + text.encode())
+    _write(tmp_path / "file", header, [])
+    with pytest.raises(ValueError, match="is of format version"):
+        load(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "own", [{"names": ["w"]}, {"packed": {"w": {"shape": [2]}}}, {"packed": [3]}]
+)
+def test_headers_that_fit_no_tensors_are_refused(own: dict[str, Any], tmp_path: Path) -> None:
+    own = {"names": [], "packed": {}, "sha256": _BLANK, "version": 1, **own}
+    text = json.dumps({"__metadata__": {"parq_fn": json.dumps(own, separators=(",", ":"))}})
+    header = bytearray(len(text).to_bytes(8, "little") + text.encode())
+    _write(tmp_path / "file", header, [])
+    with pytest.raises(ValueError, match="has a header that does not fit its tensors"):
+        load(tmp_path / "file")

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import parq_fn as pf
-from parq_fn.export.grid import even_grid, halved
+from parq_fn.export.grid import even_grid, halved, shifted
 
 EVEN = [
     *(pf.uniform(bits, scale) for bits in (1, 2, 3, 4, 8) for scale in ("mean", "max")),
@@ -69,3 +69,18 @@ def test_odd_multiples_are_halves_of_twice_the_unit() -> None:
     assert torch.equal((grid.multiples + 0.5) * grid.unit, levels)
     with pytest.raises(ValueError, match="not all odd multiples"):
         halved(even_grid(pf.max_uniform(2)(torch.randn(1, 5))))
+
+
+# Found by reviews.
+
+
+@pytest.mark.parametrize(
+    "levels", [[[20.0, 21.0]], [[120.0, 121.0], [0.0, 16.0]], [[122.0, 127.0], [1.0, 50.0]]]
+)
+def test_zero_points_fit_the_codes_bits(levels: list[list[float]]) -> None:
+    grid = even_grid(torch.tensor(levels))
+    codes, zero, bits = shifted(grid)
+    half = 2 ** (bits - 1)
+    for got in (codes, zero):
+        assert bool(((got >= -half) & (got < half)).all())
+    assert torch.equal(codes - zero, grid.multiples)

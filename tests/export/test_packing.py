@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import parq_fn as pf
 from parq_fn.export import Packed, pack, pack_weight, unpack
@@ -139,3 +142,27 @@ def test_bad_input() -> None:
         Packed(torch.zeros(1, dtype=torch.uint8), levels.expand(2, 2), (1, 3))
     with pytest.raises(ValueError, match="'w': some of its weights are not numbers"):
         pack_weight(torch.full((1, 2), torch.nan), levels, name="w")
+
+
+# Found by reviews.
+
+
+@pytest.mark.parametrize(
+    ("shape", "levels", "message"),
+    [
+        ((1, 257), torch.arange(257.0)[None], r"expected levels \[r, 1 to 256\], got \(1, 257\)"),
+        ((4,), torch.ones(2), r"expected levels \[r, 1 to 256\], got \(2,\)"),
+        ((4,), torch.ones(1, 0), "expected levels"),
+        ((3, 3), torch.ones(2, 1), r"shape \(3, 3\) is not 2 rows of one length"),
+        ((2, 2), torch.tensor([[1.0, -1.0]]), "its levels are not sorted"),
+    ],
+)
+def test_levels_that_fit_no_weight_are_told(shape: Any, levels: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=f"'w': {message}|'w'.*{message}"):
+        pack_weight(torch.zeros(shape), levels, name="w")
+
+
+def test_a_copy_of_the_module_is_refused() -> None:
+    net, optimizer = trained("QuantOptimizer")
+    with pytest.raises(ValueError, match="has none of the parameters that the optimizer quantizes"):
+        pack(copy.deepcopy(net), optimizer)

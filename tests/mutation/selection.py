@@ -14,7 +14,7 @@ TESTS: dict[str, tuple[tuple[str, ...], ...]] = {}
 _COMMON = ("tests/test_published_faults.py", "tests/test_torch_func.py")
 _QUANTIZERS = (
     ("tests/test_quantizers.py", "tests/test_reference.py"),
-    ("tests/laws/test_quantizers.py", "tests/test_hostile.py", *_COMMON),
+    ("tests/laws/test_quantizers.py", "tests/test_checks.py", "tests/test_prox.py", *_COMMON),
 )
 
 
@@ -25,12 +25,12 @@ def _select(module: str, first: tuple[str, ...], then: tuple[str, ...]) -> None:
 _select(
     "parq_fn/schedules.py",
     ("tests/test_schedules.py", "tests/laws/test_schedules.py", "tests/test_reference.py"),
-    ("tests/test_hostile.py", "tests/test_prox.py", *_COMMON),
+    ("tests/test_checks.py", "tests/test_prox.py", *_COMMON),
 )
 _select(
     "parq_fn/quantizers/granularity.py",
     ("tests/test_granularity.py",),
-    ("tests/test_hostile.py", "tests/test_prox.py", *_COMMON),
+    ("tests/test_checks.py", "tests/test_prox.py", *_COMMON),
 )
 for _map in proxmaps.MAPS:
     _select(
@@ -41,7 +41,7 @@ for _map in proxmaps.MAPS:
             "tests/laws/test_proxmaps.py",
             "tests/test_reference.py",
         ),
-        ("tests/test_hostile.py", "tests/test_prox.py", "tests/optim/test_passes.py", *_COMMON),
+        ("tests/test_prox.py", "tests/optim/test_passes.py", *_COMMON),
     )
 _select(
     "parq_fn/proxmaps/proxmap.py",
@@ -58,7 +58,7 @@ _select(
     ("tests/test_quantizers.py", "tests/laws/test_quantizers.py"),
 )
 _PROX_LINKS = (
-    ("tests/test_prox.py", "tests/test_hostile.py"),
+    ("tests/test_prox.py", "tests/test_checks.py"),
     (
         "tests/laws/test_training.py",
         "tests/laws/test_transformations.py",
@@ -71,7 +71,7 @@ _PROX_LINKS = (
 _select("parq_fn/transforms/prox_link.py", *_PROX_LINKS)
 _select("parq_fn/transforms/prox_links.py", *_PROX_LINKS)
 _TRANSFORMS = (
-    ("tests/test_transformation.py", "tests/test_hostile.py"),
+    ("tests/test_transformation.py", "tests/test_checks.py"),
     (
         "tests/laws/test_transformations.py",
         "tests/test_tree.py",

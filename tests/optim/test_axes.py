@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
-from tests.helpers import sampled
+from tests.helpers import every_other, sampled
 from tests.processes import on_processes
 
 RATE = 0.125  # a product with which is exact, however steps are written
@@ -182,19 +182,6 @@ SHARDED: list[tuple[tuple[int, ...], list[Any]]] = [
     ((4, 6, 3), [pf.per_block(8, (1, 0)), pf.per_block(3, (2, 0, 1)), pf.per_block(4, (0, 1))]),
     ((4, 2, 3, 3), [pf.per_block(9, (1, 2, 3)), pf.per_channel(1), pf.per_channel(-1)]),
 ]
-
-
-class every_other(pf.Granularity):
-    """Rows that a weight's own order does not have, by methods of its own."""
-
-    def shape(self, weight: Tensor) -> tuple[int, int]:
-        return 2, weight.numel() // 2
-
-    def rows(self, weight: Tensor) -> Tensor:
-        return weight.reshape(-1, 2).t()
-
-    def restore(self, rows: Tensor, weight: Tensor) -> Tensor:
-        return rows.t().reshape(weight.shape)
 
 
 def equal_to_one_process(adapters: tuple[str, ...]) -> None:

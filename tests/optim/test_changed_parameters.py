@@ -1,0 +1,157 @@
+"""Parameters that code outside the optimizer writes, exchanges, moves or converts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import parq_fn as pf
+from tests.optim.adapters import ADAPTERS, LATE, ones_for, parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_weights_loaded_after_the_optimizer_was_built_are_trained_on(
+    adapter: str, dtype: torch.dtype, steps: int
+) -> None:
+    a, b = parameters(2, dtype)
+    optimizer = ADAPTERS[adapter]([a, b], LATE)
+    for _ in range(steps):
+        ones_for(a, b)
+        optimizer.step()
+    pretrained = torch.full((4, 4), 7.0, dtype=dtype)
+    with torch.no_grad():
+        a.copy_(pretrained)
+        kept = b.clone()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    ones_for(a, b)
+    optimizer.step()
+    assert torch.equal(a, pretrained)
+    assert torch.equal(b, kept)
+    assert torch.equal(optimizer.state[a]["latent"], pretrained.to(optimizer.state[a]["latent"]))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_elements_changed_in_mid_annealing_become_latents_and_the_others_keep_theirs(
+    adapter: str,
+) -> None:
+    (a,) = parameters(1)
+    optimizer = ADAPTERS[adapter]([a])
+    for _ in range(4):
+        ones_for(a)
+        optimizer.step()
+    before = optimizer.state[a]["latent"].clone()
+    with torch.no_grad():
+        a[0, 0] = 3.0
+        a[1] *= 1 + 1e-7  # within rounding
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    ones_for(a)
+    optimizer.step()
+    before[0, 0] = 3.0
+    assert torch.equal(optimizer.state[a]["latent"], before)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_state_is_where_exchanged_parameters_are(adapter: str) -> None:
+    params = parameters()
+    optimizer = ADAPTERS[adapter](params)
+    ones_for(*params)
+    optimizer.step()
+    there = [nn.Parameter(torch.empty_like(p, device="meta")) for p in params]
+    for group in optimizer.param_groups:
+        group["params"] = there
+    for entries in optimizer.state_dict()["state"].values():
+        kept = [got for got in entries.values() if isinstance(got, Tensor) and got.dim()]
+        assert len(kept) >= 3  # latent, moments, levels
+        assert {got.device.type for got in kept} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_module_moved_to_another_device_after_the_optimizer_was_built(adapter: str) -> None:
+    runs = []
+    for device in ("cpu", "cuda"):
+        module = nn.ParameterList(parameters())
+        optimizer = ADAPTERS[adapter](list(module))
+        module.to(device)
+        for _ in range(8):
+            ones_for(*module)
+            optimizer.step()
+        runs.append([p.detach().cpu() for p in module])
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_small_changes_of_bfloat16_weights_are_seen(adapter: str) -> None:
+    w = nn.Parameter(torch.tensor([[1.0, 0.05, 0.03, -0.05]], dtype=torch.bfloat16))
+    optimizer = ADAPTERS[adapter]([w], LATE)
+    new = torch.tensor([[1.0, 0.0, -0.03, -0.02]], dtype=torch.bfloat16)
+    with torch.no_grad():
+        w.copy_(new)
+    optimizer.step()  # without a gradient
+    assert torch.equal(w, new)
+    assert torch.equal(optimizer.state[w]["latent"], new.float())
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_good_weights_loaded_over_infinite_ones_are_taken(adapter: str) -> None:
+    w = nn.Parameter(torch.ones(2, 2))
+    optimizer = ADAPTERS[adapter]([w], LATE)
+    with torch.no_grad():
+        optimizer.state[w]["latent"].copy_(torch.tensor([[torch.inf, torch.nan], [0.5, 0.5]]))
+    optimizer.step()
+    assert w[0, 0] == torch.inf
+    with torch.no_grad():
+        w.copy_(torch.ones(2, 2))
+    optimizer.step()
+    assert torch.equal(w, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_row_without_a_number_leaves_the_latents_of_others_alone_in_a_copy(adapter: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(8, 4, bias=False)
+    prox = pf.hard_prox(pf.lsbq(2), granularity=pf.per_channel())
+    optimizer = ADAPTERS[adapter]([net.weight], prox)
+    for bad in (1.0, torch.nan):
+        net.weight.grad = torch.randn(4, 8)
+        net.weight.grad[0, 0] *= bad
+        optimizer.step()
+    other, its = copy.deepcopy((net, optimizer))
+    for one, two in ((net, optimizer), (other, its)):
+        one.weight.grad = torch.zeros(4, 8)
+        two.step()
+    latents = [o.state[n.weight]["latent"][1:] for n, o in ((net, optimizer), (other, its))]
+    assert torch.equal(*latents)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_weights_loaded_before_a_group_is_added_or_a_parameter_exchanged(adapter: str) -> None:
+    w, v = parameters()
+    optimizer = ADAPTERS[adapter]([w], LATE)
+    seven, three = torch.full((4, 4), 7.0), nn.Parameter(torch.full((4, 4), 3.0))
+    with torch.no_grad():
+        w.copy_(seven)
+    named = adapter == "TransformOptimizer"
+    optimizer.add_param_group({"params": [("v", v)] if named else [v], "quant_bits": 2})
+    optimizer.step()
+    assert torch.equal(w, seven)
+    optimizer.param_groups[0]["params"][0] = three
+    optimizer.step()
+    assert torch.equal(three, torch.full((4, 4), 3.0))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_conversions_after_the_optimizer_was_built_are_told(adapter: str) -> None:
+    net = nn.Linear(4, 4, bias=False)
+    optimizer = ADAPTERS[adapter]([net.weight])
+    net.double()
+    with pytest.raises(ValueError, match=r"is torch\.float64 now and its latent torch\.float32"):
+        optimizer.step()

@@ -1,0 +1,116 @@
+"""Parameter groups: what their keys may be, added ones, what is shared within one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import parq_fn as pf
+from parq_fn.optim import QuantOptimizer, TransformOptimizer
+from tests.optim.adapters import ADAPTERS, LATE, SOON, ones_for, parameters, quantized, transformed
+
+
+def test_a_base_that_was_loaded_behind_our_back_is_told() -> None:
+    (a,) = parameters(1)
+    optimizer = quantized([a])
+    optimizer.base.load_state_dict(optimizer.base.state_dict())
+    ones_for(a)
+    with pytest.raises(ValueError, match="new param_groups; load a state through the QuantOpt"):
+        optimizer.step()
+
+
+def test_groups_added_to_the_base_are_told_and_reordered_parameters_followed() -> None:
+    a, b, c = parameters(3)
+    optimizer = quantized([a, b], LATE)
+    ones_for(a, b)
+    optimizer.step()
+    entries = optimizer.state[a], optimizer.state[b]
+    optimizer.param_groups[0]["params"].reverse()
+    ones_for(a, b)
+    optimizer.step()
+    assert optimizer.state[a]["latent"] is entries[0]["latent"]
+    assert int(optimizer.state[b]["updates"]) == 2
+    optimizer.base.add_param_group({"params": [c]})
+    with pytest.raises(ValueError, match="had 1 groups and has 2; add groups with its own"):
+        optimizer.step()
+
+
+def test_parameters_of_one_name_in_two_groups_are_refused() -> None:
+    a, b = parameters()
+    groups = [{"params": [("weight", a)]}, {"params": [("weight", b)]}]
+    with pytest.raises(ValueError, match="two parameters are named 'weight'"):
+        TransformOptimizer(groups, pf.sgd(0.0))
+
+
+def test_a_group_added_to_prox_links_in_mid_training_is_refused() -> None:
+    a, b = parameters()
+    optimizer = transformed([a], pf.hard_prox(pf.lsbq(2), period=10))
+    ones_for(a)
+    optimizer.step()
+    with pytest.raises(ValueError, match="have taken steps, and a parameter added now"):
+        optimizer.add_param_group({"params": [("b", b)]})
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_exchange_that_would_lose_trained_state_is_refused(adapter: str) -> None:
+    a, b = parameters()
+    optimizer = ADAPTERS[adapter]([a])
+    optimizer.param_groups[0]["params"][0] = nn.Parameter(b.detach()[:2])
+    ones_for(optimizer.param_groups[0]["params"][0])
+    optimizer.step()  # nothing to lose
+    optimizer.param_groups[0]["params"][0] = b
+    with pytest.raises(ValueError, match=r"exchanged for a Parameter of shape .* after it was tr"):
+        optimizer.step()
+
+
+def test_a_rate_of_one_group_stands_in_for_it_alone() -> None:
+    a, b = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    transform = pf.partition({"x": pf.sgd(0.1), "y": pf.sgd(0.01)}, {"a": "x", "b": "y"})
+    groups = [{"params": [("a", a)], "lr": 5.0}, {"params": [("b", b)]}]
+    optimizer = TransformOptimizer(groups, transform)
+    ones_for(a, b)
+    optimizer.step()
+    assert torch.equal(a, torch.full((2,), -5.0))
+    assert torch.equal(b, torch.full((2,), -0.01))
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"quant_per_channel": True}, r"group 0 has quant_per_channel; expected quant_bits and"),
+        ({"quant_bits": "2"}, r"quant_bits='2', expected a whole number in 0\.\.8"),
+        ({"quant_bits": 9}, r"quant_bits=9, expected"),
+        ({"quant_block_size": 0}, r"quant_block_size=0, expected 1 or more"),
+    ],
+)
+def test_group_keys_that_mean_nothing_are_refused(group: dict[str, Any], message: str) -> None:
+    base = torch.optim.SGD([{"params": parameters(1), "quant_bits": 2, **group}], lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        QuantOptimizer(base, SOON)
+
+
+def test_no_parameters_at_all() -> None:
+    optimizer = TransformOptimizer([{"params": []}], pf.sgd(0.1))
+    assert optimizer.step(lambda: 3.0) == 3.0
+
+
+def test_bits_changed_by_hand_are_told() -> None:
+    (w,) = parameters(1)
+    optimizer = quantized([w])
+    for bits in (4, 16):
+        optimizer.param_groups[0]["quant_bits"] = bits
+        with pytest.raises(ValueError, match=rf"= \({bits}, None\) and was built with \(2, None\)"):
+            optimizer.step()
+
+
+def test_a_saved_rate_does_not_replace_a_schedule() -> None:
+    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    one = TransformOptimizer([("w", a)], pf.sgd(0.1, 0.9))
+    other = TransformOptimizer([("w", b)], pf.sgd(pf.schedules.cosine(0.5, 0.0, 0, 10), 0.9))
+    other.load_state_dict(one.state_dict())
+    assert "lr" not in other.param_groups[0]

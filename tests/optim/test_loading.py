@@ -1,0 +1,149 @@
+"""State dicts: of other bases, names and dtypes; what does not fit changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import parq_fn as pf
+from parq_fn.optim import QuantOptimizer, TransformOptimizer
+from tests.optim.adapters import ADAPTERS, LATE, ones_for, parameters, quantized, transformed
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_hooks_around_loading_run(adapter: str) -> None:
+    optimizer = ADAPTERS[adapter](parameters(1))
+    seen: list[str] = []
+    optimizer.register_load_state_dict_pre_hook(lambda o, state: seen.append("before"))
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append("after"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["before", "after"]
+
+
+def test_a_base_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
+    (a,) = parameters(1)
+    ones_for(a)
+    other, optimizer = quantized([a], base=torch.optim.SGD), quantized([a])
+    other.step()
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="'0 of group 0': exp_avg, exp_avg_sq, step missing"):
+        optimizer.load_state_dict(other.state_dict())
+    for key, wrong, message in (
+        ("exp_avg", torch.zeros(7), r"exp_avg has shape \(7,\), expected \(4, 4\)"),
+        ("exp_avg", np.zeros((4, 4)), "exp_avg is a ndarray, expected a tensor"),
+        ("latent", 3.0, "latent is a float, expected a tensor"),
+    ):
+        state = copy.deepcopy(optimizer.state_dict())
+        state["state"][0][key], state["param_groups"][0]["lr"] = wrong, 9.0
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, got in before["state"][0].items():
+        assert torch.equal(after["state"][0][key], got)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_scalars_saved_as_numbers_are_tensors_again(adapter: str) -> None:
+    (a,) = parameters(1)
+    optimizer = ADAPTERS[adapter]([a])
+    for _ in range(2):
+        ones_for(a)
+        optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    entries = state["state"][0]
+    state["state"][0] = {k: v.item() if v.dim() == 0 else v for k, v in entries.items()}
+    optimizer.load_state_dict(state)
+    for key, got in optimizer.state[a].items():
+        assert got.dtype == entries[key].dtype
+        assert torch.equal(got, entries[key])
+    ones_for(a)
+    optimizer.step()
+
+
+def test_the_state_of_full_precision_training_is_taken_over() -> None:
+    a, b = parameters()
+    plain = torch.optim.AdamW([{"params": [a]}, {"params": [b]}], lr=0.02)
+    for _ in range(3):
+        ones_for(a, b)
+        plain.step()
+    groups = [{"params": [a], "quant_bits": 2}, {"params": [b]}]
+    optimizer = QuantOptimizer(torch.optim.AdamW(groups, lr=0.5), LATE)
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["quant_bits"] == 2
+    assert optimizer.param_groups[0]["lr"] == 0.02
+    for _ in range(3):  # not annealed yet: the same training
+        ones_for(a, b)
+        optimizer.step()
+    c, d = parameters()
+    alone = torch.optim.AdamW([{"params": [c]}, {"params": [d]}], lr=0.02)
+    for _ in range(6):
+        ones_for(c, d)
+        alone.step()
+    assert torch.equal(a, c)
+    assert torch.equal(b, d)
+
+
+def test_shared_fields_come_from_any_parameter_that_was_saved() -> None:
+    a, b = parameters()
+    optimizer = transformed([a, b])
+    for _ in range(7):
+        ones_for(a, b)
+        optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["state"][0]
+    optimizer = transformed([a, b])
+    optimizer.load_state_dict(state)
+    ones_for(a, b)
+    optimizer.step()
+    assert int(pf.read(optimizer.transformation_state, "prox.count")) == 8
+    assert b.unique().numel() <= 4
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_the_state_of_narrow_training_is_widened_when_it_is_loaded(base: Any) -> None:
+    (p,) = parameters(1, torch.bfloat16)
+    plain = base([p], lr=0.05)
+    ones_for(p)
+    plain.step()
+    saved = copy.deepcopy(plain.state_dict())
+    wrapped = QuantOptimizer(base([{"params": [p], "quant_bits": 2}], lr=0.05), LATE)
+    wrapped.load_state_dict(saved)
+    ones_for(p)
+    wrapped.step()
+    kept = wrapped.state[p].items()
+    assert all(got.dtype == torch.float32 for key, got in kept if got.shape == p.shape)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_state_saved_under_other_names_goes_by_position(adapter: str) -> None:
+    net, other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def build(module: nn.Module, front: str) -> Any:
+        named = [(front + name, p) for name, p in module.named_parameters()]
+        if adapter == "TransformOptimizer":
+            return TransformOptimizer(named, pf.sgd(0.1, 0.9))
+        base = torch.optim.SGD([{"params": named, "quant_bits": 2}], lr=0.1, momentum=0.9)
+        return QuantOptimizer(base, LATE)
+
+    one, two = build(net, "module."), build(other, "")
+    two.load_state_dict(one.state_dict())
+    assert two.param_groups[0]["param_names"] == ["weight", "bias"]
+    two.step()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_state_dict_that_is_none_is_told(adapter: str) -> None:
+    optimizer = ADAPTERS[adapter](parameters(1))
+    with pytest.raises(ValueError, match="loaded state dict has no param_groups and no state"):
+        optimizer.load_state_dict({})
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["latent"] = saved["state"][0]["latent"].to(torch.complex64)
+    with pytest.raises(ValueError, match="latent is complex"):
+        optimizer.load_state_dict(saved)
