@@ -265,7 +265,9 @@ def test_dimensions_named_twice_or_not_at_all(got: Any, what: str) -> None:
         (pf.per_block(4, (0, 1)), (3, 2), r"4 does not divide the 6 along \(0, 1\) of shape"),
     ],
 )
-def test_weights_that_do_not_fit_are_told(cut, shape: tuple[int, ...], message: str) -> None:
+def test_weights_that_do_not_fit_a_granularity_raise(
+    cut, shape: tuple[int, ...], message: str
+) -> None:
     for call in (cut.rows, cut.shape):
         with pytest.raises(ValueError, match=message):
             call(torch.zeros(shape))

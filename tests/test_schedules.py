@@ -80,7 +80,7 @@ def test_a_boundary_belongs_to_what_follows() -> None:
     assert joined.tolist() == [7, 7, 0, 1, 1, 0, 1]
 
 
-def test_warmup_rises_to_the_first_value_and_goes_on_from_there() -> None:
+def test_warmup_rises_to_the_first_value_and_continues_from_it() -> None:
     schedule = sched.warmup(sched.linear(8.0, 0.0, 0, 4), 4, init=2.0)
     values = schedule(torch.arange(10))
     assert values.tolist() == [2, 3.5, 5, 6.5, 8, 6, 4, 2, 0, 0]

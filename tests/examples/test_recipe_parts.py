@@ -305,7 +305,7 @@ def test_a_worker_that_is_stuck_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_what_is_drawn_of_an_image_hangs_on_the_image_alone(small: bool) -> None:
+def test_random_views_of_an_image_depend_on_the_image_alone(small: bool) -> None:
     """On no image before it, and no generator is moved."""
     bicubic = Image.Resampling.BICUBIC
     transform = transforms.Training(40, bicubic, transforms.CIFAR, small, custom=True)

@@ -425,7 +425,7 @@ def test_labels_of_an_hdf5_file_are_checked(labels, message: str, tmp_path: Path
 
 
 @pytest.mark.rare
-def test_what_a_run_goes_on_from_is_checked(cifar: Path, tmp_path: Path, capsys) -> None:
+def test_what_a_run_resumes_from_is_checked(cifar: Path, tmp_path: Path, capsys) -> None:
     flags = ["--data-dir", str(cifar), "--batch-size", "10", "--epochs", "2"]
     flags += ["--save-dir", str(tmp_path), "--resume"]
     assert qat_resnet_cifar10.main([*SHORT, *flags]) == 0
@@ -537,7 +537,7 @@ def stopped_once(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
 
 @pytest.mark.rare
 @pytest.mark.parametrize("call", sampled([1, 2, 3], 1))  # the third is of the packed weights
-def test_a_run_that_is_stopped_in_a_test_goes_on(
+def test_a_run_that_is_stopped_in_a_test_resumes(
     call: int, cifar: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     flags = [*SHORT, "--batch-size", "30", "--epochs", "2", "--data-dir", str(cifar), "--resume"]

@@ -163,7 +163,7 @@ def test_cuts_that_a_file_s_tensors_do_not_fit(cut: Any, tmp_path: Path) -> None
         load(tmp_path / "file")
 
 
-def test_levels_of_other_rows_are_told() -> None:
+def test_levels_of_other_rows_raise() -> None:
     weight, levels = on_levels((8, 6), pf.per_channel(1))
     with pytest.raises(ValueError, match=r"'w': shape \(8, 6\) is not 6 rows"):
         pack_weight(weight, levels, name="w", granularity=pf.per_block(4, along=0))

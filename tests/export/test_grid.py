@@ -52,7 +52,9 @@ def test_any_whole_multiples_are_found(multiples: list[int], unit: float) -> Non
 
 
 @given(st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=6))
-def test_others_are_rounded_within_half_a_unit_and_the_error_is_told(values: list[float]) -> None:
+def test_uneven_levels_are_rounded_within_half_a_unit_and_the_error_is_returned(
+    values: list[float],
+) -> None:
     levels = torch.tensor([sorted(values)])
     grid = even_grid(levels)
     off = (grid.multiples * grid.unit.double() - levels.double()).abs().amax()

@@ -157,7 +157,7 @@ def test_bad_input() -> None:
         ((2, 2), torch.tensor([[1.0, -1.0]]), "its levels are not sorted"),
     ],
 )
-def test_levels_that_fit_no_weight_are_told(shape: Any, levels: Tensor, message: str) -> None:
+def test_levels_that_fit_no_weight_raise(shape: Any, levels: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"'w': {message}|'w'.*{message}"):
         pack_weight(torch.zeros(shape), levels, name="w")
 

@@ -64,7 +64,7 @@ def test_saved_and_reloaded(tie: bool, tmp_path: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / str(k)).eval()
 
 
-def test_another_class_is_told(tmp_path: Path) -> None:
+def test_loading_into_another_class_raises(tmp_path: Path) -> None:
     model, packed = trained(tie=True)
     save(packed, tmp_path / "packed")
     quantize_pretrained(model, tmp_path / "packed").save_pretrained(tmp_path / "saved")

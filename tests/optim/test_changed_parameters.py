@@ -149,7 +149,7 @@ def test_weights_loaded_before_a_group_is_added_or_a_parameter_exchanged(adapter
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_conversions_after_the_optimizer_was_built_are_told(adapter: str) -> None:
+def test_converting_a_module_after_the_optimizer_was_built_raises(adapter: str) -> None:
     net = nn.Linear(4, 4, bias=False)
     optimizer = ADAPTERS[adapter]([net.weight])
     net.double()

@@ -49,7 +49,7 @@ def test_nothing_but_a_checkpoint_is_replaced(tmp_path: Path) -> None:
             save_checkpoint(place, net, optimizer)
 
 
-def test_others_that_fit_no_checkpoint_are_told(tmp_path: Path) -> None:
+def test_extra_entries_that_do_not_fit_a_checkpoint_raise(tmp_path: Path) -> None:
     net, optimizer = saved_with_a_frozen_layer("QuantOptimizer")
     with pytest.raises(TypeError, match=r"epoch is a int, expected .* epoch={\"value\": ...}"):
         save_checkpoint(tmp_path / "last", net, optimizer, epoch=3)

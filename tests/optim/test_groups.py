@@ -13,7 +13,7 @@ from parq_fn.optim import QuantOptimizer, TransformOptimizer
 from tests.optim.adapters import ADAPTERS, LATE, SOON, ones_for, parameters, quantized, transformed
 
 
-def test_a_base_that_was_loaded_behind_our_back_is_told() -> None:
+def test_a_base_that_was_loaded_by_itself_raises() -> None:
     (a,) = parameters(1)
     optimizer = quantized([a])
     optimizer.base.load_state_dict(optimizer.base.state_dict())
@@ -22,7 +22,7 @@ def test_a_base_that_was_loaded_behind_our_back_is_told() -> None:
         optimizer.step()
 
 
-def test_groups_added_to_the_base_are_told_and_reordered_parameters_followed() -> None:
+def test_reordered_parameters_are_followed_and_groups_added_to_the_base_raise() -> None:
     a, b, c = parameters(3)
     optimizer = quantized([a, b], LATE)
     ones_for(a, b)
@@ -99,7 +99,7 @@ def test_no_parameters_at_all() -> None:
     assert optimizer.step(lambda: 3.0) == 3.0
 
 
-def test_bits_changed_by_hand_are_told() -> None:
+def test_changed_quant_bits_raise() -> None:
     (w,) = parameters(1)
     optimizer = quantized([w])
     for bits in (4, 16):

@@ -67,7 +67,7 @@ def test_scalars_saved_as_numbers_are_tensors_again(adapter: str) -> None:
     optimizer.step()
 
 
-def test_the_state_of_full_precision_training_is_taken_over() -> None:
+def test_the_state_of_full_precision_training_is_loaded() -> None:
     a, b = parameters()
     plain = torch.optim.AdamW([{"params": [a]}, {"params": [b]}], lr=0.02)
     for _ in range(3):
@@ -139,7 +139,7 @@ def test_a_state_saved_under_other_names_goes_by_position(adapter: str) -> None:
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_a_state_dict_that_is_none_is_told(adapter: str) -> None:
+def test_state_dicts_with_missing_or_complex_parts_raise(adapter: str) -> None:
     optimizer = ADAPTERS[adapter](parameters(1))
     with pytest.raises(ValueError, match="loaded state dict has no param_groups and no state"):
         optimizer.load_state_dict({})

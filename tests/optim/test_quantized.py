@@ -227,7 +227,7 @@ def test_r1_asking_for_the_state_before_training_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_r2_every_key_and_shape_is_there_from_construction(base: str) -> None:
+def test_r2_every_key_and_shape_exists_from_construction(base: str) -> None:
     real = Training(BASES[base][0], PROXES["parq"])
     shapes = [
         {k: getattr(v, "shape", None) for k, v in real.optimizer.state[p].items()}
@@ -260,7 +260,7 @@ def test_r3_r4_states_and_groups_hold_tensors_numbers_and_strings() -> None:
         ["torch", "pickle", "nested", "flattened"],
     ),
 )
-def test_r5_r6_a_loaded_run_goes_on_to_the_bit(steps, dtype, base, way) -> None:
+def test_r5_r6_a_loaded_run_continues_bit_for_bit(steps, dtype, base, way) -> None:
     make = BASES[base][0]
     one, other = (Training(make, PROXES["parq_normal_map"], dtype) for _ in range(2))
     one.step(steps)
@@ -294,7 +294,7 @@ def test_r5_r6_a_loaded_run_goes_on_to_the_bit(steps, dtype, base, way) -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 @pytest.mark.parametrize("steps", [0, 3])
-def test_r7_copies_go_on_to_the_bit_and_leave_the_original_alone(copied, steps: int) -> None:
+def test_r7_copies_continue_bit_for_bit_and_leave_the_original_alone(copied, steps: int) -> None:
     one = Training(BASES["sgd"][0], PROXES["parq"])
     one.step(steps)
     other = copied(one)
@@ -329,24 +329,24 @@ def test_r9_a_missing_latent_is_taken_from_the_parameter() -> None:
     assert torch.equal(real.quantized["latent"], real.weight)
 
 
-SCHEDULERS = [
-    lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
-    lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 8),
-    lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.2, total_steps=20),
-    lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)),
-    lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
-    lambda o: torch.optim.lr_scheduler.LinearLR(o),
-    lambda o: torch.optim.lr_scheduler.PolynomialLR(o),
-    lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
-    lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
-    lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 3]),
-    lambda o: torch.optim.lr_scheduler.ConstantLR(o),
-    lambda o: torch.optim.lr_scheduler.MultiplicativeLR(o, lambda _: 0.9),
-]
+SCHEDULERS = {
+    "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
+    "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 8),
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.2, total_steps=20),
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "CyclicLR": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
+    "LinearLR": lambda o: torch.optim.lr_scheduler.LinearLR(o),
+    "PolynomialLR": lambda o: torch.optim.lr_scheduler.PolynomialLR(o),
+    "WarmRestarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "ExponentialLR": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+    "MultiStepLR": lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 3]),
+    "ConstantLR": lambda o: torch.optim.lr_scheduler.ConstantLR(o),
+    "MultiplicativeLR": lambda o: torch.optim.lr_scheduler.MultiplicativeLR(o, lambda _: 0.9),
+}
 
 
-@pytest.mark.parametrize("scheduler", range(len(SCHEDULERS)))
-def test_r10_r11_schedulers_may_be_built_on_either_optimizer(scheduler: int) -> None:
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_r10_r11_schedulers_may_be_built_on_either_optimizer(scheduler: str) -> None:
     runs = []
     for which in ("optimizer", "base"):
         real = Training(adamw, PROXES["parq_shrink"])
@@ -409,7 +409,7 @@ def test_r13_the_closure_runs_first_at_the_weights_and_its_value_is_returned() -
     assert equal(real.tensors(), other.tensors())
 
 
-def test_r14_without_a_gradient_the_base_skips_and_annealing_goes_on() -> None:
+def test_r14_without_a_gradient_the_base_skips_and_annealing_continues() -> None:
     real = Training(adamw, PROXES["parq"])
     real.step(3)
     latent = real.quantized["latent"].clone()
@@ -458,7 +458,7 @@ def test_r15_a_step_that_the_scaler_skips_advances_nothing() -> None:
     assert not hasattr(real.optimizer, "_step_supports_amp_scaling")
 
 
-def test_r16_there_are_no_modes_to_switch_to() -> None:
+def test_r16_the_optimizer_has_no_modes() -> None:
     optimizer = Training(adamw, PROXES["parq"]).optimizer
     assert not hasattr(optimizer, "train")
     assert not hasattr(optimizer, "eval")

@@ -129,7 +129,7 @@ def test_shrink_takes_the_rate_of_its_parameters() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", ["torch", "nested", "flattened"])
 @pytest.mark.parametrize("name", ["sgd", "named", "partition", "prox_parq"])
-def test_r5_r6_a_loaded_run_goes_on_to_the_bit(name, way, dtype, steps) -> None:
+def test_r5_r6_a_loaded_run_continues_bit_for_bit(name, way, dtype, steps) -> None:
     one, other = Run(TRANSFORMS[name], dtype), Run(TRANSFORMS[name], dtype)
     one.step(steps)
     if way == "torch":
@@ -149,7 +149,7 @@ def test_r5_r6_a_loaded_run_goes_on_to_the_bit(name, way, dtype, steps) -> None:
         assert equal(one.tensors(), other.tensors())
 
 
-def test_r1_r2_asking_for_the_state_changes_nothing_and_all_keys_are_there() -> None:
+def test_r1_r2_reading_the_state_changes_nothing_and_all_keys_exist() -> None:
     run = Run(TRANSFORMS["named"])
     before = copies(run.tensors())
     get_optimizer_state_dict(run.net, run.optimizer)
@@ -166,7 +166,7 @@ def test_r1_r2_asking_for_the_state_changes_nothing_and_all_keys_are_there() -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_r7_copies_go_on_to_the_bit_and_leave_the_original_alone(copied, name: str) -> None:
+def test_r7_copies_continue_bit_for_bit_and_leave_the_original_alone(copied, name: str) -> None:
     one = Run(TRANSFORMS[name])
     one.step(3)
     other, before = copied(one), copies(one.tensors())
