@@ -4,7 +4,7 @@
     python -m examples.compare qat_resnet_cifar10 --quant-bits 2 0 1 --proxmaps hard parq
 
 Flags that are not this program's are the recipe's, the same for all rows; so are the start and
-the order of the images. Every row has a folder in --save-dir, from which it goes on when the
+the order of the images. Every row has a folder in --save-dir, from which it resumes when the
 same command is given again. Prints a table in Markdown, and writes it to table.md there.
 """
 
@@ -50,7 +50,7 @@ def check(recipe: Recipe, rows: Iterable[Sequence[str]]) -> None:
 
 
 def trained(program: str, name: str, folder: Path, flags: Sequence[str]) -> Row:
-    """One row: the recipe, run with these flags; it goes on where it was stopped."""
+    """One row: the recipe, run with these flags; it resumes where it was stopped."""
     status = importlib.import_module(f"examples.{program}").main(
         [*flags, "--save-dir", str(folder), "--resume"]
     )

@@ -7,8 +7,8 @@ Matrices of the blocks are quantized per output channel, embeddings, norms and t
 AdamW is wrapped after `fully_shard`, and that is all that differs from a plain training script.
 
 Every `--save-every` steps parameters, latents, levels and moments are saved as a distributed
-checkpoint; the same command with `--resume`, on as many processes or others, goes on from the
-last whole one. On the same number of processes it goes on bit for bit.
+checkpoint; the same command with `--resume`, on as many processes or others, resumes from the
+last whole one. On the same number of processes it resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def resume(net: nn.Module, optimizer: QuantOptimizer, folder: Path) -> int:
     """Loads the last whole checkpoint; the number of steps it was made after, 0 for none."""
     whole = sorted(folder.glob("step-*"))
     if dist.get_rank() == 0:
-        print(f"going on from {whole[-1]}" if whole else f"no checkpoint in {folder}")
+        print(f"resuming from {whole[-1]}" if whole else f"no checkpoint in {folder}")
     if not whole:
         return 0
     load_checkpoint(whole[-1], net, optimizer)
@@ -150,7 +150,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the start and the batches")
     parser.add_argument("--save-dir", type=Path, default=Path("runs/qat_fsdp2"), help="checkpoints")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
     parser.add_argument("--stop-after", type=int, default=None, help="end the process early")
     return parser.parse_args(argv)
 

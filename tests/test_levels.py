@@ -70,7 +70,7 @@ def test_every_way_to_a_cell_finds_it(case) -> None:
     ends = levels[..., 1:-1], levels[..., :-1], levels[..., 1:]
     found = [lv.cell(x, levels)]
     if levels.shape[-1] > 1:
-        found.append(lv.pick_by_halves(x, *ends))
+        found.append(lv.lookup_by_halves(x, *ends))
     for pair in found:
         for got, end in zip(pair, wanted, strict=True):
             assert torch.equal(got.expand_as(x), end)
@@ -82,7 +82,7 @@ def test_every_way_to_an_entry_finds_it(case) -> None:
     below = slow_search(boundaries, x)
     shape = len(x), boundaries.shape[-1] + 1
     tables = torch.randn(shape), torch.arange(shape[0] * shape[1]).view(shape)
-    for way in (lv.pick, lv.pick_by_halves):
+    for way in (lv.lookup, lv.lookup_by_halves):
         for got, table in zip(way(x, boundaries, *tables), tables, strict=True):
             assert torch.equal(got, table.gather(1, below))
 
@@ -94,7 +94,7 @@ def test_the_closest_level_is_the_nearer_end_of_the_cell(case) -> None:
     bounds = lv.bounds(levels)
     assert bool((bounds[:, 1:] >= bounds[:, :-1]).all())
     found = lv.closest(x, levels), lv.closest(x, levels, bounds), lv.nearest(x, levels)
-    (by_halves,) = lv.pick_by_halves(x, bounds, levels)
+    (by_halves,) = lv.lookup_by_halves(x, bounds, levels)
     for got in (*found, by_halves):
         assert torch.equal(got.expand_as(x), ends)
 

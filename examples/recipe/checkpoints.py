@@ -28,7 +28,7 @@ class Progress:
     best: float = -1.0  # highest test accuracy, in percent
     seconds: float = 0.0  # that the epoch has taken so far
     sums: list[list[float]] = field(default_factory=list)  # of the epoch so far, by process
-    steps: int = 0  # of a whole epoch, which hang on the number of images
+    steps: int = 0  # of a whole epoch, which depend on the number of images
 
     def __post_init__(self) -> None:
         whole = self.epoch, self.step, self.begun, self.steps

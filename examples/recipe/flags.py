@@ -204,7 +204,7 @@ def parse(recipe: Recipe, argv: Sequence[str] | None) -> Flags:
     flag("--save-dir", Path("runs") / recipe.program, text, type=Path)
     flag("--save-every", 10, "epochs from one checkpoint to the next", **count)
     flag("--print-freq", 50, "steps from one report of the loss to the next", **count)
-    text = "go on from a checkpoint, or from the last in --save-dir (from nothing, if it has none)"
+    text = "resume from a checkpoint, or from the last in --save-dir (from nothing, if it has none)"
     group.add_argument("--resume", nargs="?", const="", type=str, metavar="PATH", help=text)
     text = "test the checkpoint or packed weights that --resume names, or --save-dir's last"
     flag("--evaluate", False, text)

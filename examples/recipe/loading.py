@@ -146,8 +146,7 @@ def _undisturbed(loader: DataLoader[View]) -> Iterator[Batch]:
 
 
 def _ends_with_the_main(worker: int) -> None:
-    """Has a worker end where the main process says so, by a signal as it goes down itself, or is
-    gone."""
+    """Ends a worker when the main process dies, or signals it on shutdown."""
     del worker
     main = multiprocessing.parent_process()
     if main is None or not hasattr(signal, "sigtimedwait"):  # as on macOS
@@ -174,7 +173,7 @@ def _batches_of(loader: DataLoader[View]) -> Iterator[Batch]:
             raise  # by a worker, not of one
         raise UserError(
             f"a process that reads images was lost, killed for its memory perhaps ({error}); "
-            "--resume goes on from the last checkpoint, with other --workers too",
+            "--resume resumes from the last checkpoint, with other --workers too",
             here=True,
         ) from None
 

@@ -1,6 +1,6 @@
 """What a run tells: a line of JSON an epoch, TensorBoard's scalars and figures, progress bars.
 
-Only the first process tells anything. A run that goes on drops what was told of epochs that it
+Only the first process tells anything. A run that resumes drops what was told of epochs that it
 takes again, so that the log is that of a run which never stopped.
 """
 

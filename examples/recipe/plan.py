@@ -48,9 +48,9 @@ class Plan:
         """A line on the run, of a network of so many parameters."""
         world, at, on = self.world, self.progress, ""
         if self.source is not None:
-            on = f"; goes on from {self.source}"
+            on = f"; resumes from {self.source}"
         elif self.args.resume is not None:
-            on = f"; there is no checkpoint {checkpoints.source_of(self.args)} to go on from"
+            on = f"; there is no checkpoint {checkpoints.source_of(self.args)} to resume from"
         return (
             f"{self.args.arch}, {parameters:,} parameters, {len(self.views.images):,} images of "
             f"{self.classes} classes, {self.steps} steps an epoch, {world.size} x "
@@ -128,7 +128,7 @@ def _folder_of(args: Flags, source: Path | None) -> Path:
     own = source is not None and source.resolve().parent == folder.resolve()
     if used and not own and args.resume != "":
         raise UserError(
-            f"{folder} holds a run ({', '.join(used)}); go on with it by --resume, give another "
+            f"{folder} holds a run ({', '.join(used)}); resume it by --resume, give another "
             "--save-dir, or delete it"
         )
     return folder

@@ -88,7 +88,7 @@ class Run:
                 loss, *_ = self.plan.world.total(*self.sums.tolist())
                 self._check_finite(loss, at.epoch, here=False)
                 self._save(LAST)
-            self.log.say(f"stopped before {where}; --resume {'goes on' if begun else 'begins'}")
+            self.log.say(f"stopped before {where}; --resume {'resumes' if begun else 'begins'}")
             raise
         finally:
             self.log.close()

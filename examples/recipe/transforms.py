@@ -1,8 +1,9 @@
 """From images to what a network sees, and what training makes of them at random.
 
 All that is random is drawn from torch's generator, under a seed that follows from what is drawn
-(`drawing`): the seed of a run, the epoch and the image. So it hangs neither on the process that
-reads the image nor on what was read before, and a run that goes on is the run that never stopped.
+(`drawing`): the seed of a run, the epoch and the image. So it depends neither on the process
+that reads the image nor on what was read before, and a run that resumes equals one that never
+stopped.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def concrete(tensor: Tensor) -> Any:
     """The Python number in a 0-d tensor, or None where there is none to be had.
 
     None under `torch.compile`, for a tensor batched by `vmap`, for a fake or meta tensor, and
-    off the CPU, where reading it would wait for the device. Only work that a value makes
-    superfluous may hang on it, never a result.
+    off the CPU, where reading it would wait for the device. Use it only to skip work
+    that the value makes unnecessary: results must not depend on it.
 
     >>> concrete(torch.tensor(3))
     3

@@ -126,8 +126,8 @@ class QuantizerTraits(Value):
     optimal: Literal["free", "symmetric", "ternary"] | None = None
     #: Every level is the mean of what it stands for: |x|^2 = |w|^2 + |x - w|^2.
     levels_are_means: bool = False
-    #: Several sets of levels may be equally good, so that rounding chooses: where this is so,
-    #: the symmetries below are asked of the errors.
+    #: The optimum may not be unique, so that rounding chooses: then the symmetry laws below compare
+    #: errors, not levels.
     ambiguous: bool = False
     #: A constant row is reproduced.
     exact_on_constants: bool = False

@@ -87,7 +87,8 @@ def parts_of(transformation: Transformation, params: Mapping[str, Tensor]) -> li
 
 
 def _common(part: Part, params: Mapping[str, Tensor]) -> list[str]:
-    """What a part's parameters share: more of it for more of them is no dict by name."""
+    """Keys of the state that all leaves share; where they differ between parts, a state is no dict
+    by name, and the transformation is not split."""
     state = part.transformation.init({name: params[name] for name in part.names})
     return [key for name, key, _ in part.take_apart(state) if name is None]
 
@@ -106,8 +107,8 @@ def joined(states: list[PyTree]) -> PyTree:
 
 
 def _tells_all(transformation: Any) -> bool:
-    """Whether what it and its children declare is of what they do: traits are inherited, by a
-    class too that does something else."""
+    """Whether its traits, and its children's, come from the class that defines their methods, not
+    from a parent that behaves differently."""
     order = type(transformation).__mro__
     traits, *methods = (
         next((i for i, cls in enumerate(order) if name in vars(cls)), len(order))

@@ -12,9 +12,9 @@ from parq_fn.proxmaps.hard import HARD
 from parq_fn.proxmaps.levels import closest, nan_with, prepare
 from parq_fn.proxmaps.proxmap import Formula, computed, follows_levels, prox_map
 
-# Of u - theta g and q + (1 - theta) g, g = u - q the gap to the nearest level q, the
-# one whose product is at most half of the gap. Rounding keeps order, so that it carries w past
-# neither u nor q; and w is u where theta is 0, and q where the gap is.
+# w = u - theta g = q + (1 - theta) g, g = u - q the gap to the nearest level q. Of the two equal
+# expressions the one with the smaller correction is used: rounding then cannot overshoot u or q,
+# and w is u where theta is 0, and q where the gap is.
 
 
 def _shares(theta: Tensor) -> tuple[Tensor, ...]:

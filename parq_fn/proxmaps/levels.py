@@ -5,11 +5,10 @@ c_i = q_i / 2 + q_{i+1} / 2, as rounded. A weight exactly on a midpoint belongs 
 level: what `bucketize` on the midpoints gives. Every prox map is a formula in the two ends of
 a weight's cell, so this file is the only one that searches.
 
-It searches in four ways that find the same: by binary search, for any number of levels; by
-comparison with each, whose passes over memory cost less on a CPU where there are few, and which
-where there are two to four is the level itself, without an index; and, under a compiler, by halving
-the window that a weight may lie in, which is `where` throughout and so becomes part of one loop
-with the map that follows.
+Four equivalent searches, chosen for speed: binary search, for any number of levels; comparison
+with each level, which on a CPU is faster where there are few; for two to four levels the largest
+level that a weight reaches, without an index; and, under a compiler, halving of the window that a
+weight may lie in, which is `where` throughout and so fuses with the map that follows.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from parq_fn.foundation.scalar import as_scalar, is_plain, to_device
 
-#: Up to so many levels are compared one by one, or halved in a compiled loop.
-FEW = 32
-#: From so many levels on the search for the nearest one profits from bounds at hand.
-MANY = 5
+#: Up to so many boundaries, each is compared, or they are halved in a compiled loop.
+LINEAR_SEARCH_MAX = 32
+#: Smallest number of levels for which the search for the nearest one gains from bounds at hand.
+BOUNDS_MIN = 5
 #: Up to so many levels the nearest one is the largest that is reached, without an index.
 _REACHED = 4
 
@@ -59,7 +58,7 @@ def search(boundaries: Tensor, x: Tensor) -> Tensor:
 
     For NaN any number.
     """
-    if boundaries.shape[-1] > FEW or x.device.type != "cpu":
+    if boundaries.shape[-1] > LINEAR_SEARCH_MAX or x.device.type != "cpu":
         x = x.detach().to(boundaries.dtype)
         return torch.searchsorted(boundaries.detach().contiguous(), x.contiguous())
     return count_below(boundaries, x)
@@ -79,20 +78,20 @@ def count_below(boundaries: Tensor, x: Tensor) -> Tensor:
     return count.long()
 
 
-def pick(x: Tensor, boundaries: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+def lookup(x: Tensor, boundaries: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
     """Of each table [r, m + 1] the entry of every x [r, n], its index how many of the sorted
     boundaries [r, m] lie below x: [r, n], or [r, 1] where there is but one entry."""
     m = boundaries.shape[-1]
     if m == 0:
         return tables
-    if m < FEW and torch.compiler.is_compiling():
-        return pick_by_halves(x, boundaries, *tables)
+    if m < LINEAR_SEARCH_MAX and torch.compiler.is_compiling():
+        return lookup_by_halves(x, boundaries, *tables)
     below = search(boundaries, x)
     return tuple(table.gather(-1, below) for table in tables)
 
 
-def pick_by_halves(x: Tensor, boundaries: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
-    """What `pick` gives, by halving the windows of entries and of the boundaries between them."""
+def lookup_by_halves(x: Tensor, boundaries: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+    """What `lookup` gives, by halving the windows of entries and of the boundaries between them."""
     between, *windows = map(_columns, (boundaries, *tables))
     while len(between) > 2:
         entries = len(between) + 1
@@ -127,7 +126,7 @@ def cell(x: Tensor, levels: Tensor) -> tuple[Tensor, ...]:
     """
     if levels.shape[-1] == 1:
         return levels, levels
-    return pick(x, levels[..., 1:-1], levels[..., :-1], levels[..., 1:])
+    return lookup(x, levels[..., 1:-1], levels[..., :-1], levels[..., 1:])
 
 
 def midpoint(lo: Tensor, hi: Tensor) -> Tensor:
@@ -154,13 +153,13 @@ def closest(x: Tensor, levels: Tensor, bound: Tensor | None = None) -> Tensor:
     bound: `bounds(levels)`, where the caller has them. x and levels prepared.
     """
     if bound is None:
-        # computed for every weight, as there, many bounds cost more than the one of its own cell
-        if torch.compiler.is_compiling() and levels.shape[-1] >= MANY:
+        # a compiler computes bounds for each weight: of many levels, finding the cell is cheaper
+        if torch.compiler.is_compiling() and levels.shape[-1] >= BOUNDS_MIN:
             return nearer(x, *cell(x, levels))
         bound = bounds(levels)
     if 2 <= levels.shape[-1] <= _REACHED and is_plain(x) and is_plain(levels):
         return _highest_reached(x, levels, bound)
-    (level,) = pick(x, bound, levels)
+    (level,) = lookup(x, bound, levels)
     return level
 
 
@@ -179,7 +178,7 @@ def nan_with(x: Tensor, level: Tensor) -> Tensor:
     """The level, but NaN where x is; with a derivative of 0 in x."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return torch.where(x == x, level, x.detach())
-    # where a CPU's `where` is slow; 0 taken away leaves even a zero its sign
+    # torch.where is slow on CPUs; subtracting 0 keeps the sign of zero
     return torch.sub(level, x.clamp(0.0, 0.0), alpha=0.0)
 
 

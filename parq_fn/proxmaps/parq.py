@@ -12,8 +12,8 @@ from parq_fn.proxmaps.hard import HARD
 from parq_fn.proxmaps.levels import between, cell, midpoint, nan_with, nearer, prepare
 from parq_fn.proxmaps.proxmap import Formula, computed, follows_levels, prox_map
 
-#: Levels up to which a line for each cell costs less than a search for a weight's.
-_FEW = 5
+#: Up to so many levels, a line for each cell costs less than a search for a weight's cell.
+_LINES_MAX = 5
 
 
 # The line u + (u - c) (1 - s) / s of slope 1 / s through the midpoint c of u's cell, held to
@@ -21,7 +21,7 @@ _FEW = 5
 
 
 def _steep(s: Tensor) -> tuple[Tensor, ...]:
-    # for a gradient at s = 0, and lest a subnormal s overflow to inf * 0
+    # keeps the gradient finite at s = 0, and avoids inf * 0 for a subnormal s
     safe = s.clamp(min=torch.finfo(s.dtype).tiny)
     return ((1 - safe) / safe,)
 
@@ -30,7 +30,7 @@ def _sloped(u: Tensor, q: Tensor, bound: Tensor | None, steep: Tensor) -> Tensor
     """parq for 0 < s < 1: beyond the levels the outer lines are too, infinities among them."""
     del bound
     in_place = (is_plain(u) and is_plain(q)) or torch.compiler.is_compiling()
-    if 2 <= q.shape[-1] <= _FEW and in_place:
+    if 2 <= q.shape[-1] <= _LINES_MAX and in_place:
         return _highest_line(u, q, steep)
     lo, hi = cell(u, q)
     return between(u + (u - midpoint(lo, hi)) * steep, lo, hi)
@@ -58,13 +58,13 @@ def _any_slope(s: Tensor) -> tuple[Tensor, ...]:
 
 def _parq(u: Tensor, q: Tensor, bound: Tensor | None, s: Tensor, steep: Tensor) -> Tensor:
     del bound
-    v = held(u, q)  # or at s = 1 an infinite distance to a midpoint would be taken times 0
+    v = held(u, q)  # clamped first: at s = 1 an infinite u would give inf * 0
     lo, hi = cell(v, q)
     w = between(v + (v - midpoint(lo, hi)) * steep, lo, hi)
     return torch.where(s > 0, w, nan_with(v, nearer(v, lo, hi)))
 
 
-_SLOPED = Formula(_sloped, _steep, cells_from=_FEW + 1)
+_SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 1)
 _PARQ = Formula(_parq, _any_slope, cells_from=3)
 
 

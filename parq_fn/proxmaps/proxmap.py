@@ -28,9 +28,9 @@ from parq_fn.foundation.traits import Penalty, ProxTraits, unchanged
 from parq_fn.foundation.value import Value, show, value
 from parq_fn.proxmaps.levels import prepare
 
-# Formulas. At the ends of the annealing a map is `clip` or `hard`, in between a shorter formula
-# than one that has to serve all coefficients; where a coefficient cannot be read (batched,
-# differentiated, on a device) that one is taken. All give the same weights, bit for bit but for
+# Formulas. At the ends of annealing a map is `clip` or `hard`; in between a specialised formula is
+# cheaper than the general one, which is used where a coefficient cannot be read (batched,
+# differentiated, on a device). All give the same weights, bit for bit but for
 # the sign of a zero.
 
 
@@ -48,8 +48,8 @@ def itself(coefficient: Tensor) -> tuple[Tensor, ...]:
 class Formula(NamedTuple):
     """w = weight(u, levels, None, *scalars(coefficient)), of `prepare`d arguments.
 
-    What is computed once for all weights (`scalars`) is apart from what is computed for each
-    (`weight`), which goes through memory and is what a compiler is given.
+    Work per coefficient (`scalars`) is separate from work per weight (`weight`), which reads and
+    writes memory; only the latter is compiled.
     """
 
     #: (u [r, n], levels [r, k], bound, *scalars) -> w [r, n]; bound is `levels.bounds(levels)`
@@ -59,8 +59,8 @@ class Formula(NamedTuple):
     scalars: Callable[[Tensor], tuple[Tensor, ...]]
     #: Whether the weight takes its arguments as `prepare` gives them.
     prepared: bool = True
-    #: From so many levels on a weight's cell is searched for, and the weight computed from its
-    #: ends; None: from the nearest level, if from any.
+    #: Smallest number of levels for which both ends of a weight's cell are looked up; None where
+    #: the nearest level suffices, or none is needed.
     cells_from: int | None = None
 
     def __call__(self, u: Tensor, levels: Tensor, coefficient: float | Tensor) -> Tensor:

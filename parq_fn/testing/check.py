@@ -29,7 +29,7 @@ Laws = Iterable[str | Law] | None
 Inputs = Callable[[set[str]], st.SearchStrategy[Any]]
 
 
-def search(
+def find_violation(
     laws: Sequence[Law], operator: Any, inputs: Inputs, max_examples: int | None, *, shrink: bool
 ) -> Violation | None:
     """A violation of one of the laws, on inputs that all of them are checked on.
@@ -73,7 +73,7 @@ def search(
     return None
 
 
-def broken(
+def violations(
     laws: Iterable[Law], operator: Any, inputs: Inputs, max_examples: int | None = None
 ) -> list[Violation]:
     """A violation of every law that does not hold, in the order of the laws, as first found.
@@ -87,7 +87,7 @@ def broken(
     found: dict[str, Violation] = {}
     for group in groups.values():
         while group:
-            violation = search(group, operator, inputs, max_examples, shrink=False)
+            violation = find_violation(group, operator, inputs, max_examples, shrink=False)
             if violation is None:
                 break
             found[violation.law.name] = violation
@@ -97,12 +97,12 @@ def broken(
 
 def shrunk(violation: Violation, inputs: Inputs, max_examples: int | None = None) -> Violation:
     """A small violation of the same law by the same operator."""
-    alone = search([violation.law], violation.operator, inputs, max_examples, shrink=True)
+    alone = find_violation([violation.law], violation.operator, inputs, max_examples, shrink=True)
     return alone or violation
 
 
 def _check(operator: Any, laws: Iterable[Law], inputs: Inputs, max_examples: int | None) -> None:
-    found = broken(laws, operator, inputs, max_examples)
+    found = violations(laws, operator, inputs, max_examples)
     if found:
         first = shrunk(found[0], inputs, max_examples)
         if first.error is None:  # else they only tell the same again
@@ -110,7 +110,7 @@ def _check(operator: Any, laws: Iterable[Law], inputs: Inputs, max_examples: int
         raise first from None
 
 
-class Applied:
+class MapAdapter:
     """A map as the laws call it: f(u, levels, c), with c None for a map without coefficient."""
 
     def __init__(self, map: Any):
@@ -155,7 +155,7 @@ def check_proxmap(
     """
     inputs = proxmap_inputs(map, coefficient)
     chosen = all_laws.chosen("proxmap", all_laws.proxmap_traits(map), laws)
-    _check(Applied(map), chosen, inputs, max_examples)
+    _check(MapAdapter(map), chosen, inputs, max_examples)
 
 
 def check_quantizer(quantizer: Any, *, laws: Laws = None, max_examples: int | None = None) -> None:
@@ -211,11 +211,11 @@ def check_transformation(
 
 
 __all__ = [
-    "broken",
     "check_proxmap",
     "check_quantizer",
     "check_schedule",
     "check_transformation",
-    "search",
+    "find_violation",
     "shrunk",
+    "violations",
 ]

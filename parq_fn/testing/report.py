@@ -18,7 +18,7 @@ from parq_fn.foundation.value import Value, show, value
 from parq_fn.schedules import Schedule
 from parq_fn.testing import cases
 from parq_fn.testing import laws as all_laws
-from parq_fn.testing.check import Applied, Laws, broken, proxmap_inputs, shrunk
+from parq_fn.testing.check import Laws, MapAdapter, proxmap_inputs, shrunk, violations
 from parq_fn.testing.law import Law
 
 
@@ -127,7 +127,7 @@ def report(
     traits: Any
     inputs: Any
     if kind == "proxmap":
-        called, traits = Applied(operator), all_laws.proxmap_traits(operator)
+        called, traits = MapAdapter(operator), all_laws.proxmap_traits(operator)
         inputs = proxmap_inputs(operator, coefficient)
     elif kind == "quantizer":
         traits = all_laws.quantizer_traits(operator)
@@ -143,6 +143,6 @@ def report(
     chosen = all_laws.chosen(kind, traits, laws)
     found = {
         violation.law.name: str(shrunk(violation, inputs, max_examples))
-        for violation in broken(chosen, called, inputs, max_examples)
+        for violation in violations(chosen, called, inputs, max_examples)
     }
     return Report(show(operator), tuple(Row(law, found.get(law.name)) for law in chosen))

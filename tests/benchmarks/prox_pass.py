@@ -112,7 +112,7 @@ def against_copy(elements: int, repeats: int, compiled: bool = True) -> Iterator
                     value, spread = ratio(times[name], times["copy"])
                     what = f"{name}, time over a copy's"
                     yield Found("pass", f"{kind}, {k} levels, {where}", what, value, spread, held)
-    # the machine's memory may have more rates than one, and the ratios hang on it
+    # the machine's memory may have more rates than one, and the ratios depend on it
     low, middle, high = statistics.quantiles([8e-9 * elements / took for took in copies], n=4)
     yield Found("pass", "copy", "GB/s read and written", middle, (high - low) / 2)
 

@@ -298,7 +298,7 @@ def test_a_worker_that_is_stuck_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     stuck = views(Stuck(40, Image.Resampling.BICUBIC, transforms.CIFAR))
     batches = loading.batches(stuck, [[loading.Key(0)]], 1, torch.device("cpu"), skip=False)
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"images was lost.*timed out after 1.*--resume goes on"):
+    with pytest.raises(UserError, match=r"images was lost.*timed out after 1.*--resume resumes"):
         next(batches)
     batches.close()
     assert time.monotonic() - start < 60

@@ -166,9 +166,9 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(
     run = started(parts, world, *flags)
     run.until("epoch 0, step 3 of 6")
     run.signal(signal.SIGTERM)  # its workers, too
-    assert "--resume goes on" in run.end(128 + signal.SIGTERM)
+    assert "--resume resumes" in run.end(128 + signal.SIGTERM)
     assert not records(parts)
-    assert "goes on from" in started(parts, world, *flags).end()
+    assert "resumes from" in started(parts, world, *flags).end()
     assert records(parts) == records(whole)
     file = "quantized.safetensors"
     assert (parts / file).read_bytes() == (whole / file).read_bytes()
@@ -501,7 +501,7 @@ def test_checkpoints_of_other_runs_are_refused(cifar: Path, tmp_path: Path, caps
     said = wrong(capsys, qat_resnet_cifar10, *other, "--start-epoch", "1")
     assert "is of a run that began at --start-epoch 0, not 1" in said
     said = wrong(capsys, qat_resnet_cifar10, *flags)
-    assert "holds a run (last, best, log.jsonl, quantized.safetensors); go on with it by" in said
+    assert "holds a run (last, best, log.jsonl, quantized.safetensors); resume it by" in said
     said = wrong(capsys, qat_resnet_cifar10, *flags, "--evaluate", "--arch", "resnet32")
     assert "this run is with --arch resnet32" in said
     file = str(tmp_path / "quantized.safetensors")

@@ -205,8 +205,10 @@ def test_what_must_not_hold_does_not(law: str, map_: Any, claims: dict[str, Any]
         return map_(u, levels, *c)
 
     claimed.traits = replace(traits_of(map_), **claims)
-    wanted, called = laws.named("proxmap", law), check.Applied(claimed)
-    found = check.search([wanted], called, check.proxmap_inputs(claimed), 4000, shrink=False)
+    wanted, called = laws.named("proxmap", law), check.MapAdapter(claimed)
+    found = check.find_violation(
+        [wanted], called, check.proxmap_inputs(claimed), 4000, shrink=False
+    )
     assert found is not None
     assert f"claimed breaks the law '{law}'" in str(found)
 

@@ -13,7 +13,7 @@ _CUT = "_dynamic_program: cut = torch.full_like(table[:, 0, :1], m, dtype=torch.
 _LEFT = "_best_starts: left = known + (m + 1) * (at_left > best) -> "
 _REST = "_best_starts: rest = column + (m + 1) * (at > best.gather(1, owner)) -> "
 _LOW = "_means: low = values.gather(1, cuts[:, :-1].clamp(max=n - 1)) -> "
-_LINES = "_sloped: if 2 <= q.shape[-1] <= _FEW and in_place: -> "
+_LINES = "_sloped: if 2 <= q.shape[-1] <= _LINES_MAX and in_place: -> "
 _PER_ROW = "least_squares_levels: per_row = (n + 1) * (num_levels + 64 if exact else 20) -> "
 _ROWS = "least_squares_levels: rows = max(1, min(_CHUNK // n, _DOUBLES // per_row)) -> "
 
@@ -51,24 +51,24 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
     },
     "parq_fn/proxmaps/parq.py": {
         "two ways to the same weights, of which one is faster": [
-            ": _FEW = 5 -> _FEW = 6",
-            ": _FEW = 5 -> _FEW = 4",
+            ": _LINES_MAX = 5 -> _LINES_MAX = 6",
+            ": _LINES_MAX = 5 -> _LINES_MAX = 4",
             "_sloped: in_place = is_plain(u) and is_plain(q) or torch.compiler.is_compiling() -> "
             "in_place = (is_plain(u) and is_plain(q)) and torch.compiler.is_compiling()",
-            _LINES + "if 2 < q.shape[-1] <= _FEW and in_place:",
-            _LINES + "if 2 <= q.shape[-1] < _FEW and in_place:",
-            _LINES + "if 2 <= q.shape[-1] > _FEW and in_place:",
-            _LINES + "if 3 <= q.shape[-1] <= _FEW and in_place:",
+            _LINES + "if 2 < q.shape[-1] <= _LINES_MAX and in_place:",
+            _LINES + "if 2 <= q.shape[-1] < _LINES_MAX and in_place:",
+            _LINES + "if 2 <= q.shape[-1] > _LINES_MAX and in_place:",
+            _LINES + "if 3 <= q.shape[-1] <= _LINES_MAX and in_place:",
         ],
         "how wide the vectors are that a formula is compiled for": [
-            ": _SLOPED = Formula(_sloped, _steep, cells_from=_FEW + 1) -> "
+            ": _SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 1) -> "
             "_SLOPED = Formula(_sloped, _steep)",
-            ": _SLOPED = Formula(_sloped, _steep, cells_from=_FEW + 1) -> "
-            "_SLOPED = Formula(_sloped, _steep, cells_from=_FEW - 1)",
-            ": _SLOPED = Formula(_sloped, _steep, cells_from=_FEW + 1) -> "
-            "_SLOPED = Formula(_sloped, _steep, cells_from=_FEW + 2)",
-            ": _SLOPED = Formula(_sloped, _steep, cells_from=_FEW + 1) -> "
-            "_SLOPED = Formula(_sloped, _steep, cells_from=_FEW + 0)",
+            ": _SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 1) -> "
+            "_SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX - 1)",
+            ": _SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 1) -> "
+            "_SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 2)",
+            ": _SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 1) -> "
+            "_SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 0)",
             ": _PARQ = Formula(_parq, _any_slope, cells_from=3) -> "
             "_PARQ = Formula(_parq, _any_slope)",
             ": _PARQ = Formula(_parq, _any_slope, cells_from=3) -> "

@@ -377,7 +377,7 @@ FAULTS = [
         "4309d18",
     ),
     Fault(
-        "levels hang on how a row lies in memory",
+        "levels depend on how a row lies in memory",
         "parq_fn/quantizers/base.py",
         "        x = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()\n",
         "        x = rows.to(torch.promote_types(rows.dtype, torch.float32))\n",

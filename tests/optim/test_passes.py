@@ -196,7 +196,7 @@ def test_small_parameters_get_their_levels_together(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 31, 100, 255, 1000, 1023, 1024, 1500, 4096, 5000])
 def test_a_row_has_the_levels_it_has_alone(n: int, device: str) -> None:
-    """Sums over a row must not hang on how many rows there are, as they do on a GPU."""
+    """Sums over a row must not depend on how many rows there are, as they do on a GPU."""
     rows = torch.randn(9, n, generator=torch.Generator().manual_seed(n)).to(device)
     for quantizer in QUANTIZERS:
         alone = torch.cat([quantizer.fit(row[None]) for row in rows])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from parq_fn.foundation.torch_private import compiled, compiler_options, mark_constant
 from parq_fn.optim.engine.rows import Map, Maps, Rows, in_columns, in_rows, write
-from parq_fn.proxmaps.levels import MANY, bounds
+from parq_fn.proxmaps.levels import BOUNDS_MIN, bounds
 from parq_fn.proxmaps.proxmap import Formula
 
 _LONG = 1 << 10  # of a row from which on its bounds are computed once, not for every weight
@@ -39,8 +39,8 @@ class Programs:
 
     def __call__(self, maps: Maps, wholes: list[Rows]) -> None:
         calls, left = _calls(_with_bounds(maps, wholes), cut=maps.link.elementwise)
-        # All are made before the first is run. In turns, each kind of work would find its own code
-        # gone from the processor's cache, and take twice as long.
+        # All are prepared before the first is run: alternating would evict code from the
+        # instruction cache, which doubles the time.
         hows = [maps.of(parts[0]) for parts in calls]
         programs = [self._program(how, parts) for how, parts in zip(hows, calls, strict=True)]
         for program, parts, how in zip(programs, calls, hows, strict=True):
@@ -60,7 +60,7 @@ class Programs:
         if key not in self._found:
             cells_from = formula.cells_from
             if cells_from is None and bound is None:
-                cells_from = MANY  # from there on a cell is searched for the nearest level, too
+                cells_from = BOUNDS_MIN  # then a cell is searched for the nearest level, too
             narrow = cells_from is not None and k >= cells_from
             options = compiler_options(device, two=len(parts) > 1, narrow=narrow)
             self._found[key] = _compiled(formula, options)
@@ -189,8 +189,8 @@ def _grouped(whole: Rows) -> tuple[list[Rows], Rows | None]:
 
 
 def _by_itself(part: Rows) -> Rows:
-    """The part as a compiler is to see it: without what it is a view of, for each kind of which it
-    would make a program, and stop at eight; with known sizes of groups."""
+    """The part as a compiler is given it: views detached, for torch.compile specialises on each
+    kind of view and stops after eight; sizes of groups constant."""
     found = Rows._make(x if x is None else x.detach() for x in part)
     for x in found:
         if x is not None and x.dim() > 2:

@@ -182,7 +182,7 @@ def masked_is_alone(t: Any, params: PyTree, steps: Steps) -> Claim:
 
 
 @law(
-    "A saved and loaded state goes on bit for bit.",
+    "A saved and loaded state resumes bit for bit.",
     "train(p, load(save(s))) = train(p, s)",
 )
 def resumes(t: Any, params: PyTree, steps: Steps) -> Claim:
