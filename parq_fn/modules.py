@@ -20,17 +20,25 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
     """(apply, params): apply(weights, *inputs) calls the module with those weights.
 
     params is a dict by name of detached copies, so that training them leaves the module alone;
-    apply takes a dict with the same names, in the module's train or eval mode; buffers are the
-    module's own. Tied parameters appear once. apply raises ValueError for missing or unknown
-    names, and for running statistics in train mode, which would change in place.
+    apply takes a dict with the same names, in the module's train or eval mode. Buffers and frozen
+    parameters (requires_grad=False), which are not among params, are the module's own. Tied
+    parameters appear once, and so do those of a submodule with several names. apply raises
+    ValueError for missing or unknown names, and for running statistics in train mode, which would
+    change in place.
 
-    Raises TypeError for a module under FSDP2, which ignores tensors it is given in this way.
+    Raises TypeError for what is no module, and for one under FSDP2, which ignores tensors it is
+    given in this way; ValueError for a module that has parameters and all of them frozen.
+
+    A mask made for the whole module names frozen parameters too: take what params has,
+    {name: weight_mask(module)[name] for name in params}.
 
     >>> module = nn.Linear(2, 1)
     >>> apply, params = functional(module)
     >>> sorted(params), apply(params, torch.zeros(3, 2)).shape
     (['bias', 'weight'], torch.Size([3, 1]))
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"functional: expected a torch.nn.Module, got {type(module).__name__}")
     for name, part in module.named_modules():
         if any(kind.__name__ == "FSDPModule" for kind in type(part).__mro__):
             raise TypeError(
@@ -38,14 +46,29 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
                 "ignore the weights it is called with; train it with a torch.optim adapter"
             )
 
-    names = {name for name, _ in module.named_parameters()}
+    own = dict(module.named_parameters())
+    names = {name for name, p in own.items() if p.requires_grad}
+    if own and not names:
+        raise ValueError(
+            f"functional: all {len(own)} parameters of the module are frozen, so that there is "
+            "nothing to train; call requires_grad_(True) on what is to be"
+        )
+    first = {id(p): name for name, p in own.items()}
+    # Once for each submodule, whatever names it has: torch.func.functional_call puts back the
+    # tensor that it finds at a second name, which is the one that it set at the first.
+    places = {
+        f"{above}.{local}" if above else local: first[id(p)]
+        for above, part in module.named_modules()
+        for local, p in part.named_parameters(recurse=False, remove_duplicate=False)
+        if p.requires_grad
+    }
 
     def apply(weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         if weights.keys() != names:
             missing, unknown = sorted(names - weights.keys()), sorted(weights.keys() - names)
             raise ValueError(
                 f"functional: weights without {missing or 'none'} of the module's parameters, "
-                f"with {unknown or 'none'} unknown to it"
+                f"with {unknown or 'none'} unknown to it or frozen"
             )
         for name, part in module.named_modules():
             if part.training and getattr(part, "running_mean", None) is not None:
@@ -54,9 +77,10 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
                     "statistics in place; call eval() on it, use a norm without them, or see "
                     "torch.func.replace_all_batch_norm_modules_"
                 )
-        return torch.func.functional_call(module, weights, args, kwargs)
+        given = {place: weights[name] for place, name in places.items()}
+        return torch.func.functional_call(module, given, args, kwargs, tie_weights=False)
 
-    return apply, {name: p.detach().clone() for name, p in module.named_parameters()}
+    return apply, {name: own[name].detach().clone() for name in own if name in names}
 
 
 def weight_mask(

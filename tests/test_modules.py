@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -69,6 +71,64 @@ def test_functional_is_the_module_and_leaves_it_alone() -> None:
     assert torch.equal(weights["0.bias"], params["0.bias"])
     assert all(torch.equal(v, before[k]) for k, v in module.named_parameters())
     assert not any(p.requires_grad for p in params.values())
+
+
+class Twice(nn.Module):
+    """A layer under two names, a weight that two layers share, and one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Linear(3, 3)
+        self.block = nn.Sequential(layer, nn.Tanh(), layer)
+        self.tied = nn.Linear(3, 3, bias=False)
+        self.tied.weight = layer.weight
+        self.scale = nn.Parameter(torch.rand(3), requires_grad=False)
+
+    def forward(self, x):
+        return self.tied(self.block(x)) * self.scale
+
+
+def test_functional_leaves_a_module_with_layers_under_two_names_alone() -> None:
+    module = Twice()
+    before = {name: (p, p.detach().clone()) for name, p in module.named_parameters()}
+    apply, params = pf.functional(module)
+    assert list(params) == ["block.0.weight", "block.0.bias"]
+    x = torch.randn(4, 3)
+    zeros = {name: torch.zeros_like(p) for name, p in params.items()}
+    for _ in range(2):
+        assert torch.equal(apply(params, x), module(x))
+        assert not apply(zeros, x).any()
+        grads = torch.func.grad(lambda w: apply(w, x).square().sum())(params)
+        assert all(grad.any() for grad in grads.values())
+        torch.vmap(apply, (0, None))({n: p.expand(2, *p.shape) for n, p in params.items()}, x)
+        copy.deepcopy(module)
+        for name, p in module.named_parameters():
+            held, values = before[name]
+            assert p is held
+            assert torch.equal(p, values)
+            assert p.requires_grad == (name != "scale")
+        assert module.block[0] is module.block[2]
+        assert module.tied.weight is module.block[0].weight
+
+
+def test_functional_trains_no_frozen_parameter() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    module[0].requires_grad_(False)
+    apply, params = pf.functional(module)
+    assert list(params) == ["1.weight", "1.bias"]
+    with pytest.raises(ValueError, match=r"with \['0.weight'\] unknown to it or frozen"):
+        apply({**params, "0.weight": torch.zeros(2, 2)}, torch.zeros(1, 2))
+    mask = {name: pf.weight_mask(module)[name] for name in params}
+    transform = pf.chain(pf.adamw(0.1, weight_decay=0.5), pf.masked(pf.hard_prox(pf.lsbq(1)), mask))
+    state = transform.init(params)
+    x = torch.randn(5, 2)
+    _, grads = pf.value_and_grad(lambda w: apply(w, x).square().mean(), transform)(params, state)
+    assert grads["1.weight"].any()
+    module.requires_grad_(False)
+    with pytest.raises(ValueError, match="all 4 parameters of the module are frozen"):
+        pf.functional(module)
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got dict"):
+        pf.functional({})
 
 
 def test_a_module_sharded_by_fully_shard_is_refused() -> None:
