@@ -5,13 +5,14 @@ which need their packages.
 """
 
 from parq_fn.export.file import load, save, table
-from parq_fn.export.layers import PackedLayer, load_into, quantized
+from parq_fn.export.layers import PackedLayer, dequantized, load_into, quantized
 from parq_fn.export.packing import Entry, Packed, pack, pack_weight, stream, unpack
 
 __all__ = [
     "Entry",
     "Packed",
     "PackedLayer",
+    "dequantized",
     "load",
     "load_into",
     "pack",

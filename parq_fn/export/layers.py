@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from parq_fn.export.codes import decode, fill_bytes
 from parq_fn.export.file import load
 from parq_fn.export.packing import Packed, decoded, unpack
+from parq_fn.export.read_only import ReadOnly
 from parq_fn.quantizers.granularity import Granularity
 
 
@@ -60,10 +63,18 @@ def check_fit(module: nn.Module, packed: Mapping[str, Packed | Tensor]) -> None:
         )
 
 
+_LOST = (
+    "the weight of a packed layer is decoded at each use, so that what is written to it would be "
+    "lost; parq_fn.export.dequantized(module) gives layers with plain weights"
+)
+
+
 class PackedLayer(nn.Module):
     """A layer whose weight is codes and levels, decoded when it is used.
 
-    Its outputs are those of the layer with the unpacked weight, bit for bit.
+    Its outputs are those of the layer with the unpacked weight, bit for bit. `weight` is the
+    decoded weight, which cannot be written to: a write raises RuntimeError, an assignment
+    AttributeError. `dequantized` gives the plain layer back.
     """
 
     codes: Tensor  # [bytes], uint8
@@ -71,10 +82,19 @@ class PackedLayer(nn.Module):
     packed_shape: tuple[int, ...]
     packed_cut: Granularity | None = None  # as `Packed.cut`
 
+    def decoded(self) -> Tensor:
+        """The weight, in memory of its own."""
+        return decoded(self.codes, self.levels, self.packed_shape, self.packed_cut)
+
     @property
     def weight(self) -> Tensor:
-        """The decoded weight."""
-        return decoded(self.codes, self.levels, self.packed_shape, self.packed_cut)
+        """The decoded weight, read-only."""
+        return ReadOnly.of(self.decoded(), _LOST)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(f"weight: {_LOST}")
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         r, k = self.levels.shape
@@ -86,26 +106,36 @@ class PackedLayer(nn.Module):
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # weight is decoded
     """nn.Linear with a packed weight."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.decoded(), self.bias)
+
 
 class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override] # weight is decoded
     """nn.Conv2d with a packed weight."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        out: Tensor = self._conv_forward(input, self.decoded(), self.bias)
+        return out
+
 
 class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # weight is decoded
     """nn.Embedding with a packed weight, of which the rows that are looked up are decoded; all of
-    it where rows of levels run across them."""
+    it where rows of levels run across them. Indexes are those that nn.Embedding takes."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         (count, size), (r, k) = self.packed_shape, self.levels.shape
         whole = self.packed_cut is None and (r == 1 or r % count == 0)
         if not (fill_bytes(size, k) and whole):
-            out: Tensor = super().forward(x)
-            return out
-        codes = decode(self.codes.reshape(count, -1)[x], size, k).to(torch.int64)
+            return functional.embedding(input, self.decoded())
+        # looked up by torch's own embedding, which refuses what is no index of a row
+        codes = functional.embedding(input, self.codes.reshape(count, -1))
+        codes = decode(codes, size, k).to(torch.int64)
         if r == 1:
             return self.levels[0][codes]
-        table = self.levels.reshape(count, -1, k)[x]  # [..., blocks of a row, k]
-        return table.gather(-1, codes.reshape(*table.shape[:-1], -1)).flatten(-2)
+        table = functional.embedding(input, self.levels.reshape(count, -1))
+        blocks = r // count  # of a row
+        table = table.reshape(*input.shape, blocks, k)
+        return table.gather(-1, codes.reshape(*input.shape, blocks, size // blocks)).flatten(-2)
 
 
 _PACKED: dict[type[nn.Module], type[PackedLayer]] = {
@@ -113,6 +143,9 @@ _PACKED: dict[type[nn.Module], type[PackedLayer]] = {
     nn.Conv2d: PackedConv2d,
     nn.Embedding: PackedEmbedding,
 }
+
+
+_PLAIN = {packed: plain for plain, packed in _PACKED.items()}
 
 
 def packs(layer: nn.Module) -> bool:
@@ -172,4 +205,32 @@ def quantized(module: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
                     pack_layer(layer, codes, levels, tuple(entry.shape), entry.cut)
             else:
                 own[name].copy_(entry.unpack() if isinstance(entry, Packed) else entry)
+    return module
+
+
+def dequantized(module: nn.Module) -> nn.Module:
+    """The module with plain layers where it has packed ones, their weights the decoded ones.
+
+    The module is changed in place and returned: PackedLinear, PackedConv2d and PackedEmbedding
+    become nn.Linear, nn.Conv2d and nn.Embedding again, whose weights are parameters that can be
+    trained, merged with an adapter's, or written to. Layers that share codes and levels share the
+    weight. A module without packed layers is returned as it is. Raises TypeError for what is no
+    module.
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> dequantized(layer) is layer
+    True
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"dequantized: expected a torch.nn.Module, got {type(module).__name__}")
+    weights: dict[Any, nn.Parameter] = {}
+    for layer in module.modules():
+        if isinstance(layer, PackedLayer):
+            key = id(layer.codes), id(layer.levels), layer.packed_shape
+            if key not in weights:
+                weights[key] = nn.Parameter(layer.decoded())
+            del layer.codes, layer.levels, layer.packed_shape, layer.packed_cut
+            plain: nn.Module = layer
+            plain.__class__ = _PLAIN[type(layer)]
+            plain.weight = weights[key]
     return module

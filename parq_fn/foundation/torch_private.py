@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FunctionType
 from typing import Any
 
@@ -113,3 +114,8 @@ def compiler_options(device: str, *, two: bool, narrow: bool) -> dict[str, Any]:
         # wait for, so that the whole way of one weight is gone before the next one's begins.
         options["cpp.simdlen"] = 256
     return options
+
+
+def as_plain_tensors() -> AbstractContextManager[None]:
+    """Within it subclasses of tensors are taken for tensors: no __torch_function__ is called."""
+    return torch._C.DisableTorchFunctionSubclass()
