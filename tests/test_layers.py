@@ -19,7 +19,7 @@ ROOT = Path(parq_fn.__file__).parent
 LONGEST = 400  # lines of a file
 
 #: Numbers, and no trees.
-_NUMBERS = tuple(f"foundation.{name}" for name in ("value", "scalar", "checks", "traits"))
+_NUMBERS = tuple(f"foundation.{name}" for name in ("value", "scalar", "checks", "traits", "memory"))
 _FUNCTIONAL = ("foundation", "schedules", "proxmaps", "quantizers", "transforms")
 
 #: {room: what it may import besides itself}: modules, folders with all in them. The most exact

@@ -4,8 +4,9 @@ For other ecosystems see the modules `torchao`, `onnx`, `gguf` and `hugging_face
 which need their packages.
 """
 
-from parq_fn.export.file import load, save, table
+from parq_fn.export.file import load, save
 from parq_fn.export.layers import PackedLayer, dequantized, load_into, quantized
+from parq_fn.export.listing import table
 from parq_fn.export.packing import Entry, Packed, pack, pack_weight, stream, unpack
 
 __all__ = [

@@ -87,6 +87,22 @@ def decode(packed: Tensor, count: int, levels: int) -> Tensor:
     return codes.flatten(-2)[..., :count]
 
 
+def highest_code(packed: Tensor, count: int, levels: int) -> int:
+    """The largest of the codes that bytes hold, -1 of none; what `encode` made is below `levels`.
+
+    >>> highest_code(encode(torch.tensor([1, 0, 2]), 3), 3, 3)
+    2
+    """
+    if not count:
+        return -1
+    bits = width(levels)
+    if levels == 2**bits:
+        return levels - 1  # whatever the bytes are
+    if levels == 3:
+        return 3 if bool((packed >= 3**TRITS).any()) else int(decode(packed, count, 3).max())
+    return int(decode(packed, count, levels).max())
+
+
 def _filled(codes: Tensor, size: int) -> Tensor:
     """The codes as rows of a size, zeros behind the last."""
     missing = -len(codes) % size

@@ -6,15 +6,21 @@ not be fixed), with the format's version and a SHA-256 of the file with zeros in
 that a change of any byte is noticed.
 
 Version 2 has weights whose rows are not runs of their logical order, with "cut", {"axis": ...} or
-{"size": ..., "along": ...}, as of per_channel and per_block. Files without such weights are of
-version 1, which older releases read.
+{"size": ..., "along": ...}, as of per_channel and per_block, and "orders", the order of dimensions
+in memory of tensors that are not contiguous, such as [0, 2, 3, 1] for channels_last. Files without
+both are of version 1, which older releases read.
+
+What a file claims is checked before it is believed, for a checksum shows that nothing was changed
+by accident, not who wrote it: see `load`.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -27,13 +33,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from parq_fn.export.claims import (
+    MOST_OF_ONE_LEVEL,
+    WRONG,
+    believed,
+    cut_as_json,
+    is_text,
+)
 from parq_fn.export.codes import num_bytes
 from parq_fn.export.packing import Entry, Packed
-from parq_fn.quantizers.granularity import Granularity, per_block, per_channel
+from parq_fn.foundation.memory import order_of
 
 VERSION = 2
 _BLANK = "0" * 64
 _KEY = "parq_fn"
+_OURS = re.compile(rb'"__metadata__"\s*:\s*\{\s*"parq_fn"\s*:\s*"')  # which no name can hold
 _MARK = rb"\"sha256\":\""  # JSON within JSON
 #: What safetensors calls the dtypes of models.
 _NAMES = {
@@ -50,15 +64,33 @@ def save(packed: Mapping[str, Packed | Tensor] | list[Entry], file: str | os.Pat
     module calls it; the first one writes, the others return when the file is there. What is not
     sharded is written by whoever calls.
 
+    A file that is a symbolic link stays one: what it leads to is replaced.
+
     The same model gives the same bytes, sharded or not. Raises TypeError for a dtype that files
-    have no name for, ValueError for names that would collide and as `pack` does; and OSError, on
-    every rank, where the file cannot be written.
+    have no name for; ValueError for names that would collide or that are no text, for weights of
+    one level that are more than 16 Mi together, and as `pack` does; and OSError, on every rank,
+    where the file cannot be written.
     """
+    path = file_of(file)
     parts = _parts(packed)
     sharded = any(
         isinstance(e, Entry) and isinstance(e.source, DTensor) for _, e in _entries(packed)
     )
-    _in_ranks(Path(file), parts, _header_of(packed, parts), sharded)
+    _in_ranks(path, parts, _header_of(packed, parts), sharded)
+
+
+def file_of(given: str | os.PathLike[str]) -> Path:
+    """Where a file of this name is to be written, behind symbolic links.
+
+    Raises FileNotFoundError for an empty name, IsADirectoryError for a folder's.
+    """
+    name = os.fspath(given)
+    if not name:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    path = Path(os.path.realpath(name))
+    if name.endswith(os.sep) or path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+    return path
 
 
 class _Part(NamedTuple):
@@ -73,7 +105,10 @@ class _Part(NamedTuple):
 def _parts(packed: Mapping[str, Packed | Tensor] | list[Entry]) -> list[_Part]:
     """The file's tensors in its order: the widest dtypes first, which keeps all aligned."""
     parts: dict[str, _Part] = {}
+    constants = 0
     for name, entry in _entries(packed):
+        if name == "__metadata__" or not is_text(name):
+            raise ValueError(f"files take no tensor of the name {name!r}; choose another")
         levels = entry.levels if isinstance(entry, Packed | Entry) else None
         shape = tuple(entry.source.shape if isinstance(entry, Entry) else entry.shape)
         if levels is None:
@@ -81,6 +116,13 @@ def _parts(packed: Mapping[str, Packed | Tensor] | list[Entry]) -> list[_Part]:
             own = [_Part(name, tensor.dtype, shape, partial(_made, entry))]
         else:
             dtype = entry.source.dtype if isinstance(entry, Entry) else levels.dtype
+            constants += torch.Size(shape).numel() if levels.shape[1] == 1 else 0
+            if constants > MOST_OF_ONE_LEVEL:
+                raise ValueError(
+                    f"weights of one level, {name!r} the last of them, are {constants} elements, "
+                    f"and files hold up to {MOST_OF_ONE_LEVEL}; leave them out, or keep them as "
+                    "they are"
+                )
             size = (num_bytes(torch.Size(shape).numel(), levels.shape[1]),)
             kept = partial(levels.detach().to, dtype)
             own = [
@@ -110,8 +152,13 @@ def _made(entry: Packed | Tensor | Entry) -> Tensor:
 def _header_of(packed: Mapping[str, Any] | list[Entry], parts: list[_Part]) -> bytearray:
     """The file's first bytes, up to the tensors, with the hash still blank."""
     about: dict[str, dict[str, Any]] = {}
+    orders: dict[str, list[int]] = {}
     version = 1
     for name, entry in _entries(packed):
+        tensor = entry.source if isinstance(entry, Entry) else entry
+        order = tensor.order if isinstance(tensor, Packed) else order_of(tensor)
+        if order is not None:
+            orders[name], version = list(order), 2
         if isinstance(entry, Packed) or (isinstance(entry, Entry) and entry.levels is not None):
             about[name] = {
                 "shape": list(entry.source.shape if isinstance(entry, Entry) else entry.shape),
@@ -123,6 +170,8 @@ def _header_of(packed: Mapping[str, Any] | list[Entry], parts: list[_Part]) -> b
                 about[name]["cut"], version = cut_as_json(cut), 2
     names = [name for name, _ in _entries(packed)]
     own = {"names": names, "packed": about, "sha256": _BLANK, "version": version}
+    if orders:
+        own["orders"] = orders
     header: dict[str, Any] = {"__metadata__": {_KEY: _json(own)}}
     end = 0
     for part in parts:
@@ -134,26 +183,6 @@ def _header_of(packed: Mapping[str, Any] | list[Entry], parts: list[_Part]) -> b
     text = _json(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin aligned
     return bytearray(len(text).to_bytes(8, "little") + text)
-
-
-def cut_as_json(cut: Granularity) -> dict[str, Any]:
-    """The fields of a `Packed.cut`, by name, for JSON.
-
-    >>> cut_as_json(per_channel((0, 2))), cut_as_json(per_block(32, along=0))
-    ({'axis': [0, 2]}, {'size': 32, 'along': 0})
-    """
-    return {k: list(got) if isinstance(got, tuple) else int(got) for k, got in vars(cut).items()}
-
-
-def cut_from_json(fields: dict[str, Any]) -> Granularity:
-    """What `cut_as_json` gave, read again.
-
-    Raises ValueError or TypeError for anything else.
-    """
-    own: dict[str, Any] = {
-        k: tuple(got) if isinstance(got, list) else got for k, got in fields.items()
-    }
-    return per_channel(**own) if own.keys() == {"axis"} else per_block(**own)
 
 
 def _json(value: Any) -> str:
@@ -190,28 +219,26 @@ def _in_ranks(path: Path, parts: list[_Part], header: bytearray, many: bool) -> 
 def load(file: str | os.PathLike[str]) -> dict[str, Packed | Tensor]:
     """Reads what `save` wrote.
 
-    Raises ValueError, naming the file, for one that is cut off, was changed, is no packed model,
-    or is of a newer version; FileNotFoundError; ImportError without safetensors.
+    Raises ValueError, naming the file, for one that is cut off, was changed, is no packed model, is
+    of a newer version, or claims what no model has (tensors that overlap or are in no list, shapes
+    of other than whole numbers, codes of levels that are not there, more from one level than a file
+    may hold); FileNotFoundError; ImportError without safetensors.
     """
     try:
         import safetensors.torch
     except ImportError:
         raise ImportError("files need safetensors: pip install 'parq_fn[export]'") from None
+    if not os.fspath(file):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(file))
     path = Path(file)
     data = bytearray(path.read_bytes())
-    _check(path, data)
-    whole = bytes(data)
-    tensors: dict[str, Any] = safetensors.torch.load(whole)
-    header = _header(whole)
+    own = _check(path, data)
     try:
-        for name, own in header["packed"].items():
-            codes, levels = tensors[f"{name}.codes"], tensors[f"{name}.levels"]
-            shape, cut = tuple(own["shape"]), own.get("cut")
-            cut = None if cut is None else cut_from_json(cut)
-            tensors[name] = Packed(codes, levels, shape, own["quantizer"], own["granularity"], cut)
-        return {name: tensors[name] for name in header["names"]}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} has a header that does not fit its tensors: {error}") from None
+        tensors = safetensors.torch.load(bytes(data))
+        return believed(own, tensors)
+    except (safetensors.SafetensorError, *WRONG) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} has a header that does not fit its tensors: {what}") from None
 
 
 def _end_of_header(data: bytes | bytearray) -> int:
@@ -219,23 +246,41 @@ def _end_of_header(data: bytes | bytearray) -> int:
 
 
 def _header(data: bytes | bytearray) -> dict[str, Any]:
-    """Our part of the metadata. Raises ValueError, KeyError or TypeError where there is none."""
-    text = json.loads(bytes(data[8 : _end_of_header(data)]))["__metadata__"][_KEY]
-    found: dict[str, Any] = json.loads(text)
+    """Our part of the metadata. Raises ValueError, KeyError or TypeError where there is none, or
+    where a key stands twice."""
+    whole = _read_json(bytes(data[8 : _end_of_header(data)]))
+    found = _read_json(whole["__metadata__"][_KEY])
+    if not isinstance(found, dict):
+        raise TypeError(f"expected a dict, got {type(found).__name__}")
     return found
 
 
+def _read_json(text: str | bytes) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key stands twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
+
+
 def _place_of_hash(data: bytearray) -> int:
-    """Where the hash stands in the header."""
-    return data.index(_MARK, 8, _end_of_header(data)) + len(_MARK)
+    """Where the hash stands in the header. Raises ValueError where there is none."""
+    end = _end_of_header(data)
+    ours = _OURS.search(data, 8, end)
+    if ours is None:
+        raise ValueError("no metadata of parq_fn")
+    return data.index(_MARK, ours.end(), end) + len(_MARK)
 
 
-def _check(path: Path, data: bytearray) -> None:
-    """Raises ValueError unless every byte is as it was written."""
+def _check(path: Path, data: bytearray) -> dict[str, Any]:
+    """Our part of the header. Raises ValueError unless every byte is as it was written."""
     if len(data) < 8 or len(data) < _end_of_header(data):
         raise ValueError(f"{path} is cut off: {len(data)} bytes are less than its header")
     try:
-        version, start = _header(data)["version"], _place_of_hash(data)
+        own = _header(data)
+        version, start = own["version"], _place_of_hash(data)
     except (ValueError, KeyError, TypeError, RecursionError):  # wrong UTF-8 and JSON among them
         raise ValueError(
             f"{path} is no packed model of parq_fn, or its header was changed"
@@ -248,12 +293,13 @@ def _check(path: Path, data: bytearray) -> None:
     blank[start : start + 64] = _BLANK.encode()
     if hashlib.sha256(blank).hexdigest().encode() != kept:
         raise ValueError(f"{path} was changed or cut off: its checksum does not fit")
+    return own
 
 
 def _write(path: Path, header: bytearray, tensors: Iterable[memoryview]) -> None:
     """Writes a file beside the path and moves it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=".parq_fn-")
     try:
         with os.fdopen(handle, "wb") as stream:
             hashed = hashlib.sha256(header)
@@ -279,38 +325,3 @@ def _mode(path: Path) -> int:
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
-
-
-def table(packed: Mapping[str, Packed | Tensor]) -> str:
-    """Layer, shape, bits, granularity, bytes and compression against float32, as text.
-
-    >>> from parq_fn.export import pack_weight
-    >>> print(table({"w": pack_weight(torch.ones(4, 8), torch.tensor([[-1.0, 1.0]]))}))
-    layer  shape   dtype    bits  granularity  bytes  of float32
-    w      [4, 8]  float32     1                  12        9.4%
-    all                                           12        9.4%
-    """
-    rows = [("layer", "shape", "dtype", "bits", "granularity", "bytes", "of float32")]
-    total = full = 0
-    for name, entry in packed.items():
-        tensor = entry.levels if isinstance(entry, Packed) else entry
-        count = torch.Size(entry.shape).numel()
-        size = entry.num_bytes if isinstance(entry, Packed) else count * entry.element_size()
-        bits = entry.bits if isinstance(entry, Packed) else 8 * entry.element_size()
-        granularity = entry.granularity if isinstance(entry, Packed) else "-"
-        kind = str(tensor.dtype).removeprefix("torch.")
-        share = f"{100 * size / max(1, 4 * count):.1f}%"
-        rows.append(
-            (name, str(list(entry.shape)), kind, f"{bits:g}", granularity, f"{size:,}", share)
-        )
-        total, full = total + size, full + 4 * count
-    rows.append(("all", "", "", "", "", f"{total:,}", f"{100 * total / max(1, full):.1f}%"))
-    widths = [max(len(row[i]) for row in rows) for i in range(7)]
-    left = (0, 1, 2, 4)
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

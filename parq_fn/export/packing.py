@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from parq_fn.export.codes import decode, encode, num_bytes, width
+from parq_fn.foundation.memory import in_order, order_of
 from parq_fn.foundation.tree import PyTree, names_of, tree_leaves
 from parq_fn.foundation.value import Value, value
 from parq_fn.optim.quantized import QuantOptimizer
@@ -36,6 +37,8 @@ class Packed(Value):
     quantizer, granularity: as they print, for the reader.
     cut: how the weight is cut into its r rows, a per_channel or per_block; None where they are
         runs of its logical order, one after another.
+    order: that its dimensions have in memory, as of `foundation.memory.order_of`; None where they
+        stand as they are.
     """
 
     codes: Tensor
@@ -44,6 +47,7 @@ class Packed(Value):
     quantizer: str = ""
     granularity: str = ""
     cut: Granularity | None = None
+    order: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         count, (r, k) = torch.Size(self.shape).numel(), self.levels.shape
@@ -52,10 +56,12 @@ class Packed(Value):
                 f"expected {num_bytes(count, k)} bytes of codes for shape {self.shape} and {k} "
                 f"levels, got {tuple(self.codes.shape)}, {self.codes.dtype}"
             )
-        if r == 0 or count % r:
+        if count % r if r else count:
             raise ValueError(f"shape {self.shape} is not {r} rows of one length")
         if self.cut is not None and self.cut.shape(_empty(self.shape))[0] != r:
             raise ValueError(f"shape {self.shape} has other rows of {self.cut!r} than {r}")
+        if self.order is not None and sorted(self.order) != list(range(len(self.shape))):
+            raise ValueError(f"{self.order} is no order of the dimensions of shape {self.shape}")
 
     @property
     def bits(self) -> float:
@@ -69,8 +75,8 @@ class Packed(Value):
         return len(self.codes) + self.levels.numel() * self.levels.element_size()
 
     def unpack(self) -> Tensor:
-        """The weight, of its shape, contiguous: bit-equal to what was packed."""
-        return decoded(self.codes, self.levels, self.shape, self.cut)
+        """The weight, of its shape, dense in its order: bit-equal to what was packed."""
+        return in_order(decoded(self.codes, self.levels, self.shape, self.cut), self.order)
 
     def indices(self) -> Tensor:
         """Which level of its row each element is: [r, n], int64."""
@@ -100,7 +106,7 @@ def _empty(shape: tuple[int, ...]) -> Tensor:
 
 
 def _rows(whole: Tensor, r: int, cut: Granularity | None) -> Tensor:
-    return whole.reshape(r, -1) if cut is None else cut.rows(whole)
+    return whole.reshape(r, whole.numel() // max(r, 1)) if cut is None else cut.rows(whole)
 
 
 def _restored(rows: Tensor, like: Tensor, cut: Granularity | None) -> Tensor:
@@ -164,7 +170,8 @@ def pack_weight(
         )
     packed = encode(_restored(codes, weight, cut).flatten(), levels.shape[1])
     text = granularity if isinstance(granularity, str) else repr(granularity)
-    return Packed(packed, levels.clone(), tuple(weight.shape), quantizer, text, cut)
+    shape, order = tuple(weight.shape), order_of(weight)
+    return Packed(packed, levels.clone(), shape, quantizer, text, cut, order)
 
 
 def _named(name: str, granularity: Any, weight: Tensor) -> Granularity | None:
@@ -176,9 +183,11 @@ def _named(name: str, granularity: Any, weight: Tensor) -> Granularity | None:
 
 def _check_levels(name: str, weight: Tensor, levels: Tensor, cut: Granularity | None) -> None:
     shape = tuple(levels.shape)
-    if levels.dim() != 2 or not (shape[0] >= 1 and 1 <= shape[1] <= 256):
+    some = weight.numel() > 0
+    if levels.dim() != 2 or shape[0] < some or not 1 <= shape[1] <= 256:
         raise ValueError(f"parameter {name!r}: expected levels [r, 1 to 256], got {shape}")
-    if weight.numel() % shape[0] or (cut is not None and cut.shape(weight)[0] != shape[0]):
+    odd = some and weight.numel() % shape[0]
+    if odd or (cut is not None and cut.shape(weight)[0] != shape[0]):
         raise ValueError(
             f"parameter {name!r}: shape {tuple(weight.shape)} is not {shape[0]} rows of one length"
         )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from parq_fn.foundation.checks import check_whole
+from parq_fn.foundation.memory import in_order, inverse, order_of
 from parq_fn.foundation.value import Value, value
 
 #: Dimensions of a weight: one or several, negative numbers counting from the end.
@@ -42,8 +43,8 @@ class Order(NamedTuple):
 
     def steps_back(self, shape: tuple[int, ...]) -> tuple[tuple[list[int], list[int]], ...]:
         """What `back` does: (sizes to reshape to, permutation of them), one after another."""
-        first = [self.parts[i] for i in self.turn], _inverse(self.turn)
-        return first, ([shape[d] for d in self.dims], _inverse(self.dims))
+        first = [self.parts[i] for i in self.turn], inverse(self.turn)
+        return first, ([shape[d] for d in self.dims], inverse(self.dims))
 
 
 @value
@@ -71,28 +72,7 @@ class Granularity(Value):
         """Rows [r, n] in the shape and memory format of `weight`."""
         own = self.order(weight)
         whole = rows.reshape(weight.shape) if own is None else own.back(rows, weight.shape)
-        order = None if weight.is_contiguous() else _by_stride(weight.stride())
-        if order is None or order == list(range(weight.dim())):
-            return whole.contiguous()
-        return whole.permute(order).contiguous().permute(_inverse(order))
-
-
-def _by_stride(strides: tuple[int, ...]) -> list[int]:
-    """The dimensions from the largest stride to the smallest; of equals the first comes first.
-
-    Inserted one by one, for a compiler compares symbolic strides but does not sort by them.
-    """
-    order: list[int] = []
-    for d, stride in enumerate(strides):
-        place = len(order)
-        while place > 0 and strides[order[place - 1]] < stride:
-            place -= 1
-        order.insert(place, d)
-    return order
-
-
-def _inverse(order: tuple[int, ...] | list[int]) -> list[int]:
-    return sorted(range(len(order)), key=lambda d: order[d])
+        return in_order(whole, order_of(weight))
 
 
 def _check_dims(who: str, name: str, got: Any) -> None:

@@ -1,0 +1,45 @@
+"""What a packed model takes, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from parq_fn.export.packing import Packed
+
+
+def table(packed: Mapping[str, Packed | Tensor]) -> str:
+    """Layer, shape, bits, granularity, bytes and compression against float32, as text.
+
+    >>> from parq_fn.export import pack_weight
+    >>> print(table({"w": pack_weight(torch.ones(4, 8), torch.tensor([[-1.0, 1.0]]))}))
+    layer  shape   dtype    bits  granularity  bytes  of float32
+    w      [4, 8]  float32     1                  12        9.4%
+    all                                           12        9.4%
+    """
+    rows = [("layer", "shape", "dtype", "bits", "granularity", "bytes", "of float32")]
+    total = full = 0
+    for name, entry in packed.items():
+        tensor = entry.levels if isinstance(entry, Packed) else entry
+        count = torch.Size(entry.shape).numel()
+        size = entry.num_bytes if isinstance(entry, Packed) else count * entry.element_size()
+        bits = entry.bits if isinstance(entry, Packed) else 8 * entry.element_size()
+        granularity = entry.granularity if isinstance(entry, Packed) else "-"
+        kind = str(tensor.dtype).removeprefix("torch.")
+        share = f"{100 * size / max(1, 4 * count):.1f}%"
+        rows.append(
+            (name, str(list(entry.shape)), kind, f"{bits:g}", granularity, f"{size:,}", share)
+        )
+        total, full = total + size, full + 4 * count
+    rows.append(("all", "", "", "", "", f"{total:,}", f"{100 * total / max(1, full):.1f}%"))
+    widths = [max(len(row[i]) for row in rows) for i in range(7)]
+    left = (0, 1, 2, 4)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i in left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
