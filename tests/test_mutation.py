@@ -40,7 +40,8 @@ def test_files_that_mutants_are_made_of_and_tests_that_run_on_them_exist() -> No
 @pytest.mark.slow
 def test_a_run_of_mutants_loads_no_module_of_the_package_before_it_is_mutated() -> None:
     """One that was imported beforehand keeps its own source, and every run would fail."""
-    code = "import sys, tests.mutation.__main__\nprint([m for m in sys.modules if m.startswith('parq_fn')])"
+    shown = "print([m for m in sys.modules if m.startswith('parq_fn')])"
+    code = f"import sys, tests.mutation.__main__; {shown}"
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

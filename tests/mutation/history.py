@@ -192,9 +192,9 @@ FAULTS = [
     Fault(
         "a save by one process alone waits for the others",
         "parq_fn/export/file.py",
-        "    _in_ranks(Path(file), parts, _header_of(packed, parts), sharded)\n",
+        "    _in_ranks(path, parts, _header_of(packed, parts), sharded)\n",
         "    many = sharded or dist.is_initialized()\n"
-        "    _in_ranks(Path(file), parts, _header_of(packed, parts), many)\n",
+        "    _in_ranks(path, parts, _header_of(packed, parts), many)\n",
         ("tests/export/test_sharded.py",),
         "written_by_one_rank_alone",
         "ed457e9",
