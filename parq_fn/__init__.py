@@ -21,7 +21,7 @@ from parq_fn.quantizers import (
 )
 from parq_fn.quantizers.granularity import Granularity, per_block, per_channel, per_tensor
 from parq_fn.schedules import Schedule, inverse_slope
-from parq_fn.transforms import links, wrappers
+from parq_fn.transforms import estimators, links, wrappers
 from parq_fn.transforms.chain import Composite, chain, named_chain
 from parq_fn.transforms.links import (
     add_decayed_weights,
@@ -129,6 +129,7 @@ __all__ = [
     "clip",
     "clip_by_global_norm",
     "custom_prox",
+    "estimators",
     "freeze",
     "functional",
     "global_norm",

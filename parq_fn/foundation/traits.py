@@ -194,6 +194,9 @@ class TransformationTraits(Value):
     batches: bool = True
     #: It looks at params + updates: what stands behind it in a chain must let updates pass.
     last: bool = False
+    #: It pulls gradients back in its own update: what stands before it in a chain must let updates
+    #: pass.
+    pulls_back_inside: bool = False
     #: It is a prox link of `parq_fn.transforms.prox_link`, with its state's fields.
     prox: bool = False
     #: It is one whose weights are levels from a step on that is known.
@@ -219,6 +222,7 @@ def shared(transformations: Iterable[Any]) -> TransformationTraits:
         keeps_none=all(p.keeps_none for p in parts),
         batches=all(p.batches for p in parts),
         last=any(p.last for p in parts),
+        pulls_back_inside=any(p.pulls_back_inside for p in parts),
     )
 
 

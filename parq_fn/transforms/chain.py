@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from parq_fn.foundation.traits import TransformationTraits, shared, traits_of
@@ -13,7 +14,10 @@ from parq_fn.transforms.transformation import (
     Transformation,
     check_transformation,
     children_of,
+    handed,
     in_place,
+    pull_back,
+    pulls_back,
 )
 
 
@@ -29,7 +33,14 @@ class Chain(Link):
             check_transformation(link, f"link {self.names[i] if self.names else i}")
         traits = [traits_of(link) or TransformationTraits() for link in self.links]
         fits = None  # the last link so far that does
+        changes = None  # the last link so far that may change updates
         for link, own in zip(self.links, traits, strict=True):
+            if changes is not None and own.pulls_back_inside:
+                raise ValueError(
+                    f"{link!r} pulls gradients back itself, and {changes!r} in front of it may "
+                    "change them first; put it around the whole chain"
+                )
+            changes = changes if own.passes_updates else link
             if fits is not None and not (own.passes_updates or own.last):
                 raise ValueError(
                     f"{fits!r} fits its levels to params + updates as they reach it, and {link!r} "
@@ -46,8 +57,9 @@ class Chain(Link):
 
     @property
     def traits(self) -> TransformationTraits:
-        """What all its links declare."""
-        return shared(self.links)
+        """What all its links declare, but that what it pulls back does not pass."""
+        own = shared(self.links)
+        return replace(own, passes_updates=own.passes_updates and not self.pulls_back)
 
     def children(self) -> dict[str, Transformation]:
         """Its links by name, or by number."""
@@ -80,17 +92,29 @@ class Chain(Link):
         return self._pack([link.init(params) for link in self.links])
 
     def update(
-        self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
+        self,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree,
+        *,
+        pulled: PyTree | None = None,
+        **extra: Any,
     ) -> tuple[PyTree, PyTree]:
-        """Every link's update in turn, each seeing the updates of the one before it.
+        """Every link's update in turn, each seeing the updates of the one before it, the first
+        those of `pullback`.
+
+        pulled: the second result of `pullback`, of a chain that is a part of another: its updates
+        are pulled back already.
 
         Raises ValueError for updates of another structure or shape than the params.
         """
         if params is not None:
             check_match(updates, params, "chain" if self.names is None else "named_chain")
+        if pulled is None:
+            updates, pulled = self.pullback(updates, state, params)
         states = []
-        for link, old in zip(self.links, self._states(state), strict=True):
-            updates, new = link.update(updates, old, params, **extra)
+        for link, old, own in zip(self.links, self._states(state), pulled, strict=True):
+            updates, new = link.update(updates, old, params, **handed(own), **extra)
             states.append(new)
         return updates, self._pack(states)
 
@@ -100,12 +124,34 @@ class Chain(Link):
             params = link.weights(own, params)
         return params
 
+    def pullback(
+        self, grads: PyTree, state: PyTree, params: PyTree, *, weights: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        """Every link's pullback from the last to the first, each at the params that its `weights`
+        sees; and the tuple of their second results."""
+        states = self._states(state)
+        own: list[PyTree] = [()] * len(states)
+        last = max([-1, *(i for i, link in enumerate(self.links) if pulls_back(link))])
+        seen = [params]
+        for link, old in zip(self.links[: max(last, 0)], states, strict=False):
+            seen.append(link.weights(old, seen[-1]))
+        made = [*seen[1:], weights if last + 1 == len(states) else None]
+        for i in range(last, -1, -1):
+            grads, own[i] = pull_back(self.links[i], grads, states[i], seen[i], made[i])
+        return grads, tuple(own)
+
+    @property
+    def pulls_back(self) -> bool:
+        """Whether one of its links does."""
+        return any(map(pulls_back, self.links))
+
 
 def chain(*links: Transformation) -> Chain:
     """Applies links in order: updates run through them from left to right.
 
     Raises TypeError for a link without init, update and weights, ValueError for a prox link in
-    front of one that may change its updates.
+    front of one that may change its updates, and for one that pulls gradients back itself behind
+    one that may change them.
 
     >>> from parq_fn import chain, clip, sgd
     >>> chain(clip(1.0), sgd(0.1))
@@ -150,6 +196,23 @@ class Composite(Link):
     def weights(self, state: PyTree, params: PyTree) -> PyTree:
         """The weights of the chain."""
         return self.expand().weights(state, params)
+
+    def pullback(
+        self, grads: PyTree, state: PyTree, params: PyTree, *, weights: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        """The pullback of the chain."""
+        return pull_back(self.expand(), grads, state, params, weights)
+
+    @property
+    def pulls_back(self) -> bool:
+        """Whether the chain does. A class may say that its own never do."""
+        return pulls_back(self.expand())
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        if "expand" in vars(cls) and "pulls_back" not in vars(cls):
+            # what a parent says is of the parent's chain
+            cls.pulls_back = Composite.pulls_back  # type: ignore[method-assign] # a property
+        super().__init_subclass__(**options)
 
     def children(self) -> dict[str, Transformation]:
         """The chain, as "expanded"."""

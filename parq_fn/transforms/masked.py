@@ -15,6 +15,8 @@ from parq_fn.transforms.transformation import (
     check_transformation,
     in_place,
     pinned,
+    pull_back,
+    pulls_back,
 )
 
 
@@ -67,6 +69,21 @@ class masked(Link):
         mask = resolve_mask(self.mask, params)
         own = self.inner.weights(state, pick(mask, params, params))
         return merge(mask, params, own, params)
+
+    def pullback(
+        self, grads: PyTree, state: PyTree, params: PyTree, *, weights: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        """The inner pullback on the mask, the gradients as they came elsewhere."""
+        mask = resolve_mask(self.mask, params)
+        made = None if weights is None else pick(mask, params, weights)
+        inside = pick(mask, params, grads), state, pick(mask, params, params)
+        chosen, own = pull_back(self.inner, *inside, made)
+        return merge(mask, params, chosen, grads), own
+
+    @property
+    def pulls_back(self) -> bool:
+        """Whether the inner transformation does."""
+        return pulls_back(self.inner)
 
     def children(self) -> dict[str, Transformation]:
         """The inner transformation."""

@@ -57,6 +57,8 @@ class sgd(Composite):
                 f"momentum={self.momentum}, dampening={self.dampening}"
             )
 
+    pulls_back = False
+
     def expand(self) -> Chain:
         """[add_decayed_weights,] [trace,] scale_by_learning_rate."""
         decay = () if _off(self.weight_decay) else (add_decayed_weights(self.weight_decay),)
@@ -82,6 +84,8 @@ class adam(Composite):
 
     def __post_init__(self) -> None:
         _check_adam(self)
+
+    pulls_back = False
 
     def expand(self) -> Chain:
         """[add_decayed_weights,] scale_by_adam, scale_by_learning_rate."""
@@ -109,6 +113,8 @@ class adamw(Composite):
 
     def __post_init__(self) -> None:
         _check_adam(self)
+
+    pulls_back = False
 
     def expand(self) -> Chain:
         """scale_by_adam, [add_decayed_weights,] scale_by_learning_rate."""

@@ -13,8 +13,11 @@ from parq_fn.transforms.transformation import (
     Link,
     Transformation,
     check_transformation,
+    handed,
     in_place,
     pinned,
+    pull_back,
+    pulls_back,
 )
 
 
@@ -66,13 +69,27 @@ class partition(Link):
         }
 
     def update(
-        self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
+        self,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree,
+        *,
+        pulled: Mapping[str, PyTree] | None = None,
+        **extra: Any,
     ) -> tuple[PyTree, PyTree]:
-        """Every label's update on its own leaves."""
+        """Every label's update on its own leaves.
+
+        pulled: the second result of `pullback`, where the updates are pulled back already.
+        """
         states, out = {}, updates
         for label, mask in self._masks(params).items():
+            own = {} if pulled is None else handed(pulled[label])
             chosen, states[label] = self.transforms[label].update(
-                pick(mask, params, updates), state[label], pick(mask, params, params), **extra
+                pick(mask, params, updates),
+                state[label],
+                pick(mask, params, params),
+                **own,
+                **extra,
             )
             out = merge(mask, params, chosen, out)
         return out, states
@@ -84,6 +101,23 @@ class partition(Link):
             own = self.transforms[label].weights(state[label], pick(mask, params, params))
             out = merge(mask, params, own, out)
         return out
+
+    def pullback(
+        self, grads: PyTree, state: PyTree, params: PyTree, *, weights: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        """Every label's pullback on its own leaves, and the second results by label."""
+        owns, out = {}, grads
+        for label, mask in self._masks(params).items():
+            made = None if weights is None else pick(mask, params, weights)
+            inside = pick(mask, params, grads), state[label], pick(mask, params, params)
+            chosen, owns[label] = pull_back(self.transforms[label], *inside, made)
+            out = merge(mask, params, chosen, out)
+        return out, owns
+
+    @property
+    def pulls_back(self) -> bool:
+        """Whether one of its transformations does."""
+        return any(map(pulls_back, self.transforms.values()))
 
     def children(self) -> dict[str, Transformation]:
         """The transformations by label."""

@@ -5,6 +5,10 @@
     Q      <- quantizer(u / shrink)                   at t >= warmup, (t - warmup) % period == 0
     w       = map(u / shrink, Q, coefficient(t))      from warmup and the annealing's start on
 
+and before it, where the map made the weights, gradients g at them become those at the latents:
+
+    g      <- gradient(g, u / shrink, w, Q, t)        with u, w and Q of before the update
+
 Updates pass through (but for the normal map's pull), for w is computed from u and never
 reconstructed from an increment. Levels are fitted to params + updates as they reach this link,
 so it stands last of what moves its params.
@@ -28,6 +32,7 @@ from parq_fn.foundation.value import same, state_class, value
 from parq_fn.proxmaps.proxmap import Formula, ProxMap, itself
 from parq_fn.quantizers import Quantizer
 from parq_fn.quantizers.granularity import Granularity, per_tensor
+from parq_fn.transforms.estimators import straight_through
 from parq_fn.transforms.links import times
 from parq_fn.transforms.sharded import gathered, local, part_of, placed
 from parq_fn.transforms.train import apply_updates
@@ -45,6 +50,7 @@ class ProxState(NamedTuple):
 
 
 _PER_TENSOR = per_tensor()
+_STRAIGHT_THROUGH = straight_through()
 
 
 def _whole() -> Granularity:
@@ -67,6 +73,8 @@ class Prox(Link):
         u / gamma; the latent itself stays as it is.
     normal_map: gamma > 0; the latent moves by -(lr / gamma) (u - w) besides. gamma = lr with
         plain SGD is proximal SGD, gamma -> infinity is AProx.
+    gradient: what becomes of gradients at the weights on their way to the latents, see
+        `parq_fn.estimators`. A chain asks for it before its first link sees them.
 
     `init` raises TypeError for a leaf that is not floating, ValueError for one that the
     granularity cannot cut or that holds NaN or infinities (where values can be read), each with
@@ -89,6 +97,7 @@ class Prox(Link):
     learning_rate: Scalar | None = field(default=None, kw_only=True)
     shrink: bool = field(default=False, kw_only=True)
     normal_map: float | Tensor | None = field(default=None, kw_only=True)
+    gradient: Callable[..., Tensor] = field(default=_STRAIGHT_THROUGH, kw_only=True)
 
     def __post_init__(self) -> None:
         who = type(self).__name__
@@ -107,6 +116,11 @@ class Prox(Link):
             check_numbers(who, NOT_NEGATIVE, schedules=True, learning_rate=self.learning_rate)
         if self.normal_map is not None:
             check_numbers(who, POSITIVE, normal_map=self.normal_map)
+        if isinstance(self.gradient, type) or not callable(self.gradient):
+            raise TypeError(
+                f"{who}: expected an estimator such as gradient=estimators.inside(), got "
+                f"{self.gradient!r}"
+            )
 
     @property
     def traits(self) -> TransformationTraits:
@@ -267,6 +281,44 @@ class Prox(Link):
             return placed(mapped, param)
 
         return tree_map(weight, params, state.levels)
+
+    def pullback(
+        self, grads: PyTree, state: ProxState, params: PyTree, *, weights: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        """(gradient(grads, params / shrink, weights, levels, count), ()) where the map makes the
+        weights, the gradients as they came elsewhere.
+
+        Weights that are not given are mapped where the estimator looks at them.
+        """
+        if not self.pulls_back:
+            return grads, ()
+        active = self.active(state)
+        known = concrete(active)
+        if known is False:
+            return grads, ()
+        if not getattr(self.gradient, "uses_weights", True):
+            weights = params
+        elif weights is None:
+            weights = self.weights(state, params)
+
+        def pulled(grad: Tensor, param: Tensor, weight: Tensor, levels: Tensor) -> Tensor:
+            part, mine, g = part_of(param, self.granularity), local(param), local(grad)
+            if not mine.numel():
+                return grad
+            g = g if g.layout == torch.strided else g.to_dense()  # of an embedding
+            rows, u = part.granularity.rows, self._rows(mine, state, part.granularity)
+            found = self.gradient(rows(g), u, rows(local(weight)), levels[part.rows], state.count)
+            found = part.granularity.restore(found, mine).to(g.dtype)
+            if not known:
+                found = torch.where(to_device(active, g), found, g)
+            return placed(found, param)
+
+        return tree_map(pulled, grads, params, weights, state.levels), ()
+
+    @property
+    def pulls_back(self) -> bool:
+        """Whether the estimator is another than the straight-through one."""
+        return type(self.gradient) is not straight_through
 
     def _coefficient(self, step: Tensor) -> Tensor:
         return self.coefficient(step).to(torch.float64)

@@ -1,11 +1,18 @@
 """Gradient transformations: the contract, and the links that are nothing but it.
 
 params are the latent, full-precision weights; weights are what the model computes with. A
-transformation is three pure functions over pytrees:
+transformation is pure functions over pytrees:
 
     init(params) -> state
     update(updates, state, params, **extra) -> updates, state    # increments to params
     weights(state, params) -> weights                            # identity for ordinary links
+    pullback(grads, state, params, *, weights=None) -> grads, own  # its transpose; optional
+
+`pullback` takes gradients at the weights to those at the params, and gives besides the gradient of
+what the state learns, () where it learns nothing. `weights` are the transformation's, where the
+caller has them. The outermost chain pulls back once, before its first link sees the gradients, and
+hands every link its own second result as the extra argument `pulled` of `update`, where it is not
+().
 
 A link ignores the extra arguments it does not know. Links, like all values of this library,
 are frozen dataclasses; states are NamedTuples of tensors.
@@ -26,7 +33,7 @@ from parq_fn.foundation.value import Value, show, value
 
 @runtime_checkable
 class Transformation(Protocol):
-    """Any object with these three pure methods."""
+    """Any object with these three pure methods; `pullback` may be a fourth."""
 
     def init(self, params: PyTree) -> PyTree:
         """The state before the first update."""
@@ -63,6 +70,11 @@ class Link(Value):
         """What it declares, for `parq_fn.testing`: of the base what every transformation must."""
         return TransformationTraits()
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "pullback" in vars(cls) and "pulls_back" not in vars(cls):
+            cls.pulls_back = True  # type: ignore[assignment, method-assign]
+
     def init(self, params: PyTree) -> PyTree:
         """The empty state."""
         del params
@@ -79,6 +91,20 @@ class Link(Value):
         """The weights the model computes with; of the base the params."""
         del state
         return params
+
+    def pullback(
+        self, grads: PyTree, state: PyTree, params: PyTree, *, weights: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        """(gradients at the params, from gradients at the weights; those of what it learns); of
+        the base (grads, ())."""
+        del state, params, weights
+        return grads, ()
+
+    @property
+    def pulls_back(self) -> bool:
+        """Whether `pullback` may be another than the base's; where not, it is not called. A class
+        that defines a `pullback` and does not say has True."""
+        return False
 
     # What it is made of.
 
@@ -123,6 +149,43 @@ def pinned(transformation: Any, params: PyTree) -> Any:
     """See `Link.pinned`; an object without it is as it was."""
     method = getattr(transformation, "pinned", None)
     return transformation if method is None else method(params)
+
+
+def pulls_back(transformation: Any) -> bool:
+    """See `Link.pulls_back`; an object that does not say does where it has a `pullback`."""
+    return bool(getattr(transformation, "pulls_back", hasattr(transformation, "pullback")))
+
+
+def pull_back(
+    transformation: Any,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    weights: PyTree | None = None,
+) -> tuple[PyTree, PyTree]:
+    """Its `pullback`; (grads, ()) of what has none."""
+    if not pulls_back(transformation):
+        return grads, ()
+    grads, own = transformation.pullback(grads, state, params, weights=weights)
+    return grads, own
+
+
+def handed(own: PyTree) -> dict[str, PyTree]:
+    """The extra argument that a link is given for the second result of its pullback."""
+    return {} if isinstance(own, tuple) and not own else {"pulled": own}
+
+
+def pulled_update(
+    transformation: Transformation,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    weights: PyTree | None = None,
+    **extra: Any,
+) -> tuple[PyTree, PyTree]:
+    """(updates, state) from gradients at the weights: what a chain of this one link gives."""
+    grads, own = pull_back(transformation, grads, state, params, weights)
+    return transformation.update(grads, state, params, **handed(own), **extra)
 
 
 def in_place(link: Link, children: Mapping[str, Transformation]) -> list[Transformation]:
@@ -191,9 +254,17 @@ def _same(state: PyTree, params: PyTree) -> PyTree:
     return params
 
 
+def _untouched(
+    grads: PyTree, state: PyTree, params: PyTree, *, weights: PyTree | None = None
+) -> tuple[PyTree, PyTree]:
+    del state, params, weights
+    return grads, ()
+
+
 @value
 class GradientTransformation(Value):
-    """A transformation from three functions; `weights` is the identity where it is not given.
+    """A transformation from functions; `weights` is the identity where it is not given, and so is
+    `pullback`.
 
     >>> halve = GradientTransformation(
     ...     init=lambda params: EmptyState(),
@@ -206,6 +277,12 @@ class GradientTransformation(Value):
     init: Callable[[PyTree], PyTree]
     update: Callable[..., tuple[PyTree, PyTree]]
     weights: Callable[[PyTree, PyTree], PyTree] = _same
+    pullback: Callable[..., tuple[PyTree, PyTree]] = _untouched
+
+    @property
+    def pulls_back(self) -> bool:
+        """Whether it was given a pullback."""
+        return vars(self).get("pullback", _untouched) is not _untouched
 
 
 def check_transformation(link: Any, where: str) -> None:

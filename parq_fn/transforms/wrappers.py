@@ -23,7 +23,11 @@ from parq_fn.transforms.transformation import (
     Link,
     Transformation,
     check_transformation,
+    handed,
     in_place,
+    pull_back,
+    pulled_update,
+    pulls_back,
 )
 
 
@@ -43,6 +47,17 @@ class _Around(Link):
     def weights(self, state: Any, params: PyTree) -> PyTree:
         """The inner weights."""
         return self.inner.weights(state.inner, params)
+
+    def pullback(
+        self, grads: PyTree, state: Any, params: PyTree, *, weights: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        """The inner pullback."""
+        return pull_back(self.inner, grads, state.inner, params, weights)
+
+    @property
+    def pulls_back(self) -> bool:
+        """Whether the inner transformation does."""
+        return pulls_back(self.inner)
 
     def children(self) -> dict[str, Transformation]:
         """The inner transformation."""
@@ -73,7 +88,8 @@ class accumulate(_Around):
 
     On the calls between, updates are zeros and the inner state stands still, so the schedule,
     the warmup and the period of a prox link inside count inner updates. A missing gradient
-    (None) counts as zeros. Wrap the whole chain.
+    (None) counts as zeros. Wrap the whole chain: gradients at the weights are summed as they are,
+    and the inner transformation pulls back their mean.
 
     Raises ValueError unless steps is a whole number from 1 on.
 
@@ -96,7 +112,9 @@ class accumulate(_Around):
     @property
     def traits(self) -> TransformationTraits:
         """Those of the inner transformation, but that updates wait and None counts as zeros."""
-        return replace(shared([self.inner]), passes_updates=False, keeps_none=False)
+        own = shared([self.inner])
+        inside = own.pulls_back_inside or pulls_back(self.inner)
+        return replace(own, passes_updates=False, keeps_none=False, pulls_back_inside=inside)
 
     def init(self, params: PyTree) -> AccumulateState:
         """Zeros and the inner state."""
@@ -114,12 +132,21 @@ class accumulate(_Around):
         if concrete(due) is False:  # the work of a step that would be thrown away
             return zeros, AccumulateState(count, total, state.inner)
         mean = tree_map(lambda t, p: (t / self.steps).to(p.dtype), total, params)
-        out, inner = self.inner.update(mean, state.inner, params, **extra)
+        out, inner = pulled_update(self.inner, mean, state.inner, params, **extra)
         return select(due, out, zeros), AccumulateState(
             torch.where(due, 0, count),
             select(due, tree_map(torch.zeros_like, total), total),
             select(due, inner, state.inner),
         )
+
+    def pullback(
+        self, grads: PyTree, state: Any, params: PyTree, *, weights: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        """(grads, ()): the mean is pulled back, when its update is made."""
+        del state, params, weights
+        return grads, ()
+
+    pulls_back = False
 
 
 @state_class
@@ -132,7 +159,7 @@ class FiniteState(NamedTuple):
 
 @value
 class apply_if_finite(_Around):
-    """The inner update where every element of the updates is finite; otherwise zeros.
+    """The inner update where every element of the updates, pulled back, is finite; otherwise zeros.
 
     A skipped call leaves the inner state as it was, levels and counts of a prox link included,
     and is counted in `skipped`. Wrap the whole chain.
@@ -148,12 +175,22 @@ class apply_if_finite(_Around):
         return FiniteState(new_count(), self.inner.init(params))
 
     def update(
-        self, updates: PyTree, state: FiniteState, params: PyTree, **extra: Any
+        self,
+        updates: PyTree,
+        state: FiniteState,
+        params: PyTree,
+        *,
+        pulled: PyTree = (),
+        **extra: Any,
     ) -> tuple[PyTree, FiniteState]:
+        if not handed(pulled):
+            found, pulled = pull_back(self.inner, updates, state.inner, params)
+            if handed(pulled):  # the inner transformation would do it; of others a chain has
+                updates = found
         finite = torch.ones((), dtype=torch.bool)
-        for leaf in tree_leaves(updates):
+        for leaf in tree_leaves((updates, pulled)):
             finite = to_device(finite, leaf) & gathered(leaf.isfinite().all())
-        out, inner = self.inner.update(updates, state.inner, params, **extra)
+        out, inner = self.inner.update(updates, state.inner, params, **handed(pulled), **extra)
         zeros = tree_map(torch.zeros_like, out)
         skipped = state.skipped + to_device((~finite).to(torch.int64), state.skipped)
         return select(finite, out, zeros), FiniteState(skipped, select(finite, inner, state.inner))
