@@ -112,6 +112,6 @@ def _tells_all(transformation: Any) -> bool:
     order = type(transformation).__mro__
     traits, *methods = (
         next((i for i, cls in enumerate(order) if name in vars(cls)), len(order))
-        for name in ("traits", "init", "update", "weights")
+        for name in ("traits", "init", "update", "weights", "pullback")
     )
     return traits <= min(methods) and all(map(_tells_all, children_of(transformation).values()))

@@ -3,13 +3,14 @@
 The base optimizer moves the latents, which live in the state; between steps the parameters hold
 the weights. A step is
 
-    u <- base optimizer(u; gradient at w)  [- (lr / gamma) (u - w)]
+    g <- gradient(gradient at w, u / shrink, w, Q)
+    u <- base optimizer(u; g)              [- (lr / gamma) (u - w)]
     Q <- quantizer(u / shrink)             where due
     p <- map(u / shrink, Q, coefficient)
 
-with the last two lines those of the functional core. The latents stand in for the parameters in
-the base's groups only while it steps, so that groups are shared and no exception leaves a latent
-in the model.
+with the first and the last two lines those of the functional core. The latents stand in for the
+parameters in the base's groups only while it steps, so that groups are shared and no exception
+leaves a latent in the model.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class QuantOptimizer(Optimizer):
     Of its groups those with "quant_bits" below 16 are quantized, with the quantizer of `prox` at
     that many bits (0 is ternary) and, where they have a "quant_block_size", per block; the
     others are the base optimizer's alone.
-    prox: a prox link. Its learning rate is the group's.
+    prox: a prox link. Its learning rate is the group's. Its `gradient` takes what stands in p.grad
+    at the step, clipped or unscaled as it may be, and leaves p.grad as it is.
     anneal_weight_decay: f in [0, 1]; a quantized group's weight decay is taken times
     f * s + 1 - f, s the inverse slope that the step before left (parq_prox only).
     compile: the map under torch.compile, with the same weights, bit for bit but for the sign of a
@@ -322,14 +324,14 @@ class QuantOptimizer(Optimizer):
     def _move(self) -> None:
         """The base optimizer's step with latents for parameters, and the normal map's pull.
 
-        Parameters that need a tensor of their own size for it, a widened gradient or the pull
+        Parameters that need a tensor of their own size for it, a gradient of its own or the pull
         from before the step, are moved a few at a time by torch's own optimizers: no more
         elements together than the largest parameter has. Other optimizers, and those with hooks,
         step once, for they may keep account of their steps.
         """
         groups = {p: group for group in self.param_groups for p in group["params"]}
         moved = [p for p in groups if p.grad is not None and self._is_trained(p)]
-        needy = [p for p in moved if p.dtype != wide(p) or self._is_pulled(p)]
+        needy = [p for p in moved if self._has_own_gradient(p, groups[p]) or self._is_pulled(p)]
         alone = set(needy)
         rest = [p for p in moved if p not in alone]
         runs = [moved]
@@ -337,7 +339,7 @@ class QuantOptimizer(Optimizer):
             runs = chunks({p: p.numel() for p in needy}) + ([rest] if rest else [])
         for chunk in runs:
             pulls = {p: self._pull(p, groups[p]) for p in chunk if self._is_pulled(p)}
-            self._step_base(chunk)
+            self._step_base(chunk, groups)
             for p, pull in pulls.items():
                 latent = local(self._latents[p])
                 latent.sub_(pull.to(latent.dtype))
@@ -353,11 +355,22 @@ class QuantOptimizer(Optimizer):
         gamma: Any = self.prox.normal_map
         return times(local(self._latents[p]) - local(p), _rate(group) / as_scalar(gamma))
 
-    def _step_base(self, chunk: list[Tensor]) -> None:
+    def _has_own_gradient(self, p: Tensor, group: Group) -> bool:
+        return p.dtype != wide(p) or (is_quantized(group) and self.link(group).pulls_back)
+
+    def _gradient(self, p: Tensor, group: Group) -> Tensor:
+        """That of the latent, from that of the parameter."""
+        latent, state = self._latents[p], _prox_state(self.state[p])
+        grads = [p.grad.to(latent.dtype)]  # type: ignore[union-attr] # it has one
+        own = self.link(group).pullback(grads, state, [latent.detach()], weights=[p.detach()])
+        found: Tensor = own[0][0]
+        return found
+
+    def _step_base(self, chunk: list[Tensor], groups: dict[Tensor, Group]) -> None:
         for p in chunk:
             latent = self._latents[p]
             if latent is not p:
-                latent.grad = p.grad.to(latent.dtype)  # type: ignore[union-attr] # it has one
+                latent.grad = self._gradient(p, groups[p])
         try:
             with self._latents_in_groups(set(chunk)):
                 self.base.step()

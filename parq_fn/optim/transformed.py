@@ -37,7 +37,11 @@ from parq_fn.transforms.links import add_decayed_weights
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.sharded import local
 from parq_fn.transforms.train import apply_updates
-from parq_fn.transforms.transformation import Transformation, check_transformation
+from parq_fn.transforms.transformation import (
+    Transformation,
+    check_transformation,
+    pulled_update,
+)
 
 
 class TransformOptimizer(Optimizer):
@@ -338,7 +342,8 @@ class TransformOptimizer(Optimizer):
             name: p.grad.to(latents[name].dtype) if p.requires_grad and p.grad is not None else None
             for name, p in own.items()
         }
-        updates, state = transformation.update(grads, state, latents, **extra)
+        weights = {name: p.detach() for name, p in own.items()}
+        updates, state = pulled_update(transformation, grads, state, latents, weights, **extra)
         latents = apply_updates(latents, updates)
         weights = transformation.weights(state, latents)
         frozen = {p: dict(self.state[p]) for p in own.values() if not p.requires_grad}

@@ -29,6 +29,14 @@ PROXES = {
     "soft": pf.soft_prox(pf.uniform(2), **_SPAN, granularity=pf.per_channel()),
     "binary_relax": pf.binary_relax_prox(pf.lloyd_max(2), **_SPAN, period=2),
     "proxquant": pf.proxquant_prox(pf.lsbq(2), **_SPAN, strength=0.2, granularity=pf.per_block(3)),
+    "trusted": pf.hard_prox(pf.lsbq(2), period=2, gradient=pf.estimators.trust(0.9)),
+    "damped": pf.parq_prox(
+        pf.lsbq(2),
+        **_SPAN,
+        period=2,
+        granularity=pf.per_channel(),
+        gradient=pf.estimators.damped(pf.schedules.linear(0.0, 0.5, 0, 9)),
+    ),
 }
 
 #: What checkpoints are saved of: warmup, annealing, the normal map.

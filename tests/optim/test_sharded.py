@@ -31,6 +31,13 @@ PROXES = {
     "shrink": pf.parq_prox(pf.uniform(2), **SPAN, granularity=pf.per_channel(), shrink=True),
     "normal_map": pf.hard_prox(pf.lsbq(2, "optimal"), period=1, normal_map=2.0),
     "soft": pf.soft_prox(pf.lloyd_max(2), **SPAN),
+    "trusted": pf.parq_prox(pf.lsbq(2), **SPAN, gradient=pf.estimators.trust(0.8)),
+    "damped": pf.hard_prox(
+        pf.lsbq(2),
+        period=2,
+        granularity=pf.per_channel(),
+        gradient=pf.estimators.damped(0.4),
+    ),
 }
 
 

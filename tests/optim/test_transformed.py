@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import parq_fn as pf
 from parq_fn.optim import TransformOptimizer
+from parq_fn.transforms.transformation import pulled_update
 from tests.helpers import copies, equal
 from tests.optim.helpers import PROXES
 
@@ -83,8 +84,9 @@ def test_equals_the_functional_loop_bit_for_bit(name: str, dtype: torch.dtype) -
         run.optimizer.zero_grad()
         run.loss().backward()
         grads = {n: p.grad.to(wide) for n, p in run.net.named_parameters()}
+        held = {n: p.detach().clone() for n, p in run.net.named_parameters()}
         run.optimizer.step()
-        updates, state = transform.update(grads, state, params)
+        updates, state = pulled_update(transform, grads, state, params, held)
         params = pf.apply_updates(params, updates)
         weights = transform.weights(state, params)
         for n, p in run.net.named_parameters():
