@@ -254,6 +254,15 @@ def schedules(draw: Draw) -> sched.Schedule:
     )
 
 
+ESTIMATORS = (
+    pq.estimators.straight_through(),
+    pq.estimators.inside(),
+    pq.estimators.trust(0.75),
+    pq.estimators.by_level(),
+    pq.estimators.damped(sched.linear(0.0, 0.5, 0, 4)),
+)
+
+
 def prox_links() -> Strategy[pq.Prox]:
     """Prox links with short periods, warmups and annealings."""
     options = {
@@ -261,6 +270,7 @@ def prox_links() -> Strategy[pq.Prox]:
         "granularity": st.sampled_from((pq.per_tensor(), pq.per_channel())),
         "period": st.integers(1, 3),
         "warmup": st.integers(0, 2),
+        "gradient": st.sampled_from(ESTIMATORS),
     }
     span = {"anneal_start": st.integers(0, 2), "anneal_end": st.integers(3, 5)}
     return st.one_of(

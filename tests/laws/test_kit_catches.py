@@ -375,6 +375,77 @@ class delta_prox(pq.Link):
         return tree_map(lambda p: p + (p.round() - p) * 1.1, params).popitem()
 
 
+DAMPED = pq.hard_prox(pq.lsbq(1), period=1, gradient=pq.estimators.damped(0.5))
+
+
+class keeps_the_gradients(pq.Link):
+    """A wrapper that does not say what is inside, and pulls nothing back."""
+
+    def __init__(self, inner: Any) -> None:
+        vars(self)["inner"] = inner
+
+    def init(self, params: Any) -> Any:
+        return self.inner.init(params)
+
+    def update(self, updates: Any, state: Any, params: Any, **extra: Any) -> Any:
+        return self.inner.update(updates, state, params, **extra)
+
+    def weights(self, state: Any, params: Any) -> Any:
+        return self.inner.weights(state, params)
+
+
+class keeps_those_of_a_child(keeps_the_gradients):
+    """One that does say."""
+
+    def children(self) -> Any:
+        return {"inner": self.inner}
+
+    def with_children(self, children: Any) -> Any:
+        return type(self)(children["inner"])
+
+
+class loses_own(keeps_the_gradients):
+    """Pulls back, and does not tell that it did."""
+
+    def pullback(self, grads: Any, state: Any, params: Any, *, weights: Any = None) -> Any:
+        return self.inner.pullback(grads, state, params, weights=weights)[0], ()
+
+
+class hands_nothing_to_update(keeps_the_gradients):
+    """Pulls back, and does not tell the inside."""
+
+    def pullback(self, grads: Any, state: Any, params: Any, *, weights: Any = None) -> Any:
+        return self.inner.pullback(grads, state, params, weights=weights)
+
+    def update(self, updates: Any, state: Any, params: Any, **extra: Any) -> Any:
+        extra.pop("pulled", None)
+        return self.inner.update(updates, state, params, **extra)
+
+
+class loses_the_weights(keeps_the_gradients):
+    """Takes whatever is handed over for the params."""
+
+    def pullback(self, grads: Any, state: Any, params: Any, *, weights: Any = None) -> Any:
+        return self.inner.pullback(grads, state, params if weights is None else weights)
+
+
+class halves_in_place(pq.Link):
+    def pullback(self, grads: Any, state: Any, params: Any, *, weights: Any = None) -> Any:
+        return tree_map(lambda g: g.mul_(0.5), grads), ()
+
+
+class pulls_back_to_float32(pq.Link):
+    def pullback(self, grads: Any, state: Any, params: Any, *, weights: Any = None) -> Any:
+        return tree_map(lambda g: g.float(), grads), ()
+
+
+class halves_for_no_reason(pq.Link):
+    traits = PER_LEAF
+
+    def pullback(self, grads: Any, state: Any, params: Any, *, weights: Any = None) -> Any:
+        return tree_map(lambda g: g / 2, grads), ()
+
+
 @pytest.mark.rare
 @pytest.mark.parametrize(
     ("wrong", "names"),
@@ -388,6 +459,15 @@ class delta_prox(pq.Link):
         (float32_everywhere(), ("updates_fit_params",)),
         (fills_missing_gradients(), ("none_stays_none",)),
         (delta_prox(), ("weights_fit_params", "call_order")),
+        (keeps_the_gradients(DAMPED), ("hands_pullback_on",)),
+        (keeps_those_of_a_child(DAMPED), ("hands_pullback_on",)),
+        (loses_own(DAMPED), ("hands_pullback_on",)),
+        (loses_own(pq.chain(pq.sgd(0.1), DAMPED)), ("hands_pullback_on",)),
+        (hands_nothing_to_update(DAMPED), ("hands_pullback_on",)),
+        (loses_the_weights(DAMPED), ("pullback_takes_weights",)),
+        (halves_in_place(), ("pullback_is_pure",)),
+        (pulls_back_to_float32(), ("pullback_keeps_form",)),
+        (halves_for_no_reason(), ("plain_pullback",)),
     ],
     ids=lambda x: type(x).__name__,
 )
@@ -427,18 +507,46 @@ class weights_of_the_delta(pq.hard_prox):
         return tree_map(lambda w, p: p + (w - p), hard, params)
 
 
+class pulls_back_too_early(pq.hard_prox):
+    """The estimator of levels that no step has fitted."""
+
+    def pullback(self, grads: Any, state: Any, params: Any, *, weights: Any = None) -> Any:
+        begun = state._replace(count=state.count + self.warmup + 1)
+        return super().pullback(grads, begun, params, weights=weights)
+
+
+def of_the_row(g: Tensor, u: Tensor, w: Tensor, levels: Tensor, step: Tensor) -> Tensor:
+    """An estimator that looks at the whole row."""
+    del u, w, levels, step
+    return g - g.mean(-1, keepdim=True)
+
+
+def of_the_next_latent(g: Tensor, u: Tensor, w: Tensor, levels: Tensor, step: Tensor) -> Tensor:
+    del w, levels, step
+    return torch.where(u.roll(1, -1) > 0, g, 0.0)
+
+
 @pytest.mark.rare
 @pytest.mark.parametrize(
     ("wrong", "names"),
     [
         (refits_every_step(pq.lsbq(2), period=2), ("refits_when_due",)),
         (weights_of_the_delta(pq.lsbq(2), period=1), ("hard_in_the_end", "weights_are_mapped")),
+        (
+            pulls_back_too_early(pq.lsbq(1), gradient=pq.estimators.inside()),
+            ("waits_to_pull_back",),
+        ),
+        (pq.hard_prox(pq.lsbq(1), period=1, gradient=of_the_row), ("pullback_is_elementwise",)),
+        (
+            pq.hard_prox(pq.lsbq(1), period=1, gradient=of_the_next_latent),
+            ("pullback_is_elementwise",),
+        ),
     ],
     ids=lambda x: type(x).__name__,
 )
 def test_wrong_prox_links(wrong: Any, names: tuple[str, ...]) -> None:
     with caught(*names):
-        check_transformation(wrong, laws=names, max_examples=10)
+        check_transformation(wrong, laws=names, max_examples=25)
 
 
 @pytest.mark.rare

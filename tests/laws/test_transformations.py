@@ -25,7 +25,23 @@ PROX_LINKS = [
     pq.soft_prox(pq.uniform(2), **SPAN, period=1, granularity=pq.per_channel()),
     pq.binary_relax_prox(pq.lloyd_max(2), **SPAN, period=3),
     pq.proxquant_prox(pq.lsbq(1), **SPAN, period=1, strength=0.1),
+    pq.hard_prox(
+        pq.lsbq(2), period=2, shrink=True, learning_rate=2.0, gradient=pq.estimators.trust(0.5)
+    ),
+    pq.parq_prox(
+        pq.lsbq(2),
+        **SPAN,
+        period=1,
+        granularity=pq.per_channel(),
+        gradient=pq.estimators.damped(0.3),
+    ),
+    pq.hard_prox(pq.uniform(2), warmup=1, period=2, gradient=pq.estimators.inside()),
+    pq.hard_prox(pq.lsbq(0), period=1, gradient=pq.estimators.by_level()),
 ]
+
+DAMPED = pq.chain(
+    pq.sgd(0.1, 0.9), pq.hard_prox(pq.lsbq(1), period=1, gradient=pq.estimators.damped(0.5))
+)
 
 
 @pytest.mark.slow
@@ -47,6 +63,10 @@ LINKS = [
     pq.named_chain(base=pq.sgd(0.1), prox=pq.parq_prox(pq.lsbq(2), **SPAN, period=1)),
     pq.partition({"a": pq.adam(0.1), "b": pq.freeze()}, lambda n, _: "a" if n == "w0" else "b"),
     pq.masked(pq.hard_prox(pq.lsbq(1), period=1), lambda name, _: name == "w0"),
+    pq.accumulate(DAMPED, 2),
+    pq.apply_if_finite(DAMPED),
+    pq.chain(pq.clip(0.5), pq.masked(DAMPED, lambda name, _: name == "w0")),
+    pq.partition({"a": DAMPED, "b": pq.freeze()}, lambda n, _: "a" if n == "w0" else "b"),
 ]
 
 
