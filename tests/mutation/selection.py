@@ -76,10 +76,15 @@ _PROX_LINKS = (
         *_COMMON,
     ),
 )
+_select(
+    "parq_fn/transforms/estimators.py",
+    ("tests/test_estimators.py",),
+    ("tests/test_pullback.py", "tests/laws/test_transformations.py"),
+)
 _select("parq_fn/transforms/prox_link.py", *_PROX_LINKS)
 _select("parq_fn/transforms/prox_links.py", *_PROX_LINKS)
 _TRANSFORMS = (
-    ("tests/test_transformation.py", "tests/test_checks.py"),
+    ("tests/test_transformation.py", "tests/test_pullback.py", "tests/test_checks.py"),
     (
         "tests/laws/test_transformations.py",
         "tests/test_tree.py",

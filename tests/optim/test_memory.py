@@ -27,6 +27,8 @@ LINKS: dict[str, tuple[pf.Prox, float]] = {
     "soft": (pf.soft_prox(pf.lsbq(2), **SPAN), 3.5),
     "optimal": (pf.parq_prox(pf.lsbq(2, "optimal"), **SPAN), 9),
     "lloyd_max": (pf.binary_relax_prox(pf.lloyd_max(2), **SPAN), 20.5),
+    "trusted": (pf.hard_prox(pf.lsbq(2), period=2, gradient=pf.estimators.trust()), 6.5),
+    "damped": (pf.hard_prox(pf.lsbq(2), period=2, gradient=pf.estimators.damped(0.1)), 3.75),
 }
 
 
