@@ -51,17 +51,12 @@ TABLE: dict[str, tuple[str, ...]] = {
 KNOW_OPTIMIZERS = ("foundation.torch_private", "optim", "export.packing")
 
 LONG = {
-    "optim/quantized.py": "twins to part: what both adapters do with latents becomes one store",
-    "optim/transformed.py": "the other twin",
     "testing/laws/proxmaps.py": "a list: one law after another, each with its statement",
 }
 
 #: Private attributes of others that are read.
 PRIVATE = {
     "export.hugging_face": {"_tied_weights_keys": "which of a transformers model's are tied"},
-    "export.packing": {
-        "_named": "an adapter's parameters by name: until both adapters have one store",
-    },
 }
 
 

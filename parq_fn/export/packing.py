@@ -325,7 +325,7 @@ def _of_optimizer(
             for p, group in own
             if "levels" in optimizer.state[p] and id(p) in names
         }
-    inner = {given: names.get(id(p), given) for given, p, _ in optimizer._named()}
+    inner = {given: names.get(id(p), given) for given, p in optimizer.named_parameters()}
     state = optimizer.transformation_state
     found = _of_transformation(optimizer.transformation, state)
     return {inner[given]: pair for given, pair in found.items()}

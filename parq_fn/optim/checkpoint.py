@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
-from parq_fn.optim.quantized import QuantOptimizer
+from parq_fn.optim.adapter import Adapter
 
 
 def save_checkpoint(
@@ -120,7 +120,7 @@ def load_checkpoint(
             saved["model"] = get_model_state_dict(model)
         saved |= _with_all_keys(folder, others)
         try:
-            if isinstance(optimizer, QuantOptimizer):
+            if isinstance(optimizer, Adapter):
                 _check_groups(folder, optimizer, saved["optimizer"])
             load(saved, checkpoint_id=folder, no_dist=not _many())
         except CheckpointException as error:
@@ -134,10 +134,8 @@ def load_checkpoint(
     for name, other in others.items():
         if isinstance(other, dict):
             other.update(saved[name])
-    wrote = getattr(optimizer, "_wrote", None)
-    if model is not None and wrote is not None:
-        for p in model.parameters():  # what the model holds now belongs to the latents
-            wrote(p)
+    if isinstance(optimizer, Adapter):
+        optimizer.sync()  # while it is known which parameters are frozen
 
 
 def check_whole_checkpoint(folder: str | os.PathLike[str]) -> None:
@@ -197,7 +195,7 @@ def _with_all_keys(folder: Path, others: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _check_groups(folder: Path, optimizer: QuantOptimizer, state: dict[str, Any]) -> None:
+def _check_groups(folder: Path, optimizer: Adapter, state: dict[str, Any]) -> None:
     """Raises ValueError, before anything is loaded, for groups that were quantized otherwise."""
     own = state["param_groups"]
     saved = {"optimizer": {"param_groups": copy.deepcopy(own)}}

@@ -24,41 +24,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from parq_fn.foundation.checks import SHARE, check_numbers
-from parq_fn.foundation.scalar import as_scalar, concrete, new_count
-from parq_fn.optim.base_optimizer import steps_apart, template_of, widened
+from parq_fn.foundation.scalar import as_scalar, concrete
+from parq_fn.optim.adapter import Adapter
+from parq_fn.optim.base_optimizer import steps_apart
+from parq_fn.optim.base_owner import OWN, BaseOwner, prox_state, scalars
 from parq_fn.optim.engine.chunks import chunks
 from parq_fn.optim.engine.passes import Job, Pass, refit
 from parq_fn.optim.groups import check_group, is_quantized, link_of
-from parq_fn.optim.state import (
-    Group,
-    after_load,
-    before_load,
-    beside,
-    check_dtype,
-    check_entries,
-    load_groups,
-    loaded,
-    mark,
-    matched,
-    name_of,
-    refuse_flat,
-    taken_over,
-    unshared,
-    value_of,
-    wide,
-)
+from parq_fn.optim.latents import LatentStore
+from parq_fn.optim.state import Group, value_of, wide
 from parq_fn.transforms.links import times
 from parq_fn.transforms.prox_link import Prox, ProxState
 from parq_fn.transforms.prox_links import parq_prox
 from parq_fn.transforms.sharded import local, part_of
 
-#: The entries of a parameter's state that are ours; the others are the base optimizer's.
-_QUANTIZED = ("latent", "levels", "count", "slope", "lr_sum")
-_OWN = ("updates", *_QUANTIZED)
 _UNFIT = (torch.optim.LBFGS, torch.optim.SparseAdam)
 
 
-class QuantOptimizer(Optimizer):
+class QuantOptimizer(Adapter):
     """A torch.optim optimizer whose quantized parameters hold map(latent, levels, coefficient).
 
     base_optimizer: any but LBFGS and SparseAdam; what it has learned of its parameters it keeps.
@@ -78,9 +61,12 @@ class QuantOptimizer(Optimizer):
     quantized group shows "inverse_slope" (the map's coefficient) and "lr_sum" as numbers, of the
     last step. A parameter whose requires_grad is off is left alone, and its count of updates
     stands still; one without a gradient is not moved by the base but goes on to be mapped.
-    Elements of a parameter that are changed between steps become its latents, so weights may be
-    loaded into the module after the optimizer was built; but torch does not tell of writes through
-    `p.data`, which are to be made under torch.no_grad() instead.
+    Elements of a parameter that other code changes become its latents, so weights may be loaded
+    into the module after the optimizer was built; parameters that it exchanges, puts in another
+    order or moves are followed. All methods begin with it. torch does not count writes through
+    `p.data`, nor those of torch.distributed.checkpoint.load into the state dict of a sharded
+    module: the latter are found before the first step and where state is saved or loaded, and both
+    by `sync()`.
 
     State of a parameter, from construction on: the base's own entries; "updates" [], int64; and
     where quantized "latent" (float32 or better, like the parameter), "levels" [r, k] in its
@@ -104,6 +90,8 @@ class QuantOptimizer(Optimizer):
     >>> net.weight.unique().numel() <= 4, optimizer.param_groups[0]["inverse_slope"]
     (True, 0.0)
     """
+
+    _copied = ("base", "prox", "anneal_weight_decay", "compile", "_latents")
 
     def __init__(
         self,
@@ -137,10 +125,6 @@ class QuantOptimizer(Optimizer):
         self.anneal_weight_decay, self.compile = anneal_weight_decay, compile
         self.param_groups = base_optimizer.param_groups
         self._links: dict[tuple[Any, Any], Prox] = {}
-        self._latents: dict[Tensor, Tensor] = {}
-        self._written: dict[Tensor, tuple[int, int]] = {}
-        self._order: list[list[Tensor]] = []
-        self._bits: list[tuple[Any, Any]] = []
         self._pass = Pass(compile=compile)
         for index, group in enumerate(self.param_groups):
             check_group(group, index)
@@ -149,8 +133,10 @@ class QuantOptimizer(Optimizer):
                 "QuantOptimizer: no group has quant_bits below 16; give one such as "
                 '{"params": ..., "quant_bits": 2}'
             )
-        for i in range(len(self.param_groups)):
-            self._adopt(i)
+        owner = BaseOwner(self, base_optimizer, self.link, self._weight)
+        self._store, self._latents = LatentStore(self, owner), owner.latents
+        self._store.add()
+        self._show_states(self.param_groups)
 
     # Groups and their parameters.
 
@@ -159,14 +145,15 @@ class QuantOptimizer(Optimizer):
         if not hasattr(self, "base"):  # called by Optimizer.__init__
             super().add_param_group(param_group)
             return
-        self._check_linked()
+        self._store.sync()
         self.base.add_param_group(param_group)
         try:
             check_group(self.param_groups[-1], len(self.param_groups) - 1)
-            self._adopt(len(self.param_groups) - 1)
+            self._store.add()
         except Exception:
             self.param_groups.pop()
             raise
+        self._show_states(self.param_groups[-1:])
 
     def link(self, group: Group) -> Prox:
         """The prox link of a quantized group: `prox` with the group's bits and block size."""
@@ -175,134 +162,10 @@ class QuantOptimizer(Optimizer):
             self._links[key] = link_of(self.prox, *key)
         return self._links[key]
 
-    def _adopt(self, index: int) -> None:
-        """State for the parameters of a group, none of it half made."""
-        group = self.param_groups[index]
-        made = {}
-        for i, p in enumerate(group["params"]):
-            made[p] = self._begin(group, p, name_of(group, index, i))
-        for p, (latent, entries) in made.items():
-            self._latents[p], self.state[p] = latent, entries
-            self._wrote(p)
-            if self.base.state.get(p):  # it was trained before it was wrapped
-                self._restore(p, widened(self.base.state.pop(p), p, latent))
-        self._order[index:] = [list(group["params"])]
-        self._bits[index:] = [_bits_of(group)]
-        if is_quantized(group) and group["params"]:
-            _show(group, _prox_state(self.state[group["params"][0]]))
-
-    def _begin(self, group: Group, p: Tensor, name: str) -> tuple[Tensor, dict[str, Any]]:
-        """What the base moves for a parameter, and the parameter's state before any step."""
-        refuse_flat("QuantOptimizer", p, name)
-        if not is_quantized(group):
-            return p, {**self._template(group, p, p, name), "updates": new_count()}
-        state = self.link(group).init({name: p.detach()})
-        latent = p.detach().clone().to(wide(p)).requires_grad_()
-        return latent, {
-            **self._template(group, p, latent, name),
-            "updates": new_count(),
-            "latent": latent.detach(),  # shares memory with what the base moves
-            "levels": state.levels[name],
-            **_scalars(state),
-        }
-
-    def _template(self, group: Group, p: Tensor, latent: Tensor, name: str) -> dict[str, Any]:
-        entries = template_of(self.base, group, p, latent)
-        clash = sorted(entries.keys() & {*_OWN})
-        if clash:
-            raise ValueError(
-                f"QuantOptimizer: {type(self.base).__name__} keeps {', '.join(clash)} of "
-                f"parameter {name!r} in its state, which are names of QuantOptimizer's own"
-            )
-        return entries
-
-    def _check_linked(self) -> None:
-        """Raises ValueError where groups were changed behind our back."""
-        if self.base.param_groups is not self.param_groups:
-            raise ValueError(
-                "QuantOptimizer: the base optimizer has new param_groups; load a state through "
-                "the QuantOptimizer, not through its base"
-            )
-        if len(self._order) != len(self.param_groups):
-            raise ValueError(
-                f"QuantOptimizer: had {len(self._order)} groups and has "
-                f"{len(self.param_groups)}; add groups with its own add_param_group"
-            )
-        for index, (group, known) in enumerate(zip(self.param_groups, self._bits, strict=True)):
-            if _bits_of(group) != known:
-                raise ValueError(
-                    f"QuantOptimizer: group {index} has quant_bits, quant_block_size = "
-                    f"{_bits_of(group)} and was built with {known}, which its levels are of; build "
-                    "another optimizer to change them"
-                )
-
-    def _follow(self) -> None:
-        """Follows parameters that were exchanged in their groups, by position, or moved."""
-        self._check_linked()
-        for index, (group, known) in enumerate(zip(self.param_groups, self._order, strict=True)):
-            if len(known) != len(group["params"]):
-                raise ValueError(
-                    f"QuantOptimizer: group {index} had {len(known)} parameters and has "
-                    f"{len(group['params'])}; add parameters with add_param_group"
-                )
-            if {*known} == {*group["params"]}:  # in another order at most
-                known[:] = group["params"]
-            for i, (old, new) in enumerate(zip(known, group["params"], strict=True)):
-                if old is not new:
-                    self._exchange(group, old, new, name_of(group, index, i))
-                    known[i] = new
-                if is_quantized(group):
-                    self._move_to_device(new, name_of(group, index, i))
-
-    def _exchange(self, group: Group, old: Tensor, new: Tensor, name: str) -> None:
-        alike = type(old) is type(new) and old.shape == new.shape
-        if not alike and int(self.state[old]["updates"]):
-            raise ValueError(
-                f"QuantOptimizer: parameter {name!r} was exchanged for a {type(new).__name__} of "
-                f"shape {tuple(new.shape)} after it was trained, which its state does not fit; "
-                "shard the module before training, or load a checkpoint"
-            )
-        latent, entries = self._begin(group, new, name)
-        kept = self.state.pop(old)
-        self.base.state.pop(self._latents.pop(old), None)
-        self._latents[new], self.state[new] = latent, entries
-        self._wrote(new)
-        if alike:
-            self._restore(new, beside(new, kept))
-            self._written.pop(new)  # its values may be others
-
-    def _move_to_device(self, p: Tensor, name: str) -> None:
-        """The state on the parameter's device, to which the module may have been moved."""
-        latent = self._latents[p]
-        check_dtype("QuantOptimizer", p, latent, name)
-        if latent.device == p.device:
-            return
-        latent.data = latent.data.to(p.device)
-        self.state[p].update({**beside(p, self.state[p]), "latent": latent.detach()})
-
-    # Parameters that code outside the optimizer changed.
-
-    def _wrote(self, p: Tensor) -> None:
-        self._written[p] = mark(p)
-
-    def _take_over(self) -> None:
-        """Elements of parameters that were changed since we wrote them become their latents.
-
-        So weights may be loaded into the module after the optimizer was built. What lies within
-        rounding of the map is as we wrote it, perhaps on another machine.
-        """
-        for group in self.param_groups:
-            for p in group["params"] if is_quantized(group) else ():
-                mine = local(p)
-                if self._written.get(p) == mark(p):
-                    continue
-                self._wrote(p)
-                if mine.numel():
-                    link, state = self.link(group), _prox_state(self.state[p])
-                    job = self._job(link, p)._replace(weight=torch.empty_like(mine))
-                    self._pass(link, state, [job])
-                    latent = local(self._latents[p])
-                    latent.copy_(taken_over(latent, mine, job.weight))
+    def _show_states(self, groups: list[Group]) -> None:
+        for group in groups:
+            if is_quantized(group) and group["params"]:
+                _show(group, prox_state(self.state[group["params"][0]]))
 
     # The step.
 
@@ -312,9 +175,8 @@ class QuantOptimizer(Optimizer):
         The closure, if any, runs first, at the weights; its value is returned.
         """
         loss = value_of(closure)
-        self._follow()
+        self._store.sync()
         with torch.no_grad():
-            self._take_over()
             self._move()
             for group in self.param_groups:
                 if is_quantized(group):
@@ -360,7 +222,7 @@ class QuantOptimizer(Optimizer):
 
     def _gradient(self, p: Tensor, group: Group) -> Tensor:
         """That of the latent, from that of the parameter."""
-        latent, state = self._latents[p], _prox_state(self.state[p])
+        latent, state = self._latents[p], prox_state(self.state[p])
         grads = [p.grad.to(latent.dtype)]  # type: ignore[union-attr] # it has one
         own = self.link(group).pullback(grads, state, [latent.detach()], weights=[p.detach()])
         found: Tensor = own[0][0]
@@ -411,7 +273,7 @@ class QuantOptimizer(Optimizer):
             entries["latent"] = latent.detach()  # the base may have given it other memory
         own = self.base.state.get(latent, {})
         if own is not entries:
-            merged = {**own, **{key: entries[key] for key in _OWN if key in entries}}
+            merged = {**own, **{key: entries[key] for key in OWN if key in entries}}
             self.state[p] = self.base.state[latent] = merged
 
     def _map_group(self, group: Group) -> None:
@@ -423,7 +285,7 @@ class QuantOptimizer(Optimizer):
                 key = int(entries["count"]), float(entries["lr_sum"])
                 by_state.setdefault(key, []).append(p)
         for params in by_state.values():
-            state = link.advance(_prox_state(self.state[params[0]]), rate)
+            state = link.advance(prox_state(self.state[params[0]]), rate)
             if concrete(link.due(state)) is not False:
                 entries = [self.state[p] for p in params]
                 columns = ([one[key] for one in entries] for key in ("latent", "levels"))
@@ -431,11 +293,11 @@ class QuantOptimizer(Optimizer):
                     one["levels"] = levels
             self._pass(link, state, [self._job(link, p) for p in params])
             for p in params:
-                self.state[p].update(_scalars(state))
-                self._wrote(p)
+                self.state[p].update(scalars(state))
+                self._store.wrote(p)
         if by_state:
             longest = by_state[max(by_state)][0]
-            _show(group, _prox_state(self.state[longest]))
+            _show(group, prox_state(self.state[longest]))
 
     def _job(self, link: Prox, p: Tensor) -> Job:
         """The map of this rank's part of a parameter."""
@@ -443,82 +305,21 @@ class QuantOptimizer(Optimizer):
         latent, levels = local(entries["latent"]), entries["levels"][part.rows]
         return Job(latent, levels, part.granularity, local(p))
 
-    # Saving and loading.
-
-    def state_dict(self) -> dict[str, Any]:
-        """As of every torch.optim optimizer; latents, levels and counts among the state."""
-        self._follow()
-        return unshared(super().state_dict())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state, tensors in the dtypes they were saved in.
-
-        Parameters are matched by position. One without saved state keeps its own but for a
-        latent, which is taken from the parameter; so does one with the state of the base
-        optimizer alone, as of training in full precision. The parameters themselves are the
-        module's to load. Raises ValueError, and changes nothing, where groups, entries or shapes
-        do not fit.
-        """
-        self._follow()
-        state_dict = before_load(self, state_dict)
-        rows = self.check_groups(state_dict)
-        restored = []
-        for p, entries, name in rows:
-            mine, own = self.state[p], set(_QUANTIZED) | {"updates"}
-            if entries is not None:
-                needed = mine.keys() - (own if "updates" not in entries else set())
-                check_entries(mine, entries, needed, name)
-                entries = {key: loaded(got, mine.get(key), p) for key, got in entries.items()}
-                if "updates" not in entries:  # of the base optimizer alone
-                    entries = widened(entries, p, self._latents[p])
-            restored.append((p, entries))
-        load_groups(self, state_dict)
-        for p, entries in restored:
-            self._restore(p, entries)
-        after_load(self)
-
-    def check_groups(self, state_dict: dict[str, Any]) -> list[Any]:
-        """(parameter, its saved state or None, its name) of a state dict.
-
-        Raises ValueError unless its groups are those of this optimizer, quantized alike.
-        """
-        return matched(self, state_dict, same=("quant_bits", "quant_block_size"))
-
-    def _restore(self, p: Tensor, entries: dict[str, Any] | None) -> None:
-        """Takes over entries, which become the optimizer's own."""
-        latent, mine = self._latents[p], self.state[p]
-        with torch.no_grad():
-            if latent is not p:
-                given = None if entries is None else entries.get("latent")
-                latent.copy_(p if given is None else given)
-        self._wrote(p)
-        if entries is None:
-            return
-        new = dict(entries)
-        new.setdefault("updates", torch.ones((), dtype=torch.int64))  # of a plain optimizer
-        if latent is not p:
-            new["latent"] = latent.detach()
-            for key in _QUANTIZED:
-                new.setdefault(key, mine[key])
-        self.state[p] = new
-        self.base.state.pop(latent, None)
-        if int(new["updates"]):
-            self.base.state[latent] = new
+    def _weight(self, group: Group, p: Tensor) -> Tensor:
+        """The weights of this rank's part of a parameter, of its latent now."""
+        link, state = self.link(group), prox_state(self.state[p])
+        job = self._job(link, p)._replace(weight=torch.empty_like(local(p)))
+        self._pass(link, state, [job])
+        return job.weight
 
     def __getstate__(self) -> dict[str, Any]:
-        names = "defaults state param_groups base prox anneal_weight_decay compile _latents _order"
-        own = {name: self.__dict__[name] for name in [*names.split(), "_bits"]}
-        return {"_links": {}, "_written": {}, "_pass": Pass(compile=self.compile), **own}
+        return {**super().__getstate__(), "_links": {}, "_pass": Pass(compile=self.compile)}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for p, latent in self._latents.items():
-            if latent is not p:
-                self.state[p]["latent"] = latent.detach()  # pickle parts what shared memory
-
-
-def _bits_of(group: Group) -> tuple[Any, Any]:
-    return group.get("quant_bits"), group.get("quant_block_size")
+    def _resume(self) -> None:
+        owner = BaseOwner(self, self.base, self.link, self._weight)
+        owner.latents = self._latents
+        self._store = LatentStore(self, owner)
+        self._store.add(begin=False)
 
 
 def _rate(group: Group) -> Tensor:
@@ -528,11 +329,3 @@ def _rate(group: Group) -> Tensor:
 
 def _show(group: Group, state: ProxState) -> None:
     group["inverse_slope"], group["lr_sum"] = float(state.slope), float(state.lr_sum)
-
-
-def _scalars(state: ProxState) -> dict[str, Tensor]:
-    return {"count": state.count, "slope": state.slope, "lr_sum": state.lr_sum}
-
-
-def _prox_state(entries: dict[str, Any]) -> ProxState:
-    return ProxState(entries["count"], entries["slope"], entries["lr_sum"], [entries["levels"]])

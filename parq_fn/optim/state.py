@@ -58,9 +58,9 @@ def refuse_flat(who: str, p: Tensor, name: str) -> None:
 
 
 def matched(
-    optimizer: Optimizer, state_dict: dict[str, Any], same: tuple[str, ...] = ()
-) -> list[tuple[Tensor, Entries | None, str]]:
-    """(parameter, its saved state or None, its name), matched by position.
+    optimizer: Optimizer, state_dict: dict[str, Any], same: tuple[str, ...]
+) -> list[tuple[Tensor, Entries | None]]:
+    """(parameter, its saved state or None), matched by position.
 
     Raises ValueError where the groups do not fit, or differ in the entries named in `same`.
     """
@@ -85,19 +85,24 @@ def matched(
                     f"loaded state dict has {key}={other.get(key)} in group {index}, the "
                     f"optimizer {group.get(key)}"
                 )
-        for i, (p, name) in enumerate(zip(group["params"], other["params"], strict=True)):
-            found.append((p, state_dict["state"].get(name), name_of(group, index, i)))
+        for p, name in zip(group["params"], other["params"], strict=True):
+            found.append((p, state_dict["state"].get(name)))
     return found
 
 
-def check_entries(mine: Entries, saved: Entries, needed: Iterable[str], name: str) -> None:
-    """Raises ValueError unless saved entries are there, tensors or numbers, and of their shape."""
-    where = f"loaded state dict, parameter {name!r}"
+def check_keys(needed: Iterable[str], saved: Entries, name: str) -> None:
+    """Raises ValueError for entries that are missing."""
     missing = sorted(set(needed) - saved.keys())
     if missing:
         raise ValueError(
-            f"{where}: {', '.join(missing)} missing; it was saved by another optimizer"
+            f"loaded state dict, parameter {name!r}: {', '.join(missing)} missing; it was saved by "
+            "another optimizer"
         )
+
+
+def check_entries(mine: Entries, saved: Entries, name: str) -> None:
+    """Raises ValueError unless saved entries are tensors or numbers, and of the shape of mine."""
+    where = f"loaded state dict, parameter {name!r}"
     for key, got in saved.items():
         own = mine.get(key)
         if not isinstance(own, Tensor):
@@ -118,27 +123,33 @@ def check_entries(mine: Entries, saved: Entries, needed: Iterable[str], name: st
             )
 
 
-def mark(p: Tensor) -> tuple[int, int]:
-    """What tells that a parameter was written since: torch's count of writes, and where it lies."""
+def versions(p: Tensor) -> tuple[int, ...]:
+    """What tells that a parameter was written since: torch's counts of writes to it and to the
+    local tensor of a sharded one, and where that lies."""
     mine = local(p)
-    return writes_to(mine), mine.data_ptr()
+    return writes_to(p), writes_to(mine), mine.data_ptr()
 
 
 def beside(p: Tensor, entries: Entries) -> Entries:
-    """The entries, but for scalars, on the parameter's device, to which it may have been moved."""
+    """The entries that are on another device than the parameter, which may have been moved, on
+    its own; scalars stay where they are."""
+    return {
+        key: got.to(p.device)
+        for key, got in entries.items()
+        if isinstance(got, Tensor) and got.dim() and got.device != p.device
+    }
 
-    def moved(got: Any) -> Any:
-        apart = isinstance(got, Tensor) and got.dim() and got.device != p.device
-        return got.to(p.device) if apart else got
 
-    return {key: moved(got) for key, got in entries.items()}
-
-
-def taken_over(latent: Tensor, weight: Tensor, wrote: Tensor) -> Tensor:
+def taken_over(latent: Tensor, weight: Tensor, wrote: Tensor, between: bool = False) -> Tensor:
     """The latent, but the weight where it is not, to some rounding, what was written.
 
     The same map on another machine may differ by its own rounding, some last places of the largest
-    weight in the latent's dtype, and so by one last place of the weight.
+    weight in the latent's dtype, and so by one last place of the weight. What remains: an element
+    that is edited by less keeps its latent. Where more than half of the elements of one index of
+    the first dimension (of all, where there is no second) are edited, all of those are.
+
+    between: what was written may be the weights of an earlier step: those on the way from the
+    latent to the weights of now.
     """
     narrow = wrote.to(weight.dtype)
     largest = torch.where(wrote.isfinite(), wrote.abs(), 0.0).amax()
@@ -146,7 +157,13 @@ def taken_over(latent: Tensor, weight: Tensor, wrote: Tensor) -> Tensor:
     near = (own + torch.finfo(weight.dtype).eps * narrow.abs()).to(weight.dtype)
     kept = ((weight - narrow).abs() <= near) & narrow.isfinite()
     kept = kept | (weight == narrow) | (weight.isnan() & narrow.isnan())
-    return torch.where(kept, latent, weight.to(latent.dtype))
+    if between:
+        start = latent.to(weight.dtype)
+        low, high = torch.minimum(start, narrow), torch.maximum(start, narrow)
+        kept = kept | ((weight >= low - near) & (weight <= high + near))
+    rows = kept.flatten(1) if kept.dim() > 1 else kept.reshape(1, -1)
+    few = 2 * rows.sum(1, keepdim=True) >= rows.shape[1]
+    return torch.where((rows & few).view_as(kept), latent, weight.to(latent.dtype))
 
 
 def before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -177,12 +194,14 @@ def _is_scalar(got: Any) -> bool:
     return isinstance(got, Tensor) and got.dim() == 0
 
 
-def load_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Takes over all of the saved groups but their parameters, and the names of those; and a
-    learning rate only where the group has one."""
+def loaded_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[Group]:
+    """Copies of what saved groups hold: all but parameters and their names, and a learning rate
+    only where the optimizer's group has one."""
+    found = []
     for group, other in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         left_out = {"params", "param_names"} | ({"lr"} - group.keys())
-        group.update({k: v for k, v in copy.deepcopy(other).items() if k not in left_out})
+        found.append({k: copy.deepcopy(v) for k, v in other.items() if k not in left_out})
+    return found
 
 
 def loaded(got: Any, mine: Any, p: Tensor) -> Any:

@@ -155,9 +155,9 @@ FAULTS = [
     # Several processes
     Fault(
         "TransformOptimizer keeps whole state for parameters that were sharded since",
-        "parq_fn/optim/transformed.py",
-        "                entries = {key: got for key, got in entries.items() if key in shared}\n",
-        "",
+        "parq_fn/optim/latents.py",
+        "            if _are_alike(old, new):\n",
+        "            if True:\n",
         ("tests/optim/test_sharded.py",),
         "freezing_clipping_exchanged",
         "3a40572",
@@ -443,9 +443,9 @@ FAULTS = [
     ),
     Fault(
         "state stays behind where parameters are exchanged for some on another device",
-        "parq_fn/optim/quantized.py",
-        "            self._restore(new, beside(new, kept))\n",
-        "            self._restore(new, kept)\n",
+        "parq_fn/optim/latents.py",
+        "                entries.update(moved)\n",
+        "                pass\n",
         ("tests/optim/test_changed_parameters.py",),
         "state_is_where",
         "67c5032",

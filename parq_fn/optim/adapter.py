@@ -1,0 +1,70 @@
+"""What both torch adapters are: optimizers whose public methods begin with the store's `sync`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from parq_fn.optim.latents import LatentStore
+from parq_fn.optim.state import unshared
+
+
+class Adapter(Optimizer):
+    """A torch.optim optimizer whose parameters hold weights, and whose state holds latents."""
+
+    #: Attributes that copies have, besides the store.
+    _copied: ClassVar[tuple[str, ...]]
+    _store: LatentStore
+
+    def sync(self) -> None:
+        """Makes edits of parameters by other code those of their latents.
+
+        All other methods do so too, but where torch counted no write: through `p.data`, or by
+        torch.distributed.checkpoint.load into a sharded module's state dict. Call it after those.
+        """
+        self._store.sync("all")
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, parameter) in the order of the groups; without names "0.2", the third of the
+        first group."""
+        self._store.sync()
+        return ((place.name, place.p) for place in self._store.places())
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every torch.optim optimizer, with the latents of what parameters hold now."""
+        self._store.sync("sharded")
+        return unshared(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state, tensors in the dtypes they were saved in; entries that are not known are
+        kept.
+
+        Parameters are matched by position. One without saved state keeps its own, but for a
+        latent, which is taken from the parameter. The parameters themselves are the module's to
+        load, before or after. Raises ValueError, and changes nothing, where groups, shapes or
+        entries do not fit.
+        """
+        self._store.load_state_dict(state_dict)
+
+    def check_groups(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError unless a state dict's groups are those of this optimizer, quantized
+        alike."""
+        self._store.matched(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._store.sync("sharded")
+        names = ("defaults", "state", "param_groups", "_store", *self._copied)
+        return {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_store" not in state:
+            self._resume()
+        self._store.copied()
+
+    def _resume(self) -> None:
+        """Makes a store, of what a version without one has pickled."""
+        raise NotImplementedError

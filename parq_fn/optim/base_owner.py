@@ -1,0 +1,136 @@
+"""What QuantOptimizer keeps of a parameter: the base optimizer's entries, and a prox link's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from parq_fn.foundation.scalar import new_count
+from parq_fn.optim.base_optimizer import template_of, widened
+from parq_fn.optim.groups import is_quantized
+from parq_fn.optim.owner import Place
+from parq_fn.optim.state import Entries, Group, check_keys, wide
+from parq_fn.transforms.prox_link import Prox, ProxState
+
+#: The entries of a parameter's state that are ours; the others are the base optimizer's.
+QUANTIZED = ("latent", "levels", "count", "slope", "lr_sum")
+OWN = ("updates", *QUANTIZED)
+
+
+class BaseOwner:
+    """The entries of a base optimizer's parameters, quantized ones with those of their link.
+
+    latents: {parameter: what the base moves for it}, the parameter itself where it is not
+    quantized. Of a quantized one it shares its memory with the entry "latent".
+    link: of a group; weight: (group, parameter) -> this rank's part of its weights now.
+    """
+
+    who = "QuantOptimizer"
+    keys: tuple[str, ...] = ("quant_bits", "quant_block_size")
+    widens = False
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        base: Optimizer,
+        link: Callable[[Group], Prox],
+        weight: Callable[[Group, Tensor], Tensor],
+    ) -> None:
+        self.optimizer, self.base, self.link, self.weight = optimizer, base, link, weight
+        self.latents: dict[Tensor, Tensor] = {}
+
+    def check(self) -> None:
+        if self.base.param_groups is not self.optimizer.param_groups:
+            raise ValueError(
+                "QuantOptimizer: the base optimizer has new param_groups; load a state through "
+                "the QuantOptimizer, not through its base"
+            )
+
+    def begin(self, fresh: list[Place], places: list[Place]) -> dict[Tensor, Entries]:
+        del places
+        return {place.p: self._entries(place) for place in fresh}
+
+    def _entries(self, place: Place) -> Entries:
+        p, group, _, label = place
+        if not is_quantized(group):
+            return {**self._template(place, p), **self._learned(p, p), "updates": self._updates(p)}
+        state = self.link(group).init({label: p.detach()})
+        latent = p.detach().clone().to(wide(p))
+        return {
+            **self._template(place, latent),
+            **self._learned(p, latent),
+            "updates": self._updates(p),
+            "latent": latent,
+            "levels": state.levels[label],
+            **scalars(state),
+        }
+
+    def _template(self, place: Place, latent: Tensor) -> Entries:
+        entries = template_of(self.base, place.group, place.p, latent)
+        clash = sorted(entries.keys() & {*OWN})
+        if clash:
+            raise ValueError(
+                f"QuantOptimizer: {type(self.base).__name__} keeps {', '.join(clash)} of "
+                f"parameter {place.label!r} in its state, which are names of QuantOptimizer's own"
+            )
+        return entries
+
+    def _learned(self, p: Tensor, latent: Tensor) -> Entries:
+        """What the base has learned of the parameter before it was wrapped."""
+        return widened(dict(self.base.state.get(p) or {}), p, latent)
+
+    def _updates(self, p: Tensor) -> Tensor:
+        return torch.ones((), dtype=torch.int64) if self.base.state.get(p) else new_count()
+
+    def adopted(self, p: Tensor, entries: Entries) -> None:
+        """The entries become the base's too, once it has taken a step with them: until then it has
+        none, and begins as it would alone."""
+        self.dropped(p)
+        latent = p
+        if "latent" in entries:
+            latent = entries["latent"].detach().requires_grad_()
+            entries["latent"] = latent.detach()
+        self.latents[p] = latent
+        if self.trained(entries):
+            self.base.state[latent] = entries
+
+    def dropped(self, p: Tensor) -> None:
+        self.base.state.pop(p, None)
+        self.base.state.pop(self.latents.pop(p, p), None)
+
+    def trained(self, entries: Entries) -> bool:
+        return bool(int(entries["updates"]))
+
+    def shared(self) -> set[str]:
+        return set()
+
+    def weights(self, params: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        chosen = set(params)
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if p in chosen:
+                    yield p, self.weight(group, p)
+
+    def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
+        """Entries of the base optimizer alone, as of training in full precision, too."""
+        if "updates" in saved:
+            check_keys(mine.keys() - {"latent"}, saved, label)
+            return saved
+        check_keys(mine.keys() - {*OWN}, saved, label)
+        own = {key: mine[key] for key in QUANTIZED if key in mine and key != "latent"}
+        moved = widened(saved, p, mine.get("latent", p))
+        return {**own, **moved, "updates": torch.ones((), dtype=torch.int64)}
+
+
+def scalars(state: ProxState) -> Entries:
+    """The entries of a parameter that are not of its rows."""
+    return {"count": state.count, "slope": state.slope, "lr_sum": state.lr_sum}
+
+
+def prox_state(entries: dict[str, Any]) -> ProxState:
+    """The state of a link that has one parameter, of its entries."""
+    return ProxState(entries["count"], entries["slope"], entries["lr_sum"], [entries["levels"]])

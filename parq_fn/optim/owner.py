@@ -1,0 +1,52 @@
+"""What a store of latents asks of the adapter that it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from parq_fn.optim.state import Entries, Group
+
+
+class Place(NamedTuple):
+    """A parameter in its group."""
+
+    p: Tensor
+    group: Group
+    name: str  # in the tree of all parameters
+    label: str  # in messages
+
+
+class Owner(Protocol):
+    """What the two adapters differ in: which entries a parameter has."""
+
+    who: str  # the adapter, in messages
+    keys: tuple[str, ...]  # of groups, that the entries of their parameters follow
+    widens: bool  # whether a narrow parameter always has a latent
+
+    def check(self) -> None:
+        """Raises ValueError where groups were changed in a way of which nothing can be made."""
+
+    def begin(self, fresh: list[Place], places: list[Place]) -> dict[Tensor, Entries]:
+        """Entries as before any step, of the fresh ones among the places at least."""
+
+    def adopted(self, p: Tensor, entries: Entries) -> None:
+        """The entries are the parameter's now, in the optimizer's state."""
+
+    def dropped(self, p: Tensor) -> None:
+        """The parameter is no longer one of the optimizer's."""
+
+    def trained(self, entries: Entries) -> bool:
+        """Whether a step was taken with these entries."""
+
+    def shared(self) -> set[str]:
+        """The keys of entries that all parameters have in common."""
+
+    def weights(self, params: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(parameter, this rank's part of the weights that its latent has now) of each."""
+
+    def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
+        """Entries of a saved state, completed by the parameter's own; raises ValueError where they
+        do not fit."""

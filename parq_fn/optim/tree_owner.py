@@ -1,0 +1,142 @@
+"""What TransformOptimizer keeps of a parameter: a transformation's state, laid out over the
+parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from parq_fn.optim.leafwise import Part, parts_of
+from parq_fn.optim.owner import Place
+from parq_fn.optim.state import Entries, Group, check_keys, wide
+from parq_fn.transforms.sharded import local
+from parq_fn.transforms.transformation import Transformation
+
+
+class TreeOwner:
+    """The entries of a transformation's state in parts: "0.trace" of each parameter, "1.count",
+    which all have in common, in each one's; and latents.
+
+    check_group: raises ValueError for a group, by its index, that the transformation cannot serve.
+    params: the parameters by name.
+    """
+
+    who = "TransformOptimizer"
+    keys: tuple[str, ...] = ()
+    widens = True
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        transformation: Transformation,
+        check_group: Callable[[int, Group], None],
+    ) -> None:
+        self.optimizer, self.transformation = optimizer, transformation
+        self.check_group = check_group
+        self.parts: list[Part] = []
+        self.params: dict[str, Tensor] = {}
+
+    def check(self) -> None:
+        pass
+
+    def begin(self, fresh: list[Place], places: list[Place]) -> dict[Tensor, Entries]:
+        """Of all: masks and labels may go by what others there are."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            self.check_group(index, group)
+        new, state = {place.p for place in fresh}, self.optimizer.state
+        latents = {}
+        for p, _, name, _ in places:
+            known = p if p in new else state[p].get("latent", p)
+            latents[name] = known.detach().to(wide(p))
+        parts = parts_of(self.transformation, latents)
+        plain = bool(getattr(getattr(self.transformation, "traits", None), "plain_weights", False))
+        made: dict[Tensor, Entries] = {}
+        for p, _, _, _ in places:
+            has_none = p.dtype == wide(p) and (plain or not p.is_floating_point())
+            made[p] = {} if has_none else {"latent": p.detach().to(wide(p), copy=True)}
+        params: dict[str, Tensor] = {place.name: place.p for place in places}
+        common: Entries = {}
+        for part in parts:
+            initial = part.transformation.init(select(part, latents))
+            for owner, key, leaf in part.take_apart(initial):
+                (common if owner is None else made[params[owner]])[key] = leaf
+        for entries in made.values():
+            entries.update(common)
+        self.parts, self.params = parts, params
+        return made
+
+    def adopted(self, p: Tensor, entries: Entries) -> None:
+        pass
+
+    def dropped(self, p: Tensor) -> None:
+        pass
+
+    def trained(self, entries: Entries) -> bool:
+        return any(int(got) for got in entries.values() if _is_count(got))
+
+    def shared(self) -> set[str]:
+        return {key for part in self.parts for name, key in part.places if name is None}
+
+    def weights(self, params: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        chosen = set(params)
+        for part in self.parts:
+            own = select(part, self.params)
+            if chosen.isdisjoint(own.values()):
+                continue
+            latents = {name: self.latent(p) for name, p in own.items()}
+            weights = part.transformation.weights(self.gather(part), latents)
+            for name, p in own.items():
+                if p in chosen:
+                    yield p, local(weights[name])
+
+    def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
+        del p
+        check_keys(mine.keys() - {"latent"}, saved, label)
+        return saved
+
+    # The transformation's state.
+
+    def latent(self, p: Tensor) -> Tensor:
+        """What the transformation moves for a parameter."""
+        latent: Tensor = self.optimizer.state[p].get("latent", p)
+        return latent.detach()
+
+    def gather(self, part: Part) -> Any:
+        """The state of a part, put together from the entries of parameters."""
+        state = self.optimizer.state
+        first = self.params[part.names[0]]
+
+        def entry(name: str | None, key: str) -> Any:
+            return state[first if name is None else self.params[name]][key]
+
+        return part.put_together(entry)
+
+    def spread(self, part: Part, state: Any) -> Entries:
+        """Lays a part's state out over its parameters; returns what all parameters share."""
+        common = {}
+        for name, key, leaf in part.take_apart(state):
+            if name is None:
+                common[key] = leaf
+            else:
+                self.optimizer.state[self.params[name]][key] = leaf
+        return common
+
+    def share(self, common: Entries) -> None:
+        """Gives all parameters what they share."""
+        for p in self.params.values():
+            self.optimizer.state[p].update(common)
+
+
+def select(part: Part, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a part, of values by name."""
+    return {name: values[name] for name in part.names}
+
+
+def _is_count(got: Any) -> bool:
+    if isinstance(got, Tensor):
+        return got.dtype == torch.int64 and got.dim() == 0
+    return isinstance(got, int)
