@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 
 from parq_fn.foundation.scalar import new_count
 from parq_fn.optim.base_optimizer import template_of, widened
-from parq_fn.optim.groups import is_quantized
+from parq_fn.optim.groups import KEYS, digest, is_quantized
 from parq_fn.optim.owner import Place
 from parq_fn.optim.state import Entries, Group, check_keys, wide
 from parq_fn.transforms.prox_link import Prox, ProxState
 
 #: The entries of a parameter's state that are ours; the others are the base optimizer's.
-QUANTIZED = ("latent", "levels", "count", "slope", "lr_sum")
+QUANTIZED = ("latent", "levels", "count", "slope", "lr_sum", "link")
 OWN = ("updates", *QUANTIZED)
 
 
@@ -30,7 +30,7 @@ class BaseOwner:
     """
 
     who = "QuantOptimizer"
-    keys: tuple[str, ...] = ("quant_bits", "quant_block_size")
+    keys: tuple[str, ...] = KEYS
     widens = False
 
     def __init__(
@@ -50,6 +50,9 @@ class BaseOwner:
                 "the QuantOptimizer, not through its base"
             )
 
+    def kind(self, group: Group) -> dict[str, Any]:
+        return {key: group.get(key) for key in (*KEYS, "quant_prox")}
+
     def begin(self, fresh: list[Place], places: list[Place]) -> dict[Tensor, Entries]:
         del places
         return {place.p: self._entries(place) for place in fresh}
@@ -58,7 +61,8 @@ class BaseOwner:
         p, group, _, label = place
         if not is_quantized(group):
             return {**self._template(place, p), **self._learned(p, p), "updates": self._updates(p)}
-        state = self.link(group).init({label: p.detach()})
+        link = self.link(group)
+        state = link.init({label: p.detach()})
         latent = p.detach().clone().to(wide(p))
         return {
             **self._template(place, latent),
@@ -67,6 +71,7 @@ class BaseOwner:
             "latent": latent,
             "levels": state.levels[label],
             **scalars(state),
+            "link": digest(link),
         }
 
     def _template(self, place: Place, latent: Tensor) -> Entries:
@@ -118,12 +123,22 @@ class BaseOwner:
     def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
         """Entries of the base optimizer alone, as of training in full precision, too."""
         if "updates" in saved:
-            check_keys(mine.keys() - {"latent"}, saved, label)
+            check_keys(mine.keys() - {"latent", "link"}, saved, label)
+            if "link" in mine and saved.setdefault("link", mine["link"]) != mine["link"]:
+                raise ValueError(
+                    f"loaded state dict, parameter {label!r}: it was trained with another prox "
+                    f"link than {self._link_of(p)!r}; build the optimizer with that one, or delete "
+                    'the entries "link" to go on with this'
+                )
             return saved
         check_keys(mine.keys() - {*OWN}, saved, label)
         own = {key: mine[key] for key in QUANTIZED if key in mine and key != "latent"}
         moved = widened(saved, p, mine.get("latent", p))
         return {**own, **moved, "updates": torch.ones((), dtype=torch.int64)}
+
+    def _link_of(self, p: Tensor) -> Prox:
+        groups = self.optimizer.param_groups
+        return next(self.link(g) for g in groups if any(p is one for one in g["params"]))
 
 
 def scalars(state: ProxState) -> Entries:

@@ -122,6 +122,7 @@ def load_checkpoint(
         try:
             if isinstance(optimizer, Adapter):
                 _check_groups(folder, optimizer, saved["optimizer"])
+                _leave_out_new(folder, saved["optimizer"])
             load(saved, checkpoint_id=folder, no_dist=not _many())
         except CheckpointException as error:
             causes = sorted({str(cause) for cause, _ in error.failures.values()})
@@ -201,6 +202,14 @@ def _check_groups(folder: Path, optimizer: Adapter, state: dict[str, Any]) -> No
     saved = {"optimizer": {"param_groups": copy.deepcopy(own)}}
     load(saved, checkpoint_id=folder, no_dist=not _many())
     optimizer.check_groups({"state": {}, **saved["optimizer"]})
+
+
+def _leave_out_new(folder: Path, state: dict[str, Any]) -> None:
+    """Leaves out what checkpoints of earlier versions lack, and an optimizer can do without."""
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    for name, entries in state["state"].items():
+        if f"optimizer.state.{name}.link" not in stored:
+            entries.pop("link", None)
 
 
 def _check_others(others: dict[str, Any]) -> None:

@@ -4,51 +4,92 @@ be."""
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from parq_fn.foundation.value import Value
 from parq_fn.optim.state import Group
 from parq_fn.quantizers import ternary_uniform, uniform
-from parq_fn.quantizers.granularity import per_block
+from parq_fn.quantizers.granularity import Granularity, per_block, per_channel
 from parq_fn.transforms.prox_link import Prox
+
+#: What a group's levels follow, besides its prox link.
+KEYS = ("quant_bits", "quant_block_size", "quant_axis")
+#: Keys of this look are ours, or a mistake, but for those that the base optimizer knows.
+_OURS = re.compile("quant|prox|granularity$")
 
 
 def is_quantized(group: Group) -> bool:
-    """Whether the group has fewer than 16 bits."""
+    """Whether the group has fewer than 16 bits, or a prox link of its own and no bits."""
     bits = group.get("quant_bits")
-    return bits is not None and bits < 16
+    return "quant_prox" in group if bits is None else bits < 16
 
 
-def check_group(group: Group, index: int) -> None:
-    """Raises ValueError for quantization keys that mean nothing."""
+def check_group(group: Group, index: int, prox: Prox | None, base: Group) -> None:
+    """Raises TypeError or ValueError for a group that is new and holds what means nothing.
+
+    prox: the optimizer's link; base: the defaults of the base optimizer, whose own keys may be any.
+    """
     where = f"QuantOptimizer: group {index}"
-    known = ("quant_bits", "quant_block_size")
-    unknown = sorted(k for k in group if k.startswith("quant_") and k not in known)
+    if "quant_prox" in group and "prox" not in group:
+        raise ValueError(
+            f"{where} has quant_prox, which shows what an optimizer took out of the group; give "
+            'the prox link itself, under "prox"'
+        )
+    known = {*KEYS, "prox", "quant_prox", *base}
+    unknown = sorted(k for k in group if _OURS.match(k) and k not in known)
     if unknown:
         raise ValueError(
-            f"{where} has {', '.join(unknown)}; expected {' and '.join(known)} alone, the rest is "
-            "the prox link's, such as granularity=per_channel()"
+            f"{where} has {', '.join(unknown)}; expected {', '.join(KEYS)} and prox alone, the "
+            "rest is the prox link's, such as granularity=per_channel()"
         )
-    bits, block = group.get("quant_bits"), group.get("quant_block_size")
-    if bits is not None and (
-        isinstance(bits, bool) or not isinstance(bits, int) or not (0 <= bits <= 8 or bits >= 16)
-    ):
+    own = group.get("prox")
+    if own is not None and not isinstance(own, Prox):
+        raise TypeError(
+            f"{where} has prox={own!r}, expected a prox link such as parq_prox(lsbq(2), ...)"
+        )
+    bits, block, axis = map(group.get, KEYS)
+    if bits is not None and (not _is_whole(bits) or not (0 <= bits <= 8 or bits >= 16)):
         raise ValueError(
             f"{where} has quant_bits={bits!r}, expected a whole number in 0..8 (0 is ternary), or "
             "16 and more where it is not quantized"
         )
-    if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
+    if block is not None and (not _is_whole(block) or block < 1):
         raise ValueError(f"{where} has quant_block_size={block!r}, expected 1 or more, or None")
+    dims = axis if isinstance(axis, tuple) else (axis,)
+    if axis is not None and not (dims and all(map(_is_whole, dims))):
+        raise ValueError(
+            f"{where} has quant_axis={axis!r}, expected a dimension or a tuple of them, or None"
+        )
     if group.get("differentiable"):
         raise ValueError(f"{where} is differentiable, which a step in place on latents is not")
-    if is_quantized(group) and "lr" not in group:
+    if bits is None and own is None:
+        return
+    if bits is not None and bits < 16 and own is None and prox is None:
+        raise ValueError(
+            f"{where} has quant_bits={bits} and no prox link; give the optimizer one, or the group "
+            'its own under "prox"'
+        )
+    if (bits is None or bits < 16) and "lr" not in group:
         raise ValueError(f"{where} has no lr, which the prox link needs")
 
 
-def link_of(prox: Prox, bits: int, block: int | None) -> Prox:
-    """The prox link with a group's bits, 0 for ternary, and its block size where it has one, along
-    the dimensions that the link's own blocks run along."""
+def _is_whole(got: Any) -> bool:
+    return isinstance(got, int) and not isinstance(got, bool)
+
+
+def link_of(prox: Prox, group: Group) -> Prox:
+    """The prox link with what a group gives of bits, 0 for ternary, block size and axis."""
+    bits, block, axis = map(group.get, KEYS)
     quantizer: Any = prox.quantizer
-    if bits == 0 and isinstance(quantizer, uniform):
+    if bits is None:
+        pass
+    elif bits == 0 and isinstance(quantizer, uniform):
         quantizer = ternary_uniform(center=quantizer.center)
     elif "bits" in {f.name for f in dataclasses.fields(quantizer)}:
         quantizer = dataclasses.replace(quantizer, bits=bits)
@@ -56,10 +97,55 @@ def link_of(prox: Prox, bits: int, block: int | None) -> Prox:
         raise ValueError(
             f"QuantOptimizer: {quantizer!r} has no bits to be set to quant_bits={bits}"
         )
-    granularity = prox.granularity
-    if block is not None:
-        if isinstance(granularity, per_block):
-            granularity = dataclasses.replace(granularity, size=block)
-        else:
-            granularity = per_block(block)
+    granularity: Granularity = prox.granularity
+    if block is not None and isinstance(granularity, per_block):
+        granularity = dataclasses.replace(granularity, size=block)
+    elif block is not None:
+        granularity = per_block(block)
+    if axis is not None and isinstance(granularity, per_block):
+        granularity = dataclasses.replace(granularity, along=_others(axis, group["params"]))
+    elif axis is not None:
+        granularity = per_channel(axis)
     return dataclasses.replace(prox, quantizer=quantizer, granularity=granularity)
+
+
+def _others(axis: int | tuple[int, ...], params: list[Tensor]) -> int | tuple[int, ...]:
+    """The dimensions that are not of the axis, which blocks are cut from."""
+    ranks = {p.dim() for p in params} or {2}
+    if len(ranks) > 1:
+        raise ValueError(
+            f"QuantOptimizer: a group with quant_axis={axis} and blocks has parameters of "
+            f"{sorted(ranks)} dimensions, expected as many in each; give them groups of their own"
+        )
+    (rank,) = ranks
+    dims = {d % rank for d in (axis if isinstance(axis, tuple) else (axis,)) if rank}
+    along = tuple(d for d in range(rank) if d not in dims)
+    if not along:
+        raise ValueError(
+            f"QuantOptimizer: quant_axis={axis} leaves no dimension of {rank} to cut blocks from"
+        )
+    return along[0] if len(along) == 1 else along
+
+
+def digest(link: Prox) -> Tensor:
+    """[], int64: a number that other links do not have: of what it prints as, and of its tensors.
+
+    >>> from parq_fn import hard_prox, lsbq
+    >>> bool(digest(hard_prox(lsbq(2))) == digest(hard_prox(lsbq(3))))
+    False
+    """
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr(link))  # where an object lies
+    shown = [text, *(f"{got.dtype}{got.tolist()}" for got in _tensors(link))]
+    found = hashlib.sha256("\n".join(shown).encode()).digest()
+    return torch.tensor(int.from_bytes(found[:8], "big", signed=True))
+
+
+def _tensors(got: Any) -> Iterator[Tensor]:
+    if isinstance(got, Tensor):
+        yield got.detach()
+    elif isinstance(got, Value):
+        for inner in vars(got).values():
+            yield from _tensors(inner)
+    elif isinstance(got, tuple | list):
+        for inner in got:
+            yield from _tensors(inner)

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from parq_fn.optim.owner import Owner, Place
 from parq_fn.optim.state import (
     Entries,
-    Group,
     after_load,
     before_load,
     beside,
@@ -66,7 +65,7 @@ class LatentStore:
     def __init__(self, optimizer: Optimizer, owner: Owner) -> None:
         self.optimizer, self.owner = optimizer, owner
         self._order: list[list[Tensor]] = []
-        self._kinds: list[tuple[Any, ...]] = []
+        self._kinds: list[dict[str, Any]] = []
         self._names: dict[Tensor, tuple[str, str]] = {}
         self._marks: dict[Tensor, Mark] = {}
 
@@ -105,7 +104,7 @@ class LatentStore:
                 self._mark(p, COPIED)
         self._names = names
         self._order += [list(group["params"]) for group in groups[first:]]
-        self._kinds += [self._kind(group) for group in groups[first:]]
+        self._kinds += [self.owner.kind(group) for group in groups[first:]]
 
     def _begin(
         self,
@@ -132,9 +131,6 @@ class LatentStore:
     def _adopt(self, p: Tensor, entries: Entries) -> None:
         self.optimizer.state[p] = entries
         self.owner.adopted(p, entries)
-
-    def _kind(self, group: Group) -> tuple[Any, ...]:
-        return tuple(group.get(key) for key in self.owner.keys)
 
     # What other code did.
 
@@ -185,12 +181,12 @@ class LatentStore:
                     f"{who}: group {index} had {len(known)} parameters and has "
                     f"{len(group['params'])}; add parameters with add_param_group"
                 )
-            if self._kind(group) != kind:
-                raise ValueError(
-                    f"{who}: group {index} has {', '.join(self.owner.keys)} = "
-                    f"{self._kind(group)} and was built with {kind}, which its levels are of; "
-                    "build another optimizer to change them"
-                )
+            for key, now in self.owner.kind(group).items():
+                if now != kind[key]:
+                    raise ValueError(
+                        f"{who}: group {index} has {key}={now} and was built with {kind[key]}, "
+                        "which its levels are of; build another optimizer to change it"
+                    )
 
     def _exchange(self, orders: list[list[Tensor]]) -> None:
         """State stays with the parameters that are still there; new ones have, in their order, the
@@ -349,13 +345,13 @@ class LatentStore:
     def _fitted(self, p: Tensor, saved: Entries, label: str) -> Entries:
         """Copies of saved entries; raises ValueError where they do not fit."""
         mine = self.optimizer.state[p]
-        check_entries(mine, saved, label)
-        copied = {key: loaded(got, mine.get(key), p) for key, got in saved.items()}
-        latent = copied.pop("latent", None)
-        entries = self.owner.fits(p, mine, copied, label)
-        if latent is not None and "latent" in mine:
-            entries["latent"] = latent.to(wide(p))
-        return entries
+        kept = {key: got for key, got in saved.items() if key != "latent" or key in mine}
+        entries = self.owner.fits(p, mine, kept, label)
+        check_entries(mine, entries, label)
+        copied = {key: loaded(got, mine.get(key), p) for key, got in entries.items()}
+        if "latent" in copied:
+            copied["latent"] = copied["latent"].to(wide(p))
+        return copied
 
     def _edited(self) -> set[Tensor]:
         """Parameters with latents that other code has written."""

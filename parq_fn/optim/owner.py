@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -23,11 +23,14 @@ class Owner(Protocol):
     """What the two adapters differ in: which entries a parameter has."""
 
     who: str  # the adapter, in messages
-    keys: tuple[str, ...]  # of groups, that the entries of their parameters follow
+    keys: tuple[str, ...]  # of groups, that are to be alike where a state is loaded
     widens: bool  # whether a narrow parameter always has a latent
 
     def check(self) -> None:
         """Raises ValueError where groups were changed in a way of which nothing can be made."""
+
+    def kind(self, group: Group) -> dict[str, Any]:
+        """What of a group the entries of its parameters follow."""
 
     def begin(self, fresh: list[Place], places: list[Place]) -> dict[Tensor, Entries]:
         """Entries as before any step, of the fresh ones among the places at least."""

@@ -30,7 +30,7 @@ from parq_fn.optim.base_optimizer import steps_apart
 from parq_fn.optim.base_owner import OWN, BaseOwner, prox_state, scalars
 from parq_fn.optim.engine.chunks import chunks
 from parq_fn.optim.engine.passes import Job, Pass, refit
-from parq_fn.optim.groups import check_group, is_quantized, link_of
+from parq_fn.optim.groups import KEYS, check_group, digest, is_quantized, link_of
 from parq_fn.optim.latents import LatentStore
 from parq_fn.optim.state import Group, value_of, wide
 from parq_fn.transforms.links import times
@@ -73,7 +73,8 @@ class QuantOptimizer(Adapter):
     dtype, "count" [], int64, "slope" and "lr_sum" [], float64.
 
     Raises TypeError for an unfit optimizer, something else than a prox link, and FSDP1's flat
-    parameters; ValueError where no group has quant_bits, for other keys "quant_...", for a base
+    parameters; ValueError where there is a link and no group has quant_bits, bits and no link, for
+    other keys "quant_...", two parameters of one name, for a base
     whose state has names of those above, and as the quantizer and granularity do, with the
     parameter's name where its group has names.
 
@@ -91,12 +92,12 @@ class QuantOptimizer(Adapter):
     (True, 0.0)
     """
 
-    _copied = ("base", "prox", "anneal_weight_decay", "compile", "_latents")
+    _copied = ("base", "prox", "anneal_weight_decay", "compile", "_latents", "_own")
 
     def __init__(
         self,
         base_optimizer: Optimizer,
-        prox: Prox,
+        prox: Prox | None = None,
         *,
         anneal_weight_decay: float = 0.0,
         compile: bool = False,
@@ -107,36 +108,30 @@ class QuantOptimizer(Adapter):
                 "QuantOptimizer: expected a torch.optim optimizer other than LBFGS and "
                 f"SparseAdam, got {type(base_optimizer).__name__}"
             )
-        if not isinstance(prox, Prox):
+        if prox is not None and not isinstance(prox, Prox):
             raise TypeError(
                 "QuantOptimizer: expected a prox link such as parq_prox(lsbq(2), ...), got "
                 f"{prox!r}"
             )
         check_numbers("QuantOptimizer", SHARE, anneal_weight_decay=anneal_weight_decay)
-        if anneal_weight_decay and not isinstance(prox, parq_prox):
-            raise ValueError(
-                "QuantOptimizer: anneal_weight_decay follows an inverse slope, which parq_prox "
-                f"has and {type(prox).__name__} has not"
-            )
         if not isinstance(compile, bool):
             raise TypeError(f"QuantOptimizer: expected compile=True or False, got {compile!r}")
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base, self.prox = base_optimizer, prox
         self.anneal_weight_decay, self.compile = anneal_weight_decay, compile
         self.param_groups = base_optimizer.param_groups
-        self._links: dict[tuple[Any, Any], Prox] = {}
+        self._own: list[Prox | None] = []
+        self._links: dict[tuple[Any, ...], Prox] = {}
         self._pass = Pass(compile=compile)
-        for index, group in enumerate(self.param_groups):
-            check_group(group, index)
-        if not any(map(is_quantized, self.param_groups)):
+        owner = BaseOwner(self, base_optimizer, self.link, self._weight)
+        self._store, self._latents = LatentStore(self, owner), owner.latents
+        self._enter(self.param_groups)
+        asked = any(group.get("quant_bits") is not None for group in self.param_groups)
+        if prox is not None and not asked and not any(map(is_quantized, self.param_groups)):
             raise ValueError(
                 "QuantOptimizer: no group has quant_bits below 16; give one such as "
                 '{"params": ..., "quant_bits": 2}'
             )
-        owner = BaseOwner(self, base_optimizer, self.link, self._weight)
-        self._store, self._latents = LatentStore(self, owner), owner.latents
-        self._store.add()
-        self._show_states(self.param_groups)
 
     # Groups and their parameters.
 
@@ -148,24 +143,59 @@ class QuantOptimizer(Adapter):
         self._store.sync()
         self.base.add_param_group(param_group)
         try:
-            check_group(self.param_groups[-1], len(self.param_groups) - 1)
-            self._store.add()
+            self._enter(self.param_groups[-1:])
         except Exception:
             self.param_groups.pop()
             raise
-        self._show_states(self.param_groups[-1:])
 
-    def link(self, group: Group) -> Prox:
-        """The prox link of a quantized group: `prox` with the group's bits and block size."""
-        key = group["quant_bits"], group.get("quant_block_size")
-        if key not in self._links:
-            self._links[key] = link_of(self.prox, *key)
-        return self._links[key]
-
-    def _show_states(self, groups: list[Group]) -> None:
+    def _enter(self, groups: list[Group]) -> None:
+        """Takes in new groups: their own links are kept here, and their parameters have state."""
+        first = len(self._own)
+        for index, group in enumerate(groups, first):
+            check_group(group, index, self.prox, self.base.defaults)
+        own = [group.pop("prox", None) for group in groups]
+        for group, link in zip(groups, own, strict=True):
+            if link is not None:
+                group["quant_prox"] = repr(link)
+        self._own += own
+        try:
+            self._check_decay(groups)
+            self._store.add()
+        except Exception:
+            del self._own[first:]
+            for group, link in zip(groups, own, strict=True):
+                if link is not None:
+                    group["prox"] = link
+                    del group["quant_prox"]
+            raise
         for group in groups:
             if is_quantized(group) and group["params"]:
                 _show(group, prox_state(self.state[group["params"][0]]))
+
+    def _check_decay(self, groups: list[Group]) -> None:
+        links = [self.link(group) for group in groups if is_quantized(group)]
+        others = [link for link in links if not isinstance(link, parq_prox)]
+        if self.anneal_weight_decay and others:
+            raise ValueError(
+                "QuantOptimizer: anneal_weight_decay follows an inverse slope, which parq_prox "
+                f"has and {type(others[0]).__name__} has not"
+            )
+
+    def link(self, group: Group) -> Prox:
+        """The prox link of a quantized group: its own, or `prox`, with the group's bits, block
+        size and axis.
+
+        Raises ValueError for a group that is not quantized, or not one of the optimizer's.
+        """
+        index = next((i for i, one in enumerate(self.param_groups) if one is group), None)
+        if index is None or not is_quantized(group):
+            raise ValueError("QuantOptimizer.link: expected one of its quantized param_groups")
+        key = (index, *map(group.get, KEYS))
+        if key not in self._links:
+            own = self._own[index]
+            link: Any = self.prox if own is None else own
+            self._links[key] = link_of(link, group)
+        return self._links[key]
 
     # The step.
 
@@ -192,15 +222,21 @@ class QuantOptimizer(Adapter):
         step once, for they may keep account of their steps.
         """
         groups = {p: group for group in self.param_groups for p in group["params"]}
+        pulled = {
+            p
+            for group in self.param_groups
+            if is_quantized(group) and self.link(group).normal_map is not None
+            for p in group["params"]
+        }
         moved = [p for p in groups if p.grad is not None and self._is_trained(p)]
-        needy = [p for p in moved if self._has_own_gradient(p, groups[p]) or self._is_pulled(p)]
+        needy = [p for p in moved if self._has_own_gradient(p, groups[p]) or p in pulled]
         alone = set(needy)
         rest = [p for p in moved if p not in alone]
         runs = [moved]
         if needy and steps_apart(self.base):
             runs = chunks({p: p.numel() for p in needy}) + ([rest] if rest else [])
         for chunk in runs:
-            pulls = {p: self._pull(p, groups[p]) for p in chunk if self._is_pulled(p)}
+            pulls = {p: self._pull(p, groups[p]) for p in chunk if p in pulled}
             self._step_base(chunk, groups)
             for p, pull in pulls.items():
                 latent = local(self._latents[p])
@@ -210,11 +246,8 @@ class QuantOptimizer(Adapter):
         """Not frozen; a parameter of the base alone is moved wherever the base moves it."""
         return p.requires_grad or self._latents[p] is p
 
-    def _is_pulled(self, p: Tensor) -> bool:
-        return self.prox.normal_map is not None and self._latents[p] is not p
-
     def _pull(self, p: Tensor, group: Group) -> Tensor:
-        gamma: Any = self.prox.normal_map
+        gamma: Any = self.link(group).normal_map
         return times(local(self._latents[p]) - local(p), _rate(group) / as_scalar(gamma))
 
     def _has_own_gradient(self, p: Tensor, group: Group) -> bool:
@@ -316,10 +349,14 @@ class QuantOptimizer(Adapter):
         return {**super().__getstate__(), "_links": {}, "_pass": Pass(compile=self.compile)}
 
     def _resume(self) -> None:
+        self._own = [None for _ in self.param_groups]
         owner = BaseOwner(self, self.base, self.link, self._weight)
         owner.latents = self._latents
         self._store = LatentStore(self, owner)
         self._store.add(begin=False)
+        for group in self.param_groups:
+            for p in group["params"] if is_quantized(group) else ():
+                self.state[p]["link"] = digest(self.link(group))
 
 
 def _rate(group: Group) -> Tensor:

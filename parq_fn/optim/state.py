@@ -80,7 +80,8 @@ def matched(
                 f"the optimizer {len(group['params'])}"
             )
         for key in same:
-            if key in other and other[key] != group.get(key):  # a plain optimizer has none
+            if key in other and _plain(other[key]) != _plain(group.get(key)):
+                # a plain optimizer has none
                 raise ValueError(
                     f"loaded state dict has {key}={other.get(key)} in group {index}, the "
                     f"optimizer {group.get(key)}"
@@ -88,6 +89,10 @@ def matched(
         for p, name in zip(group["params"], other["params"], strict=True):
             found.append((p, state_dict["state"].get(name)))
     return found
+
+
+def _plain(got: Any) -> Any:
+    return tuple(got) if isinstance(got, list) else got
 
 
 def check_keys(needed: Iterable[str], saved: Entries, name: str) -> None:
@@ -195,11 +200,11 @@ def _is_scalar(got: Any) -> bool:
 
 
 def loaded_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[Group]:
-    """Copies of what saved groups hold: all but parameters and their names, and a learning rate
-    only where the optimizer's group has one."""
+    """Copies of what saved groups hold: all but parameters, their names and what prints a link, and
+    a learning rate only where the optimizer's group has one."""
     found = []
     for group, other in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        left_out = {"params", "param_names"} | ({"lr"} - group.keys())
+        left_out = {"params", "param_names", "quant_prox"} | ({"lr"} - group.keys())
         found.append({k: copy.deepcopy(v) for k, v in other.items() if k not in left_out})
     return found
 

@@ -43,6 +43,9 @@ class TreeOwner:
     def check(self) -> None:
         pass
 
+    def kind(self, group: Group) -> dict[str, Any]:
+        return {}
+
     def begin(self, fresh: list[Place], places: list[Place]) -> dict[Tensor, Entries]:
         """Of all: masks and labels may go by what others there are."""
         for index, group in enumerate(self.optimizer.param_groups):

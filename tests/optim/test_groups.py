@@ -82,7 +82,7 @@ def test_a_rate_of_one_group_stands_in_for_it_alone() -> None:
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ({"quant_per_channel": True}, r"group 0 has quant_per_channel; expected quant_bits and"),
+        ({"quant_per_channel": True}, r"group 0 has quant_per_channel; expected quant_bits, "),
         ({"quant_bits": "2"}, r"quant_bits='2', expected a whole number in 0\.\.8"),
         ({"quant_bits": 9}, r"quant_bits=9, expected"),
         ({"quant_block_size": 0}, r"quant_block_size=0, expected 1 or more"),
@@ -104,7 +104,7 @@ def test_changed_quant_bits_raise() -> None:
     optimizer = quantized([w])
     for bits in (4, 16):
         optimizer.param_groups[0]["quant_bits"] = bits
-        with pytest.raises(ValueError, match=rf"= \({bits}, None\) and was built with \(2, None\)"):
+        with pytest.raises(ValueError, match=rf"has quant_bits={bits} and was built with 2"):
             optimizer.step()
 
 
