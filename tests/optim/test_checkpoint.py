@@ -165,7 +165,7 @@ def test_killed_at_any_moment_it_resumes_and_ends_as_if_left_alone(
     ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
-    assert found["last"] > 20
+    assert found["last"] >= 20  # of those that are taken
     assert found["wrong"] == [], ended.stderr
 
 
