@@ -45,13 +45,18 @@ class QuantOptimizer(Adapter):
     """A torch.optim optimizer whose quantized parameters hold map(latent, levels, coefficient).
 
     base_optimizer: any but LBFGS and SparseAdam; what it has learned of its parameters it keeps.
-    Of its groups those with "quant_bits" below 16 are quantized, with the quantizer of `prox` at
-    that many bits (0 is ternary) and, where they have a "quant_block_size", per block; the
-    others are the base optimizer's alone.
-    prox: a prox link. Its learning rate is the group's. Its `gradient` takes what stands in p.grad
-    at the step, clipped or unscaled as it may be, and leaves p.grad as it is.
-    anneal_weight_decay: f in [0, 1]; a quantized group's weight decay is taken times
-    f * s + 1 - f, s the inverse slope that the step before left (parq_prox only).
+    Of its groups are quantized those with a "prox", a prox link of their own, and those with
+    "quant_bits" below 16, by `prox`; the others, and those with 16 bits or more, are the base
+    optimizer's alone. A group's "quant_bits" (0 is ternary) stand in for those of the link's
+    quantizer, its "quant_block_size" and "quant_axis" for the link's granularity: the dimensions
+    whose index is the channel, such as 1 for weights [in, out]; levels are then per channel, or per
+    block of the other dimensions where the link or the group has blocks. A link is taken out of its
+    group, which shows it as "quant_prox"; `link(group)` gives it.
+    prox: a prox link, or None where groups have their own or none is quantized. The learning rate
+    of links is their group's. Their `gradient` takes what stands in p.grad at the step, clipped or
+    unscaled as it may be, and leaves p.grad as it is.
+    anneal_weight_decay: f in [0, 1]; the weight decay of a quantized parameter is taken times
+    f * s + 1 - f, s the inverse slope that its step before left (parq_prox only).
     compile: the map under torch.compile, with the same weights, bit for bit but for the sign of a
     zero; the base optimizer and the fits of levels are not. A map is compiled when it is first met,
     some seconds where annealing starts and where it ends, for which a CPU needs a C++ compiler; it
@@ -278,21 +283,35 @@ class QuantOptimizer(Adapter):
 
     @contextmanager
     def _latents_in_groups(self, chosen: set[Tensor]) -> Iterator[None]:
-        kept = [(group["params"], group.get("weight_decay")) for group in self.param_groups]
-        f = self.anneal_weight_decay
+        """The chosen parameters' latents in the base's groups, each with its own weight decay."""
+        groups = list(self.param_groups)
+        kept = [(group["params"], group.get("weight_decay")) for group in groups]
         try:
-            for group in self.param_groups:
-                params = [p for p in group["params"] if p in chosen]
-                group["params"] = [self._latents[p] for p in params]
-                if f and is_quantized(group) and params and group.get("weight_decay"):
-                    slope = float(self.state[params[0]]["slope"])
-                    group["weight_decay"] = group["weight_decay"] * (f * slope + 1 - f)
+            for group, (params, decay) in zip(groups, kept, strict=True):
+                own: dict[Any, list[Tensor]] = {}
+                for p in params:
+                    if p in chosen:
+                        own.setdefault(self._decay(group, p), []).append(self._latents[p])
+                first, *others = own.items() or [(decay, [])]
+                group["params"] = first[1]
+                if decay is not None:
+                    group["weight_decay"] = first[0]
+                for annealed, latents in others:  # frozen for a while, some have other slopes
+                    self.param_groups.append({**group, "params": latents, "weight_decay": annealed})
             yield
         finally:
-            for group, (params, decay) in zip(self.param_groups, kept, strict=True):
+            self.param_groups[:] = groups
+            for group, (params, decay) in zip(groups, kept, strict=True):
                 group["params"] = params
                 if decay is not None:
                     group["weight_decay"] = decay
+
+    def _decay(self, group: Group, p: Tensor) -> Any:
+        """The group's weight decay, annealed by the slope that the parameter's last step left."""
+        decay, f = group.get("weight_decay"), self.anneal_weight_decay
+        if not (f and decay and is_quantized(group)):
+            return decay
+        return decay * (f * float(self.state[p]["slope"]) + 1 - f)
 
     def _merge(self, p: Tensor) -> None:
         """One dict for a parameter's state, the base optimizer's and ours.

@@ -119,3 +119,25 @@ def test_whole_numbers_beside_a_transformation_are_left_alone() -> None:
     optimizer.step()
     assert i.tolist() == [1, 2, 3, 4]
     torch.testing.assert_close(w.detach(), torch.full((3,), 0.9))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a7_weight_decay_anneals_with_each_parameters_own_slope(
+    dtype: torch.dtype, turned: bool
+) -> None:
+    """In one group as in a group of its own, after one of them was frozen for a while."""
+    runs = []
+    for together in (True, False):
+        params = parameters(2, dtype)
+        parts = [params[::-1] if turned else params] if together else [[p] for p in params]
+        groups = [{"params": part, "quant_bits": 2} for part in parts]
+        base = torch.optim.SGD(groups, lr=0.1, weight_decay=0.5)
+        optimizer = QuantOptimizer(base, SOON, anneal_weight_decay=1.0)
+        for t in range(6):
+            params[0].requires_grad_(t >= 3)
+            ones_for(*params)
+            optimizer.step()
+            assert [group["weight_decay"] for group in base.param_groups] == [0.5] * len(groups)
+        runs.append([optimizer.state[p]["latent"] for p in params])
+    assert all(map(torch.equal, *runs))
