@@ -23,6 +23,7 @@ from parq_fn.quantizers.granularity import Granularity, per_block, per_channel, 
 from parq_fn.schedules import Schedule, inverse_slope
 from parq_fn.transforms import estimators, links, wrappers
 from parq_fn.transforms.chain import Composite, chain, named_chain
+from parq_fn.transforms.levels_of import levels_of
 from parq_fn.transforms.links import (
     add_decayed_weights,
     clip,
@@ -136,6 +137,7 @@ __all__ = [
     "hard_prox",
     "identity",
     "inverse_slope",
+    "levels_of",
     "lloyd_max",
     "lsbq",
     "masked",

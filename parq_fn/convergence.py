@@ -39,14 +39,14 @@ class fixed(Quantizer):
             [-1.,  1.]])
     """
 
-    grid: Tensor
+    points: Tensor
 
     @property
     def num_levels(self) -> int:
-        return len(self.grid)
+        return len(self.points)
 
     def fit(self, rows: Tensor) -> Tensor:
-        return self.grid.to(rows.dtype).expand(*rows.shape[:-1], -1)
+        return self.points.to(rows.dtype).expand(*rows.shape[:-1], -1)
 
 
 class Convex(Protocol):

@@ -300,7 +300,7 @@ def test_a_link_is_that_of_its_rows(options: dict, cut, dtype: torch.dtype) -> N
             updates, state = own.update(pf.tree.tree_map(torch.sin, params), state, params)
             params = pf.apply_updates(params, updates)
         (weight,) = own.weights(state, params).values()
-        runs.append((params["w"], weight, pf.read(state, "levels")["w"]))
+        runs.append((params["w"], weight, pf.read(state, "qparams")["w"].flatten(0, -2)))
     for mine, of_rows in zip(runs[0][:2], runs[1][:2], strict=True):
         assert torch.equal(mine, back(of_rows, param))
     assert torch.equal(runs[0][2], runs[1][2])

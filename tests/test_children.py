@@ -9,13 +9,13 @@ import torch
 
 import parq_fn as pf
 from parq_fn import Link
-from parq_fn.export.packing import prox_states
 from parq_fn.foundation.traits import shared
 from parq_fn.foundation.tree import ByName
 from parq_fn.foundation.value import value
 from parq_fn.optim import TransformOptimizer
 from parq_fn.optim.leafwise import parts_of
 from parq_fn.transforms.chain import every_link
+from parq_fn.transforms.levels_of import prox_states
 from parq_fn.transforms.transformation import children_of, in_place, pinned
 
 PARAMS = {"a.weight": torch.tensor([[1.0, -3.0]]), "a.bias": torch.ones(2), "b": torch.ones(3)}

@@ -60,7 +60,7 @@ def test_a_value_whose_methods_fail_shows_its_call() -> None:
     class broken(pf.Quantizer):
         num_levels = 2
 
-        def levels(self, x):
+        def qparams(self, x):
             raise RuntimeError("no")
 
     assert "<svg" not in broken()._repr_html_()

@@ -14,6 +14,7 @@ from torch import Tensor
 import parq_fn as pf
 from parq_fn import estimators, proxmaps, schedules
 from parq_fn.foundation.tree import tree_map
+from parq_fn.transforms.prox_link import in_rows
 from tests.helpers import pairwise
 from tests.twins.estimators import seen_through
 
@@ -118,7 +119,8 @@ def test_a_gradient_of_any_dtype_is_that_of_autograd_in_float64(
         prox.granularity.rows(t.double()) for t in (params["w"], prox.weights(state, params)["w"])
     )
     u.requires_grad_()
-    weights, more = seen_through(ALL[how], u, w, state.levels["w"].double(), 1)
+    levels = prox.quantizer.levels_in(in_rows(state.qparams["w"]), dtype)
+    weights, more = seen_through(ALL[how], u, w, levels.double(), 1)
     ((weights * prox.granularity.rows(grads["w"].double())).sum() + more).backward()
     wanted = prox.granularity.restore(u.grad, params["w"])
     torch.testing.assert_close(found.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

@@ -80,7 +80,12 @@ def test_states_saved_before_load() -> None:
     expected = _after_two_steps()
     assert type(state) is FiniteState
     assert optree.tree_structure(state) == optree.tree_structure(expected)
-    assert same(optree.tree_leaves(state), optree.tree_leaves(expected))
+    assert pf.read(state, "prox.qparams")["weight"].shape == (2, 2)  # the levels that it kept
+    levels = [pf.levels_of(TRANSFORM, each)["weight"] for each in (state, expected)]
+    assert torch.equal(*levels)
+    assert same(*(TRANSFORM.weights(each, PARAMS) for each in (state, expected)))
+    states = [TRANSFORM.update(PARAMS, each, PARAMS)[1] for each in (state, expected)]
+    assert same(*map(optree.tree_leaves, states))
     kinds = {type(node) for node in _nodes(state)}
     assert all(former_names(kind) for kind in kinds)
     assert {kind.__name__ for kind in kinds} == {

@@ -65,6 +65,12 @@ def train(transform, steps: int, params=None, state=None, first: int = 0):
         yield params, state, transform.weights(state, params)
 
 
+def levels_in_rows(transform, state) -> dict[str, Tensor]:
+    """[r, k] of each leaf."""
+    levels = pf.levels_of(transform, state)
+    return {k: q.unsqueeze(0).flatten(0, -2) for k, q in levels.items()}
+
+
 @pytest.mark.parametrize("kind", MAPS)
 def test_weights_are_the_map_of_the_latent(kind: str) -> None:
     """Law 4: bit for bit, with the schedule of the step, levels of the last refit."""
@@ -75,7 +81,7 @@ def test_weights_are_the_map_of_the_latent(kind: str) -> None:
         for k, latent in params.items():
             expected = latent
             if t >= prox.begins:
-                levels = pf.read(state, "levels")[k]
+                levels = levels_in_rows(transform, state)[k]
                 rows = prox.proxmap(cut.rows(latent), levels, prox.coefficient(torch.tensor(t)))
                 expected = rows.reshape(latent.shape)
             assert torch.equal(weights[k], expected)
@@ -118,12 +124,12 @@ def test_hard_map_is_the_straight_through_estimator(base) -> None:
 def test_levels_change_on_refit_steps_only(period: int, warmup: int) -> None:
     """Law 7; the first quantized step always fits."""
     transform = pf.chain(pf.sgd(RATE), link("parq", period=period, warmup=warmup))
-    before = {k: torch.zeros(1, 4) for k in problem()[0]}
+    before = {k: torch.zeros(4) for k in problem()[0]}
     for t, (params, state, _) in enumerate(train(transform, 10)):
-        levels = pf.read(state, "levels")
+        levels = pf.levels_of(transform, state)
         due = t >= warmup and (t - warmup) % period == 0
         for k in params:
-            expected = pf.lsbq(2)(params[k].reshape(1, -1)) if due else before[k]
+            expected = pf.lsbq(2)(params[k].reshape(1, -1))[0] if due else before[k]
             assert torch.equal(levels[k], expected.to(levels[k].dtype))
         before = levels
 
@@ -149,8 +155,8 @@ def test_after_annealing_weights_are_bit_equal_to_levels(kind, dtype, cut) -> No
             continue
         weights = transform.weights(state, params)
         for k, w in weights.items():
-            levels = pf.read(state, "levels")[k]
-            assert w.dtype == levels.dtype == dtype
+            levels = levels_in_rows(transform, state)[k].to(dtype)
+            assert w.dtype == dtype
             assert w.stride() == params[k].stride()
             rows = cut.rows(w)
             assert bool((rows[..., None] == levels[:, None]).any(-1).all())
@@ -190,7 +196,7 @@ def test_resuming_from_a_saved_state_changes_no_bit(kind: str, at: int, tmp_path
         for k in params:
             assert torch.equal(a[0][k], b[0][k])
             assert torch.equal(a[2][k], b[2][k])
-            assert torch.equal(pf.read(a[1], "levels")[k], pf.read(b[1], "levels")[k])
+            assert torch.equal(pf.read(a[1], "qparams")[k], pf.read(b[1], "qparams")[k])
 
 
 def test_normal_map_with_gamma_lr_is_proximal_sgd() -> None:
@@ -254,7 +260,7 @@ def test_clipped_start_holds_weights_to_the_range_from_the_beginning(warmup: int
     ))  # fmt: skip
     for t, (params, state, weights) in enumerate(train(transform, 5)):
         for k, u in params.items():
-            levels = pf.read(state, "levels")[k]
+            levels = levels_in_rows(transform, state)[k]
             expected = u if t < warmup else proxmaps.clip(u.reshape(1, -1), levels).reshape(u.shape)
             assert torch.equal(weights[k], expected)
 
@@ -275,8 +281,8 @@ def test_nan_latents_stay_in_their_row() -> None:
         updates, after = transform.update(g, state, params)
         results.append((after, transform.weights(after, pf.apply_updates(params, updates))["w"]))
     (_, clean), (after, dirty) = results
-    assert torch.equal(pf.read(after, "levels")["w"][1], pf.read(state, "levels")["w"][1])
-    assert bool(pf.read(after, "levels")["w"].isfinite().all())
+    assert torch.equal(pf.read(after, "qparams")["w"][1], pf.read(state, "qparams")["w"][1])
+    assert bool(pf.read(after, "qparams")["w"].isfinite().all())
     assert bool(dirty[1, 2].isnan())
     assert torch.equal(clean[[0, 2]], dirty[[0, 2]])
 
@@ -374,7 +380,7 @@ def test_a_custom_prox_follows_its_schedule_from_its_start() -> None:
         for k, u in params.items():
             expected = u
             if t >= 2:
-                levels = pf.read(state, "levels")[k]
+                levels = levels_in_rows(pf.chain(pf.sgd(RATE), prox), state)[k]
                 rows = proxmaps.binary_relax(u.reshape(1, -1), levels, schedule(t))
                 expected = rows.reshape(u.shape)
             assert torch.equal(weights[k], expected)
@@ -397,8 +403,10 @@ def test_options_keep_every_dtype(options, dtype: torch.dtype) -> None:
     assert first.lr_sum.dtype == first.slope.dtype == torch.float64
     out, state = prox.update(updates, first, params)
     weights = prox.weights(state, pf.apply_updates(params, out))
-    for tree in (out, state.levels, weights):
+    for tree in (out, weights):
         assert all(leaf.dtype == dtype for leaf in tree.values())
+    wide = torch.promote_types(dtype, torch.float32)
+    assert all(leaf.dtype == wide for leaf in state.qparams.values())
     assert state.lr_sum.dtype == state.slope.dtype == torch.float64
     assert state.count.dtype == torch.int64
 
@@ -409,7 +417,7 @@ def test_the_normal_map_shrinks_by_gamma_and_pulls_toward_the_weights(dtype) -> 
     zeros = {"w": torch.zeros(4, dtype=dtype)}
     prox = pf.hard_prox(pf.lsbq(1), period=1, shrink=True, normal_map=2.0, learning_rate=0.5)
     _, state = prox.update(zeros, prox.init(params), params)
-    assert state.levels["w"].tolist() == [[-1.25, 1.25]]
+    assert pf.levels_of(prox, state)["w"].tolist() == [-1.25, 1.25]
     updates, _ = prox.update(zeros, state, params)
     assert updates["w"].tolist() == [-0.6875, -0.0625, -0.1875, 0.4375]
 
@@ -449,7 +457,7 @@ def test_a_sum_of_rates_below_one_stretches_nothing() -> None:
         _, expected = plain.update(updates, expected, params)
         assert state.lr_sum == total
         for k in params:
-            assert torch.equal(state.levels[k], expected.levels[k])
+            assert torch.equal(state.qparams[k], expected.qparams[k])
             assert torch.equal(prox.weights(state, params)[k], plain.weights(expected, params)[k])
 
 
@@ -459,7 +467,7 @@ def test_narrow_latents_are_shrunk_in_float32() -> None:
     _, state = prox.update(updates, prox.init(params), params)
     for k, latent in pf.apply_updates(params, updates).items():
         seen = latent.float().reshape(1, -1) / 3
-        assert torch.equal(state.levels[k], pf.lsbq(2)(seen).to(torch.bfloat16))
+        assert torch.equal(state.qparams[k], pf.lsbq(2).fit(seen)[0])
 
 
 @pytest.mark.parametrize("kind", MAPS)
@@ -498,7 +506,7 @@ def test_ends_is_the_first_step_whose_weights_are_levels(link: pf.Prox) -> None:
     for _ in range(9):
         _, state = link.update(zeros, state, params)
         weight = link.weights(state, params)["w"]
-        on.append(bool((weight[0, :, None] == state.levels["w"][0]).any(-1).all()))
+        on.append(bool((weight[0, :, None] == pf.levels_of(link, state)["w"]).any(-1).all()))
     assert on.index(True) == link.ends
     assert all(on[on.index(True) :])
 
@@ -565,8 +573,8 @@ def test_a_quantizer_with_another_number_of_levels_is_named() -> None:
     class three(pf.Quantizer):
         num_levels = 2
 
-        def levels(self, x):
+        def qparams(self, x):
             return x[..., :3]
 
-    with pytest.raises(ValueError, match=r"three\(\): levels\(x\) has shape \(1, 3\), .*\(1, 2\)"):
+    with pytest.raises(ValueError, match=r"three\(\): qparams\(x\) has shape \(1, 3\), .*\(1, 2\)"):
         three()(torch.ones(1, 5))

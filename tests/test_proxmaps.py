@@ -330,7 +330,7 @@ def test_a_map_that_couples_weights_sees_whole_rows_whatever_else_it_declares(na
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for p in params:
-        latent, levels = optimizer.state[p]["latent"], optimizer.state[p]["levels"]
+        latent, levels = optimizer.state[p]["latent"], optimizer.levels(p)
         assert torch.equal(p.detach(), by_largest(latent, levels, torch.tensor(0.5)))
 
 

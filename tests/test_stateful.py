@@ -37,7 +37,7 @@ class drifting(pf.Quantizer):
     def num_levels(self) -> int:
         return len(self.grid)
 
-    def levels(self, x: Tensor) -> Tensor:
+    def qparams(self, x: Tensor) -> Tensor:
         return x.abs().mean(-1, keepdim=True) * torch.tensor(self.grid, dtype=x.dtype)
 
 
@@ -109,13 +109,13 @@ class Training(RuleBasedStateMachine):
         if due:
             self.fitted = None  # read anew below
         else:
-            self.unchanged(pf.read(state, "levels"), pf.read(self.state, "levels"))
+            self.unchanged(pf.read(state, "qparams"), pf.read(self.state, "qparams"))
         self.state, self.params = state, params
         if due:
-            self.fitted = pf.read(state, "levels")
-            for p, levels in self.quantized(self.fitted):
-                fresh = self.prox.quantizer.fit(p.reshape(levels.shape[0], -1))
-                assert torch.equal(fresh, levels)
+            self.fitted = pf.read(state, "qparams")
+            for p, qparams in self.quantized(self.fitted):
+                fresh = self.prox.quantizer.fit(self.prox.granularity.rows(p))
+                assert torch.equal(fresh.reshape(qparams.shape), qparams)
 
     @rule(way=st.sampled_from(["torch", "pickle", "deepcopy"]))
     def save_and_load(self, way: str) -> None:
@@ -171,7 +171,7 @@ class Training(RuleBasedStateMachine):
             return
         weights = self.transform.weights(self.state, self.params)
         self.unchanged(weights, self.transform.weights(self.state, self.params))
-        levels, t = pf.read(self.state, "levels"), self.count - 1
+        levels, t = pf.levels_of(self.transform, self.state), self.count - 1
         assert int(pf.read(self.state, "count")) == self.count
         active = t >= max(self.prox.warmup, self.prox.anneal_start)
         for name, p in self.params.items():
@@ -181,6 +181,7 @@ class Training(RuleBasedStateMachine):
                 assert torch.equal(w, leaf)
                 continue
             s = float(self.prox.coefficient(torch.tensor(t)))
+            q = q.unsqueeze(0).flatten(0, -2)
             rows = leaf.reshape(q.shape[0], -1)
             tolerance = 1e-12 if self.dtype == torch.float64 else 1e-5
             for u, v, own in zip(

@@ -311,7 +311,7 @@ def test_a_step_with_a_weight_mask_and_its_init_compile() -> None:
         return pf.apply_updates(params, updates), state
 
     init = torch.compile(prox.init, fullgraph=True, backend="eager")
-    assert init({"w": params["0.weight"]}).levels["w"].shape == (4, 2)
+    assert init({"w": params["0.weight"]}).qparams["w"].shape == (4, 1)
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     ours = theirs = (params, transform.init(params))
     for _ in range(3):

@@ -100,9 +100,9 @@ def test_read_by_field_kind_key_and_position() -> None:
     base = pf.chain(pf.clip(1.0), pf.adamw())
     state = pf.named_chain(base=base, prox=prox).init(params)
     assert pf.read(state, "slope") == 1
-    assert set(pf.read(state, "levels")) == {"w", "count"}
+    assert set(pf.read(state, "qparams")) == {"w", "count"}
     assert pf.read(state, "count") is state["prox"].count
-    assert pf.read(state, "prox.levels") is state["prox"].levels
+    assert pf.read(state, "prox.qparams") is state["prox"].qparams
     assert pf.read(state, "adam.step") == 0
     with pytest.raises(KeyError, match=r"3 states are named 'step': .*base\.1\.0\.adam\.step"):
         pf.read(state, "step")
@@ -127,7 +127,7 @@ def test_the_names_of_a_prox_link_are_its_own(base) -> None:
         state = transform.init({"w": torch.ones(2)})
         assert pf.read(state, "count") == 0
         assert pf.read(state, "slope") == 1
-        assert pf.read(state, "levels")["w"].shape == (1, 2)
+        assert pf.read(state, "qparams")["w"].shape == (1,)
 
 
 def test_updates_of_another_shape_or_structure_name_the_leaf() -> None:

@@ -104,9 +104,9 @@ def levels_of(net: nn.Module, optimizer: QuantOptimizer) -> dict[str, float]:
     """Each level of every quantized parameter, the mean over its rows."""
     found = {}
     for name, p in net.named_parameters():
-        levels = optimizer.state.get(p, {}).get("levels")
-        if levels is not None:
-            means = levels.float().mean(0).tolist()
+        if "qparams" in optimizer.state.get(p, {}):
+            levels = optimizer.levels(p)
+            means = levels.float().reshape(-1, levels.shape[-1]).mean(0).tolist()
             found |= {f"levels/{name}/{i}": mean for i, mean in enumerate(means)}
     return found
 

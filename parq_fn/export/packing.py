@@ -22,9 +22,10 @@ from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.transformed import TransformOptimizer
 from parq_fn.proxmaps.levels import nearest
 from parq_fn.quantizers.granularity import Granularity, per_block, per_channel
-from parq_fn.transforms.prox_link import Prox, ProxState
+from parq_fn.transforms.levels_of import prox_states
+from parq_fn.transforms.prox_link import Prox, in_rows
 from parq_fn.transforms.sharded import gathered
-from parq_fn.transforms.transformation import Transformation, children_of
+from parq_fn.transforms.transformation import Transformation
 
 
 @value
@@ -294,7 +295,10 @@ def stream(
         found = _of_transformation(transformation, state)
     made = []
     for name, entry in entries:
-        link, levels = found.get(name, (None, None))
+        link = levels = None
+        if name in found:
+            link, qparams = found[name]
+            levels = link.quantizer.levels_in(in_rows(qparams), entry.dtype)
         made.append(Entry(name, entry, link, levels, snap))
     return made
 
@@ -316,14 +320,14 @@ def _of_module(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _of_optimizer(
     module: nn.Module, optimizer: QuantOptimizer | TransformOptimizer
 ) -> dict[str, tuple[Prox, Tensor]]:
-    """(link, levels) of the quantized parameters, by their names in the module."""
+    """(link, qparams) of the quantized parameters, by their names in the module."""
     names = {id(p): name for name, p in module.named_parameters()}
     if isinstance(optimizer, QuantOptimizer):
         own = [(p, group) for group in optimizer.param_groups for p in group["params"]]
         return {
-            names[id(p)]: (optimizer.link(group), optimizer.state[p]["levels"])
+            names[id(p)]: (optimizer.link(group), optimizer.state[p]["qparams"])
             for p, group in own
-            if "levels" in optimizer.state[p] and id(p) in names
+            if "qparams" in optimizer.state[p] and id(p) in names
         }
     inner = {given: names.get(id(p), given) for given, p in optimizer.named_parameters()}
     state = optimizer.transformation_state
@@ -334,16 +338,6 @@ def _of_optimizer(
 def _of_transformation(transformation: Any, state: Any) -> dict[str, tuple[Prox, Tensor]]:
     found = {}
     for link, own in prox_states(transformation, state):
-        for name, levels in zip(names_of(own.levels), tree_leaves(own.levels), strict=True):
-            found[name] = link, levels
+        for name, qparams in zip(names_of(own.qparams), tree_leaves(own.qparams), strict=True):
+            found[name] = link, qparams
     return found
-
-
-def prox_states(link: Any, state: Any) -> Iterator[tuple[Prox, ProxState]]:
-    """The prox links inside a transformation, each with its state."""
-    if isinstance(link, Prox):
-        yield link, state
-    elif inside := children_of(link):
-        states = link.child_states(state)
-        for name, inner in inside.items():
-            yield from prox_states(inner, states[name])

@@ -129,6 +129,8 @@ class QuantizerTraits(Value):
     #: The optimum may not be unique, so that rounding chooses: then the symmetry laws below compare
     #: errors, not levels.
     ambiguous: bool = False
+    #: Its `grid` gives the levels, a step times first, first + 1, ..., last.
+    evenly_spaced: bool = False
     #: A constant row is reproduced.
     exact_on_constants: bool = False
     #: A quantized row is reproduced.

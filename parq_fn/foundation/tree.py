@@ -7,7 +7,7 @@ not there, such as the gradient of a parameter that has none.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, NoReturn
@@ -97,9 +97,15 @@ def by_name(values: Mapping[str, Any], params: PyTree) -> PyTree:
 
 
 def select(condition: Tensor, new: PyTree, old: PyTree) -> PyTree:
-    """`new` where the 0-d condition holds, else `old`, leaf by leaf."""
+    """`new` where the 0-d condition holds, else `old`, leaf by leaf.
+
+    Leaves of two shapes, as of a state of another version that finds its new form, need a
+    condition that can be read.
+    """
 
     def where(n: Tensor, o: Tensor) -> Tensor:
+        if n.shape != o.shape:
+            return n if bool(condition) else o
         flag = condition.to(n.device, non_blocking=True)
         return torch.where(flag, n, o.to(n.dtype))
 
@@ -313,8 +319,8 @@ def read(state: PyTree, name: str) -> Any:
 
     >>> from parq_fn import adam, chain, hard_prox, lsbq
     >>> state = chain(adam(1e-3), hard_prox(lsbq(1))).init({"w": torch.ones(2, 3)})
-    >>> read(state, "levels"), read(state, "prox.count")
-    ({'w': tensor([[0., 0.]])}, tensor(0))
+    >>> read(state, "qparams"), read(state, "prox.count")
+    ({'w': tensor([0.])}, tensor(0))
     """
     *above, last = name.split(".")
     fields = list(_fields(state, (), ()))
@@ -324,6 +330,9 @@ def read(state: PyTree, name: str) -> Any:
     if len(found) == 1:
         return found[0][1]
     if not found:
+        for there in _elsewhere(state):
+            if last in there:
+                raise KeyError(f"no state is named {name!r}; {there[last]}")
         known = sorted({path[-1] for path, _, _ in fields})
         raise KeyError(f"no state is named {name!r}; there are: {', '.join(known) or 'none'}")
     paths = ", ".join(".".join(path) for path, _ in found)
@@ -345,6 +354,15 @@ def _fields(
     elif isinstance(node, list | tuple):
         for i, child in enumerate(node):
             yield from _fields(child, (*path, str(i)), (*tags, str(i)))
+
+
+def _elsewhere(node: Any) -> Iterator[dict[str, str]]:
+    """What states say of names that they do not have."""
+    if hasattr(node, "elsewhere"):
+        yield node.elsewhere()
+    if isinstance(node, dict | list | tuple):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from _elsewhere(child)
 
 
 def _within(wanted: list[str], tags: tuple[str, ...]) -> bool:

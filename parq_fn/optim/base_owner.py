@@ -12,12 +12,13 @@ from torch.optim import Optimizer
 from parq_fn.foundation.scalar import new_count
 from parq_fn.optim.base_optimizer import template_of, widened
 from parq_fn.optim.groups import KEYS, digest, is_quantized
+from parq_fn.optim.old_states import Kept, with_qparams
 from parq_fn.optim.owner import Place
 from parq_fn.optim.state import Entries, Group, check_keys, wide
 from parq_fn.transforms.prox_link import Prox, ProxState
 
 #: The entries of a parameter's state that are ours; the others are the base optimizer's.
-QUANTIZED = ("latent", "levels", "count", "slope", "lr_sum", "link")
+QUANTIZED = ("latent", "qparams", "count", "slope", "lr_sum", "link")
 OWN = ("updates", *QUANTIZED)
 
 
@@ -69,7 +70,7 @@ class BaseOwner:
             **self._learned(p, latent),
             "updates": self._updates(p),
             "latent": latent,
-            "levels": state.levels[label],
+            "qparams": state.qparams[label],
             **scalars(state),
             "link": digest(link),
         }
@@ -120,6 +121,15 @@ class BaseOwner:
                 if p in chosen:
                     yield p, self.weight(group, p)
 
+    def kept(self) -> dict[Tensor, dict[str, Kept]]:
+        found: dict[Tensor, dict[str, Kept]] = {}
+        for group in self.optimizer.param_groups:
+            link = self.link(group) if is_quantized(group) else None
+            for p in group["params"]:
+                own = link and Kept(link.quantizer, link.granularity.row_shape(p))
+                found[p] = {"qparams": own} if own else {}
+        return found
+
     def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
         """Entries of the base optimizer alone, as of training in full precision, too."""
         if "updates" in saved:
@@ -136,6 +146,16 @@ class BaseOwner:
         moved = widened(saved, p, mine.get("latent", p))
         return {**own, **moved, "updates": torch.ones((), dtype=torch.int64)}
 
+    def resume(self) -> None:
+        """Makes entries of those that versions without a store have pickled."""
+        state = self.optimizer.state
+        for p, kept in self.kept().items():
+            entries = with_qparams(state[p], kept)
+            if kept:
+                entries["link"] = digest(self._link_of(p))
+            state[p].clear()  # it may be the base optimizer's too
+            state[p].update(entries)
+
     def _link_of(self, p: Tensor) -> Prox:
         groups = self.optimizer.param_groups
         return next(self.link(g) for g in groups if any(p is one for one in g["params"]))
@@ -148,4 +168,4 @@ def scalars(state: ProxState) -> Entries:
 
 def prox_state(entries: dict[str, Any]) -> ProxState:
     """The state of a link that has one parameter, of its entries."""
-    return ProxState(entries["count"], entries["slope"], entries["lr_sum"], [entries["levels"]])
+    return ProxState(entries["count"], entries["slope"], entries["lr_sum"], [entries["qparams"]])

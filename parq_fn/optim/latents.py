@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from parq_fn.optim.old_states import Kept, like_saved, with_qparams
 from parq_fn.optim.owner import Owner, Place
 from parq_fn.optim.state import (
     Entries,
@@ -319,9 +320,10 @@ class LatentStore:
         edited = self._edited()  # before anything is loaded, perhaps from the state's own memory
         state_dict = before_load(self.optimizer, state_dict)
         restored: list[tuple[Tensor, Entries | None]] = []
+        kept_of = self.owner.kept()
         for p, saved, label in self.matched(state_dict):
             if saved is not None:
-                saved = self._fitted(p, saved, label)
+                saved = self._fitted(p, saved, kept_of[p], label)
             restored.append((p, saved))
         groups = loaded_groups(self.optimizer, state_dict)
         shared = self.owner.shared()
@@ -342,12 +344,13 @@ class LatentStore:
                 self._mark(p, LOADED if kept else COPIED)
         after_load(self.optimizer)
 
-    def _fitted(self, p: Tensor, saved: Entries, label: str) -> Entries:
+    def _fitted(self, p: Tensor, saved: Entries, kept: dict[str, Kept], label: str) -> Entries:
         """Copies of saved entries; raises ValueError where they do not fit."""
         mine = self.optimizer.state[p]
-        kept = {key: got for key, got in saved.items() if key != "latent" or key in mine}
-        entries = self.owner.fits(p, mine, kept, label)
-        check_entries(mine, entries, label)
+        saved = with_qparams(saved, kept)
+        saved = {key: got for key, got in saved.items() if key != "latent" or key in mine}
+        entries = self.owner.fits(p, mine, saved, label)
+        check_entries(like_saved(mine, entries, kept), entries, label)
         copied = {key: loaded(got, mine.get(key), p) for key, got in entries.items()}
         if "latent" in copied:
             copied["latent"] = copied["latent"].to(wide(p))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from parq_fn.optim.old_states import Kept
 from parq_fn.optim.state import Entries, Group
 
 
@@ -49,6 +50,9 @@ class Owner(Protocol):
 
     def weights(self, params: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """(parameter, this rank's part of the weights that its latent has now) of each."""
+
+    def kept(self) -> dict[Tensor, dict[str, Kept]]:
+        """What the qparams among the entries of every parameter are of, by their keys."""
 
     def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
         """Entries of a saved state, completed by the parameter's own; raises ValueError where they

@@ -3,10 +3,10 @@
 The base optimizer moves the latents, which live in the state; between steps the parameters hold
 the weights. A step is
 
-    g <- gradient(gradient at w, u / shrink, w, Q)
+    g <- gradient(gradient at w, u / shrink, w, levels(q))
     u <- base optimizer(u; g)              [- (lr / gamma) (u - w)]
-    Q <- quantizer(u / shrink)             where due
-    p <- map(u / shrink, Q, coefficient)
+    q <- quantizer.fit(u / shrink)         where due
+    p <- map(u / shrink, levels(q), coefficient)
 
 with the first and the last two lines those of the functional core. The latents stand in for the
 parameters in the base's groups only while it steps, so that groups are shared and no exception
@@ -30,11 +30,11 @@ from parq_fn.optim.base_optimizer import steps_apart
 from parq_fn.optim.base_owner import OWN, BaseOwner, prox_state, scalars
 from parq_fn.optim.engine.chunks import chunks
 from parq_fn.optim.engine.passes import Job, Pass, refit
-from parq_fn.optim.groups import KEYS, check_group, digest, is_quantized, link_of
+from parq_fn.optim.groups import KEYS, check_group, is_quantized, link_of
 from parq_fn.optim.latents import LatentStore
 from parq_fn.optim.state import Group, value_of, wide
 from parq_fn.transforms.links import times
-from parq_fn.transforms.prox_link import Prox, ProxState
+from parq_fn.transforms.prox_link import Prox, ProxState, in_rows
 from parq_fn.transforms.prox_links import parq_prox
 from parq_fn.transforms.sharded import local, part_of
 
@@ -74,8 +74,8 @@ class QuantOptimizer(Adapter):
     by `sync()`.
 
     State of a parameter, from construction on: the base's own entries; "updates" [], int64; and
-    where quantized "latent" (float32 or better, like the parameter), "levels" [r, k] in its
-    dtype, "count" [], int64, "slope" and "lr_sum" [], float64.
+    where quantized "latent" (float32 or better, like the parameter), "qparams" [..., m] in its
+    dtype (as of a prox link), "count" [], int64, "slope" and "lr_sum" [], float64.
 
     Raises TypeError for an unfit optimizer, something else than a prox link, and FSDP1's flat
     parameters; ValueError where there is a link and no group has quant_bits, bits and no link, for
@@ -340,9 +340,9 @@ class QuantOptimizer(Adapter):
             state = link.advance(prox_state(self.state[params[0]]), rate)
             if concrete(link.due(state)) is not False:
                 entries = [self.state[p] for p in params]
-                columns = ([one[key] for one in entries] for key in ("latent", "levels"))
-                for one, levels in zip(entries, refit(link, state, *columns), strict=True):
-                    one["levels"] = levels
+                columns = ([one[key] for one in entries] for key in ("latent", "qparams"))
+                for one, qparams in zip(entries, refit(link, state, *columns), strict=True):
+                    one["qparams"] = qparams
             self._pass(link, state, [self._job(link, p) for p in params])
             for p in params:
                 self.state[p].update(scalars(state))
@@ -354,8 +354,22 @@ class QuantOptimizer(Adapter):
     def _job(self, link: Prox, p: Tensor) -> Job:
         """The map of this rank's part of a parameter."""
         entries, part = self.state[p], part_of(p, link.granularity)
-        latent, levels = local(entries["latent"]), entries["levels"][part.rows]
-        return Job(latent, levels, part.granularity, local(p))
+        latent, qparams = local(entries["latent"]), in_rows(entries["qparams"])[part.rows]
+        return Job(latent, qparams, part.granularity, local(p))
+
+    def levels(self, p: Tensor) -> Tensor:
+        """The levels [..., k] of a quantized parameter, in its dtype; see `levels_of`.
+
+        Raises ValueError for a parameter that is not quantized by this optimizer.
+        """
+        self._store.sync()
+        for group in self.param_groups:
+            if is_quantized(group) and any(p is own for own in group["params"]):
+                return self.link(group).quantizer.levels_in(self.state[p]["qparams"], p.dtype)
+        raise ValueError(
+            f"levels: a parameter of shape {tuple(p.shape)} is none that this optimizer "
+            "quantizes; give one of a group with quant_bits below 16"
+        )
 
     def _weight(self, group: Group, p: Tensor) -> Tensor:
         """The weights of this rank's part of a parameter, of its latent now."""
@@ -373,9 +387,7 @@ class QuantOptimizer(Adapter):
         owner.latents = self._latents
         self._store = LatentStore(self, owner)
         self._store.add(begin=False)
-        for group in self.param_groups:
-            for p in group["params"] if is_quantized(group) else ():
-                self.state[p]["link"] = digest(self.link(group))
+        owner.resume()
 
 
 def _rate(group: Group) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.proxmaps.levels import nearest
+from parq_fn.transforms.prox_link import in_rows
 from parq_fn.transforms.sharded import gathered
 
 
@@ -33,9 +34,9 @@ def share_on_levels(optimizer: QuantOptimizer) -> float:
     on = total = 0
     for group in optimizer.param_groups:
         for p in group["params"]:
-            levels = optimizer.state[p].get("levels") if p in optimizer.state else None
-            if levels is None:
+            if "qparams" not in optimizer.state.get(p, {}):
                 continue
+            levels = in_rows(optimizer.levels(p))
             rows = optimizer.link(group).granularity.rows(gathered(p.detach()))
             on += int((nearest(rows, levels) == rows).sum())
             total += rows.numel()

@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from parq_fn.foundation.scalar import is_number
+from parq_fn.foundation.tree import names_of, tree_leaves
 from parq_fn.foundation.value import same
 from parq_fn.optim.adapter import Adapter
 from parq_fn.optim.latents import LatentStore
 from parq_fn.optim.leafwise import Part, joined
+from parq_fn.optim.old_states import with_qparams
 from parq_fn.optim.state import Entries, Group, value_of
 from parq_fn.optim.tree_owner import TreeOwner, select
 from parq_fn.transforms.chain import every_link
+from parq_fn.transforms.levels_of import prox_states
 from parq_fn.transforms.links import add_decayed_weights
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.train import apply_updates
@@ -52,7 +56,7 @@ class TransformOptimizer(Adapter):
     leafwise, a mask or label is a function, or the learning rates of groups differ.
 
     The fields of the transformation's state are there from construction on, under the path to
-    them ("0.trace", "1.levels"), what is shared by all parameters in each one's;
+    them ("0.trace", "1.qparams"), what is shared by all parameters in each one's;
     `transformation_state` has them as the transformation does, for `read`.
 
     Raises TypeError for what is no transformation and for FSDP1's flat parameters; ValueError
@@ -185,12 +189,41 @@ class TransformOptimizer(Adapter):
         self._store.sync()
         return self._joined()
 
+    def levels(self, p: Tensor) -> Tensor:
+        """The levels [..., k] of a quantized parameter, in its dtype; see `levels_of`.
+
+        Raises ValueError for a parameter that no prox link of the transformation quantizes.
+        """
+        self._store.sync()
+        name = next((name for name, own in self._tree.params.items() if own is p), None)
+        found = [
+            link.quantizer.levels_in(qparams, p.dtype)
+            for link, own in prox_states(self.transformation, self._joined())
+            for at, qparams in zip(names_of(own.qparams), tree_leaves(own.qparams), strict=True)
+            if at == name
+        ]
+        if not found:
+            raise ValueError(
+                f"levels: a parameter of shape {tuple(p.shape)} is none that this optimizer "
+                "quantizes; give one that a prox link of its transformation sees"
+            )
+        return found[-1]
+
     def _resume(self) -> None:
-        self._tree = TreeOwner(self, self.transformation, self._check_group)
-        self._tree.parts = self.__dict__.pop("_parts")
-        self._store = LatentStore(self, self._tree)
+        self._tree = tree = TreeOwner(self, self.transformation, self._check_group)
+        tree.parts = self.__dict__.pop("_parts")
+        self._store = LatentStore(self, tree)
         self._store.add(begin=False)
-        self._tree.params = {place.name: place.p for place in self._store.places()}
+        places, saved = self._store.places(), dict(self.state)
+        tree.params = {place.name: place.p for place in places}
+        try:
+            tree.kept()
+        except KeyError:  # of a version that kept levels
+            self.state.update(tree.begin(places, places))
+            for p, kept in tree.kept().items():
+                mine = self.state[p]
+                own = with_qparams(saved[p], kept)
+                mine.update({key: got for key, got in own.items() if key in mine})
 
     def _joined(self) -> Any:
         states = [self._tree.gather(part) for part in self._tree.parts]

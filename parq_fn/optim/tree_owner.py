@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from parq_fn.foundation.tree import tree_leaves
 from parq_fn.optim.leafwise import Part, parts_of
+from parq_fn.optim.old_states import Kept
 from parq_fn.optim.owner import Place
 from parq_fn.optim.state import Entries, Group, check_keys, wide
+from parq_fn.transforms.levels_of import prox_states
 from parq_fn.transforms.sharded import local
 from parq_fn.transforms.transformation import Transformation
 
@@ -95,6 +98,18 @@ class TreeOwner:
             for name, p in own.items():
                 if p in chosen:
                     yield p, local(weights[name])
+
+    def kept(self) -> dict[Tensor, dict[str, Kept]]:
+        found: dict[Tensor, dict[str, Kept]] = {p: {} for p in self.params.values()}
+        for part in self.parts:
+            state = self.gather(part)
+            places = {id(leaf): (name, key) for name, key, leaf in part.take_apart(state)}
+            for link, own in prox_states(part.transformation, state):
+                for qparams in tree_leaves(own.qparams):
+                    name, key = places[id(qparams)]
+                    p = self.params[str(name)]
+                    found[p][key] = Kept(link.quantizer, link.granularity.row_shape(p))
+        return found
 
     def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
         del p

@@ -1,8 +1,8 @@
-"""What every quantizer does: rows [r, n] -> levels [r, k], and the nearest of them."""
+"""What every quantizer does: rows [r, n] -> qparams [r, m] -> levels [r, k], and the nearest."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,42 +11,75 @@ from parq_fn.foundation.scalar import concrete, is_plain
 from parq_fn.foundation.traits import QuantizerTraits
 from parq_fn.foundation.value import Value, value
 from parq_fn.proxmaps.levels import nearest
-from parq_fn.quantizers.reductions import largest, pieces
+from parq_fn.quantizers.reductions import largest, pieces, sorted_columns
 
 _FAR = 2.0**32  # up to here, and down to its inverse, squares and sums are in range
+_TELLS = 2.0**8  # by how much the first qparam and the largest magnitude of a row may differ
+
+
+class Grid(NamedTuple):
+    """Evenly spaced levels: step * first, step * (first + 1), ..., step * last."""
+
+    step: Tensor  # [r, 1]
+    first: Tensor | float  # [r, 1] where rows differ in it
+    last: Tensor | float  # first + k - 1, likewise
+
+    def levels(self, count: int) -> Tensor:
+        """All of them, [r, count]."""
+        step = self.step
+        whole = torch.arange(count, dtype=step.dtype, device=step.device)
+        return step * (whole + self.first)
 
 
 @value
 class Quantizer(Value):
-    """Base of the quantizers. A new one gives `num_levels` and `levels(x)`.
+    """Base of the quantizers: `fit` finds the few numbers that a row's levels follow from, and
+    `levels` gives these levels.
 
-    `levels` may rely on x [r, n] being float32 or float64, finite, with n >= 1 and each row
-    scaled by a power of two so that its largest magnitude lies in [1, 2) (zeros stay zeros);
-    it returns [r, k] sorted levels, each row from its own row of x alone. The base sees to
-    the rest: dtypes, scaling, empty and non-finite rows.
+        fit(rows [r, n]) -> qparams [r, m]     levels(qparams [r, m]) -> levels [r, k]
+        quantizer(rows)  =  levels(fit(rows))
+
+    A new one gives `num_levels` and `qparams(x)`: x [r, n] -> [r, m], each row from its own row
+    of x alone. x is float32 or float64, finite, with n >= 1, each row scaled by a power of two so
+    that its largest magnitude lies in [1, 2) (zeros stay zeros). The base sees to the rest: dtypes,
+    scaling, empty and non-finite rows.
+
+    Without more its qparams are the levels, in any order: m = k. Others also give `num_qparams`,
+    and either `grid(qparams)`, where levels are evenly spaced, or `levels(qparams)`: sorted, pure
+    and cheap, for it is called at every step. `scales` says which qparams scale with x.
+
+    Raises TypeError, when the class is defined, for one that defines levels and no qparams.
 
     >>> import torch
     >>> from parq_fn.quantizers import Quantizer
     >>> class sign_times_max(Quantizer):
     ...     num_levels = 2
-    ...     def levels(self, x):
+    ...     def qparams(self, x):
     ...         top = x.abs().amax(-1, keepdim=True)
     ...         return torch.cat([-top, top], -1)
     >>> sign_times_max()(torch.tensor([[0.5, -3.0]]))
     tensor([[-3.,  3.]])
     """
 
-    #: Whether levels(2^i x) = 2^i levels(x), bit for bit; then only rows far from 1 are scaled,
-    #: which takes a copy of them.
+    #: Whether qparams(2^i x) = 2^i qparams(x), bit for bit, in those that scale; then only rows far
+    #: from 1 are scaled, which takes a copy of them.
     homogeneous: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.levels is not Quantizer.levels and cls.qparams is Quantizer.qparams:
+            raise TypeError(
+                f"{cls.__name__} defines levels and no qparams: what is computed from rows is "
+                "qparams(x) now, and levels(qparams) follow from it; rename levels to qparams"
+            )
 
     @property
     def telling(self) -> bool:
-        """Whether levels(x) of a homogeneous quantizer tell of any row x whether it is finite and
-        near 1: the largest of a row is at most 8 max|x| and at least mean|x| / 8, infinite where
-        that sum is, and NaN where x holds one. Then rows need no look of their own.
+        """Whether the first qparam of a homogeneous quantizer bounds any row x: it is at most 256
+        max|x| and at least mean|x| / 256, infinite where that sum is, and NaN where x holds one.
+        Then rows need no look of their own.
 
-        A subclass with other levels says so for itself.
+        A subclass with other qparams says so for itself.
         """
         return False
 
@@ -56,50 +89,118 @@ class Quantizer(Value):
         raise NotImplementedError(f"{type(self).__name__} must define num_levels")
 
     @property
+    def num_qparams(self) -> int:
+        """m, the number of qparams of every row."""
+        return self.num_levels
+
+    @property
+    def scales(self) -> tuple[bool, ...]:
+        """Which of the m qparams of a x are a times those of x, a > 0; the others stay."""
+        return (True,) * self.num_qparams
+
+    @property
     def traits(self) -> QuantizerTraits:
         """What it declares, for `parq_fn.testing`: here what the base sees to."""
         return QuantizerTraits(scale_exact=True, widens=True)
 
-    def levels(self, x: Tensor) -> Tensor:
-        """Prepared rows [r, n] -> levels [r, k]; see the class."""
-        raise NotImplementedError(f"{type(self).__name__} must define levels")
+    def qparams(self, x: Tensor) -> Tensor:
+        """Prepared rows [r, n] -> qparams [r, m]; see the class."""
+        raise NotImplementedError(f"{type(self).__name__} must define qparams")
+
+    def grid(self, qparams: Tensor) -> Grid | None:
+        """The levels of qparams [r, m] as multiples of a step; None where they are not."""
+        del qparams
+        return None
+
+    def levels(self, qparams: Tensor) -> Tensor:
+        """Qparams [r, m] -> sorted levels [r, k], in their dtype; NaN for a row that holds one.
+
+        Of the base those of `grid`, else the qparams themselves.
+        """
+        grid = type(self).grid(self, qparams)  # a field of a subclass may be named so
+        if grid is not None:
+            return grid.levels(self.num_levels)
+        if concrete((qparams.diff() >= 0).all()):  # nor is there a NaN beside a number
+            return qparams
+        return nan_rows(sorted_columns(qparams), qparams)
+
+    def levels_in(self, qparams: Tensor, dtype: torch.dtype) -> Tensor:
+        """The levels [r, k] that weights of this dtype are mapped to: held to its range and
+        rounded to it, so that weights can be bit-equal to them.
+
+        qparams: [r, m], or [r, m + k] or [r, k] of a state that has levels, see `with_levels`.
+        """
+        end = torch.finfo(dtype).max
+        if qparams.shape[-1] != self.num_qparams:
+            return self.known_levels(qparams).clamp(-end, end).to(dtype)
+        return self.levels_within(qparams, end).to(dtype)
+
+    def levels_within(self, qparams: Tensor, end: float) -> Tensor:
+        """`levels`, held to [-end, end]: sorted, and the same where none is beyond it.
+
+        Here each by itself. Where qparams or magnitudes can be held instead, fewer by far, a
+        subclass says so: it counts where a compiler makes levels for every weight.
+        """
+        return self.levels(qparams).clamp(-end, end)
+
+    # States of versions that kept levels have no qparams to take them from: until the next fit
+    # they have [..., m + k], or as they were saved [..., k].
+
+    def with_levels(self, qparams: Tensor, levels: Tensor) -> Tensor:
+        """[..., m + k]: qparams whose levels are these, whatever the qparams say."""
+        return torch.cat([qparams, levels.to(qparams.dtype)], -1)
+
+    def known_levels(self, qparams: Tensor) -> Tensor:
+        """[..., k]: the levels of qparams [..., m], or those that were kept in their place."""
+        if qparams.shape[-1] == self.num_qparams:
+            return self.levels(qparams)
+        return qparams[..., -self.num_levels :]
 
     def fit(self, rows: Tensor) -> Tensor:
-        """Levels [r, k] of rows [r, n], in their dtype, without a look at their values.
+        """Qparams [r, m] of rows [r, n], without a look at their values: in float32, of float64
+        rows in float64.
 
-        Computed in float32 or better, then rounded. A row that holds NaN or an infinity gets
-        NaN levels and leaves the other rows alone; an empty row gets zeros.
+        A row that holds NaN or an infinity gets NaN and leaves the other rows alone; an empty row
+        gets zeros. What would be infinite is the dtype's largest number.
         """
+        dtype = torch.promote_types(rows.dtype, torch.float32)
         if rows.shape[-1] == 0:
-            return rows.new_zeros((*rows.shape[:-1], self.num_levels))
+            return rows.new_zeros((*rows.shape[:-1], self.num_qparams), dtype=dtype)
         # laid out in one way, for the order of a sum follows memory
-        x = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
-        end = torch.finfo(rows.dtype).max
-        levels = torch.cat([self._fit(piece) for piece in pieces(x, 0)])
-        return levels.clamp(-end, end).to(rows.dtype)
+        x = rows.to(dtype).contiguous()
+        return torch.cat([self._fit(piece) for piece in pieces(x, 0)])
 
     def _fit(self, x: Tensor) -> Tensor:
         if self.telling and is_plain(x):
-            levels = self.levels(x)
-            # max|x| is 1/8 of a level at least, and n mean|x| at most
-            last = levels[:, -1]
-            if bool(((last * (_FAR / 8) > 1) & (last * (8 * x.shape[1]) < _FAR)).all()):
-                return levels
+            qparams = self._qparams(x)
+            # max|x| is at least the first over 256, and at most n mean|x|
+            first = qparams[:, 0]
+            near = (first * (_FAR / _TELLS) > 1) & (first * (_TELLS * x.shape[1]) < _FAR)
+            if bool(near.all()):
+                return qparams
         top = largest(x)
         finite = top.isfinite()
         usable = concrete(finite.all())
         if not usable:
             x, top = torch.where(finite, x, 0.0), torch.where(finite, top, 0.0)
         scale = power_of_two(top)
-        near = self.homogeneous and concrete(((top * _FAR > 1) & (top < _FAR)).all())
-        levels = self.levels(x if near else x / scale)
-        if levels.shape != (*x.shape[:-1], self.num_levels):
+        if self.homogeneous and concrete(((top * _FAR > 1) & (top < _FAR)).all()):
+            qparams = self._qparams(x)
+        else:
+            one, end = torch.ones_like(scale), torch.finfo(x.dtype).max
+            factors = torch.cat([scale if scales else one for scales in self.scales], -1)
+            qparams = (self._qparams(x / scale) * factors).clamp(-end, end)
+        return qparams if usable else torch.where(finite, qparams, torch.nan)
+
+    def _qparams(self, x: Tensor) -> Tensor:
+        qparams, expected = self.qparams(x), (*x.shape[:-1], self.num_qparams)
+        if qparams.shape != expected:
+            what = "num_qparams" if self.num_qparams != self.num_levels else "num_levels"
             raise ValueError(
-                f"{self!r}: levels(x) has shape {tuple(levels.shape)}, expected "
-                f"{(*x.shape[:-1], self.num_levels)}: [r, num_levels]"
+                f"{self!r}: qparams(x) has shape {tuple(qparams.shape)}, expected {expected}: "
+                f"[r, {what}]"
             )
-        levels = levels if near else levels * scale
-        return levels if usable else torch.where(finite, levels, torch.nan)
+        return qparams
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Levels [r, k] of rows [r, n], in their dtype, sorted.
@@ -119,7 +220,7 @@ class Quantizer(Value):
         bad = concrete((~rows.isfinite()).any(-1).sum())
         if bad:
             raise ValueError(f"{self!r} takes finite rows, got NaN or infinity in {bad} row(s)")
-        return self.fit(rows)
+        return self.levels_in(self.fit(rows), rows.dtype)
 
     def nearest(self, rows: Tensor, levels: Tensor) -> Tensor:
         """The nearest level of each weight [r, n], a tie going to the lower level."""
@@ -140,11 +241,17 @@ def power_of_two(top: Tensor) -> Tensor:
     return torch.where(top > 0, power, 1.0)
 
 
+def under(magnitudes: Tensor, end: float, reach: float) -> Tensor:
+    """Magnitudes, held so that up to `reach` times one of them is not beyond the end."""
+    bound = min(end / reach * (1 - 2.0**-22), torch.finfo(magnitudes.dtype).max)  # it is rounded
+    return magnitudes.clamp(max=bound)
+
+
 def mirror(positive: Tensor) -> Tensor:
     """Sorted magnitudes [r, k/2] -> the levels [r, k] of both signs."""
     return torch.cat([-positive.flip(-1), positive], -1)
 
 
-def with_zero(top: Tensor) -> Tensor:
-    """A magnitude [r, 1] -> the ternary levels -top, 0, top."""
-    return torch.cat([-top, torch.zeros_like(top), top], -1)
+def nan_rows(levels: Tensor, qparams: Tensor) -> Tensor:
+    """The levels [r, k], but NaN in rows whose qparams [r, m] hold one."""
+    return torch.where(qparams.isnan().any(-1, keepdim=True), torch.nan, levels)

@@ -51,12 +51,17 @@ class Order(NamedTuple):
 class Granularity(Value):
     """Base of the granularities: a shape [r, n] for a weight's shape.
 
-    One of your own gives `shape` alone: its rows are then runs of the weight's logical order.
+    One of your own gives `shape` alone: its rows are then runs of the weight's logical order, and
+    what belongs to them has the one dimension r.
     """
 
     def shape(self, weight: Tensor) -> tuple[int, int]:
         """(r, n) of the weight's rows; ValueError where the weight cannot be cut so."""
         raise NotImplementedError(f"{type(self).__name__} must define shape")
+
+    def row_shape(self, weight: Tensor) -> tuple[int, ...]:
+        """The weight's own dimensions without those that a row runs over: r rows, in this order."""
+        return self.shape(weight)[:1]
 
     def order(self, weight: Tensor) -> Order | None:
         """The order of elements in rows; None where rows are runs of the weight's own."""
@@ -116,6 +121,9 @@ class per_tensor(Granularity):
     def shape(self, weight: Tensor) -> tuple[int, int]:
         return 1, weight.numel()
 
+    def row_shape(self, weight: Tensor) -> tuple[int, ...]:
+        return ()
+
 
 @value
 class per_channel(Granularity):
@@ -155,6 +163,11 @@ class per_channel(Granularity):
         for d, size in enumerate(weight.shape):
             r, n = (r * size, n) if d in kept else (r, n * size)
         return r, n
+
+    def row_shape(self, weight: Tensor) -> tuple[int, ...]:
+        if weight.dim() < 2:
+            return ()
+        return tuple(weight.shape[d] for d in self.dims(weight))
 
     def order(self, weight: Tensor) -> Order | None:
         if weight.dim() < 2 or self.axis == 0:
@@ -205,6 +218,15 @@ class per_block(Granularity):
                 "choose another size for it, or per_channel()"
             )
         return weight.numel() // self.size, self.size
+
+    def row_shape(self, weight: Tensor) -> tuple[int, ...]:
+        along, before = self.dims(weight), list[int]()
+        for d, size in enumerate(weight.shape):
+            if d == min(along):
+                before.append(self._length(weight) // self.size)
+            if d not in along:
+                before.append(size)
+        return tuple(before)
 
     def order(self, weight: Tensor) -> Order | None:
         along, rank = self.dims(weight), weight.dim()

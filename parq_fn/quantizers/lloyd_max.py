@@ -9,7 +9,7 @@ from torch import Tensor
 from parq_fn.foundation.checks import check_whole
 from parq_fn.foundation.traits import QuantizerTraits
 from parq_fn.foundation.value import value
-from parq_fn.quantizers.base import Quantizer, mirror
+from parq_fn.quantizers.base import Quantizer, mirror, nan_rows
 from parq_fn.quantizers.kmeans_1d import least_squares_levels
 from parq_fn.quantizers.lsbq import lsbq
 
@@ -21,7 +21,8 @@ class lloyd_max(Quantizer):
     symmetric=True keeps q = -q: the same problem for |x| with half as many levels. The levels
     are the global optimum for rows of up to 4,096 weights, and within 0.5% of its error beyond.
 
-    Rows [r, n] -> levels [r, 2^b], bits b in 1..8. Raises ValueError for other bits.
+    Rows [r, n] -> qparams, the positive levels or all -> levels [r, 2^b], bits b in 1..8. Raises
+    ValueError for other bits.
 
     >>> import torch
     >>> rows = torch.tensor([[-4.0, -1.0, 1.0, 2.0]])
@@ -63,7 +64,18 @@ class lloyd_max(Quantizer):
             no_worse_than=(other,),
         )
 
-    def levels(self, x: Tensor) -> Tensor:
+    @property
+    def num_qparams(self) -> int:
+        return self.num_levels // 2 if self.symmetric else self.num_levels
+
+    def qparams(self, x: Tensor) -> Tensor:
         if self.symmetric:
-            return mirror(least_squares_levels(x.abs(), self.num_levels // 2))
+            return least_squares_levels(x.abs(), self.num_qparams)
         return least_squares_levels(x, self.num_levels)
+
+    def levels_within(self, qparams: Tensor, end: float) -> Tensor:
+        return self.levels(qparams.clamp(-end, end))
+
+    def levels(self, qparams: Tensor) -> Tensor:
+        found = super().levels(qparams)  # sorted
+        return nan_rows(mirror(found), found) if self.symmetric else found

@@ -12,9 +12,17 @@ from parq_fn.foundation.checks import POSITIVE, check_numbers, check_whole
 from parq_fn.foundation.traits import QuantizerTraits
 from parq_fn.foundation.value import value
 from parq_fn.proxmaps.levels import between
-from parq_fn.quantizers.base import Quantizer, mirror, with_zero
-from parq_fn.quantizers.reductions import in_order, mean, pieces, running_sums, summed, total
-from parq_fn.quantizers.uniform import around_mean
+from parq_fn.quantizers.base import Grid, Quantizer, mirror, nan_rows
+from parq_fn.quantizers.centered import about_mean, less_mean
+from parq_fn.quantizers.reductions import (
+    in_order,
+    mean,
+    pieces,
+    running_sums,
+    sorted_columns,
+    summed,
+    total,
+)
 
 _SWEEPS = 30  # of the alternating method; each costs O(k log n) a row after one sort
 
@@ -33,8 +41,10 @@ class lsbq(Quantizer):
 
     With center=True the row mean is taken out first and added to the levels.
 
-    Rows [r, n] -> levels [r, 2^b] (ternary: [r, 3]). Raises ValueError for bits outside 0..8,
-    for "optimal" with more than 2 bits, and for another method.
+    Rows [r, n] -> qparams -> levels [r, 2^b] (ternary: [r, 3]). Qparams: v_1, ..., v_b in the order
+    fitted, of the other methods with b >= 2 the positive levels, of ternary v; last the mean, with
+    center=True. Raises ValueError for bits outside 0..8, for "optimal" with more than 2 bits, and
+    for another method.
 
     >>> import torch
     >>> rows = torch.tensor([[-4.0, -1.0, 1.0, 2.0]])
@@ -44,7 +54,7 @@ class lsbq(Quantizer):
     tensor([[-4.0000, -1.3333,  1.3333,  4.0000]])
 
     Source: Pouransari, Tu, Tuzel, arXiv 2001.02786; the exact O(n log n) search is derived
-    in `optimal_levels`, of the same file.
+    in `optimal_magnitudes`, of the same file.
     """
 
     bits: int
@@ -84,6 +94,7 @@ class lsbq(Quantizer):
         return replace(
             super().traits,
             symmetric=plain,
+            evenly_spaced=plain and self.bits <= 1,
             includes_zero=plain and ternary,
             optimal=("ternary" if ternary else "symmetric") if best else None,
             levels_are_means=best,
@@ -103,22 +114,50 @@ class lsbq(Quantizer):
         means = self.bits == 1 or self.method == "greedy"  # the first of them of |x|
         return means and not self.center and (self.bits > 0 or 0.125 <= self.multiplier <= 8)
 
-    def levels(self, x: Tensor) -> Tensor:
+    @property
+    def num_qparams(self) -> int:
+        sums = self.bits <= 1 or self.method == "greedy"
+        return (max(self.bits, 1) if sums else self.num_levels // 2) + self.center
+
+    def qparams(self, x: Tensor) -> Tensor:
         if self.method == "alternating" and self.bits != 1:
             # which minimum it comes to may hang on a sum's last bit, and so on a row's order
             x = in_order(x)
-        return around_mean(x, self.center, self._levels)
+        return less_mean(x, self._qparams_about_0) if self.center else self._qparams_about_0(x)
 
-    def _levels(self, x: Tensor) -> Tensor:
+    def _qparams_about_0(self, x: Tensor) -> Tensor:
         if self.bits == 1:  # sum (|x| - v)^2 is least at mean|x|, by whatever method
-            return mirror(mean(x, torch.abs))
+            return mean(x, torch.abs)
         if self.method == "optimal":
-            return optimal_levels(x, self.bits)
+            return optimal_magnitudes(x, self.bits)
         start = [self.multiplier * mean(x, torch.abs)] if self.bits == 0 else greedy(x, self.bits)
         if self.method == "greedy":
-            return with_zero(start[0]) if self.bits == 0 else in_order(all_sums(start))
+            return torch.cat(start, -1)
         codes = _codes(self.bits, x)
-        return alternate(x, torch.cat(start, -1), codes)
+        levels = alternate(x, torch.cat(start, -1), codes)
+        return levels[..., (self.num_levels + 1) // 2 :]  # the others are their negatives, and 0
+
+    def grid(self, qparams: Tensor) -> Grid | None:
+        if self.center or self.bits > 1:
+            return None
+        return Grid(qparams, -1.0, 1.0) if self.bits == 0 else Grid(2 * qparams, -0.5, 0.5)
+
+    def levels(self, qparams: Tensor) -> Tensor:
+        return about_mean(qparams, self._about_0) if self.center else self._about_0(qparams)
+
+    def levels_within(self, qparams: Tensor, end: float) -> Tensor:
+        if self.center:
+            return super().levels_within(qparams, end)
+        return self._about_0(qparams, end)
+
+    def _about_0(self, qparams: Tensor, end: float = torch.inf) -> Tensor:
+        if self.bits == 0:
+            return Grid(qparams.clamp(max=end), -1.0, 1.0).levels(3)
+        if self.method == "greedy":
+            *others, largest = sums(qparams)
+            rest = [sorted_columns(torch.cat(others, -1))] if others else []
+            return mirror(torch.cat([*rest, largest], -1).clamp(max=end))
+        return nan_rows(mirror(sorted_columns(qparams.clamp(max=end))), qparams)
 
 
 def greedy(x: Tensor, bits: int) -> list[Tensor]:
@@ -143,17 +182,18 @@ def _double(x: Tensor, out: Tensor | None = None) -> Tensor:
     return x.to(torch.float64, copy=True) if out is None else out.copy_(x)
 
 
-def all_sums(v: list[Tensor]) -> Tensor:
-    """All sums of +-v_1, ..., +-v_b: [r, 2^b], unsorted. Negation is exact, so they come in
-    pairs of opposite sign."""
-    sums = torch.cat([-v[0], v[0]], -1)
-    for part in v[1:]:
-        sums = torch.cat([sums - part, sums + part], -1)
-    return sums
+def sums(v: Tensor) -> list[Tensor]:
+    """v [r, b] >= 0 -> the magnitudes of the sums of +-v_1, ..., +-v_b, 2^(b-1) times [r, 1], the
+    largest last, the others unsorted: sums come in pairs of opposite sign, as negation is exact."""
+    first, *others = [v[..., i : i + 1] for i in range(v.shape[-1])]
+    found = [first]
+    for part in others:
+        found = [s for one in found for s in ((one - part).abs(), one + part)]
+    return found
 
 
-def optimal_levels(x: Tensor, bits: int) -> Tensor:
-    """The least-squares optimum for bits 0 and 2.
+def optimal_magnitudes(x: Tensor, bits: int) -> Tensor:
+    """The positive levels of the least-squares optimum for bits 0 and 2: [r, 1] and [r, 2].
 
     2 bits: +-v_1 +-v_2 with v_1 >= v_2 >= 0 has magnitudes lo = v_1 - v_2 <= hi = v_1 + v_2 that
     may be any two, so the problem is 2-means on |x|, whose clusters split the sorted magnitudes
@@ -181,11 +221,11 @@ def optimal_levels(x: Tensor, bits: int) -> Tensor:
     # means held to their cluster, past which rounding may carry them
     hi = between((whole - below) / (n - best), data.gather(-1, best), data[:, -1:])
     if bits == 0:
-        return with_zero(hi.to(x.dtype))
+        return hi.to(x.dtype)
     end = data.gather(-1, (best - 1).clamp(min=0))
     lo = between(below / best.clamp(min=1), data[:, :1], end)
     lo = torch.where(best == 0, hi, lo)
-    return mirror(torch.cat([lo, hi], -1).to(x.dtype))
+    return torch.cat([lo, hi], -1).to(x.dtype)
 
 
 def _codes(bits: int, x: Tensor) -> Tensor:

@@ -141,3 +141,43 @@ def in_order(x: Tensor) -> Tensor:
         # many times faster than torch's: numpy sorts whole vectors of the processor's
         return torch.from_numpy(np.sort(x.numpy(), axis=-1))
     return x.sort(-1).values
+
+
+_NETWORK = 8  # columns up to which comparisons are known before, and so of whole columns
+
+
+def sorted_columns(x: Tensor) -> Tensor:
+    """Each row [r, m] sorted, of few columns by minima and maxima of two of them: cheap in a
+    compiler's loop, and where rows are short. A NaN may come to stand in several places."""
+    m = x.shape[-1]
+    if m > _NETWORK:
+        return in_order(x)
+    columns = [x[..., i : i + 1] for i in range(m)]
+    for i, j in exchanges(m):
+        one, other = columns[i], columns[j]
+        if torch.compiler.is_compiling():  # one comparison, where minima also look for NaN
+            right = one <= other
+            low, high = torch.where(right, one, other), torch.where(right, other, one)
+        else:
+            low, high = torch.minimum(one, other), torch.maximum(one, other)
+        columns[i], columns[j] = low, high
+    return torch.cat(columns, -1)
+
+
+def exchanges(m: int) -> Iterator[tuple[int, int]]:
+    """Pairs i < j of m places; whatever stands there is sorted once each pair in turn is.
+
+    Source: Batcher's odd-even merge sort, for any m, as Knuth's algorithm 5.2.2M has it.
+    """
+    top = 1 << max(m - 1, 0).bit_length() >> 1
+    p = top
+    while p > 0:
+        q, r, d = top, 0, p
+        while True:
+            for i in range(m - d):
+                if i & p == r:
+                    yield i, i + d
+            if q == p:
+                break
+            d, q, r = q - p, q >> 1, p
+        p >>= 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -12,31 +11,78 @@ from torch import Tensor
 from parq_fn.foundation.checks import check_whole
 from parq_fn.foundation.traits import QuantizerTraits
 from parq_fn.foundation.value import value
-from parq_fn.quantizers.base import Quantizer, with_zero
-from parq_fn.quantizers.reductions import itself, largest, mean, mean_and_largest
-
-
-def around_mean(x: Tensor, center: bool, levels: Callable[[Tensor], Tensor]) -> Tensor:
-    """levels(x), or with `center` levels(x - mean) + mean, the mean of each row [r, 1]."""
-    if not center:
-        return levels(x)
-    middle = mean(x, itself)
-    return levels(x - middle) + middle
-
-
-def spaced(x: Tensor, first: float, last: float) -> Tensor:
-    """first, first + 1, ..., last, in the dtype and on the device of x."""
-    return torch.arange(first, last + 1, dtype=x.dtype, device=x.device)
+from parq_fn.quantizers.base import Grid, Quantizer, under
+from parq_fn.quantizers.centered import about_mean, less_mean
+from parq_fn.quantizers.reductions import largest, mean_and_largest
 
 
 @value
-class uniform(Quantizer):
+class Scaled(Quantizer):
+    """Base of the quantizers of one scale: levels j * step, j = -(k-1)/2, ..., (k-1)/2.
+
+    Qparams: the step; with center=True that of x - mean(x), and the mean, which is added to the
+    levels. A new one gives `num_levels` and `step(x)`, and has a field `center`.
+    """
+
+    homogeneous = True
+
+    #: Whether the row mean is taken out first and added to the levels.
+    center = False
+
+    def step(self, x: Tensor) -> Tensor:
+        """Prepared rows [r, n] -> the distance of their levels [r, 1]."""
+        raise NotImplementedError(f"{type(self).__name__} must define step")
+
+    @property
+    def num_qparams(self) -> int:
+        return 2 if self.center else 1
+
+    @property
+    def telling(self) -> bool:
+        return not self.center
+
+    @property
+    def traits(self) -> QuantizerTraits:
+        return replace(
+            super().traits,
+            symmetric=not self.center,
+            evenly_spaced=not self.center,
+            scale=True,
+            sign=True,
+            shift=self.center,
+            repetition=True,
+        )
+
+    def qparams(self, x: Tensor) -> Tensor:
+        return less_mean(x, self.step) if self.center else self.step(x)
+
+    def grid(self, qparams: Tensor) -> Grid | None:
+        return None if self.center else self._grid(qparams)
+
+    def levels_within(self, qparams: Tensor, end: float) -> Tensor:
+        if self.center:
+            return super().levels_within(qparams, end)
+        return self.levels(under(qparams, end, (self.num_levels - 1) / 2))
+
+    def levels(self, qparams: Tensor) -> Tensor:
+        if self.center:
+            return about_mean(qparams, lambda step: self._grid(step).levels(self.num_levels))
+        return super().levels(qparams)
+
+    def _grid(self, step: Tensor) -> Grid:
+        last = (self.num_levels - 1) / 2
+        return Grid(step, -last, last)
+
+
+@value
+class uniform(Scaled):
     """2^b levels (j + 1/2) * step, j = -2^(b-1) .. 2^(b-1) - 1: symmetric, without a zero.
 
     step = q_max / (2^(b-1) - 1/2), q_max = min(b mean|x|, max|x|) for scale "mean", max|x| for
     scale "max". With center=True the row mean is taken out first and added to the levels.
 
-    Rows [r, n] -> levels [r, 2^b], bits b in 1..8. Raises ValueError for other bits or scales.
+    Rows [r, n] -> qparams, the step (see `Scaled`) -> levels [r, 2^b], bits b in 1..8. Raises
+    ValueError for other bits or scales.
 
     >>> import torch
     >>> uniform(2, scale="max")(torch.tensor([[0.3, -3.0]]))
@@ -49,7 +95,6 @@ class uniform(Quantizer):
     bits: int
     scale: Literal["mean", "max"] = "mean"
     center: bool = False
-    homogeneous = True
 
     def __post_init__(self) -> None:
         check_whole("uniform", 1, 8, bits=self.bits)
@@ -64,40 +109,27 @@ class uniform(Quantizer):
     def traits(self) -> QuantizerTraits:
         return replace(
             super().traits,
-            symmetric=not self.center,
-            scale=True,
-            sign=True,
-            shift=self.center,
-            repetition=True,
             exact_on_constants=True,
             idempotent=self.scale == "max" and not self.center,
         )
 
-    @property
-    def telling(self) -> bool:
-        return not self.center
-
-    def levels(self, x: Tensor) -> Tensor:
-        return around_mean(x, self.center, self._levels)
-
-    def _levels(self, x: Tensor) -> Tensor:
+    def step(self, x: Tensor) -> Tensor:
         if self.scale == "mean":
             mean, q_max = mean_and_largest(x)
             q_max = torch.minimum(self.bits * mean, q_max)
         else:
             q_max = largest(x)
-        half = self.num_levels / 2
-        step = q_max / (half - 0.5)
-        return step * (spaced(x, -half, half - 1) + 0.5)
+        return q_max / (self.num_levels / 2 - 0.5)
 
 
 @value
-class max_uniform(Quantizer):
+class max_uniform(Scaled):
     """2^b - 1 levels j * step, |j| < 2^(b-1), step = max|x| / (2^(b-1) - 1): zero among them.
 
     With center=True the row mean is taken out first and added to the levels.
 
-    Rows [r, n] -> levels [r, 2^b - 1], bits b in 2..8. Raises ValueError for other bits.
+    Rows [r, n] -> qparams, the step (see `Scaled`) -> levels [r, 2^b - 1], bits b in 2..8. Raises
+    ValueError for other bits.
 
     >>> import torch
     >>> max_uniform(2)(torch.tensor([[0.3, -3.0]]))
@@ -106,7 +138,6 @@ class max_uniform(Quantizer):
 
     bits: int
     center: bool = False
-    homogeneous = True
 
     def __post_init__(self) -> None:
         check_whole("max_uniform", 2, 8, bits=self.bits)
@@ -119,26 +150,13 @@ class max_uniform(Quantizer):
     def traits(self) -> QuantizerTraits:
         return replace(
             super().traits,
-            symmetric=not self.center,
-            scale=True,
-            sign=True,
-            shift=self.center,
-            repetition=True,
             includes_zero=not self.center,
             exact_on_constants=True,
             idempotent=not self.center,
         )
 
-    @property
-    def telling(self) -> bool:
-        return not self.center
-
-    def levels(self, x: Tensor) -> Tensor:
-        return around_mean(x, self.center, self._levels)
-
-    def _levels(self, x: Tensor) -> Tensor:
-        top = self.num_levels // 2
-        return spaced(x, -top, top) * (largest(x) / top)
+    def step(self, x: Tensor) -> Tensor:
+        return largest(x) / (self.num_levels // 2)
 
 
 @value
@@ -146,10 +164,11 @@ class asymmetric(Quantizer):
     """2^b levels (j - z) * scale, j = 0 .. 2^b - 1, from min(x) to max(x) within half a scale.
 
     scale = (max(x) - min(x)) / (2^b - 1) and the zero point z = round(-min(x) / scale) is an
-    integer, so that 0 is a level, exactly, when min(x) <= 0 <= max(x). A constant row gives
-    that constant 2^b times.
+    integer, so that 0 is a level, exactly, when min(x) <= 0 <= max(x). A constant row c has the
+    scale |c|, and the zero point 0 where c >= 0, 1 where c < 0: c is a level.
 
-    Rows [r, n] -> levels [r, 2^b], bits b in 1..8. Raises ValueError for other bits.
+    Rows [r, n] -> qparams [r, 2], scale and zero point -> levels [r, 2^b], bits b in 1..8.
+    Raises ValueError for other bits.
 
     >>> import torch
     >>> asymmetric(2)(torch.tensor([[-1.0, 0.3, 2.0]]))
@@ -158,6 +177,8 @@ class asymmetric(Quantizer):
 
     bits: int
     homogeneous = True
+    num_qparams = 2
+    scales = (True, False)
 
     def __post_init__(self) -> None:
         check_whole("asymmetric", 1, 8, bits=self.bits)
@@ -170,28 +191,38 @@ class asymmetric(Quantizer):
     def traits(self) -> QuantizerTraits:
         return replace(
             super().traits,
+            evenly_spaced=True,
             includes_zero="only_if_spanned",
             exact_on_constants=True,
             repetition=True,
         )
 
-    def levels(self, x: Tensor) -> Tensor:
+    def qparams(self, x: Tensor) -> Tensor:
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-        scale = (high - low) / (self.num_levels - 1)
-        constant = scale == 0
-        scale = torch.where(constant, 1.0, scale)
-        zero_point = torch.round(-low / scale)
-        grid = (spaced(x, 0, self.num_levels - 1) - zero_point) * scale
-        return torch.where(constant, low, grid)
+        spread = (high - low) / (self.num_levels - 1)
+        constant = spread == 0
+        spread = torch.where(constant, 1.0, spread)  # or its quotients had no derivative
+        zero_point = torch.where(constant, (low < 0).to(x.dtype), torch.round(-low / spread))
+        return torch.cat([torch.where(constant, low.abs(), spread), zero_point], -1)
+
+    def grid(self, qparams: Tensor) -> Grid:
+        first = -qparams[..., 1:]
+        return Grid(qparams[..., :1], first, first + (self.num_levels - 1))
+
+    def levels_within(self, qparams: Tensor, end: float) -> Tensor:
+        step, zero_point = qparams[..., :1], qparams[..., 1:]
+        reach = torch.maximum(zero_point.abs(), (self.num_levels - 1 - zero_point).abs())
+        bound = end / reach.clamp(min=1.0) * (1 - 2.0**-22)  # it is rounded
+        return self.levels(torch.cat([torch.minimum(step, bound), zero_point], -1))
 
 
 @value
-class ternary_uniform(Quantizer):
+class ternary_uniform(Scaled):
     """Levels -step, 0, step with step = max|x| / 1.5.
 
     With center=True the row mean is taken out first and added to the levels.
 
-    Rows [r, n] -> levels [r, 3].
+    Rows [r, n] -> qparams, the step (see `Scaled`) -> levels [r, 3].
 
     >>> import torch
     >>> ternary_uniform()(torch.tensor([[0.3, -3.0]]))
@@ -199,7 +230,6 @@ class ternary_uniform(Quantizer):
     """
 
     center: bool = False
-    homogeneous = True
 
     @property
     def num_levels(self) -> int:
@@ -207,22 +237,7 @@ class ternary_uniform(Quantizer):
 
     @property
     def traits(self) -> QuantizerTraits:
-        return replace(
-            super().traits,
-            symmetric=not self.center,
-            scale=True,
-            sign=True,
-            shift=self.center,
-            repetition=True,
-            includes_zero=not self.center,
-        )
+        return replace(super().traits, includes_zero=not self.center)
 
-    @property
-    def telling(self) -> bool:
-        return not self.center
-
-    def levels(self, x: Tensor) -> Tensor:
-        return around_mean(x, self.center, self._levels)
-
-    def _levels(self, x: Tensor) -> Tensor:
-        return with_zero(largest(x) / 1.5)
+    def step(self, x: Tensor) -> Tensor:
+        return largest(x) / 1.5

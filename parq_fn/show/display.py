@@ -216,11 +216,11 @@ def table(state: Any) -> StateTable:
 
     >>> from parq_fn import hard_prox, lsbq
     >>> table(hard_prox(lsbq(1)).init({"w": torch.ones(2, 3)}))
-    state     shape   dtype    value
-    count     []      int64    0
-    slope     []      float64  0
-    lr_sum    []      float64  0
-    levels.w  [1, 2]  float32  0 .. 0
+    state      shape  dtype    value
+    count      []     int64    0
+    slope      []     float64  0
+    lr_sum     []     float64  0
+    qparams.w  [1]    float32  0 .. 0
     """
     rows = []
     for accessor, leaf in zip(optree.tree_accessors(state), optree.tree_leaves(state), strict=True):

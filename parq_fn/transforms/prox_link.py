@@ -2,16 +2,17 @@
 
     t       = count before the update
     u      <- u + updates - (lr / gamma) (u - w)      the last term with a normal map only
-    Q      <- quantizer(u / shrink)                   at t >= warmup, (t - warmup) % period == 0
-    w       = map(u / shrink, Q, coefficient(t))      from warmup and the annealing's start on
+    q      <- quantizer.fit(u / shrink)               at t >= warmup, (t - warmup) % period == 0
+    w       = map(u / shrink, levels(q), coefficient(t))     from warmup and the annealing's start
 
 and before it, where the map made the weights, gradients g at them become those at the latents:
 
     g      <- gradient(g, u / shrink, w, Q, t)        with u, w and Q of before the update
 
 Updates pass through (but for the normal map's pull), for w is computed from u and never
-reconstructed from an increment. Levels are fitted to params + updates as they reach this link,
-so it stands last of what moves its params.
+reconstructed from an increment. The state keeps q, the few numbers of a row that its levels follow
+from; they are fitted to params + updates as they reach this link, so it stands last of what moves
+its params.
 """
 
 from __future__ import annotations
@@ -46,7 +47,14 @@ class ProxState(NamedTuple):
     count: Tensor  # type: ignore[assignment] # (hides tuple.count) [], int64: updates so far
     slope: Tensor  # [], float64: the map's coefficient at the last update; parq: inverse slope
     lr_sum: Tensor  # [], float64: sum of the learning rates so far, where they are known
-    levels: PyTree  # [r, k] for each param, in its dtype; zeros until a step has fitted them
+    qparams: PyTree  # [..., m] for each param, float32 or better; zeros until a step fitted them:
+    #   ... are its own dimensions without those that a row runs over (`Granularity.row_shape`)
+
+    @staticmethod
+    def elsewhere() -> dict[str, str]:
+        """For `read`: where to find what states had before."""
+        return {"levels": "levels follow from qparams: levels_of(transformation, state), or of a "
+                "parameter optimizer.levels(p)"}  # fmt: skip
 
 
 _PER_TENSOR = per_tensor()
@@ -62,9 +70,9 @@ def _whole() -> Granularity:
 class Prox(Link):
     """Base of the prox links: a map (`proxmap`), its coefficient at a step, a quantizer, options.
 
-    quantizer: rows [r, n] -> levels [r, k].
+    quantizer: rows [r, n] -> qparams [r, m] -> levels [r, k].
     granularity: which weights share levels.
-    period: updates from one fit of the levels to the next.
+    period: updates from one fit of the qparams to the next.
     warmup: updates of the base optimizer alone, w = u, before the first fit.
     learning_rate: number, 0-d tensor or schedule; shrink and normal_map alone need it. An extra
         argument `learning_rate` of `update` stands in for it: a scalar, or one for each leaf's
@@ -78,11 +86,11 @@ class Prox(Link):
 
     `init` raises TypeError for a leaf that is not floating, ValueError for one that the
     granularity cannot cut or that holds NaN or infinities (where values can be read), each with
-    the leaf's name. `update` never looks at values: a row that holds NaN keeps the levels it
-    had, and the other rows are left alone; at its very first fit it gets NaN for levels, and
+    the leaf's name. `update` never looks at values: a row that holds NaN keeps the qparams it
+    had, and the other rows are left alone; at its very first fit it gets NaN for them, and
     so for weights, until a fit finds it finite again.
 
-    Leaves may be DTensors, sharded along dimension 0: levels are then plain tensors, the same on
+    Leaves may be DTensors, sharded along dimension 0: qparams are then plain tensors, the same on
     every rank, fitted to the gathered latent (one gather a leaf where they are due), and each
     rank maps its own shard.
 
@@ -101,7 +109,7 @@ class Prox(Link):
 
     def __post_init__(self) -> None:
         who = type(self).__name__
-        for name in ("fit", "num_levels"):
+        for name in ("fit", "levels_in", "num_levels", "num_qparams"):
             if isinstance(self.quantizer, type) or not hasattr(self.quantizer, name):
                 raise TypeError(
                     f"{who}: expected a quantizer such as lsbq(2), got {self.quantizer!r}"
@@ -177,7 +185,7 @@ class Prox(Link):
     # The transformation.
 
     def init(self, params: PyTree) -> ProxState:
-        """Nothing fitted: levels are zeros, weights are the params."""
+        """Nothing fitted: qparams are zeros, weights are the params."""
         who = type(self).__name__
         check_floating(params, who)
 
@@ -189,14 +197,14 @@ class Prox(Link):
             mine = local(param)
             if concrete(mine.isfinite().all()) is False:
                 raise ValueError(f"{who}: parameter {name!r} holds NaN or infinities")
-            rows, _ = self.granularity.shape(param)
-            return mine.new_zeros((rows, self.quantizer.num_levels))
+            shape = *self.granularity.row_shape(param), self.quantizer.num_qparams
+            return mine.new_zeros(shape, dtype=torch.promote_types(param.dtype, torch.float32))
 
         count = new_count()
         leaves, spec = optree.tree_flatten(params)
         named = zip(leaves, names_of(params), strict=True)
-        levels = optree.tree_unflatten(spec, [empty(param, name) for param, name in named])
-        return ProxState(count, self._coefficient(count), count.to(torch.float64), levels)
+        qparams = optree.tree_unflatten(spec, [empty(param, name) for param, name in named])
+        return ProxState(count, self._coefficient(count), count.to(torch.float64), qparams)
 
     def update(
         self,
@@ -207,7 +215,7 @@ class Prox(Link):
         learning_rate: Scalar | Mapping[str, Scalar | None] | None = None,
         **extra: Any,
     ) -> tuple[PyTree, ProxState]:
-        """The updates, and the levels of params + updates where they are due."""
+        """The updates, and the qparams of params + updates where they are due."""
         del extra
         if isinstance(learning_rate, Mapping):
             learning_rate = self._common(learning_rate, params)
@@ -233,21 +241,32 @@ class Prox(Link):
         return state._replace(count=state.count + 1, slope=slope, lr_sum=state.lr_sum + rate)
 
     def due(self, state: ProxState) -> Tensor:
-        """Whether levels are due in the update that the state has advanced to."""
+        """Whether qparams are due in the update that the state has advanced to."""
         step = state.count - 1
         return (step >= self.warmup) & ((step - self.warmup) % self.period == 0)
 
     def refit(self, state: ProxState, latents: PyTree) -> ProxState:
-        """The state with levels fitted to the updated latents, where they are due."""
+        """The state with qparams fitted to the updated latents, where they are due."""
         due, first = self.due(state), state.count - 1 == self.warmup
+        m = self.quantizer.num_qparams
 
         def fit(old: Tensor, latent: Tensor) -> Tensor:
             rows = self._rows(gathered(latent), state, self.granularity)
-            new = self.quantizer.fit(rows).to(old.dtype)
+            new = self.quantizer.fit(rows)
+            assert new.shape == (len(rows), m), f"{self.quantizer!r} fitted {tuple(new.shape)}"
+            shape = self.granularity.row_shape(latent)
+            new = new.reshape(*shape, m).to(old.dtype)
             take = new.isfinite().all(-1, keepdim=True) | to_device(first, old)
-            return torch.where(to_device(due, old) & take, new, old)
+            take = to_device(due, old) & take
+            if old.shape[-1] != m:  # levels of a version that kept them
+                if concrete(take.all()):
+                    return new
+                levels = old[..., -self.quantizer.num_levels :].reshape(*shape, -1)
+                old = self.quantizer.with_levels(torch.zeros_like(new), levels)
+                new = self.quantizer.with_levels(new, self.quantizer.levels(new))
+            return torch.where(take, new, old)
 
-        return state._replace(levels=tree_map(fit, state.levels, latents))
+        return state._replace(qparams=tree_map(fit, state.qparams, latents))
 
     def active(self, state: ProxState) -> Tensor:
         """Whether the map makes the weights; else they are the params."""
@@ -262,25 +281,32 @@ class Prox(Link):
             return as_scalar(self.normal_map)
         return state.lr_sum.clamp(min=1.0)
 
-    def weights(self, state: ProxState, params: PyTree) -> PyTree:
-        """map(params / shrink, levels, coefficient); the params before warmup and annealing."""
+    def weights(
+        self, state: ProxState, params: PyTree, *, dtype: torch.dtype | None = None
+    ) -> PyTree:
+        """map(params / shrink, levels, coefficient); the params before warmup and annealing.
+
+        In that dtype, by default the params' own, to which levels are rounded before the map.
+        """
         active = self.active(state)
         known = concrete(active)
         if known is False:
-            return params
+            return params if dtype is None else tree_map(lambda p: p.to(dtype), params)
 
-        def weight(param: Tensor, levels: Tensor) -> Tensor:
+        def weight(param: Tensor, qparams: Tensor) -> Tensor:
             part, mine = part_of(param, self.granularity), local(param)
+            own = dtype or mine.dtype
             if not mine.numel():
-                return param
+                return param.to(own)
             rows = self._rows(mine, state, part.granularity)
-            rows = self.proxmap(rows, levels[part.rows], state.slope)
-            mapped = part.granularity.restore(rows, mine).to(mine.dtype)
+            levels = self.quantizer.levels_in(in_rows(qparams)[part.rows], own)
+            rows = self.proxmap(rows, levels, state.slope)
+            mapped = part.granularity.restore(rows, mine).to(own)
             if not known:
-                mapped = torch.where(to_device(active, mine), mapped, mine)
+                mapped = torch.where(to_device(active, mine), mapped, mine.to(own))
             return placed(mapped, param)
 
-        return tree_map(weight, params, state.levels)
+        return tree_map(weight, params, state.qparams)
 
     def pullback(
         self, grads: PyTree, state: ProxState, params: PyTree, *, weights: PyTree | None = None
@@ -296,24 +322,28 @@ class Prox(Link):
         known = concrete(active)
         if known is False:
             return grads, ()
+        like = params if weights is None else weights  # to whose dtype levels are rounded
         if not getattr(self.gradient, "uses_weights", True):
             weights = params
         elif weights is None:
             weights = self.weights(state, params)
 
-        def pulled(grad: Tensor, param: Tensor, weight: Tensor, levels: Tensor) -> Tensor:
+        def pulled(
+            grad: Tensor, param: Tensor, weight: Tensor, like: Tensor, qparams: Tensor
+        ) -> Tensor:
             part, mine, g = part_of(param, self.granularity), local(param), local(grad)
             if not mine.numel():
                 return grad
             g = g if g.layout == torch.strided else g.to_dense()  # of an embedding
             rows, u = part.granularity.rows, self._rows(mine, state, part.granularity)
-            found = self.gradient(rows(g), u, rows(local(weight)), levels[part.rows], state.count)
+            levels = self.quantizer.levels_in(in_rows(qparams)[part.rows], like.dtype)
+            found = self.gradient(rows(g), u, rows(local(weight)), levels, state.count)
             found = part.granularity.restore(found, mine).to(g.dtype)
             if not known:
                 found = torch.where(to_device(active, g), found, g)
             return placed(found, param)
 
-        return tree_map(pulled, grads, params, weights, state.levels), ()
+        return tree_map(pulled, grads, params, weights, like, state.qparams), ()
 
     @property
     def pulls_back(self) -> bool:
@@ -348,6 +378,11 @@ class Prox(Link):
 
     def _rows(self, latent: Tensor, state: ProxState, granularity: Granularity) -> Tensor:
         return granularity.rows(shrunk(latent, self.divisor(state)))
+
+
+def in_rows(qparams: Tensor) -> Tensor:
+    """Qparams [..., m] of a state as [r, m]."""
+    return qparams.unsqueeze(0).flatten(0, -2)
 
 
 def shrunk(latent: Tensor, divisor: Tensor | None) -> Tensor:

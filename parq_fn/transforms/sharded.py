@@ -1,10 +1,10 @@
 """Sharded parameters: which rows of a DTensor a rank holds, and how it maps them alone.
 
-Levels are fitted to the gathered latent, the same on every rank, and kept whole. Maps act
+Qparams are fitted to the gathered latent, the same on every rank, and kept whole. Maps act
 element by element, so that a rank maps its own shard. Where rows are runs of the weight's logical
 order, so is a shard along dimension 0, which is filled up to whole rows for the map. Of rows in
 another order a shard has whole ones, or a part of every one, or runs that are cut into pieces, each
-with the levels of its row.
+with the qparams of its row.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Part(NamedTuple):
     """What a rank holds of a parameter's rows."""
 
     granularity: Granularity  # of the local tensor
-    rows: slice | Tensor  # of the levels; indices where those of a row are needed more than once
+    rows: slice | Tensor  # of the qparams; indices where those of a row are needed more than once
 
 
 def local(tensor: Tensor) -> Tensor:

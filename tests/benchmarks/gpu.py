@@ -68,7 +68,7 @@ def bandwidth(elements: int, repeats: int) -> Iterator[Found]:
                 copies += times["copy"]
                 case = f"{kind}, {k} levels, {where}"
                 over, spread = ratio(times["pass"], times["copy"])
-                moved = 1 + job.levels.numel() / (2 * u.numel())  # over what the copy moves
+                moved = 1 + job.qparams.numel() / (2 * u.numel())  # over what the copy moves
                 share = moved / over
                 held = None if kind == "soft" else 0.8  # which computes more than it reads
                 what = "share of a copy's bandwidth"

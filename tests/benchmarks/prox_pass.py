@@ -70,7 +70,8 @@ def check(link: Prox, state: ProxState, jobs: list[Job], passes: dict[str, Pass]
         for job, want in zip(jobs, wanted, strict=True):
             assert torch.equal(job.weight, want.weight), (link, name, job.weight.shape)
     for job in wanted:
-        rows, q = link.granularity.rows(job.latent).double(), job.levels.double()
+        rows = link.granularity.rows(job.latent).double()
+        q = link.quantizer.levels_in(job.qparams, job.weight.dtype).double()
         twin = link.proxmap(rows, q, state.slope)
         got = link.granularity.rows(job.weight).double()
         size = q.abs().amax(1, keepdim=True)
@@ -140,7 +141,8 @@ def against_peer(
         theirs = [u.clone() for u in latents]
         shaped = [peer.rows_of(p, link.granularity) for p in theirs]
         dims = [dim for _, dim in shaped]
-        levels = [j.levels if dim else j.levels[0] for j, dim in zip(jobs, dims, strict=True)]
+        made = [link.quantizer.levels(job.qparams) for job in jobs]
+        levels = [own if dim else own[0] for own, dim in zip(made, dims, strict=True)]
 
         def run(shaped: Any = shaped, levels: Any = levels, prox_map: Any = prox_map) -> None:
             for (p, dim), q in zip(shaped, levels, strict=True):

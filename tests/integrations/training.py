@@ -75,8 +75,7 @@ def plain_loop(adapter: str, clip: float | None = None, every: int = 1) -> tuple
 def check_on_levels(net: nn.Module, optimizer: Any) -> None:
     for name, p in net.named_parameters():
         if name.endswith("weight"):
-            entries = optimizer.state[p]
-            levels = entries[next(key for key in entries if key.endswith("levels"))]
+            levels = optimizer.levels(p).reshape(-1, optimizer.levels(p).shape[-1])
             assert bool((p.detach()[..., None] == levels[0]).any(-1).all()), name
 
 

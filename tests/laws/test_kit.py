@@ -100,7 +100,7 @@ def test_operators_without_traits_keep_to_what_all_must() -> None:
     assert {"pure", "monotone", "rows_alone", "nan_gives_nan"} <= names
     assert not {"in_range", "idempotent", "is_prox"} & names
     check_proxmap(halfway)
-    check_quantizer(pq.lsbq(2).fit, laws={"rows_alone", "pure", "levels_are_sorted"})
+    check_quantizer(pq.lsbq(2).__call__, laws={"rows_alone", "pure", "levels_are_sorted"})
     check_schedule(lambda t: 1 - pq.schedules.progress(t, 3, 8), start=3, end=8)
 
 

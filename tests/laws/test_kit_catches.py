@@ -160,7 +160,7 @@ def test_wrong_maps_by_the_law_in_question(wrong: Any, name: str) -> None:
 class levels_unsorted(Quantizer):
     num_levels = 2
 
-    def levels(self, x: Tensor) -> Tensor:
+    def qparams(self, x: Tensor) -> Tensor:
         top = x.abs().amax(-1, keepdim=True)
         return torch.cat([top, -top], -1)
 
@@ -168,7 +168,7 @@ class levels_unsorted(Quantizer):
 class one_level_too_many(Quantizer):
     num_levels = 2
 
-    def levels(self, x: Tensor) -> Tensor:
+    def qparams(self, x: Tensor) -> Tensor:
         top = x.abs().amax(-1, keepdim=True)
         return torch.cat([-top, top, top], -1)
 
@@ -176,7 +176,7 @@ class one_level_too_many(Quantizer):
 class batch_statistics(Quantizer):
     num_levels = 2
 
-    def levels(self, x: Tensor) -> Tensor:
+    def qparams(self, x: Tensor) -> Tensor:
         top = x.abs().mean().expand(x.shape[0], 1)
         return torch.cat([-top, top], -1)
 
@@ -188,7 +188,7 @@ class not_optimal(Quantizer):
     def traits(self) -> QuantizerTraits:
         return replace(super().traits, optimal="symmetric", levels_are_means=True)
 
-    def levels(self, x: Tensor) -> Tensor:
+    def qparams(self, x: Tensor) -> Tensor:
         top = x.abs().median(-1, keepdim=True).values
         return torch.cat([-top, top], -1)
 

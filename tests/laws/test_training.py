@@ -34,7 +34,7 @@ def ours(transform: Any, start: list[float]) -> Any:
         grads = {"w": torch.tensor(gradient(w, t), dtype=torch.float64)}
         updates, state = transform.update(grads, state, params)
         params = pq.apply_updates(params, updates)
-        q = pq.read(state, "levels")["w"][0]
+        q = pq.levels_of(transform, state)["w"]
         yield params["w"].tolist(), q.tolist(), transform.weights(state, params)["w"].tolist()
 
 

@@ -102,15 +102,9 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
         ],
     },
     "parq_fn/quantizers/uniform.py": {
-        "whole and half numbers this small are exact in any dtype, the factor gives the result's": [
-            "spaced: return torch.arange(first, last + 1, dtype=x.dtype, device=x.device) -> "
-            "return torch.arange(first, last + 1, device=x.device)",
-        ],
-        "a constant row is its least and its largest value, whatever its scale is set to": [
-            "asymmetric.levels: scale = torch.where(constant, 1.0, scale) -> "
-            "scale = torch.where(constant, 2.0, scale)",
-            "asymmetric.levels: return torch.where(constant, low, grid) -> "
-            "return torch.where(constant, high, grid)",
+        "a constant row's scale is its magnitude, whatever is divided by meanwhile": [
+            "asymmetric.qparams: spread = torch.where(constant, 1.0, spread) -> "
+            "spread = torch.where(constant, 2.0, spread)",
         ],
     },
     "parq_fn/transforms/prox_link.py": {
@@ -137,12 +131,8 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             ": _SWEEPS = 30 -> _SWEEPS = 29",
         ],
         "another float dtype on the way: the base rounds levels to that of the rows": [
-            "optimal_levels: return mirror(torch.cat([lo, hi], -1).to(x.dtype)) -> "
-            "return mirror(torch.cat([lo, hi], -1))",
-            "optimal_levels: return with_zero(hi.to(x.dtype)) -> return with_zero(hi)",
             "alternate: v = [part.unsqueeze(-1) for part in start.to(torch.float64).unbind(-1)] "
             "-> v = [part.unsqueeze(-1) for part in start.unbind(-1)]",
-            "alternate: return build(v)[0].to(x.dtype) -> return build(v)[0]",
         ],
         "counts in int64 are the same numbers": [
             "alternate: number = edges.diff().to(torch.float64) -> number = edges.diff()",

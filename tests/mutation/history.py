@@ -379,8 +379,8 @@ FAULTS = [
     Fault(
         "levels depend on how a row lies in memory",
         "parq_fn/quantizers/base.py",
-        "        x = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()\n",
-        "        x = rows.to(torch.promote_types(rows.dtype, torch.float32))\n",
+        "        x = rows.to(dtype).contiguous()\n",
+        "        x = rows.to(dtype)\n",
         ("tests/test_quantizers.py",),
         "layout_of_rows",
         "e72d85a",

@@ -39,7 +39,7 @@ def weights(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def functional(prox: pf.Prox, params: list[Tensor], steps: int) -> tuple[Any, Any]:
-    """(weights, levels) after steps of SGD on latents in float32 or better."""
+    """(weights, qparams) after steps of SGD on latents in float32 or better."""
     link, tree = (
         pf.chain(pf.sgd(RATE), prox),
         [p.to(torch.promote_types(p.dtype, torch.float32)) for p in params],
@@ -48,7 +48,7 @@ def functional(prox: pf.Prox, params: list[Tensor], steps: int) -> tuple[Any, An
     for _ in range(steps):
         updates, state = link.update([torch.sin(p) for p in tree], state, tree)
         tree = pf.apply_updates(tree, updates)
-    return link.weights(state, tree), pf.read(state, "levels")
+    return link.weights(state, tree), pf.read(state, "qparams")
 
 
 def trained(optimizer: Any, params: list[Any], steps: int) -> None:
@@ -74,13 +74,13 @@ def test_adapters_equal_the_functional_loop(cut, dtype: torch.dtype) -> None:
     prox = pf.parq_prox(pf.lsbq(2), **SPAN, granularity=cut)
     given = weights(dtype, (4, 6, 8), (2, 12, 4), (40, 24, 16), (300, 12, 200))
     for steps in (3, 7):
-        expected, levels = functional(prox, given, steps)
+        expected, qparams = functional(prox, given, steps)
         params = [nn.Parameter(p.clone()) for p in given]
         optimizer = quant(params, prox)
         trained(optimizer, params, steps)
-        for p, weight, own in zip(params, expected, levels, strict=True):
+        for p, weight, own in zip(params, expected, qparams, strict=True):
             assert torch.equal(p, weight)
-            assert torch.equal(optimizer.state[p]["levels"], own)
+            assert torch.equal(optimizer.state[p]["qparams"], own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -208,9 +208,7 @@ def equal_to_one_process(adapters: tuple[str, ...]) -> None:
                 for _ in range(6):
                     module.weight.grad = torch.sin(module.weight.detach())
                     optimizer.step()
-                entries = optimizer.state[module.weight]
-                levels = entries[next(key for key in entries if key.endswith("levels"))]
-                runs.append([whole(module.weight), whole(levels)])
+                runs.append([whole(module.weight), optimizer.levels(module.weight)])
             assert all(map(torch.equal, *runs)), (shape, cut, adapter)
     module = nn.Linear(4, 6, bias=False)
     fully_shard(module, mesh=mesh)

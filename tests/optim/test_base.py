@@ -115,7 +115,7 @@ class Keeping(torch.optim.Optimizer):
                 self.state[p][self.key] = self.state[p].get(self.key, 0) + 1
 
 
-@pytest.mark.parametrize("key", ["count", "updates", "levels", "latent"])
+@pytest.mark.parametrize("key", ["count", "updates", "qparams", "latent"])
 def test_a_base_that_keeps_entries_of_our_names_is_refused(key: str) -> None:
     def base(groups: Any, lr: float) -> Keeping:
         return Keeping(groups, lr, key)

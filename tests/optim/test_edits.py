@@ -455,7 +455,7 @@ def test_loading_keeps_unknown_entries_and_names_what_is_missing(adapter: str) -
     assert optimizer.state_dict()["state"][0]["of_tomorrow"].tolist() == [0, 1, 2]
     before = copies(tensors(net, optimizer))
     rate = optimizer.param_groups[0]["lr"]
-    key = next(key for key in saved["state"][1] if key.endswith("levels") or key.endswith("first"))
+    key = next(key for key in saved["state"][1] if key.endswith("qparams") or key.endswith("first"))
     saved["state"][0]["latent"] = torch.zeros(8, 6)
     saved["param_groups"][0]["lr"] = 9.0
     del saved["state"][1][key]

@@ -117,18 +117,19 @@ def test_one_that_looks_at_all_leaves_together_needs_them_together() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_is_the_base_optimizers_and_one_latent_and_levels(dtype: torch.dtype) -> None:
+def test_state_is_the_base_optimizers_and_one_latent_and_qparams(dtype: torch.dtype) -> None:
     optimizer, params = training(LINKS["channel"][0], 3, dtype)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
     for p in params:
         entries = dict(optimizer.state[p])
-        latent, levels = entries.pop("latent"), entries.pop("levels")
+        latent, qparams = entries.pop("latent"), entries.pop("qparams")
         assert latent.shape == p.shape
         assert latent.dtype == torch.float32
-        assert levels.shape == (p.shape[0], 4)
-        assert levels.dtype == dtype
+        assert qparams.shape == (p.shape[0], 2)
+        assert qparams.dtype == torch.float32
+        assert optimizer.levels(p).dtype == dtype
         assert optimizer.base.state[optimizer._latents[p]] is optimizer.state[p]
         whole = {key for key, entry in entries.items() if entry.numel() > 1}
         assert whole == {"exp_avg", "exp_avg_sq"}

@@ -41,9 +41,9 @@ def jobs_of(link: Prox, latents: list[Tensor], dtype: torch.dtype) -> list[Job]:
     made = []
     for latent in latents:
         rows = link.granularity.rows(latent)
-        levels = link.quantizer.fit(rows).to(dtype)
+        qparams = link.quantizer.fit(rows)
         weight = torch.full_like(latent, torch.nan, dtype=dtype)
-        made.append(Job(latent, levels, link.granularity, weight))
+        made.append(Job(latent, qparams, link.granularity, weight))
     return made
 
 
@@ -58,14 +58,14 @@ def state_at(link: Prox, step: int) -> ProxState:
 def both(fast: Pass, link: Prox, state: ProxState, jobs: list[Job]) -> None:
     """Asserts that both forms write the same, and nothing else."""
     wanted = [job._replace(weight=job.weight.clone()) for job in jobs]
-    before = [(job.latent.clone(), job.levels.clone()) for job in jobs]
+    before = [(job.latent.clone(), job.qparams.clone()) for job in jobs]
     plain(link, state, wanted)
     fast(link, state, jobs)
-    for job, want, (latent, levels) in zip(jobs, wanted, before, strict=True):
+    for job, want, (latent, qparams) in zip(jobs, wanted, before, strict=True):
         assert torch.equal(job.weight, want.weight), (link, job.latent.shape, state)
         assert job.weight.stride() == want.weight.stride()
         assert torch.equal(job.latent, latent)
-        assert torch.equal(job.levels, levels)
+        assert torch.equal(job.qparams, qparams)
 
 
 @given(
@@ -179,15 +179,15 @@ def test_small_parameters_get_their_levels_together(
         latents[0].view(-1)[0] = torch.nan
     for step in (0, 7):
         state = state_at(link, step)
-        old = [torch.ones_like(job.levels) for job in jobs_of(link, latents, dtype)]
+        old = link.init([torch.ones_like(latent) for latent in latents]).qparams
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(passes, "_SMALL", 250)
             if there:
                 patch.setattr(passes, "_on_cpu", lambda _: False)
                 patch.setattr(passes, "_TOGETHER_THERE", 5000)
             found = refit(link, state, latents, old)
-        for latent, levels, got in zip(latents, old, found, strict=True):
-            want = link.refit(state._replace(levels=[levels]), [latent]).levels[0]
+        for latent, qparams, got in zip(latents, old, found, strict=True):
+            want = link.refit(state._replace(qparams=[qparams]), [latent]).qparams[0]
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
             assert got.untyped_storage().nbytes() == got.numel() * got.element_size()
 
@@ -212,11 +212,11 @@ def test_on_a_gpu_larger_parameters_get_their_levels_together() -> None:
         for granularity in (pf.per_tensor(), pf.per_channel()):
             link = LINKS["parq"](quantizer, granularity=granularity)
             state = state_at(link, 7)
-            old = [torch.ones_like(job.levels) for job in jobs_of(link, latents, torch.float32)]
-            for latent, levels, got in zip(
+            old = link.init([torch.ones_like(latent) for latent in latents]).qparams
+            for latent, qparams, got in zip(
                 latents, old, refit(link, state, latents, old), strict=True
             ):
-                want = link.refit(state._replace(levels=[levels]), [latent]).levels[0]
+                want = link.refit(state._replace(qparams=[qparams]), [latent]).qparams[0]
                 assert torch.equal(got, want), (quantizer, latent.shape)
 
 
@@ -351,7 +351,7 @@ def test_parameters_are_mapped_in_twos(monkeypatch) -> None:
     wholes = [
         Rows(torch.empty(shape), torch.empty(shape[0], 2), torch.empty(shape)) for shape in shapes
     ]
-    wholes.append(wholes[0]._replace(levels=torch.empty(4, 3)))
+    wholes.append(wholes[0]._replace(qparams=torch.empty(4, 3)))
     wholes.append(wholes[0]._replace(weight=torch.empty(4, 6, dtype=torch.bfloat16)))
     places = {id(whole): i for i, whole in enumerate(wholes)}
 
@@ -375,7 +375,10 @@ def test_parts_and_what_is_left_are_the_whole(split, monkeypatch) -> None:
         latent = torch.arange(r * n).view(r, n)
         levels = torch.arange(2 * r).view(r, 2)
         for bound in (None, levels[:, :1]):
-            whole = Rows(latent, levels, torch.full_like(latent, -1), bound)
+            empty = torch.full_like(latent, -1)
+            whole = Rows(latent, None, empty, levels, bound)
+            if bound is None:
+                whole = whole._replace(qparams=levels, levels=None)
             parts, rest = split(whole)
             assert len({part.latent.shape for part in parts}) <= 1
             if parts[0].latent.dim() > 2:
@@ -387,9 +390,9 @@ def test_parts_and_what_is_left_are_the_whole(split, monkeypatch) -> None:
                 assert (part.weight == -1).all()  # written to by no part before
                 part.weight.copy_(part.latent)
                 first = part.latent[:, 0] // n
-                assert torch.equal(part.levels, levels[first])
+                assert torch.equal(part.table, levels[first])
                 assert (part.bound is None) == (bound is None)
-                assert part.bound is None or torch.equal(part.bound, part.levels[:, :1])
+                assert part.bound is None or torch.equal(part.bound, part.table[:, :1])
             assert torch.equal(whole.weight, latent)
 
 
@@ -483,7 +486,7 @@ def test_on_a_gpu_weights_are_those_on_a_cpu(kind: str, monkeypatch) -> None:
             plain(link, state, jobs)
             there = [
                 job._replace(
-                    latent=job.latent.cuda(), levels=job.levels.cuda(), weight=job.weight.cuda()
+                    latent=job.latent.cuda(), qparams=job.qparams.cuda(), weight=job.weight.cuda()
                 )
                 for job in jobs
             ]
@@ -562,7 +565,7 @@ def test_a_map_of_ones_own_sees_whole_rows(map_, compiled: bool) -> None:
 
 def test_no_piece_is_empty() -> None:
     for shape in [(1, 1024), (1, 2048), (2, 1 << 18), (1, 1025), (3, 7)]:
-        tensors = torch.ones(shape), torch.ones(shape[0], 2), torch.ones(shape)
-        pieces = list(passes._pieces(Rows(*tensors)))
+        latent = torch.ones(shape)
+        pieces = list(passes._pieces(Rows(latent, None, latent.clone(), torch.ones(shape[0], 2))))
         assert all(piece.latent.numel() for piece in pieces)
-        assert sum(piece.latent.numel() for piece in pieces) == tensors[0].numel()
+        assert sum(piece.latent.numel() for piece in pieces) == latent.numel()

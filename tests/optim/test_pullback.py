@@ -165,10 +165,10 @@ def test_hooks_of_the_base_see_the_gradients_of_the_latents() -> None:
         seen.append(inner.param_groups[0]["params"][0].grad.clone())
 
     optimizer.base.register_step_pre_hook(hook)
-    levels = optimizer.state[net.one.weight]["levels"]
+    levels = optimizer.levels(net.one.weight)
     u = optimizer.state[net.one.weight]["latent"].clone()
     step(net, optimizer)
-    sizes = hard(u.view(1, -1), levels).abs().view_as(u)
+    sizes = hard(u.view(1, -1), levels.view(1, -1)).abs().view_as(u)
     assert torch.equal(seen[0], net.one.weight.grad * sizes)
     assert optimizer.state[net.one.weight]["latent"].grad is None
 

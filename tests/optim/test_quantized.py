@@ -97,18 +97,19 @@ def test_equals_the_functional_loop(base: str, prox: str) -> None:
         _, grads = step(params, state)
         updates, state = transform.update(grads, state, params, learning_rate=0.1)
         params = pf.apply_updates(params, updates)
-        latent, levels = real.quantized["latent"], real.quantized["levels"]
+        latent, qparams = real.quantized["latent"], real.quantized["qparams"]
         torch.testing.assert_close(latent, params["weight"], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(real.bias, params["bias"], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(
-            levels, pf.read(state, "levels")["weight"], rtol=1e-12, atol=1e-12
+            qparams, pf.read(state, "qparams")["weight"], rtol=1e-12, atol=1e-12
         )
-        # from the same latents the same weights and levels, bit for bit
+        # from the same latents the same weights and qparams, bit for bit
         own = pf.ProxState(
-            real.quantized["count"], pf.read(state, "slope"), real.quantized["lr_sum"], [levels]
+            real.quantized["count"], pf.read(state, "slope"), real.quantized["lr_sum"], [qparams]
         )
-        assert torch.equal(inner.refit(own, [latent]).levels[0], levels)
+        assert torch.equal(inner.refit(own, [latent]).qparams[0], qparams)
         assert torch.equal(inner.weights(own, [latent])[0], real.weight)
+    levels = real.optimizer.levels(real.weight)
     assert all(w in levels for w in real.weight.flatten())
 
 
@@ -119,12 +120,13 @@ def test_narrow_parameters_have_float32_latents_and_the_cores_weights(prox: str,
     real, link = Training(adamw, PROXES[prox], dtype), PROXES[prox]
     for _ in range(12):
         real.step()
-        names = "count", "slope", "lr_sum", "latent", "levels"
-        *scalars, latent, levels = (real.quantized[name] for name in names)
-        state = pf.ProxState(*scalars, [levels])
-        assert torch.equal(link.refit(state, [latent]).levels[0], levels)
-        assert torch.equal(link.weights(state, [latent])[0].to(dtype), real.weight)
+        names = "count", "slope", "lr_sum", "latent", "qparams"
+        *scalars, latent, qparams = (real.quantized[name] for name in names)
+        state = pf.ProxState(*scalars, [qparams])
+        assert torch.equal(link.refit(state, [latent]).qparams[0], qparams)
+        assert torch.equal(link.weights(state, [latent], dtype=dtype)[0], real.weight)
     assert latent.dtype == real.quantized["exp_avg"].dtype == torch.float32
+    levels = real.optimizer.levels(real.weight)
     assert levels.dtype == dtype
     assert set(real.weight.flatten().tolist()) <= set(levels.flatten().tolist())
 
@@ -190,8 +192,8 @@ def test_groups_have_their_bits_and_blocks() -> None:
         p.grad = torch.zeros_like(p)
     before = copies(params)
     optimizer.step()
-    assert optimizer.state[params[0]]["levels"].shape == (4, 3)
-    assert optimizer.state[params[1]]["levels"].shape == (12, 8)
+    assert optimizer.levels(params[0]).shape == (4, 3)
+    assert optimizer.levels(params[1]).shape == (4, 3, 8)
     assert torch.equal(params[2], before[2])
     assert torch.equal(params[3], before[3])
     assert optimizer.param_groups[0]["inverse_slope"] == 0.0
@@ -379,7 +381,7 @@ def test_r12_groups_names_and_groups_added_later() -> None:
     base = torch.optim.SGD([{"params": named[0], "quant_bits": 1}], lr=0.1, momentum=0.9)
     optimizer = QuantOptimizer(base, pf.hard_prox(pf.lsbq(2), period=1))
     optimizer.add_param_group({"params": named[1], "quant_bits": 2})
-    assert optimizer.state[net.bias]["levels"].shape == (1, 4)
+    assert optimizer.levels(net.bias).shape == (4,)
     extra = nn.Parameter(torch.ones(3))
     group = {"params": [("x", extra)], "quant_bits": 2, "quant_block_size": 4}
     with pytest.raises(ValueError, match="parameter 'x': block size 4 does not divide"):
@@ -421,7 +423,8 @@ def test_r14_without_a_gradient_the_base_skips_and_annealing_continues() -> None
     assert torch.equal(real.quantized["latent"], latent)
     assert torch.equal(real.quantized["exp_avg"], moments)
     assert int(real.quantized["updates"]) == 3
-    assert all(w in real.quantized["levels"] for w in real.weight.flatten())
+    levels = real.optimizer.levels(real.weight)
+    assert all(w in levels for w in real.weight.flatten())
 
 
 @pytest.mark.parametrize("stale", [False, True])
@@ -429,12 +432,12 @@ def test_frozen_parameters_are_left_alone_and_go_on_where_they_stood(stale: bool
     real = Training(adamw, PROXES["parq"])
     real.step(3)
     real.weight.requires_grad_(False)
-    before = copies([real.weight, *(real.quantized[k] for k in ("latent", "levels", "count"))])
+    before = copies([real.weight, *(real.quantized[k] for k in ("latent", "qparams", "count"))])
     real.weight.grad = torch.ones_like(real.weight) if stale else None
     for _ in range(9):
         real.bias.grad = torch.ones_like(real.bias)
         real.optimizer.step()
-    after = [real.weight, *(real.quantized[k] for k in ("latent", "levels", "count"))]
+    after = [real.weight, *(real.quantized[k] for k in ("latent", "qparams", "count"))]
     assert equal(before, after)
     real.weight.requires_grad_(True)
     real.step()

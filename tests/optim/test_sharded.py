@@ -52,8 +52,7 @@ def same_as_alone(shape: tuple[int, ...], offload: bool, dtypes: tuple[str, ...]
             train(net, other, 1)
         check_same(alone, one, net, other, (adapter, name))
         if name != "shrink":
-            entries = other.state[net.linear.weight]
-            levels = entries[next(key for key in entries if key.endswith("levels"))].to(dtype)
+            levels = other.levels(net.linear.weight).to(dtype).unsqueeze(0).flatten(0, -2)
             rows = whole(net.linear.weight).reshape(levels.shape[0], -1)
             assert (rows.unsqueeze(-1) == levels.unsqueeze(-2)).any(-1).all()
 
@@ -153,11 +152,13 @@ def mixed_precision() -> None:
             for p, link in quantized_of(optimizer):
                 entries = optimizer.state[p]
                 assert p.dtype == entries["latent"].dtype == torch.float32
-                state = ProxState(*(entries[key] for key in ("count", "slope", "lr_sum", "levels")))
+                state = ProxState(
+                    *(entries[key] for key in ("count", "slope", "lr_sum", "qparams"))
+                )
                 latent = whole(entries["latent"])
                 assert torch.equal(whole(p), link.weights(state, latent)), name
                 if link.due(state):
-                    assert torch.equal(state.levels, link.refit(state, latent).levels), name
+                    assert torch.equal(state.qparams, link.refit(state, latent).qparams), name
 
 
 def quantized_of(optimizer: QuantOptimizer) -> list[tuple[Tensor, pf.Prox]]:
@@ -203,7 +204,7 @@ def core_on_dtensors() -> None:
                         grad |= {k: distribute(grad[k], mesh) for k in "abc"}
                     updates, state = built.update(grad, state, own)
                     own = pf.apply_updates(own, updates)
-                runs.append([built.weights(state, own), pf.read(state, "levels")])
+                runs.append([built.weights(state, own), pf.levels_of(built, state)])
             for one, other in zip(*map(optree.tree_leaves, runs), strict=True):
                 if name == "clipped_by_norm":
                     torch.testing.assert_close(whole(other), one, rtol=1e-12, atol=1e-12)
@@ -240,7 +241,7 @@ def blocks_cut_by_shards() -> None:
             for _ in range(4):
                 module.weight.grad = torch.ones_like(module.weight)
                 optimizer.step()
-            runs.append([whole(module.weight), optimizer.state[module.weight]["levels"]])
+            runs.append([whole(module.weight), optimizer.levels(module.weight)])
         assert all(map(torch.equal, *runs)), (length, block)
 
 

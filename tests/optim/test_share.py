@@ -34,11 +34,12 @@ def test_it_counts_the_weights_that_are_equal_to_a_level(cut: str, dtype: torch.
         optimizer.step()
     with torch.no_grad():  # some of p's weights are put on a level
         rows = CUTS[cut].rows(p)
-        rows[:, 0] = optimizer.state[p]["levels"][:, -1]
+        rows[:, 0] = optimizer.levels(p).unsqueeze(0).flatten(0, -2)[:, -1]
         p.copy_(CUTS[cut].restore(rows, p))
     on = total = 0
     for one in (p, q):
-        rows, levels = CUTS[cut].rows(one.detach()), optimizer.state[one]["levels"]
+        rows = CUTS[cut].rows(one.detach())
+        levels = optimizer.levels(one).unsqueeze(0).flatten(0, -2)
         on += sum(int(w in own) for row, own in zip(rows, levels, strict=True) for w in row)
         total += one.numel()
     assert 0 < on < total

@@ -160,7 +160,7 @@ def test_r1_r2_reading_the_state_changes_nothing_and_all_keys_exist() -> None:
     run.step(5)
     assert [t.shape for t in run.tensors()] == shapes
     weight = next(run.net.parameters())
-    assert {"latent", "base.0.first", "prox.levels", "prox.slope"} <= run.optimizer.state[
+    assert {"latent", "base.0.first", "prox.qparams", "prox.slope"} <= run.optimizer.state[
         weight
     ].keys()
 

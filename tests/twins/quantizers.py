@@ -40,12 +40,10 @@ def max_uniform(x: list[float], bits: int) -> list[float]:
 
 
 def asymmetric(x: list[float], bits: int) -> list[float]:
-    """(j - z) * scale from min to max, z an integer."""
+    """(j - z) * scale from min to max, z an integer; a constant is one scale away from 0."""
     low, high, count = min(x), max(x), 2**bits
-    if low == high:
-        return [low] * count
-    scale = (high - low) / (count - 1)
-    z = round(-low / scale)
+    scale = (high - low) / (count - 1) or abs(low)
+    z = round(-low / scale) if low < high else int(low < 0)
     return [(j - z) * scale for j in range(count)]
 
 

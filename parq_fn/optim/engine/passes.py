@@ -8,7 +8,7 @@ zero:
 - a large parameter a piece at a time, so that what lies in between stays in the cache, or with
   `compile` in one loop that reads the latent and writes the weight (`programs`);
 - small parameters together, copied into the rows of one buffer that is mapped whole; `refit`
-  fits their levels together too, and on a GPU those of larger ones.
+  fits their qparams together too, and on a GPU those of larger ones.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from parq_fn.foundation.scalar import concrete
 from parq_fn.foundation.torch_private import copy_each
 from parq_fn.optim.engine.chunks import chunks
 from parq_fn.optim.engine.programs import Programs
-from parq_fn.optim.engine.rows import Maps, Rows, in_rows
+from parq_fn.optim.engine.rows import Maps, Rows, some_rows
 from parq_fn.quantizers.granularity import Granularity, per_channel
-from parq_fn.transforms.prox_link import Prox, ProxState
+from parq_fn.transforms.prox_link import Prox, ProxState, in_rows
 from parq_fn.transforms.sharded import gathered
 
 _PIECE = 1 << 17  # elements that are mapped at a time
 _WIDTH = 1 << 10  # of the rows that a long row is cut into
+_FEW_LEVELS = 8  # times as many weights as levels in a row: levels are made for all at once
 _SMALL = 1 << 12  # elements of a parameter that is fitted or mapped with others
 _TOGETHER = 1 << 16  # elements of those fitted or mapped at once
 _SMALL_THERE, _TOGETHER_THERE = 1 << 22, 1 << 24  # fitted, where operations take longer to start
@@ -41,41 +42,45 @@ class Job(NamedTuple):
     """A parameter, or what a rank holds of it."""
 
     latent: Tensor
-    levels: Tensor  # [r, k], of its rows
+    qparams: Tensor  # [r, m], of its rows
     granularity: Granularity
     weight: Tensor  # of the latent's shape; written to
 
 
 def plain(link: Prox, state: ProxState, jobs: Sequence[Job]) -> None:
     """weight <- link.weights(state, latent), for each of the jobs."""
-    for latent, levels, granularity, weight in jobs:
+    for latent, qparams, granularity, weight in jobs:
         own = dataclasses.replace(link, granularity=granularity)
-        weight.copy_(own.weights(state._replace(levels=[levels]), [latent])[0])
+        of_rows = state._replace(qparams=[qparams])
+        weight.copy_(own.weights(of_rows, [latent], dtype=weight.dtype)[0])
 
 
 def refit(
-    link: Prox, state: ProxState, latents: Sequence[Tensor], levels: Sequence[Tensor]
+    link: Prox, state: ProxState, latents: Sequence[Tensor], qparams: Sequence[Tensor]
 ) -> list[Tensor]:
     """link.refit of each latent, bit for bit: of small ones with rows of one length together."""
     found: dict[int, Tensor] = {}
     small: dict[Any, dict[int, Tensor]] = {}
-    for i, (latent, old) in enumerate(zip(latents, levels, strict=True)):
+    for i, (latent, old) in enumerate(zip(latents, qparams, strict=True)):
         # what is sharded is gathered, for which there may be no room but one by one
         there = not (_on_cpu(latent) or isinstance(latent, DTensor))
         if 0 < latent.numel() <= (_SMALL_THERE if there else _SMALL):
             rows = link.granularity.rows(gathered(latent))
-            small.setdefault((rows.shape[1], rows.dtype, old.dtype, old.device), {})[i] = rows
+            kind = rows.shape[1], rows.dtype, old.shape[-1], old.dtype, old.device
+            small.setdefault(kind, {})[i] = rows
         else:
-            found[i] = link.refit(state._replace(levels=[old]), [latent]).levels[0]
+            found[i] = link.refit(state._replace(qparams=[old]), [latent]).qparams[0]
     of_rows = dataclasses.replace(link, granularity=per_channel())
     for together in small.values():
         sizes = {i: rows.numel() for i, rows in together.items()}
         most = _TOGETHER if _on_cpu(next(iter(together.values()))) else _TOGETHER_THERE
         for chunk in chunks(sizes, most):
-            own = state._replace(levels=[torch.cat([levels[i] for i in chunk])])
-            new = of_rows.refit(own, [torch.cat([together[i] for i in chunk])]).levels[0]
-            parts = torch.split(new, [len(together[i]) for i in chunk])
-            found.update(zip(chunk, (part.clone() for part in parts), strict=True))
+            own = state._replace(qparams=[torch.cat([in_rows(qparams[i]) for i in chunk])])
+            new = of_rows.refit(own, [torch.cat([together[i] for i in chunk])]).qparams[0]
+            for i, part in zip(
+                chunk, torch.split(new, [len(together[i]) for i in chunk]), strict=True
+            ):
+                found[i] = part.reshape(*link.granularity.row_shape(latents[i]), -1).clone()
     return [found[i] for i in range(len(latents))]
 
 
@@ -130,7 +135,7 @@ class Pass:
         latent = alike[0].latent.new_zeros(size)
         weight = alike[0].weight.new_empty(size)
         copy_each(_cut(latent, shapes), [rows.latent for rows in alike])
-        self._run(maps, [Rows(latent, torch.cat([rows.levels for rows in alike]), weight)])
+        self._run(maps, [Rows(latent, torch.cat([rows.table for rows in alike]), weight)])
         copy_each([rows.weight for rows in alike], _cut(weight, shapes))
 
     def _run(self, maps: Maps, wholes: list[Rows]) -> None:
@@ -138,7 +143,9 @@ class Pass:
             self._programs(maps, wholes)
             return
         for whole in wholes:
-            how = maps.of(whole)
+            how, (r, n) = maps.of(whole), whole.latent.shape
+            if r == 1 or n > _PIECE or n >= _FEW_LEVELS * how.quantizer.num_levels:
+                whole = how.with_levels(whole)  # else as many as weights, and made for each piece
             for piece in _pieces(whole) if maps.link.elementwise else [whole]:
                 how.write(piece)
 
@@ -158,8 +165,8 @@ def _rows_of(job: Job, *, contiguous: bool) -> Rows:
     if copied or (contiguous and not weight.is_contiguous()):
         weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if contiguous:
-        return Rows(latent.contiguous(), job.levels.contiguous(), weight)
-    return Rows(latent, job.levels, weight)
+        return Rows(latent.contiguous(), job.qparams.contiguous(), weight)
+    return Rows(latent, job.qparams, weight)
 
 
 def _cut(buffer: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -170,21 +177,23 @@ def _cut(buffer: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
 
 def _pieces(whole: Rows) -> Iterator[Rows]:
     """Pieces of rows that fit into a processor's cache."""
-    latent, levels, weight, _ = whole
+    latent, _, weight, levels, _ = whole
     r, n = latent.shape
     if not _on_cpu(latent) or r * n <= _WIDTH:
         yield whole
     elif r == 1 or n > _PIECE:
+        assert levels is not None  # else made for every piece
         end = n // _WIDTH * _WIDTH
         for i in range(r):
             for a in range(0, end, _PIECE):
                 part = slice(a, min(a + _PIECE, end))
                 tall = latent[i, part].view(-1, _WIDTH), weight[i, part].view(-1, _WIDTH)
-                yield Rows(tall[0], levels[i : i + 1].expand(len(tall[0]), -1), tall[1])
+                own = levels[i : i + 1].expand(len(tall[0]), -1)
+                yield Rows(tall[0], None, tall[1], own)
             if end < n:
                 row = slice(i, i + 1)
-                yield Rows(latent[row, end:], levels[row], weight[row, end:])
+                yield Rows(latent[row, end:], None, weight[row, end:], levels[row])
     else:
         step = max(1, _PIECE // n)
         for a in range(0, r, step):
-            yield in_rows(whole, slice(a, a + step))
+            yield some_rows(whole, slice(a, a + step))

@@ -1,8 +1,8 @@
 """Compiled programs of the prox pass, each one loop that reads latents and writes weights.
 
-A program is made for a map, a number of levels and dtypes, and serves rows of any number and
-length, but for very large parameters on a GPU, where it serves one length; steps, learning rates
-and coefficients are tensors to it.
+A program is made for a map, a quantizer and dtypes, and serves rows of any number and length, but
+for very large parameters on a GPU, where it serves one length; steps, learning rates and
+coefficients are tensors to it. It makes the levels of short rows from their qparams, in the loop.
 
 On a CPU a loop maps two parameters of one shape, or both halves of a very large one, for what is
 read from memory in two places is waited for less long. On a GPU a program maps up to four of one
@@ -13,18 +13,19 @@ of rows, and by how much their number can be divided.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from parq_fn.foundation.torch_private import compiled, compiler_options, mark_constant
-from parq_fn.optim.engine.rows import Map, Maps, Rows, in_columns, in_rows, write
+from parq_fn.optim.engine.rows import Map, Maps, Rows, in_columns, some_rows, write
 from parq_fn.proxmaps.levels import BOUNDS_MIN, bounds
 from parq_fn.proxmaps.proxmap import Formula
+from parq_fn.quantizers import Quantizer
 
-_LONG = 1 << 10  # of a row from which on its bounds are computed once, not for every weight
+_LONG = 1 << 10  # of a row from which on its levels are made once, not for every weight
 _LARGE = 1 << 20  # of a latent from which on a program is told more of its shape
 _GROUP = 1 << 12  # of whose multiples a loop on a GPU needs no mask
 _REST = 1 << 17  # elements left over that are mapped without a program
@@ -38,7 +39,7 @@ class Programs:
         self._found: dict[Any, Callable[..., None]] = {}
 
     def __call__(self, maps: Maps, wholes: list[Rows]) -> None:
-        calls, left = _calls(_with_bounds(maps, wholes), cut=maps.link.elementwise)
+        calls, left = _calls(_with_levels(maps, wholes), cut=maps.link.elementwise)
         # All are prepared before the first is run: alternating would evict code from the
         # instruction cache, which doubles the time.
         hows = [maps.of(parts[0]) for parts in calls]
@@ -49,39 +50,47 @@ class Programs:
             maps.of(part).write(part)
 
     def _program(self, how: Map, parts: list[Rows]) -> Callable[..., None]:
-        formula = how.formula
-        latent, levels, weight, bound = parts[0]
-        k, device = levels.shape[-1], latent.device.type
-        dtypes = latent.dtype, levels.dtype, weight.dtype
+        formula, k = how.formula, how.quantizer.num_levels
+        (latent, _, weight, levels, bound), table = parts[0], parts[0].table
+        device, columns = latent.device.type, table.shape[-1]
+        dtypes = latent.dtype, table.dtype, weight.dtype
         grouped = latent.dim() > 2
-        shape = latent.shape[1:] if grouped else tuple(size in (1, k) for size in latent.shape)
-        kind = len(parts), shape, k, dtypes, device, bound is None, how.divisor is None
-        key = _identity(formula.weight), kind
+        shape = (
+            latent.shape[1:] if grouped else tuple(size in (1, columns) for size in latent.shape)
+        )
+        # the program keeps the quantizer alive whose number stands for it
+        own = id(how.quantizer) if levels is None else None
+        kind = len(parts), shape, columns, dtypes, device, bound is None, how.divisor is None
+        key = _identity(formula.weight), own, k, kind
         if key not in self._found:
             cells_from = formula.cells_from
             if cells_from is None and bound is None:
                 cells_from = BOUNDS_MIN  # then a cell is searched for the nearest level, too
             narrow = cells_from is not None and k >= cells_from
             options = compiler_options(device, two=len(parts) > 1, narrow=narrow)
-            self._found[key] = _compiled(formula, options)
+            self._found[key] = _compiled(how.quantizer, formula, options)
         return self._found[key]
 
 
-def _with_bounds(maps: Maps, wholes: list[Rows]) -> list[Rows]:
-    """The same, with their bounds where a program would compute them for every weight; those of
-    all together, for one at a time they cost as much as a call of a program."""
-    found: dict[Any, dict[int, Tensor]] = {}
+def _with_levels(maps: Maps, wholes: list[Rows]) -> list[Rows]:
+    """The same, but long rows with levels, and with bounds where a program would compute them for
+    every weight; those of all together, for one at a time they cost as much as a call of a program.
+    """
+    found: dict[Any, dict[int, Rows]] = {}
     for i, whole in enumerate(wholes):
-        formula, *_, dtype = maps.of(whole)
-        long = whole.latent.shape[1] >= _LONG and _on_cpu(whole)
-        if formula.prepared and formula.cells_from is None and long:  # a GPU has time for them
-            found.setdefault((dtype, whole.kind), {})[i] = whole.levels
+        if whole.latent.shape[1] >= _LONG:
+            found.setdefault(whole.kind, {})[i] = whole
     wholes = list(wholes)
-    for (dtype, _), levels in found.items():
-        bound = bounds(torch.cat([*levels.values()]).to(dtype))
-        own = torch.split(bound, [len(rows) for rows in levels.values()])
-        for i, part in zip(levels, own, strict=True):
-            wholes[i] = wholes[i]._replace(bound=part)
+    for together in found.values():
+        one = next(iter(together.values()))
+        how, tables = maps.of(one), [rows.table for rows in together.values()]
+        levels = how.quantizer.levels_in(torch.cat(tables), one.weight.dtype)
+        sizes = [len(table) for table in tables]
+        bound: Sequence[Tensor | None] = [None] * len(sizes)
+        if how.formula.prepared and how.formula.cells_from is None and _on_cpu(one):
+            bound = torch.split(bounds(levels.to(how.dtype)), sizes)  # a GPU has time for them
+        for i, own, ends in zip(together, torch.split(levels, sizes), bound, strict=True):
+            wholes[i] = wholes[i]._replace(qparams=None, levels=own, bound=ends)
     return wholes
 
 
@@ -146,16 +155,18 @@ def _halved(whole: Rows) -> tuple[list[Rows], Rows | None]:
             rest = in_columns(whole, slice(n - 1, n))
             whole = in_columns(whole, slice(0, n - 1))
         # levels of their own memory, as those of two rows are: else a program of its own
-        whole = Rows(
-            whole.latent.view(2, half),
-            whole.levels.repeat(2, 1),
-            whole.weight.view(2, half),
-            None if whole.bound is None else whole.bound.repeat(2, 1),
-        )
+        of_row = (x if x is None else x.repeat(2, 1) for x in (whole.qparams, *whole[3:]))
+        whole = _of_other_rows(whole, of_row, 2, half)
     elif r % 2:
-        whole, rest = in_rows(whole, slice(0, r - 1)), in_rows(whole, slice(r - 1, r))
+        whole, rest = some_rows(whole, slice(0, r - 1)), some_rows(whole, slice(r - 1, r))
     halves = zip(*([x, x] if x is None else x.chunk(2) for x in whole), strict=True)
     return [Rows._make(half) for half in halves], rest
+
+
+def _of_other_rows(whole: Rows, of_row: Iterable[Tensor | None], r: int, n: int) -> Rows:
+    """The weights as r rows of n, with the qparams, levels and bounds of these."""
+    qparams, levels, bound = of_row
+    return Rows(whole.latent.view(r, n), qparams, whole.weight.view(r, n), levels, bound)
 
 
 def _grouped(whole: Rows) -> tuple[list[Rows], Rows | None]:
@@ -175,15 +186,11 @@ def _grouped(whole: Rows) -> tuple[list[Rows], Rows | None]:
         if whole.latent.numel() % _GROUP:
             rest = in_columns(whole, slice(r * n, None))
             whole = in_columns(whole, slice(0, r * n))
-        whole = Rows(
-            whole.latent.view(r, n),
-            whole.levels.expand(r, -1),
-            whole.weight.view(r, n),
-            None if whole.bound is None else whole.bound.expand(r, -1),
-        )
+        of_row = (x if x is None else x.expand(r, -1) for x in (whole.qparams, *whole[3:]))
+        whole = _of_other_rows(whole, of_row, r, n)
     elif r % g:
         used = r // g * g
-        whole, rest = in_rows(whole, slice(0, used)), in_rows(whole, slice(used, r))
+        whole, rest = some_rows(whole, slice(0, used)), some_rows(whole, slice(used, r))
     groups = (x if x is None else x.view(r // g, g, x.shape[1]) for x in whole)
     return [Rows._make(groups)], rest
 
@@ -204,7 +211,9 @@ def _flat(groups: Tensor) -> Tensor:
     return groups.view(m * g, n)
 
 
-def _compiled(formula: Formula, options: dict[str, Any]) -> Callable[..., None]:
+def _compiled(
+    quantizer: Quantizer, formula: Formula, options: dict[str, Any]
+) -> Callable[..., None]:
     """A program that writes the weights of one part, or of some of one shape."""
 
     def run(parts: list[Rows], scalars: tuple[Tensor, ...], divisor: Tensor | None) -> None:
@@ -212,7 +221,7 @@ def _compiled(formula: Formula, options: dict[str, Any]) -> Callable[..., None]:
             assert part.latent.shape == parts[0].latent.shape  # known to a compiler: one loop
             if part.latent.dim() > 2:
                 part = Rows._make(x if x is None else _flat(x) for x in part)
-            write(formula, part, scalars, divisor)
+            write(quantizer, formula, part, scalars, divisor)
 
     return compiled(run, options)
 

@@ -27,8 +27,9 @@ from parq_fn.testing.laws import prox_links as _prox_links
 from parq_fn.testing.laws import proximal as _proximal
 from parq_fn.testing.laws import proxmaps, quantizers, schedules, transformations
 from parq_fn.testing.laws import pullback as _pullback
+from parq_fn.testing.laws import qparams as _qparams
 
-del _proximal, _prox_links, _pullback  # imported for the laws that they add
+del _proximal, _prox_links, _pullback, _qparams  # imported for the laws that they add
 
 #: All laws, by kind.
 ALL: dict[str, tuple[Law, ...]] = {

@@ -12,7 +12,7 @@ from parq_fn.foundation.checks import readable
 from parq_fn.foundation.tree import PyTree, tree_leaves, tree_map
 from parq_fn.testing.law import Claim, equal
 from parq_fn.testing.laws.transformations import Point, Steps, last, law, train
-from parq_fn.transforms.prox_link import Prox, ProxState
+from parq_fn.transforms.prox_link import Prox, ProxState, in_rows
 
 
 def to_dtype(tree: PyTree, dtype: torch.dtype) -> PyTree:
@@ -62,17 +62,17 @@ def weights_are_mapped(t: Prox, params: PyTree, steps: Steps) -> Iterator[Claim]
             step = torch.tensor(i - 1)
 
             def weight(u: Tensor, q: Tensor, step: Tensor = step, here: Point = here) -> Tensor:
-                rows = t.proxmap(seen(t, u, here.state), q, t.coefficient(step))
+                levels = t.quantizer.levels_in(in_rows(q), u.dtype)
+                rows = t.proxmap(seen(t, u, here.state), levels, t.coefficient(step))
                 return rows.reshape(u.shape).to(u.dtype)
 
-            yield equal(
-                t.weights(here.state, here.params), tree_map(weight, here.params, here.state.levels)
-            )
+            mapped = tree_map(weight, here.params, here.state.qparams)
+            yield equal(t.weights(here.state, here.params), mapped)
 
 
 @law(
-    "Levels change on refits only, and are then the quantizer's of the latent as it will be.",
-    "Q_t = quantizer(u_t) where t >= warmup and (t - warmup) % period = 0, else Q_{t-1}",
+    "Qparams change on refits only, and are then the quantizer's of the latent as it will be.",
+    "q_t = fit(u_t) where t >= warmup and (t - warmup) % period = 0, else q_{t-1}",
     needs=("prox",),
 )
 def refits_when_due(t: Prox, plain: PyTree, steps: Steps) -> Iterator[Claim]:
@@ -81,9 +81,13 @@ def refits_when_due(t: Prox, plain: PyTree, steps: Steps) -> Iterator[Claim]:
         old, *rest = train(t, plain, steps, state)
         for i, here in enumerate(rest, first):
             now = here.state
-            fitted = tree_map(lambda u, now=now: t.quantizer(seen(t, u, now)), here.params)
+            fitted = tree_map(
+                lambda q, u, now=now: t.quantizer.fit(seen(t, u, now)).reshape(q.shape),
+                now.qparams,
+                here.params,
+            )
             due = i >= t.warmup and (i - t.warmup) % t.period == 0
-            yield equal(here.state.levels, fitted if due else old.state.levels)
+            yield equal(now.qparams, fitted if due else old.state.qparams)
             old = here
 
 
@@ -100,15 +104,15 @@ def hard_in_the_end(t: Prox, plain: PyTree, steps: Steps, dtype: torch.dtype) ->
     _, *rest = train(t, params, [to_dtype(g, dtype) for g in steps], state)
     for here in rest:
         weights = tree_leaves(t.weights(here.state, here.params))
-        for w, q in zip(weights, tree_leaves(here.state.levels), strict=True):
-            rows = t.granularity.rows(w)
-            on_level = (rows.unsqueeze(-1) == q.unsqueeze(-2)).any(-1)
+        for w, q in zip(weights, tree_leaves(here.state.qparams), strict=True):
+            rows, levels = t.granularity.rows(w), t.quantizer.levels_in(in_rows(q), w.dtype)
+            on_level = (rows.unsqueeze(-1) == levels.unsqueeze(-2)).any(-1)
             yield equal(on_level, torch.ones_like(on_level))
 
 
 @law(
-    "Without updates nothing moves after the annealing: latents, levels and weights stand.",
-    "g = 0, t >= end  =>  (u, Q, w)_{t+1} = (u, Q, w)_t",
+    "Without updates nothing moves after the annealing: latents, qparams and weights stand.",
+    "g = 0, t >= end  =>  (u, q, w)_{t+1} = (u, q, w)_t",
     needs=("prox", "hardens"),
 )
 def settles(t: Prox, plain: PyTree, steps: Steps) -> Iterator[Claim]:
@@ -119,6 +123,6 @@ def settles(t: Prox, plain: PyTree, steps: Steps) -> Iterator[Claim]:
     once = last(t, plain, [zeros], state)
     later = last(t, plain, [zeros] * (1 + len(steps) + t.period), state)
     yield equal(
-        (later.params, later.state.levels, t.weights(later.state, later.params)),
-        (once.params, once.state.levels, t.weights(once.state, once.params)),
+        (later.params, later.state.qparams, t.weights(later.state, later.params)),
+        (once.params, once.state.qparams, t.weights(once.state, once.params)),
     )

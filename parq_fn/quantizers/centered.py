@@ -1,0 +1,82 @@
+"""A quantizer of rows less their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from parq_fn.foundation.traits import QuantizerTraits
+from parq_fn.foundation.value import value
+from parq_fn.quantizers.base import Quantizer
+from parq_fn.quantizers.reductions import itself, mean
+
+
+def less_mean(x: Tensor, qparams: Callable[[Tensor], Tensor]) -> Tensor:
+    """Qparams [r, m + 1]: those of rows x less their mean, and the mean."""
+    middle = mean(x, itself)
+    return torch.cat([qparams(x - middle), middle], -1)
+
+
+def about_mean(qparams: Tensor, levels: Callable[[Tensor], Tensor]) -> Tensor:
+    """Levels of qparams [r, m + 1], of which the last is a mean."""
+    return levels(qparams[..., :-1]) + qparams[..., -1:]
+
+
+@value
+class centered(Quantizer):
+    """The levels of `quantizer` for x - mean(x), plus mean(x), the mean of each row.
+
+    Rows [r, n] -> qparams [r, m + 1], those of the quantizer and the mean -> levels [r, k].
+    center=True of the quantizers that take it is short for this.
+
+    >>> import torch
+    >>> from parq_fn.quantizers import max_uniform
+    >>> centered(max_uniform(2))(torch.tensor([[1.0, 5.0]]))
+    tensor([[1., 3., 5.]])
+    """
+
+    quantizer: Quantizer
+
+    @property
+    def homogeneous(self) -> bool:  # type: ignore[override] # of the class in the others
+        """Where the quantizer is."""
+        return self.quantizer.homogeneous
+
+    @property
+    def num_levels(self) -> int:
+        return self.quantizer.num_levels
+
+    @property
+    def num_qparams(self) -> int:
+        return self.quantizer.num_qparams + 1
+
+    @property
+    def scales(self) -> tuple[bool, ...]:
+        return (*self.quantizer.scales, True)
+
+    @property
+    def traits(self) -> QuantizerTraits:
+        return about_mean_traits(self.quantizer.traits)
+
+    def qparams(self, x: Tensor) -> Tensor:
+        return less_mean(x, self.quantizer.qparams)
+
+    def levels(self, qparams: Tensor) -> Tensor:
+        return about_mean(qparams, self.quantizer.levels)
+
+
+def about_mean_traits(own: QuantizerTraits) -> QuantizerTraits:
+    """What a quantizer of these traits declares of rows less their mean."""
+    return QuantizerTraits(
+        scale_exact=own.scale_exact,
+        widens=own.widens,
+        ambiguous=own.ambiguous,
+        exact_on_constants=own.exact_on_constants or own.includes_zero is not False,
+        scale=own.scale,
+        sign=own.sign,
+        shift=own.scale,
+        permutation=own.permutation,
+        repetition=own.repetition,
+    )

@@ -1,0 +1,58 @@
+"""The levels of the prox links inside a transformation, from its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import optree
+
+from parq_fn.foundation.tree import Masked, PyTree, tree_map
+from parq_fn.foundation.value import show
+from parq_fn.transforms.prox_link import Prox, ProxState
+from parq_fn.transforms.transformation import children_of
+
+
+def prox_states(transformation: Any, state: Any) -> Iterator[tuple[Prox, ProxState]]:
+    """The prox links inside a transformation, each with its state."""
+    if isinstance(transformation, Prox):
+        yield transformation, state
+    elif inside := children_of(transformation):
+        states = transformation.child_states(state)
+        for name, inner in inside.items():
+            yield from prox_states(inner, states[name])
+
+
+def levels_of(transformation: Any, state: Any) -> PyTree:
+    """The levels that each leaf's weights are mapped to: a tree of [..., k], sorted.
+
+    The dimensions before k are those of the leaf without those that a row runs over; `Masked()`
+    stands for a leaf without levels, zeros stand for those not yet fitted. Levels are in float32
+    or better; weights are mapped to them rounded to the weights' dtype.
+
+    transformation: any that prox links are in, however deep; where several quantize a leaf, the
+    last. state: its state. Raises ValueError where there is no prox link.
+
+    >>> import torch
+    >>> from parq_fn import chain, hard_prox, lsbq, sgd
+    >>> transform, params = chain(sgd(0.0), hard_prox(lsbq(1))), {"w": torch.tensor([1.0, -3.0])}
+    >>> _, state = transform.update(params, transform.init(params), params)
+    >>> levels_of(transform, state)
+    {'w': tensor([-2.,  2.])}
+    """
+    found: PyTree = None
+    for link, own in prox_states(transformation, state):
+        levels = tree_map(link.quantizer.known_levels, own.qparams)
+        found = levels if found is None else _merged(levels, found)
+    if found is None:
+        raise ValueError(f"levels_of: there is no prox link in {show(transformation)}")
+    return found
+
+
+def _merged(first: PyTree, second: PyTree) -> PyTree:
+    """The leaves of the first, those of the second where it has none."""
+
+    def either(a: Any, b: Any) -> Any:
+        return b if isinstance(a, Masked) else a
+
+    return optree.tree_map(either, first, second, is_leaf=lambda x: isinstance(x, Masked))
