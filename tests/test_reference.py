@@ -13,6 +13,7 @@ from torch import Tensor
 
 import parq_fn as pf
 from parq_fn import schedules
+from parq_fn.foundation.value import value
 from tests.reference import CASES, QUANTIZERS, TOLERANCE, array, close, link, of_kind, prox_of
 
 
@@ -35,12 +36,23 @@ def test_inverse_slope(case: dict) -> None:
     close(schedule(array(case, "step")), array(case, "value"))
 
 
+@value
+class free(pf.Quantizer):
+    """So many levels, which are their own qparams."""
+
+    count: int
+
+    @property
+    def num_levels(self) -> int:
+        return self.count
+
+
 @pytest.mark.parametrize("case", of_kind("proxmap"))
 def test_proxmap(case: dict) -> None:
     """A link's state is made by hand, so that its step and levels are the case's."""
     u, levels = array(case, "u"), array(case, "levels")
     case = case | {"prox": case["name"]}
-    ours = link(case, pf.lsbq(1), granularity=pf.per_channel())
+    ours = link(case, free(levels.shape[1]), granularity=pf.per_channel())
     step = torch.tensor(case["step"])
     zero = torch.zeros((), dtype=torch.float64)
     state = pf.ProxState(step + 1, ours.coefficient(step), zero, {"w": levels})
