@@ -33,6 +33,14 @@ KEPT: list[tuple[Any, list[float]]] = [
     (pf.lsbq(0, "alternating"), [3.0]),
     (pf.lloyd_max(2), [4 / 3, 4.0]),
     (pf.lloyd_max(1, symmetric=False), [-4.0, 2 / 3]),
+    (pf.integer(3), [1.0]),
+    (pf.integer(3, "max_symmetric"), [4 / 3.5]),
+    (pf.integer(3, "mean"), [4 / 3**0.5]),
+    (pf.affine(2), [2.0, -4.0]),
+    (pf.codebook.fp4, [4 / 6]),
+    (pf.codebook.nf4, [4.0]),
+    (pf.gaussian(1), [2 * 0.7978845587140913 * 5.5**0.5]),
+    (pf.quantizers.centered(pf.integer(2)), [2.5, -0.5]),
     (pf.quantizers.centered(pf.max_uniform(2)), [3.5, -0.5]),
 ]
 

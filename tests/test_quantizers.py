@@ -28,6 +28,10 @@ ALL = [
     *(pf.lsbq(b, "optimal", center=c) for b in (0, 1, 2) for c in (False, True)),
     *(pf.lsbq(b, "alternating", center=c) for b in (0, 1, 2, 3, 8) for c in (False, True)),
     *(pf.lloyd_max(b, symmetric=s) for b in (1, 2, 3, 8) for s in (False, True)),
+    *(pf.integer(b, scale) for b in (2, 4, 8) for scale in ("max", "max_symmetric", "mean")),
+    *(pf.affine(b) for b in (1, 2, 8)),
+    *(pf.codebook.nf4, pf.codebook.fp4, pf.codebook.iq4_nl, pf.codebook((-1, 0, 0.25, 1))),
+    *(pf.gaussian(b) for b in (0, 1, 2, 8)),
 ]  # fmt: skip
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 every = pytest.mark.parametrize("quantizer", sampled(ALL, len(ALL) // 2), ids=repr)
@@ -300,6 +304,14 @@ def test_published_faults_of_optimal_are_absent() -> None:
         (lambda: pf.lsbq(2, "best"), ValueError, "method must be 'greedy', 'optimal'"),
         (lambda: pf.lsbq(0, multiplier=0.0), ValueError, r"multiplier must lie in \(0, inf\)"),
         (lambda: pf.uniform(2, "median"), ValueError, "scale must be 'mean' or 'max'"),
+        (lambda: pf.integer(2, "median"), ValueError, "scale must be 'max', 'max_symmetric' or"),
+        (lambda: pf.codebook([0.0, 1.0]), TypeError, r"a tuple of numbers, got \[0.0, 1.0\]"),
+        (lambda: pf.codebook((0.0, "1")), TypeError, "a tuple of numbers, got"),
+        (lambda: pf.codebook((1.0, 0.5)), ValueError, "increasing order, .* got 0.5 after 1.0"),
+        (lambda: pf.codebook((1.0, 1.0)), ValueError, "each number once"),
+        (lambda: pf.codebook((0.0, math.inf)), ValueError, r"table\[1\] must lie in"),
+        (lambda: pf.codebook((0,)), ValueError, r"a number beside 0, got \(0,\)"),
+        (lambda: pf.codebook(()), ValueError, r"a number beside 0, got \(\)"),
         (lambda: pf.lsbq(2)(torch.ones(3)), ValueError, r"takes rows \[r, n\], got shape \(3,\)"),
         (lambda: pf.lsbq(2)(torch.ones(1, 3, dtype=torch.int32)), TypeError, "torch.int32"),
         (lambda: pf.lsbq(2)([[1.0]]), TypeError, "takes rows as a tensor, got list"),
@@ -365,12 +377,13 @@ def test_defaults() -> None:
     assert pf.ternary_uniform() == pf.ternary_uniform(center=False)
     assert pf.lsbq(2) == pf.lsbq(2, method="greedy", center=False, multiplier=1.1)
     assert pf.lloyd_max(2) == pf.lloyd_max(2, symmetric=True)
+    assert pf.integer(2) == pf.integer(2, scale="max")
 
 
 @pytest.mark.parametrize(
     ("build", "low", "high"),
     [(pf.lsbq, 0, 8), (pf.uniform, 1, 8), (pf.max_uniform, 2, 8), (pf.asymmetric, 1, 8),
-     (pf.lloyd_max, 1, 8)],
+     (pf.lloyd_max, 1, 8), (pf.integer, 2, 8), (pf.affine, 1, 8), (pf.gaussian, 0, 8)],
 )  # fmt: skip
 def test_bits_from_least_to_most(build, low: int, high: int) -> None:
     build(low), build(high)
@@ -383,8 +396,11 @@ def test_numbers_of_levels() -> None:
     for b in range(1, 9):
         assert pf.uniform(b).num_levels == pf.asymmetric(b).num_levels == 2**b
         assert pf.lsbq(b).num_levels == pf.lloyd_max(b).num_levels == 2**b
+        assert pf.affine(b).num_levels == pf.gaussian(b).num_levels == 2**b
+        assert b == 1 or pf.integer(b).num_levels == 2**b
         assert b == 1 or pf.max_uniform(b).num_levels == 2**b - 1
     assert pf.lsbq(0).num_levels == pf.ternary_uniform().num_levels == 3
+    assert pf.gaussian(0).num_levels == 3
 
 
 @pytest.mark.slow
@@ -465,6 +481,14 @@ def test_levels_of_rows_that_are_scaled_first_are_the_same(far: float) -> None:
     quantizers = [pf.uniform(3), pf.max_uniform(3), pf.asymmetric(2), pf.ternary_uniform()]
     quantizers += [pf.lsbq(b, m) for b in (0, 1, 2) for m in ("greedy", "optimal", "alternating")]
     quantizers += [pf.lloyd_max(2), pf.lloyd_max(3, symmetric=False), pf.lsbq(3, center=True)]
+    quantizers += [pf.integer(3, scale) for scale in ("max", "max_symmetric", "mean")]
+    quantizers += [
+        pf.affine(3),
+        pf.codebook.nf4,
+        pf.codebook.iq4_nl,
+        pf.gaussian(0),
+        pf.gaussian(3),
+    ]
     rows = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     rows[1] *= 1e-3
     rows[2] = 0
@@ -565,9 +589,11 @@ odd = st.one_of(
 
 def test_which_qparams_tell_of_their_rows() -> None:
     assert {type(quantizer) for quantizer in TELLING} == {
-        pf.uniform, pf.max_uniform, pf.ternary_uniform, pf.lsbq
+        pf.uniform, pf.max_uniform, pf.ternary_uniform, pf.lsbq, pf.integer, pf.codebook
     }  # fmt: skip
-    assert all(not quantizer.center for quantizer in TELLING)
+    assert not any(getattr(quantizer, "center", False) for quantizer in TELLING)
+    assert not pf.codebook((0.0, 300.0)).telling
+    assert not pf.codebook((0.0, 1e-3)).telling
     assert not pf.lsbq(0, multiplier=0.1).telling
     assert not pf.lsbq(0, multiplier=9.0).telling
     assert not pf.lsbq(2, "optimal").telling

@@ -79,7 +79,8 @@ class uniform(Scaled):
     """2^b levels (j + 1/2) * step, j = -2^(b-1) .. 2^(b-1) - 1: symmetric, without a zero.
 
     step = q_max / (2^(b-1) - 1/2), q_max = min(b mean|x|, max|x|) for scale "mean", max|x| for
-    scale "max". With center=True the row mean is taken out first and added to the levels.
+    scale "max". With center=True the row mean is taken out first and added to the levels. Of 2 bits
+    scale "mean" is SEQ, the stretched grid of ParetoQ, with a scale that is fitted.
 
     Rows [r, n] -> qparams, the step (see `Scaled`) -> levels [r, 2^b], bits b in 1..8. Raises
     ValueError for other bits or scales.

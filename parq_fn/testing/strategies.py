@@ -222,6 +222,10 @@ def quantizers() -> Strategy[pq.Quantizer]:
         st.builds(pq.max_uniform, st.integers(2, 4), center),
         st.builds(pq.asymmetric, bits),
         st.builds(pq.ternary_uniform, center),
+        st.builds(pq.integer, st.integers(2, 4), st.sampled_from(("max", "max_symmetric", "mean"))),
+        st.builds(pq.affine, bits),
+        st.builds(pq.gaussian, st.integers(0, 4)),
+        st.sampled_from((pq.codebook.nf4, pq.codebook.fp4, pq.codebook.iq4_nl)),
     )
 
 

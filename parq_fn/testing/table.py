@@ -28,6 +28,12 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
         pq.max_uniform(2),
         pq.asymmetric(2),
         pq.ternary_uniform(),
+        pq.integer(2),
+        pq.integer(2, "max_symmetric"),
+        pq.affine(2),
+        pq.codebook.nf4,
+        pq.codebook.iq4_nl,
+        pq.gaussian(2),
     ),
     "schedule": (
         schedules.inverse_slope(0, 100),

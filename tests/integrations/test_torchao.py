@@ -12,6 +12,7 @@ pytest.importorskip("torchao", reason="needs torchao: pip install 'parq_fn[integ
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its own
+    from torchao.prototype.parq.quant import StretchedUnifTorchaoQuantizer, UnifTorchaoQuantizer
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
 import torch
@@ -35,6 +36,26 @@ EVEN = {
     pf.asymmetric(4): "int4",
 }
 CUTS = [pf.per_tensor(), pf.per_channel(), pf.per_block(32)]
+
+
+PUBLISHED = [
+    *((StretchedUnifTorchaoQuantizer(bits), pf.uniform(bits)) for bits in (1, 2, 3, 4)),
+    *((UnifTorchaoQuantizer(), pf.integer(bits, "max_symmetric")) for bits in (2, 3, 4, 8)),
+]
+
+
+@pytest.mark.parametrize(
+    ("published", "quantizer"),
+    PUBLISHED,
+    ids=lambda q: repr(q) if isinstance(q, pf.Quantizer) else "",
+)
+def test_the_quantizers_of_its_parq_are_ours(published, quantizer) -> None:
+    """The same levels, bit for bit, and weights, but for ties, which it rounds to even."""
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    weights, levels = published.quantize(x.clone(), quantizer.bits, dim=-1)
+    assert torch.equal(levels.sort(-1).values, quantizer(x))
+    clipped = x.abs() == x.abs().amax(-1, keepdim=True)  # on a midpoint, of max_symmetric
+    assert torch.equal(weights[~clipped], quantizer.nearest(x, quantizer(x))[~clipped])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

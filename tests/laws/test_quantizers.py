@@ -13,6 +13,7 @@ from torch import Tensor
 import parq_fn as pq
 from parq_fn.testing import Law, Violation, check_quantizer, laws, strategies
 from tests.laws import some
+from tests.test_tables import GAUSSIAN
 from tests.twins import quantizers as twins
 
 OPERATORS = [
@@ -38,6 +39,17 @@ OPERATORS = [
     pq.asymmetric(3),
     pq.ternary_uniform(),
     pq.ternary_uniform(center=True),
+    pq.integer(2),
+    pq.integer(3, "max_symmetric"),
+    pq.integer(4, "mean"),
+    pq.affine(1),
+    pq.affine(3),
+    pq.codebook.nf4,
+    pq.codebook.fp4,
+    pq.codebook.iq4_nl,
+    pq.codebook((-1, 0, 0.25, 1)),
+    pq.gaussian(0),
+    pq.gaussian(2),
 ]
 
 
@@ -86,6 +98,33 @@ def test_asymmetric_equals_its_twin(x: Tensor, bits: int) -> None:
     halfway = ((-x.amin(-1, keepdim=True) / step.clamp(min=1e-300)) % 1 - 0.5).abs() < 1e-6
     near = (off <= slack) | (halfway & ((off - step).abs() <= slack))
     assert near.all()
+
+
+@given(rows, st.integers(2, 4), st.sampled_from(("max", "max_symmetric", "mean")))
+def test_integer_equals_its_twin(x: Tensor, bits: int, scale: Any) -> None:
+    want = row_of(twins.integer, x, bits, scale)
+    torch.testing.assert_close(pq.integer(bits, scale)(x), want, atol=1e-12, rtol=1e-12)
+
+
+@given(rows, st.integers(1, 4))
+def test_affine_equals_its_twin(x: Tensor, bits: int) -> None:
+    want = row_of(twins.affine, x, bits)
+    torch.testing.assert_close(pq.affine(bits)(x), want, atol=1e-12, rtol=1e-12)
+
+
+TABLES = (pq.codebook.nf4, pq.codebook.fp4, pq.codebook.iq4_nl, pq.codebook((-1, 0, 0.25, 1)))
+
+
+@given(rows, st.sampled_from(TABLES))
+def test_codebook_equals_its_twin(x: Tensor, quantizer: pq.codebook) -> None:
+    want = row_of(twins.codebook, x, quantizer.table)
+    torch.testing.assert_close(quantizer(x), want, atol=1e-12, rtol=1e-12)
+
+
+@given(rows, st.sampled_from(sorted(GAUSSIAN)))
+def test_gaussian_equals_its_twin(x: Tensor, bits: int) -> None:
+    want = row_of(twins.gaussian, x, 2**bits if bits else 3, GAUSSIAN[bits])
+    torch.testing.assert_close(pq.gaussian(bits)(x), want, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +179,13 @@ FAILS: list[tuple[str, Any]] = [
     ("includes_zero", pq.lsbq(2)),
     ("shift", pq.lsbq(2)),
     ("sign", pq.asymmetric(2)),
+    ("sign", pq.integer(2)),
+    ("idempotent", pq.integer(3, "max_symmetric")),
+    ("idempotent", pq.codebook.iq4_nl),
+    ("exact_on_constants", pq.codebook.iq4_nl),
+    ("sign", pq.codebook.nf4),
+    ("idempotent", pq.gaussian(2)),
+    ("includes_zero", pq.affine(2)),
 ]
 
 

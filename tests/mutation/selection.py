@@ -60,6 +60,12 @@ _select("parq_fn/quantizers/base.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/uniform.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/lsbq.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/lloyd_max.py", *_QUANTIZERS)
+for _name in ("integer", "affine", "gaussian", "codebook"):
+    _select(
+        f"parq_fn/quantizers/{_name}.py",
+        (*_QUANTIZERS[0], "tests/test_tables.py"),
+        *_QUANTIZERS[1:],
+    )
 _select(
     "parq_fn/quantizers/kmeans_1d.py",
     ("tests/test_partition.py",),

@@ -155,6 +155,10 @@ QUANTIZERS = [
     pf.max_uniform(3),
     pf.ternary_uniform(),
     pf.lloyd_max(2),
+    pf.integer(3),
+    pf.affine(2),
+    pf.codebook.nf4,
+    pf.gaussian(2),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations, pairwise, product
 
 
@@ -51,6 +52,36 @@ def ternary_uniform(x: list[float]) -> list[float]:
     """-step, 0, step with step = max|x| / 1.5."""
     step = max(map(abs, x)) / 1.5
     return [-step, 0.0, step]
+
+
+def integer(x: list[float], bits: int, scale: str) -> list[float]:
+    """j * a, j = -2^(b-1) .. 2^(b-1) - 1."""
+    half = 2 ** (bits - 1)
+    if scale == "max":
+        a = max(max(x) / (half - 1), -min(x) / half)
+    elif scale == "max_symmetric":
+        a = max(map(abs, x)) / ((2**bits - 1) / 2)
+    else:
+        a = 2 * mean([abs(v) for v in x]) / math.sqrt(half - 1)
+    return [j * a for j in range(-half, half)]
+
+
+def affine(x: list[float], bits: int) -> list[float]:
+    """j * scale + minimum, j = 0 .. 2^b - 1, from min to max."""
+    scale = (max(x) - min(x)) / (2**bits - 1)
+    return [j * scale + min(x) for j in range(2**bits)]
+
+
+def codebook(x: list[float], table: tuple[float, ...]) -> list[float]:
+    """scale * table, the largest magnitudes of both the same."""
+    scale = max(map(abs, x)) / max(map(abs, table))
+    return [scale * number for number in table]
+
+
+def gaussian(x: list[float], levels: int, outermost: float) -> list[float]:
+    """Evenly spaced between +-outermost * rms(x)."""
+    end = outermost * math.sqrt(mean([a * a for a in x]))
+    return [end * (2 * i / (levels - 1) - 1) for i in range(levels)]
 
 
 def error(x: list[float], q: list[float]) -> float:
