@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import parq_fn as pf
+from tests.twins.formats import minifloats
 
 #: NF4, as QLoRA's appendix E prints it.
 NF4 = (
@@ -51,17 +52,6 @@ def test_nf4_is_made_of_quantiles() -> None:
     numbers = sorted([*(-q for q in quantiles(7)), 0.0, *quantiles(8)])
     made = torch.tensor(numbers, dtype=torch.float64) / max(numbers)
     torch.testing.assert_close(made, torch.tensor(NF4, dtype=torch.float64), rtol=0, atol=3e-7)
-
-
-def minifloats(exponent_bits: int, mantissa_bits: int) -> list[float]:
-    """Those not negative that every pattern of bits stands for, by IEEE 754's rule without
-    infinities and NaN."""
-    bias = 2 ** (exponent_bits - 1) - 1
-    found = []
-    for e, m in itertools.product(range(2**exponent_bits), range(2**mantissa_bits)):
-        fraction = m / 2**mantissa_bits
-        found.append(2.0 ** (e - bias) * (1 + fraction) if e else 2.0 ** (1 - bias) * fraction)
-    return found
 
 
 def test_fp4_is_what_its_bits_say() -> None:

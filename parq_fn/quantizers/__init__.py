@@ -9,6 +9,8 @@ from parq_fn.quantizers.gaussian import gaussian
 from parq_fn.quantizers.integer import integer
 from parq_fn.quantizers.lloyd_max import lloyd_max
 from parq_fn.quantizers.lsbq import lsbq
+from parq_fn.quantizers.mxfp4 import mxfp4
+from parq_fn.quantizers.stored import stored
 from parq_fn.quantizers.uniform import asymmetric, max_uniform, ternary_uniform, uniform
 
 __all__ = [
@@ -23,7 +25,9 @@ __all__ = [
     "lloyd_max",
     "lsbq",
     "max_uniform",
+    "mxfp4",
     "relative_error",
+    "stored",
     "ternary_uniform",
     "uniform",
 ]

@@ -124,6 +124,11 @@ class Quantizer(Value):
             return qparams
         return nan_rows(sorted_columns(qparams), qparams)
 
+    def rounded(self, qparams: Tensor) -> Tensor:
+        """The numbers that the levels of qparams [r, m] are made of, and that a file holds: they
+        themselves, unless a quantizer rounds them, as `stored` does."""
+        return qparams
+
     def levels_in(self, qparams: Tensor, dtype: torch.dtype) -> Tensor:
         """The levels [r, k] that weights of this dtype are mapped to: held to its range and
         rounded to it, so that weights can be bit-equal to them.
@@ -230,15 +235,19 @@ class Quantizer(Value):
 def power_of_two(top: Tensor) -> Tensor:
     """2 ** floor(log2 top), held to the range whose inverse is normal; 1 for 0.
 
-    The exponent bits of the largest magnitude: exact, so that scaling by it rounds nothing, and
+    Of the largest magnitude: exact, so that scaling by it rounds nothing, and
     squares of huge or tiny rows neither overflow nor vanish.
     """
     top = top.detach()
-    wide = top.dtype == torch.float64
-    bits, mask = (torch.int64, 0x7FF0000000000000) if wide else (torch.int32, 0x7F800000)
     tiny = torch.finfo(top.dtype).tiny
-    power = (top.view(bits) & mask).view(top.dtype).clamp(tiny, 1 / tiny)
-    return torch.where(top > 0, power, 1.0)
+    return torch.where(top > 0, power_below(top).clamp(tiny, 1 / tiny), 1.0)
+
+
+def power_below(x: Tensor) -> Tensor:
+    """2 ** floor(log2 x) for normal numbers x > 0, by their exponent bits; 0 for subnormal ones."""
+    wide = x.dtype == torch.float64
+    bits, mask = (torch.int64, 0x7FF0000000000000) if wide else (torch.int32, 0x7F800000)
+    return (x.view(bits) & mask).view(x.dtype)
 
 
 def under(magnitudes: Tensor, end: float, reach: float) -> Tensor:

@@ -63,6 +63,9 @@ class centered(Quantizer):
     def qparams(self, x: Tensor) -> Tensor:
         return less_mean(x, self.quantizer.qparams)
 
+    def rounded(self, qparams: Tensor) -> Tensor:
+        return torch.cat([self.quantizer.rounded(qparams[..., :-1]), qparams[..., -1:]], -1)
+
     def levels(self, qparams: Tensor) -> Tensor:
         return about_mean(qparams, self.quantizer.levels)
 

@@ -225,7 +225,10 @@ def quantizers() -> Strategy[pq.Quantizer]:
         st.builds(pq.integer, st.integers(2, 4), st.sampled_from(("max", "max_symmetric", "mean"))),
         st.builds(pq.affine, bits),
         st.builds(pq.gaussian, st.integers(0, 4)),
-        st.sampled_from((pq.codebook.nf4, pq.codebook.fp4, pq.codebook.iq4_nl)),
+        st.sampled_from((pq.codebook.nf4, pq.codebook.fp4, pq.codebook.iq4_nl, pq.mxfp4())),
+        st.builds(pq.centered, st.builds(pq.integer, st.integers(2, 4))),
+        st.builds(pq.stored, st.builds(pq.affine, bits), st.sampled_from(FLOATING[2:])),
+        st.builds(pq.stored, st.builds(pq.integer, st.integers(2, 4)), st.just("e8m0")),
     )
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 import parq_fn as pq
 from parq_fn import proxmaps, schedules
 from parq_fn.foundation.value import show
@@ -34,6 +36,9 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
         pq.codebook.nf4,
         pq.codebook.iq4_nl,
         pq.gaussian(2),
+        pq.mxfp4(),
+        pq.centered(pq.max_uniform(2)),
+        pq.stored(pq.uniform(2, "max"), torch.bfloat16),
     ),
     "schedule": (
         schedules.inverse_slope(0, 100),

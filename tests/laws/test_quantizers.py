@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import parq_fn as pq
+from parq_fn.quantizers.rounding import FORMATS
 from parq_fn.testing import Law, Violation, check_quantizer, laws, strategies
 from tests.laws import some
 from tests.test_tables import GAUSSIAN
+from tests.twins import formats
 from tests.twins import quantizers as twins
+from tests.twins.formats import nearest_number
 
 OPERATORS = [
     pq.lsbq(0),
@@ -50,6 +53,12 @@ OPERATORS = [
     pq.codebook((-1, 0, 0.25, 1)),
     pq.gaussian(0),
     pq.gaussian(2),
+    pq.mxfp4(),
+    pq.stored(pq.uniform(3, "max"), torch.float16),
+    pq.stored(pq.asymmetric(2), torch.bfloat16),
+    pq.stored(pq.codebook.nf4, "e8m0"),
+    pq.stored(pq.centered(pq.integer(3)), torch.bfloat16),
+    pq.centered(pq.mxfp4()),
 ]
 
 
@@ -127,6 +136,24 @@ def test_gaussian_equals_its_twin(x: Tensor, bits: int) -> None:
     torch.testing.assert_close(pq.gaussian(bits)(x), want, atol=1e-12, rtol=1e-12)
 
 
+@given(strategies.rows(magnitudes=(1.0, 1e-30, 1e30)))
+def test_mxfp4_equals_its_twin(x: Tensor) -> None:
+    assert torch.equal(pq.mxfp4()(x), row_of(twins.mxfp4, x))
+
+
+@given(rows, st.sampled_from((torch.float16, torch.bfloat16, "e8m0")))
+def test_stored_equals_its_twin(x: Tensor, dtype: Any) -> None:
+    """Of a scale that is one division, and so the twin's to the last bit."""
+
+    def twin(row: list[float]) -> list[float]:
+        scale = max(map(abs, row)) / 2
+        held = formats.e8m0(scale) if dtype == "e8m0" else nearest_number(scale, *FORMATS[dtype])
+        return [j * held for j in range(-2, 3)]
+
+    five = pq.codebook((-2, -1, 0, 1, 2))
+    assert torch.equal(pq.stored(five, dtype)(x), row_of(twin, x))
+
+
 @pytest.mark.parametrize(
     ("quantizer", "least"),
     [
@@ -186,6 +213,10 @@ FAILS: list[tuple[str, Any]] = [
     ("sign", pq.codebook.nf4),
     ("idempotent", pq.gaussian(2)),
     ("includes_zero", pq.affine(2)),
+    ("scale", pq.mxfp4()),
+    ("exact_on_constants", pq.mxfp4()),
+    ("scale", pq.stored(pq.uniform(3, "max"), torch.float16)),
+    ("scale_exact", pq.stored(pq.uniform(3, "max"), torch.float16)),
 ]
 
 

@@ -159,6 +159,8 @@ QUANTIZERS = [
     pf.affine(2),
     pf.codebook.nf4,
     pf.gaussian(2),
+    pf.mxfp4(),
+    pf.stored(pf.asymmetric(3), torch.bfloat16),
 ]
 
 

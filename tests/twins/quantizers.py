@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from itertools import combinations, pairwise, product
 
+from tests.twins.formats import e8m0, minifloats
+
 
 def mean(x: list[float]) -> float:
     """The arithmetic mean."""
@@ -82,6 +84,13 @@ def gaussian(x: list[float], levels: int, outermost: float) -> list[float]:
     """Evenly spaced between +-outermost * rms(x)."""
     end = outermost * math.sqrt(mean([a * a for a in x]))
     return [end * (2 * i / (levels - 1) - 1) for i in range(levels)]
+
+
+def mxfp4(x: list[float]) -> list[float]:
+    """e2m1's numbers times 2^(floor(log2 max|x|) - 2)."""
+    scale = e8m0(max(map(abs, x)) / 4)
+    positive = minifloats(2, 1)
+    return [scale * q for q in [*(-q for q in reversed(positive)), *positive[1:]]]
 
 
 def error(x: list[float], q: list[float]) -> float:

@@ -64,6 +64,19 @@ def levels_are_sorted_for_any_qparams(quantizer: Any, x: Tensor, factor: float) 
 
 
 @law(
+    "Levels are those of the rounded qparams, and what is rounded stays.",
+    "L(r(p)) = L(p), r(r(p)) = r(p)",
+)
+def levels_of_rounded_qparams(quantizer: Any, wild: Tensor) -> Iterator[Claim]:
+    if not hasattr(quantizer, "rounded"):
+        return
+    qparams = quantizer.fit(wild)
+    held = quantizer.rounded(qparams)
+    yield equal(quantizer.levels(held), quantizer.levels(qparams))
+    yield equal(quantizer.rounded(held), held)
+
+
+@law(
     "The grid that it gives is its levels.",
     "L(p) = (step * first, step * (first + 1), ..., step * last)",
     applies=lambda t: t.evenly_spaced,
