@@ -45,7 +45,8 @@ class fixed(Quantizer):
     def num_levels(self) -> int:
         return len(self.points)
 
-    def fit(self, rows: Tensor) -> Tensor:
+    def fit(self, rows: Tensor, whole: Tensor | None = None) -> Tensor:
+        del whole
         return self.points.to(rows.dtype).expand(*rows.shape[:-1], -1)
 
 

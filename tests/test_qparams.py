@@ -41,6 +41,7 @@ KEPT: list[tuple[Any, list[float]]] = [
     (pf.codebook.nf4, [4.0]),
     (pf.gaussian(1), [2 * 0.7978845587140913 * 5.5**0.5]),
     (pf.mxfp4(), [1.0]),
+    (pf.nvfp4(), [4 / 6, 4 / 2688]),
     (pf.stored(pf.integer(2), torch.float16), [2.0]),
     (pf.quantizers.centered(pf.integer(2)), [2.5, -0.5]),
     (pf.quantizers.centered(pf.max_uniform(2)), [3.5, -0.5]),

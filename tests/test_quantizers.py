@@ -33,6 +33,7 @@ ALL = [
     *(pf.codebook.nf4, pf.codebook.fp4, pf.codebook.iq4_nl, pf.codebook((-1, 0, 0.25, 1))),
     *(pf.gaussian(b) for b in (0, 1, 2, 8)),
     pf.mxfp4(),
+    pf.nvfp4(),
     *(pf.stored(pf.integer(4), dtype) for dtype in (torch.float16, torch.bfloat16, "e8m0")),
     *(pf.stored(q, torch.bfloat16) for q in (pf.asymmetric(4), pf.affine(4), pf.lloyd_max(2))),
     *(pf.centered(q) for q in (pf.codebook.nf4, pf.mxfp4(), pf.stored(pf.lsbq(2), torch.float16))),
@@ -234,7 +235,7 @@ def test_rows_are_their_own(quantizer) -> None:
     assert bool(levels[1].isnan().all())
     assert bool(levels[2].isnan().all())
     for i in (0, 3):
-        assert torch.equal(levels[i], quantizer.fit(x[i : i + 1])[0])
+        assert torch.equal(levels[i], quantizer.fit(x[i : i + 1], quantizer.whole(x))[0])
 
 
 @pytest.mark.slow
@@ -595,7 +596,7 @@ odd = st.one_of(
 def test_which_qparams_tell_of_their_rows() -> None:
     assert {type(quantizer) for quantizer in TELLING} == {
         pf.uniform, pf.max_uniform, pf.ternary_uniform, pf.lsbq, pf.integer, pf.codebook,
-        pf.mxfp4, pf.stored,
+        pf.mxfp4, pf.nvfp4, pf.stored,
     }  # fmt: skip
     assert not any(getattr(quantizer, "center", False) for quantizer in TELLING)
     assert not pf.codebook((0.0, 300.0)).telling

@@ -34,6 +34,7 @@ VALUES = [
     pf.codebook.fp4,
     pf.codebook.iq4_nl,
     pf.mxfp4(),
+    pf.nvfp4(),
     pf.stored(pf.uniform(4), torch.float16),
     pf.stored(pf.codebook.nf4, "e8m0"),
     pf.centered(pf.integer(4)),

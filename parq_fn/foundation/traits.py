@@ -129,6 +129,8 @@ class QuantizerTraits(Value):
     #: The optimum may not be unique, so that rounding chooses: then the symmetry laws below compare
     #: errors, not levels.
     ambiguous: bool = False
+    #: Its last qparams are of the whole tensor: what is given to it together counts.
+    whole: bool = False
     #: Its `grid` gives the levels, a step times first, first + 1, ..., last.
     evenly_spaced: bool = False
     #: A constant row is reproduced.

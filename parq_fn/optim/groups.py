@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parq_fn.foundation.value import Value
 from parq_fn.optim.state import Group
-from parq_fn.quantizers import ternary_uniform, uniform
+from parq_fn.quantizers import Quantizer, ternary_uniform, uniform
 from parq_fn.quantizers.granularity import Granularity, per_block, per_channel
 from parq_fn.transforms.prox_link import Prox
 
@@ -86,17 +86,7 @@ def _is_whole(got: Any) -> bool:
 def link_of(prox: Prox, group: Group) -> Prox:
     """The prox link with what a group gives of bits, 0 for ternary, block size and axis."""
     bits, block, axis = map(group.get, KEYS)
-    quantizer: Any = prox.quantizer
-    if bits is None:
-        pass
-    elif bits == 0 and isinstance(quantizer, uniform):
-        quantizer = ternary_uniform(center=quantizer.center)
-    elif "bits" in {f.name for f in dataclasses.fields(quantizer)}:
-        quantizer = dataclasses.replace(quantizer, bits=bits)
-    elif not (bits == 0 and isinstance(quantizer, ternary_uniform)):
-        raise ValueError(
-            f"QuantOptimizer: {quantizer!r} has no bits to be set to quant_bits={bits}"
-        )
+    quantizer = prox.quantizer if bits is None else _with_bits(prox.quantizer, bits)
     granularity: Granularity = prox.granularity
     if block is not None and isinstance(granularity, per_block):
         granularity = dataclasses.replace(granularity, size=block)
@@ -107,6 +97,25 @@ def link_of(prox: Prox, group: Group) -> Prox:
     elif axis is not None:
         granularity = per_channel(axis)
     return dataclasses.replace(prox, quantizer=quantizer, granularity=granularity)
+
+
+def _with_bits(quantizer: Any, bits: int) -> Any:
+    """The quantizer, or the one that it is around, with so many bits; of a table as it is, where a
+    level's code has so many."""
+    inner = getattr(quantizer, "quantizer", None)
+    if isinstance(inner, Quantizer):
+        return dataclasses.replace(quantizer, quantizer=_with_bits(inner, bits))
+    if bits == 0 and isinstance(quantizer, uniform):
+        return ternary_uniform(center=quantizer.center)
+    if "bits" in {f.name for f in dataclasses.fields(quantizer)}:
+        return dataclasses.replace(quantizer, bits=bits)
+    k = quantizer.num_levels
+    own = 0 if k == 3 else (k - 1).bit_length()
+    if bits != own:
+        raise ValueError(
+            f"QuantOptimizer: {quantizer!r} has no bits to be set to quant_bits={bits}"
+        )
+    return quantizer
 
 
 def _others(axis: int | tuple[int, ...], params: list[Tensor]) -> int | tuple[int, ...]:

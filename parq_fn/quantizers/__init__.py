@@ -10,6 +10,7 @@ from parq_fn.quantizers.integer import integer
 from parq_fn.quantizers.lloyd_max import lloyd_max
 from parq_fn.quantizers.lsbq import lsbq
 from parq_fn.quantizers.mxfp4 import mxfp4
+from parq_fn.quantizers.nvfp4 import nvfp4
 from parq_fn.quantizers.stored import stored
 from parq_fn.quantizers.uniform import asymmetric, max_uniform, ternary_uniform, uniform
 
@@ -26,6 +27,7 @@ __all__ = [
     "lsbq",
     "max_uniform",
     "mxfp4",
+    "nvfp4",
     "relative_error",
     "stored",
     "ternary_uniform",

@@ -48,6 +48,10 @@ class Quantizer(Value):
     and either `grid(qparams)`, where levels are evenly spaced, or `levels(qparams)`: sorted, pure
     and cheap, for it is called at every step. `scales` says which qparams scale with x.
 
+    Rows are quantized each from itself alone. The one exception: of a quantizer with `num_whole`
+    above 0 so many qparams, the last, are of the whole tensor that the rows are of, `whole(x)`, and
+    the same in each of them. `qparams(x)` gives the others; `fit` puts them together.
+
     Raises TypeError, when the class is defined, for one that defines levels and no qparams.
 
     >>> import torch
@@ -64,6 +68,9 @@ class Quantizer(Value):
     #: Whether qparams(2^i x) = 2^i qparams(x), bit for bit, in those that scale; then only rows far
     #: from 1 are scaled, which takes a copy of them.
     homogeneous: ClassVar[bool] = False
+
+    #: How many of the qparams are of the whole tensor, see the class.
+    num_whole: ClassVar[int] = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -106,6 +113,15 @@ class Quantizer(Value):
     def qparams(self, x: Tensor) -> Tensor:
         """Prepared rows [r, n] -> qparams [r, m]; see the class."""
         raise NotImplementedError(f"{type(self).__name__} must define qparams")
+
+    def whole(self, x: Tensor) -> Tensor:
+        """All rows [r, n] of a tensor -> [1, num_whole], the qparams that they have in common; of
+        some of the rows, such that the largest over all parts is that of the whole.
+
+        x is float32 or float64, not scaled, and r may be 0; what rows with NaN and infinities hold
+        is left out.
+        """
+        return x.new_zeros(1, 0)
 
     def grid(self, qparams: Tensor) -> Grid | None:
         """The levels of qparams [r, m] as multiples of a step; None where they are not."""
@@ -161,9 +177,12 @@ class Quantizer(Value):
             return self.levels(qparams)
         return qparams[..., -self.num_levels :]
 
-    def fit(self, rows: Tensor) -> Tensor:
+    def fit(self, rows: Tensor, whole: Tensor | None = None) -> Tensor:
         """Qparams [r, m] of rows [r, n], without a look at their values: in float32, of float64
         rows in float64.
+
+        whole: [1, num_whole], what `whole` gives for the tensor that the rows are of; without it
+        they are all of its rows. Of no meaning to quantizers without such qparams.
 
         A row that holds NaN or an infinity gets NaN and leaves the other rows alone; an empty row
         gets zeros. What would be infinite is the dtype's largest number.
@@ -173,7 +192,11 @@ class Quantizer(Value):
             return rows.new_zeros((*rows.shape[:-1], self.num_qparams), dtype=dtype)
         # laid out in one way, for the order of a sum follows memory
         x = rows.to(dtype).contiguous()
-        return torch.cat([self._fit(piece) for piece in pieces(x, 0)])
+        own = torch.cat([self._fit(piece) for piece in pieces(x, 0)])
+        if not self.num_whole:
+            return own
+        common = (self.whole(x) if whole is None else whole).expand(len(x), -1)
+        return torch.cat([own, nan_rows(common, own)], -1)
 
     def _fit(self, x: Tensor) -> Tensor:
         if self.telling and is_plain(x):
@@ -193,14 +216,17 @@ class Quantizer(Value):
             qparams = self._qparams(x)
         else:
             one, end = torch.ones_like(scale), torch.finfo(x.dtype).max
-            factors = torch.cat([scale if scales else one for scales in self.scales], -1)
+            own = self.scales[: self.num_qparams - self.num_whole]
+            factors = torch.cat([scale if scales else one for scales in own], -1)
             qparams = (self._qparams(x / scale) * factors).clamp(-end, end)
         return qparams if usable else torch.where(finite, qparams, torch.nan)
 
     def _qparams(self, x: Tensor) -> Tensor:
-        qparams, expected = self.qparams(x), (*x.shape[:-1], self.num_qparams)
+        m = self.num_qparams - self.num_whole
+        qparams, expected = self.qparams(x), (*x.shape[:-1], m)
         if qparams.shape != expected:
             what = "num_qparams" if self.num_qparams != self.num_levels else "num_levels"
+            what = "num_qparams - num_whole" if self.num_whole else what
             raise ValueError(
                 f"{self!r}: qparams(x) has shape {tuple(qparams.shape)}, expected {expected}: "
                 f"[r, {what}]"

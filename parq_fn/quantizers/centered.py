@@ -31,6 +31,8 @@ class centered(Quantizer):
     Rows [r, n] -> qparams [r, m + 1], those of the quantizer and the mean -> levels [r, k].
     center=True of the quantizers that take it is short for this.
 
+    Raises ValueError for a quantizer with qparams of the whole tensor, such as nvfp4().
+
     >>> import torch
     >>> from parq_fn.quantizers import max_uniform
     >>> centered(max_uniform(2))(torch.tensor([[1.0, 5.0]]))
@@ -38,6 +40,13 @@ class centered(Quantizer):
     """
 
     quantizer: Quantizer
+
+    def __post_init__(self) -> None:
+        if self.quantizer.num_whole:
+            raise ValueError(
+                f"centered: {self.quantizer!r} has qparams of the whole tensor, which rows less "
+                "their means would each change; use it by itself"
+            )
 
     @property
     def homogeneous(self) -> bool:  # type: ignore[override] # of the class in the others

@@ -37,6 +37,7 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
         pq.codebook.iq4_nl,
         pq.gaussian(2),
         pq.mxfp4(),
+        pq.nvfp4(),
         pq.centered(pq.max_uniform(2)),
         pq.stored(pq.uniform(2, "max"), torch.bfloat16),
     ),

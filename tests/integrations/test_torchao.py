@@ -12,6 +12,7 @@ pytest.importorskip("torchao", reason="needs torchao: pip install 'parq_fn[integ
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its own
+    from torchao.prototype.mx_formats import kernels, mx_tensor, nvfp4_tensor
     from torchao.prototype.parq.quant import StretchedUnifTorchaoQuantizer, UnifTorchaoQuantizer
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
@@ -56,6 +57,30 @@ def test_the_quantizers_of_its_parq_are_ours(published, quantizer) -> None:
     assert torch.equal(levels.sort(-1).values, quantizer(x))
     clipped = x.abs() == x.abs().amax(-1, keepdim=True)  # on a midpoint, of max_symmetric
     assert torch.equal(weights[~clipped], quantizer.nearest(x, quantizer(x))[~clipped])
+
+
+def test_its_four_bit_floats_are_ours() -> None:
+    """Scales and weights of MXFP4 and NVFP4, bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 64, generator=generator) * torch.logspace(-2, 1, 64)[:, None]
+
+    def numbers(data):
+        return kernels.f4_unpacked_to_f32(kernels.unpack_uint4(data.view(torch.uint8)))
+
+    scales, data = mx_tensor.to_mx(x, torch.float4_e2m1fn_x2, 32)
+    rows, quantizer = pf.per_block(32).rows(x), pf.mxfp4()
+    found = quantizer.nearest(rows, quantizer(rows))
+    assert torch.equal(quantizer.rounded(quantizer.fit(rows)), scales.float().view(-1, 1))
+    assert torch.equal(found, numbers(data).view(-1, 32) * scales.float().view(-1, 1))
+
+    whole = nvfp4_tensor.per_tensor_amax_to_scale(x.abs().max())
+    scales, data = nvfp4_tensor.nvfp4_quantize(x, 16, whole)
+    rows, two = pf.per_block(16).rows(x), pf.nvfp4()
+    qparams = two.fit(rows)
+    found = two.nearest(rows, two.levels(qparams))
+    assert torch.equal(qparams[:, 1], whole.expand(len(rows)))
+    assert torch.equal(two.block_scale(qparams), scales.float().view(-1, 1))
+    assert torch.equal(found, numbers(data).view(-1, 16) * (scales.float().view(-1, 1) * whole))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

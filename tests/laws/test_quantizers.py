@@ -54,6 +54,7 @@ OPERATORS = [
     pq.gaussian(0),
     pq.gaussian(2),
     pq.mxfp4(),
+    pq.nvfp4(),
     pq.stored(pq.uniform(3, "max"), torch.float16),
     pq.stored(pq.asymmetric(2), torch.bfloat16),
     pq.stored(pq.codebook.nf4, "e8m0"),
@@ -141,6 +142,11 @@ def test_mxfp4_equals_its_twin(x: Tensor) -> None:
     assert torch.equal(pq.mxfp4()(x), row_of(twins.mxfp4, x))
 
 
+@given(strategies.rows(magnitudes=(1.0, 1e-30, 1e-4, 1e30)))
+def test_nvfp4_equals_its_twin(x: Tensor) -> None:
+    assert torch.equal(pq.nvfp4()(x), torch.tensor(twins.nvfp4(x.tolist()), dtype=x.dtype))
+
+
 @given(rows, st.sampled_from((torch.float16, torch.bfloat16, "e8m0")))
 def test_stored_equals_its_twin(x: Tensor, dtype: Any) -> None:
     """Of a scale that is one division, and so the twin's to the last bit."""
@@ -215,6 +221,7 @@ FAILS: list[tuple[str, Any]] = [
     ("includes_zero", pq.affine(2)),
     ("scale", pq.mxfp4()),
     ("exact_on_constants", pq.mxfp4()),
+    ("rows_alone", pq.nvfp4()),
     ("scale", pq.stored(pq.uniform(3, "max"), torch.float16)),
     ("scale_exact", pq.stored(pq.uniform(3, "max"), torch.float16)),
 ]

@@ -60,10 +60,10 @@ _select("parq_fn/quantizers/base.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/uniform.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/lsbq.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/lloyd_max.py", *_QUANTIZERS)
-for _name in ("integer", "affine", "gaussian", "codebook", "mxfp4", "stored", "rounding"):
+for _name in ("integer", "affine", "gaussian", "codebook", "mxfp4", "nvfp4", "stored", "rounding"):
     _select(
         f"parq_fn/quantizers/{_name}.py",
-        ("tests/test_tables.py", "tests/test_stored.py", *_QUANTIZERS[0]),
+        ("tests/test_tables.py", "tests/test_stored.py", "tests/test_whole.py", *_QUANTIZERS[0]),
         *_QUANTIZERS[1:],
     )
 _select(

@@ -10,6 +10,7 @@ from torch import nn
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
+from parq_fn.optim.groups import link_of
 from tests.optim.adapters import ADAPTERS, LATE, SOON, ones_for, parameters, quantized, transformed
 
 
@@ -114,3 +115,38 @@ def test_a_saved_rate_does_not_replace_a_schedule() -> None:
     other = TransformOptimizer([("w", b)], pf.sgd(pf.schedules.cosine(0.5, 0.0, 0, 10), 0.9))
     other.load_state_dict(one.state_dict())
     assert "lr" not in other.param_groups[0]
+
+
+# What quant_bits makes of the prox link's quantizer
+
+HALF = torch.float16
+#: (quantizer, bits, the quantizer of the group)
+SET: list[tuple[Any, int, Any]] = [
+    (pf.uniform(2), 4, pf.uniform(4)),
+    (pf.uniform(2, center=True), 0, pf.ternary_uniform(center=True)),
+    (pf.ternary_uniform(), 0, pf.ternary_uniform()),
+    (pf.lsbq(2), 0, pf.lsbq(0)),
+    (pf.integer(8, "mean"), 4, pf.integer(4, "mean")),
+    (pf.affine(2), 3, pf.affine(3)),
+    (pf.gaussian(2), 0, pf.gaussian(0)),
+    (pf.stored(pf.integer(8), HALF), 4, pf.stored(pf.integer(4), HALF)),
+    (pf.centered(pf.uniform(2)), 0, pf.centered(pf.ternary_uniform())),
+    (pf.codebook.nf4, 4, pf.codebook.nf4),
+    (pf.mxfp4(), 4, pf.mxfp4()),
+    (pf.nvfp4(), 4, pf.nvfp4()),
+]
+
+
+@pytest.mark.parametrize(("quantizer", "bits", "want"), SET, ids=str)
+def test_bits_of_a_group_are_set(quantizer: Any, bits: int, want: Any) -> None:
+    assert link_of(pf.hard_prox(quantizer), {"quant_bits": bits}).quantizer == want
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "bits"),
+    [(pf.mxfp4(), 2), (pf.stored(pf.codebook.nf4, HALF), 8), (pf.ternary_uniform(), 2)],
+    ids=str,
+)
+def test_bits_that_a_table_has_not_are_refused(quantizer: Any, bits: int) -> None:
+    with pytest.raises(ValueError, match=f"has no bits to be set to quant_bits={bits}"):
+        link_of(pf.hard_prox(quantizer), {"quant_bits": bits})

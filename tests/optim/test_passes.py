@@ -160,6 +160,7 @@ QUANTIZERS = [
     pf.codebook.nf4,
     pf.gaussian(2),
     pf.mxfp4(),
+    pf.nvfp4(),
     pf.stored(pf.asymmetric(3), torch.bfloat16),
 ]
 

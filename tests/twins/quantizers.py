@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import combinations, pairwise, product
 
-from tests.twins.formats import e8m0, minifloats
+from tests.twins.formats import e8m0, minifloats, nearest_number
 
 
 def mean(x: list[float]) -> float:
@@ -91,6 +91,18 @@ def mxfp4(x: list[float]) -> list[float]:
     scale = e8m0(max(map(abs, x)) / 4)
     positive = minifloats(2, 1)
     return [scale * q for q in [*(-q for q in reversed(positive)), *positive[1:]]]
+
+
+def nvfp4(rows: list[list[float]]) -> list[list[float]]:
+    """e2m1's numbers times a scale of e4m3 for each row times one of all rows."""
+    positive = minifloats(2, 1)
+    whole = max(abs(a) for x in rows for a in x) / (6 * 448)
+    found = []
+    for x in rows:
+        share = max(max(map(abs, x)) / 6 / whole, 2.0**-9) if whole else 0.0
+        scale = nearest_number(share, 3, -6, 448.0) * whole
+        found.append([scale * q for q in [*(-q for q in reversed(positive)), *positive[1:]]])
+    return found
 
 
 def error(x: list[float], q: list[float]) -> float:

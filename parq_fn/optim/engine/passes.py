@@ -58,13 +58,15 @@ def plain(link: Prox, state: ProxState, jobs: Sequence[Job]) -> None:
 def refit(
     link: Prox, state: ProxState, latents: Sequence[Tensor], qparams: Sequence[Tensor]
 ) -> list[Tensor]:
-    """link.refit of each latent, bit for bit: of small ones with rows of one length together."""
+    """link.refit of each latent, bit for bit: of small ones with rows of one length together, but
+    for quantizers to which all rows of a tensor are one whole."""
     found: dict[int, Tensor] = {}
+    alone = bool(getattr(link.quantizer, "num_whole", 0))
     small: dict[Any, dict[int, Tensor]] = {}
     for i, (latent, old) in enumerate(zip(latents, qparams, strict=True)):
         # what is sharded is gathered, for which there may be no room but one by one
         there = not (_on_cpu(latent) or isinstance(latent, DTensor))
-        if 0 < latent.numel() <= (_SMALL_THERE if there else _SMALL):
+        if not alone and 0 < latent.numel() <= (_SMALL_THERE if there else _SMALL):
             rows = link.granularity.rows(gathered(latent))
             kind = rows.shape[1], rows.dtype, old.shape[-1], old.dtype, old.device
             small.setdefault(kind, {})[i] = rows

@@ -77,6 +77,19 @@ def levels_of_rounded_qparams(quantizer: Any, wild: Tensor) -> Iterator[Claim]:
 
 
 @law(
+    "A row needs of the others what is of the whole tensor alone, the largest over its parts.",
+    "F(x)_i = F(x_i; W(x)), W(x) = max_i W(x_i)",
+    applies=lambda t: t.whole,
+)
+def whole_of_parts(quantizer: Any, x: Tensor) -> Iterator[Claim]:
+    whole = quantizer.whole(x)
+    parts = torch.cat([quantizer.whole(row[None]) for row in x])
+    yield equal(parts.amax(0, keepdim=True), whole)
+    alone = [quantizer.fit(row[None], whole) for row in x]
+    yield equal(torch.cat(alone), quantizer.fit(x))
+
+
+@law(
     "The grid that it gives is its levels.",
     "L(p) = (step * first, step * (first + 1), ..., step * last)",
     applies=lambda t: t.evenly_spaced,
