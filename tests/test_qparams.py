@@ -128,6 +128,16 @@ def test_the_largest_rows_have_finite_sorted_levels(quantizer: Any) -> None:
     assert bool((levels.diff() >= 0).all())
 
 
+@pytest.mark.parametrize("quantizer", [q for q, _ in KEPT], ids=str)
+def test_levels_within_a_range_are_those_there_are(quantizer: Any) -> None:
+    qparams = quantizer.fit(ROW)
+    assert torch.equal(quantizer.levels_within(qparams, 100.0), quantizer.levels(qparams))
+    for end in (100.0, 3.0, 0.1):
+        held = quantizer.levels_within(qparams, end)
+        assert bool((held.abs() <= end).all())
+        assert bool((held.diff() >= 0).all())
+
+
 def test_levels_can_be_kept_beside_qparams() -> None:
     """As states of versions that kept levels have them."""
     quantizer, levels = pf.lsbq(2), torch.tensor([[-9.0, -1.0, 2.0, 5.0]])

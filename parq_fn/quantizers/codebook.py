@@ -13,7 +13,7 @@ from parq_fn.foundation.checks import FINITE, check_numbers
 from parq_fn.foundation.scalar import is_number
 from parq_fn.foundation.traits import QuantizerTraits
 from parq_fn.foundation.value import value
-from parq_fn.quantizers.base import Quantizer
+from parq_fn.quantizers.base import Quantizer, under
 from parq_fn.quantizers.reductions import largest
 
 
@@ -100,6 +100,9 @@ class codebook(Quantizer):
 
     def qparams(self, x: Tensor) -> Tensor:
         return largest(x) / self.top
+
+    def levels_within(self, qparams: Tensor, end: float) -> Tensor:
+        return self.levels(under(qparams, end, self.top))
 
     def levels(self, qparams: Tensor) -> Tensor:
         return times_table(qparams, self.table)

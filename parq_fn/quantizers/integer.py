@@ -12,7 +12,7 @@ from torch import Tensor
 from parq_fn.foundation.checks import check_whole
 from parq_fn.foundation.traits import QuantizerTraits
 from parq_fn.foundation.value import value
-from parq_fn.quantizers.base import Grid, Quantizer
+from parq_fn.quantizers.base import Grid, Quantizer, under
 from parq_fn.quantizers.reductions import largest, mean
 
 
@@ -75,6 +75,9 @@ class integer(Quantizer):
             return largest(x) / (half - 0.5)
         low, high = x.aminmax(dim=-1, keepdim=True)
         return torch.maximum(high / (half - 1), -low / half)
+
+    def levels_within(self, qparams: Tensor, end: float) -> Tensor:
+        return self.levels(under(qparams, end, self.num_levels / 2))
 
     def grid(self, qparams: Tensor) -> Grid:
         half = float(self.num_levels // 2)

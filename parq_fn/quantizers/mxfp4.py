@@ -54,5 +54,8 @@ class mxfp4(Quantizer):
     def rounded(self, qparams: Tensor) -> Tensor:
         return to_e8m0(qparams)
 
+    def levels_within(self, qparams: Tensor, end: float) -> Tensor:
+        return codebook.fp4.levels_within(self.rounded(qparams), end)
+
     def levels(self, qparams: Tensor) -> Tensor:
         return codebook.fp4.levels(self.rounded(qparams))

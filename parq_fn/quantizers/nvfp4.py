@@ -77,5 +77,8 @@ class nvfp4(Quantizer):
         whole = qparams[..., 1:]
         return torch.cat([self.block_scale(qparams) * whole, whole], -1)
 
+    def levels_within(self, qparams: Tensor, end: float) -> Tensor:
+        return codebook.fp4.levels_within(self.rounded(qparams)[..., :1], end)
+
     def levels(self, qparams: Tensor) -> Tensor:
         return codebook.fp4.levels(self.rounded(qparams)[..., :1])

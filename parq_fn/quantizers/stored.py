@@ -114,6 +114,9 @@ class stored(Quantizer):
     def grid(self, qparams: Tensor) -> Grid | None:
         return self.quantizer.grid(self.rounded(qparams))
 
+    def levels_within(self, qparams: Tensor, end: float) -> Tensor:
+        return self.quantizer.levels_within(self.rounded(qparams), end)
+
     def levels(self, qparams: Tensor) -> Tensor:
         return self.quantizer.levels(self.rounded(qparams))
 
