@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
@@ -127,6 +128,15 @@ def net() -> nn.Sequential:
     return made
 
 
+LINK = pf.hard_prox(NVFP4, period=2, granularity=pf.per_channel(), learning_rate=0.05)
+
+
+def adapter(model: nn.Module, **options: Any) -> QuantOptimizer:
+    matrices = {"params": [p for p in model.parameters() if p.dim() > 1], "quant_bits": 4}
+    rest = {"params": [p for p in model.parameters() if p.dim() < 2]}
+    return QuantOptimizer(torch.optim.SGD([matrices, rest], lr=0.05), LINK, **options)
+
+
 def losses(model: nn.Module, optimizer: Any, steps: int = 6) -> list[Tensor]:
     x = torch.randn(4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for _ in range(steps):
@@ -155,23 +165,29 @@ def in_shards() -> None:
     assert torch.equal(pf.read(ours, "qparams")["w"], pf.read(theirs, "qparams")["w"])
 
 
+def under_fsdp2() -> None:
+    alone, split = net(), net()
+    fully_shard(split, mesh=init_device_mesh("cpu", (2,)))
+    for p, q in zip(losses(alone, adapter(alone)), losses(split, adapter(split)), strict=True):
+        whole = q.full_tensor() if isinstance(q, DTensor) else q
+        assert torch.equal(p, whole)
+
+
 @pytest.mark.slow
 def test_shards_have_the_scale_of_the_whole(tmp_path: Path) -> None:
     on_processes(in_shards, 2, tmp_path)
+    on_processes(under_fsdp2, 2, tmp_path)
 
 
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_adapters_equal_the_functional_loop(compile: bool) -> None:
-    link = pf.hard_prox(NVFP4, period=2, granularity=pf.per_channel(), learning_rate=0.05)
     one, other = net(), net()
-    matrices = {"params": [p for p in one.parameters() if p.dim() > 1], "quant_bits": 4}
-    rest = {"params": [p for p in one.parameters() if p.dim() < 2]}
-    mine = QuantOptimizer(torch.optim.SGD([matrices, rest], lr=0.05), link, compile=compile)
-    transform = pf.chain(pf.sgd(0.05), pf.masked(link, pf.weight_mask(other)))
+    mine = adapter(one, compile=compile)
+    transform = pf.chain(pf.sgd(0.05), pf.masked(LINK, pf.weight_mask(other)))
     theirs = TransformOptimizer(other.named_parameters(), transform)
     for p, q in zip(losses(one, mine), losses(other, theirs), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
-    for p in matrices["params"]:
+    for p in (p for p in one.parameters() if p.dim() > 1):
         levels = mine.levels(p)
         assert bool((p.unsqueeze(-1) == levels.unsqueeze(-2)).any(-1).all())
 

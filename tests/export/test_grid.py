@@ -14,6 +14,8 @@ EVEN = [
     *(pf.uniform(bits, scale) for bits in (1, 2, 3, 4, 8) for scale in ("mean", "max")),
     *(pf.max_uniform(bits) for bits in (2, 3, 4, 8)),
     *(pf.asymmetric(bits) for bits in (1, 2, 4)),
+    *(pf.integer(bits, scale) for bits in (2, 4, 8) for scale in ("max", "mean")),
+    pf.gaussian(2),
     pf.lsbq(1),
     pf.lsbq(0),
     pf.ternary_uniform(),

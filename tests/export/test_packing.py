@@ -144,6 +144,34 @@ def test_bad_input() -> None:
         pack_weight(torch.full((1, 2), torch.nan), levels, name="w")
 
 
+HELD = [
+    (pf.integer(4), pf.per_channel()),
+    (pf.affine(3), pf.per_block(8)),
+    (pf.gaussian(2), pf.per_tensor()),
+    (pf.codebook.nf4, pf.per_block(16)),
+    (pf.mxfp4(), pf.per_block(8)),
+    (pf.nvfp4(), pf.per_block(16)),
+    (pf.stored(pf.integer(4), torch.float16), pf.per_block(8)),
+    (pf.centered(pf.integer(4)), pf.per_channel()),
+]
+
+
+@pytest.mark.parametrize(("quantizer", "cut"), HELD, ids=repr)
+def test_weights_of_every_quantizer_are_packed(quantizer: Any, cut: Any) -> None:
+    net = nn.Linear(32, 3)
+    prox = pf.hard_prox(quantizer, granularity=cut, period=1)
+    transform = pf.chain(pf.sgd(0.1), pf.masked(prox, "weight"))
+    optimizer = TransformOptimizer(net.named_parameters(), transform)
+    for _ in range(2):
+        net(torch.ones(1, 32)).square().sum().backward()
+        optimizer.step()
+    packed = pack(net, optimizer)
+    held = packed["weight"]
+    assert isinstance(held, Packed)
+    assert held.quantizer == repr(quantizer)
+    assert torch.equal(unpack(packed)["weight"], net.weight)
+
+
 # Found by reviews.
 
 

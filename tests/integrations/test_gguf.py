@@ -63,6 +63,16 @@ def test_4_bits(levels: list[int], granularity, tmp_path: Path) -> None:
     assert torch.equal(found["w"][1], weight.unpack())
 
 
+def test_integers_whose_scales_are_stored_are_what_was_trained(tmp_path: Path) -> None:
+    """Exact as they are, which integers of any scale are not."""
+    integer, blocks = pf.integer(4), pf.per_block(32)
+    with pytest.raises(ValueError, match=r"'w': levels of row .* not multiples -8 \.\. 7 of"):
+        to_gguf({"w": packed(integer, blocks, torch.float32)}, tmp_path / "x.gguf")
+    weight = packed(pf.stored(integer, torch.float16), blocks, torch.float32)
+    assert to_gguf({"w": weight}, tmp_path / "x.gguf") == {"w": "Q4_0"}
+    assert torch.equal(read(tmp_path / "x.gguf")["w"][1], weight.unpack())
+
+
 def test_what_blocks_do_not_hold_is_refused_rounded_or_kept_in_full(tmp_path: Path) -> None:
     weight = packed(pf.uniform(4), pf.per_channel(), torch.float32)
     with pytest.raises(ValueError, match=r"'w': levels of row .* not multiples -8 \.\. 7 of"):

@@ -34,6 +34,8 @@ EVEN = {
     pf.lsbq(0): "int2",
     pf.max_uniform(4): "int4",
     pf.asymmetric(2): "int2",
+    pf.integer(4): "int4",
+    pf.gaussian(2): "int2",
     pf.asymmetric(4): "int4",
 }
 CUTS = [pf.per_tensor(), pf.per_channel(), pf.per_block(32)]
