@@ -89,6 +89,9 @@ TRANSFORMS = [
     pf.apply_if_finite(
         pf.named_chain(a=pf.sgd(0.1), b=pf.parq_prox(pf.lsbq(3, "alternating"), **WINDOW))
     ),
+    pf.chain(pf.sgd(0.1), pf.parq_prox(pf.stored(pf.integer(3), torch.bfloat16), **WINDOW, **ROWS)),
+    pf.chain(pf.sgd(0.1), pf.parq_prox(pf.nvfp4(), **WINDOW, **ROWS)),
+    pf.chain(pf.sgd(0.1), pf.soft_prox(pf.stored(pf.codebook.nf4, "e8m0"), **WINDOW)),
 ]
 every = pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: repr(t)[:70])
 
