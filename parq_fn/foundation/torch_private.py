@@ -106,7 +106,8 @@ def compiler_options(device: str, *, two: bool, narrow: bool) -> dict[str, Any]:
             "eager_numerics.division_rounding": True,
             "eager_numerics.disable_ftz": True,
         }
-    options: dict[str, Any] = {}
+    # levels made in the loop are rounded to a narrower dtype, and not only as weights are written
+    options: dict[str, Any] = {"emulate_precision_casts": True}
     if two:  # one loop, though they share no memory
         options |= {"aggressive_fusion": True, "score_fusion_memory_threshold": 0}
     if narrow and torch.backends.cpu.get_cpu_capability() == "AVX512":
