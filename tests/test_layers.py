@@ -28,7 +28,8 @@ TABLE: dict[str, tuple[str, ...]] = {
     "foundation": (),
     "schedules": _NUMBERS,
     "proxmaps": _NUMBERS,
-    "quantizers": (*_NUMBERS, "proxmaps.levels"),  # levels are found and searched in one way
+    # levels are found in one way, by a search or by rounding
+    "quantizers": (*_NUMBERS, "proxmaps.levels", "proxmaps.even"),
     "transforms": _FUNCTIONAL,
     "modules": ("foundation",),
     "convergence": _FUNCTIONAL,

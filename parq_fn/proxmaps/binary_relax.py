@@ -8,8 +8,9 @@ from torch import Tensor
 from parq_fn.foundation.checks import Interval
 from parq_fn.foundation.scalar import is_plain
 from parq_fn.foundation.traits import unchanged
+from parq_fn.proxmaps.even import LEAST
 from parq_fn.proxmaps.hard import HARD
-from parq_fn.proxmaps.levels import closest, nan_with, prepare
+from parq_fn.proxmaps.levels import Levels, closest, nan_with, prepare
 from parq_fn.proxmaps.proxmap import Formula, computed, follows_levels, prox_map
 
 # w = u - theta g = q + (1 - theta) g, g = u - q the gap to the nearest level q. Of the two equal
@@ -21,14 +22,14 @@ def _shares(theta: Tensor) -> tuple[Tensor, ...]:
     return theta, 1 - theta
 
 
-def _from_latent(u: Tensor, q: Tensor, bound: Tensor | None, theta: Tensor, keep: Tensor) -> Tensor:
+def _from_latent(u: Tensor, q: Levels, bound: Tensor | None, theta: Tensor, keep: Tensor) -> Tensor:
     """binary_relax for theta < 1/2."""
     near = closest(u, q, bound)
     gap = u - near
     return _or_sum(u - theta * gap, gap, u, near, theta, keep)
 
 
-def _from_level(u: Tensor, q: Tensor, bound: Tensor | None, theta: Tensor, keep: Tensor) -> Tensor:
+def _from_level(u: Tensor, q: Levels, bound: Tensor | None, theta: Tensor, keep: Tensor) -> Tensor:
     """binary_relax for 1/2 <= theta < 1."""
     near = closest(u, q, bound)
     gap = u - near
@@ -43,7 +44,7 @@ def _or_sum(w: Tensor, gap: Tensor, u: Tensor, near: Tensor, theta: Tensor, keep
 
 
 def _binary_relax(
-    u: Tensor, q: Tensor, bound: Tensor | None, theta: Tensor, keep: Tensor
+    u: Tensor, q: Levels, bound: Tensor | None, theta: Tensor, keep: Tensor
 ) -> Tensor:
     near = closest(u, q, bound)
     gap = u - near
@@ -52,9 +53,9 @@ def _binary_relax(
     return torch.where(theta < 1, w, nan_with(u, near))
 
 
-_FROM_LATENT = Formula(_from_latent, _shares)
-_FROM_LEVEL = Formula(_from_level, _shares)
-_BINARY_RELAX = Formula(_binary_relax, _shares)
+_FROM_LATENT = Formula(_from_latent, _shares, even_from=LEAST)
+_FROM_LEVEL = Formula(_from_level, _shares, even_from=LEAST)
+_BINARY_RELAX = Formula(_binary_relax, _shares, even_from=LEAST)
 
 
 def binary_relax_at(theta: float | None) -> Formula:

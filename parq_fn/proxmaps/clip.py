@@ -5,21 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parq_fn.proxmaps.levels import between, prepare
+from parq_fn.proxmaps.even import LEAST
+from parq_fn.proxmaps.levels import Levels, between, highest, lowest, prepare
 from parq_fn.proxmaps.proxmap import Formula, follows_levels, no_scalars, prox_map
 
 
-def held(u: Tensor, q: Tensor) -> Tensor:
+def held(u: Tensor, q: Levels) -> Tensor:
     """u held to the range of the levels."""
-    return between(u, q[..., :1], q[..., -1:])
+    return between(u, lowest(q), highest(q))
 
 
-def _clip(u: Tensor, q: Tensor, bound: Tensor | None) -> Tensor:
+def _clip(u: Tensor, q: Levels, bound: Tensor | None) -> Tensor:
     del bound
     return held(u, q)
 
 
-CLIP = Formula(_clip, no_scalars)
+CLIP = Formula(_clip, no_scalars, even_from=LEAST)
 
 
 def clip_at(coefficient: float | None) -> Formula:

@@ -8,15 +8,22 @@ a weight's cell, so this file is the only one that searches.
 Four equivalent searches, chosen for speed: binary search, for any number of levels; comparison
 with each level, which on a CPU is faster where there are few; for two to four levels the largest
 level that a weight reaches, without an index; and, under a compiler, halving of the window that a
-weight may lie in, which is `where` throughout and so fuses with the map that follows.
+weight may lie in, which is `where` throughout and so fuses with the map that follows. The
+fifth way, of evenly spaced levels, is a rounding: see `even`.
 """
 
 from __future__ import annotations
+
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from parq_fn.foundation.scalar import as_scalar, is_plain, to_device
+from parq_fn.proxmaps.even import Even
+
+#: Of rows: a table [r, k], or what stands for one.
+Levels = Tensor | Even
 
 #: Up to so many boundaries, each is compared, or they are halved in a compiled loop.
 LINEAR_SEARCH_MAX = 32
@@ -26,12 +33,20 @@ BOUNDS_MIN = 5
 _REACHED = 4
 
 
-def prepare(u: Tensor, levels: Tensor, *coefficients: float | Tensor) -> tuple[Tensor, ...]:
+@overload
+def prepare(u: Tensor, levels: Tensor, *coefficients: float | Tensor) -> tuple[Tensor, ...]: ...
+@overload
+def prepare(u: Tensor, levels: Levels, *coefficients: float | Tensor) -> tuple[Any, ...]: ...
+def prepare(u: Tensor, levels: Levels, *coefficients: float | Tensor) -> tuple[Any, ...]:
     """(u, levels, coefficients) in one dtype of float32 or better, on the device of u.
 
-    Raises TypeError unless u and levels are floating, ValueError unless they are [r, n] and
-    [r, k] of the same rows, k >= 1.
+    Levels are a table [r, k], or `Even` of as many rows. Raises TypeError unless u and a table are
+    floating, ValueError unless they are [r, n] and [r, k] of the same rows, k >= 1.
     """
+    if isinstance(levels, Even):
+        dtype = wide(u, levels)
+        scalars = (to_device(as_scalar(c), u).to(dtype) for c in coefficients)
+        return (u.to(dtype), levels._replace(inverse=levels.inverse.to(dtype)), *scalars)
     if not (u.is_floating_point() and levels.is_floating_point()):
         raise TypeError(
             f"expected weights and levels of floating dtypes, got {u.dtype} and {levels.dtype}"
@@ -43,9 +58,29 @@ def prepare(u: Tensor, levels: Tensor, *coefficients: float | Tensor) -> tuple[T
         )
     if levels.shape[-1] < 1:
         raise ValueError(f"expected at least one level a row, got levels {tuple(levels.shape)}")
-    dtype = torch.promote_types(torch.promote_types(u.dtype, levels.dtype), torch.float32)
+    dtype = wide(u, levels)
     scalars = (to_device(as_scalar(c), u).to(dtype) for c in coefficients)
     return (u.to(dtype), levels.to(dtype), *scalars)
+
+
+def wide(u: Tensor, levels: Levels) -> torch.dtype:
+    """The dtype that maps of these compute in."""
+    return torch.promote_types(torch.promote_types(u.dtype, levels.dtype), torch.float32)
+
+
+def count(levels: Levels) -> int:
+    """k, the number of levels of each row."""
+    return levels.num_levels if isinstance(levels, Even) else levels.shape[-1]
+
+
+def lowest(levels: Levels) -> Tensor:
+    """The lowest level of each row, [r, 1]."""
+    return levels.level(levels.first) if isinstance(levels, Even) else levels[..., :1]
+
+
+def highest(levels: Levels) -> Tensor:
+    """The highest level of each row, [r, 1]."""
+    return levels.level(levels.last) if isinstance(levels, Even) else levels[..., -1:]
 
 
 def between(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
@@ -114,7 +149,7 @@ def _either(above: Tensor, upper: list[Tensor], lower: list[Tensor]) -> list[Ten
     return [torch.where(above, *ends) for ends in zip(upper, lower, strict=True)]
 
 
-def cell(x: Tensor, levels: Tensor) -> tuple[Tensor, ...]:
+def cell(x: Tensor, levels: Levels) -> tuple[Tensor, ...]:
     """The ends (lo, hi) of each weight's cell, neighbouring levels with lo < x <= hi; each [r, n]
     or [r, 1], where it is the same for all.
 
@@ -124,6 +159,8 @@ def cell(x: Tensor, levels: Tensor) -> tuple[Tensor, ...]:
     >>> cell(torch.tensor([[-3.0, 0.2]]), torch.tensor([[-1.0, 0.0, 1.0]]))
     (tensor([[-1.,  0.]]), tensor([[0., 1.]]))
     """
+    if isinstance(levels, Even):
+        return levels.cell(x)
     if levels.shape[-1] == 1:
         return levels, levels
     return lookup(x, levels[..., 1:-1], levels[..., :-1], levels[..., 1:])
@@ -147,11 +184,13 @@ def bounds(levels: Tensor) -> Tensor:
     return torch.where(middle < hi, middle, lo)  # as `nearer` decides
 
 
-def closest(x: Tensor, levels: Tensor, bound: Tensor | None = None) -> Tensor:
+def closest(x: Tensor, levels: Levels, bound: Tensor | None = None) -> Tensor:
     """The nearest level, the lower one in a tie; for NaN any: [r, n], or [r, 1] where there is one.
 
     bound: `bounds(levels)`, where the caller has them. x and levels prepared.
     """
+    if isinstance(levels, Even):
+        return levels.closest(x)
     if bound is None:
         # a compiler computes bounds for each weight: of many levels, finding the cell is cheaper
         if torch.compiler.is_compiling() and levels.shape[-1] >= BOUNDS_MIN:

@@ -8,8 +8,9 @@ from torch import Tensor
 from parq_fn.foundation.checks import Interval
 from parq_fn.foundation.scalar import is_plain
 from parq_fn.proxmaps.clip import CLIP, clip, clip_regularizer, held
+from parq_fn.proxmaps.even import LEAST
 from parq_fn.proxmaps.hard import HARD
-from parq_fn.proxmaps.levels import between, cell, midpoint, nan_with, nearer, prepare
+from parq_fn.proxmaps.levels import Levels, between, cell, midpoint, nan_with, nearer, prepare
 from parq_fn.proxmaps.proxmap import Formula, computed, follows_levels, prox_map
 
 #: Up to so many levels, a line for each cell costs less than a search for a weight's cell.
@@ -26,14 +27,19 @@ def _steep(s: Tensor) -> tuple[Tensor, ...]:
     return ((1 - safe) / safe,)
 
 
-def _sloped(u: Tensor, q: Tensor, bound: Tensor | None, steep: Tensor) -> Tensor:
+def _sloped(u: Tensor, q: Levels, bound: Tensor | None, steep: Tensor) -> Tensor:
     """parq for 0 < s < 1: beyond the levels the outer lines are too, infinities among them."""
     del bound
-    in_place = (is_plain(u) and is_plain(q)) or torch.compiler.is_compiling()
-    if 2 <= q.shape[-1] <= _LINES_MAX and in_place:
+    if isinstance(q, Tensor) and 2 <= q.shape[-1] <= _LINES_MAX and _in_place(u, q):
         return _highest_line(u, q, steep)
     lo, hi = cell(u, q)
+    if _in_place(u, lo):
+        return (u - midpoint(lo, hi)).mul_(steep).add_(u).clamp_max_(hi).clamp_min_(lo)
     return between(u + (u - midpoint(lo, hi)) * steep, lo, hi)
+
+
+def _in_place(u: Tensor, levels: Tensor) -> bool:
+    return (is_plain(u) and is_plain(levels)) or torch.compiler.is_compiling()
 
 
 def _highest_line(u: Tensor, q: Tensor, steep: Tensor) -> Tensor:
@@ -56,7 +62,7 @@ def _any_slope(s: Tensor) -> tuple[Tensor, ...]:
     return (s, *_steep(s))
 
 
-def _parq(u: Tensor, q: Tensor, bound: Tensor | None, s: Tensor, steep: Tensor) -> Tensor:
+def _parq(u: Tensor, q: Levels, bound: Tensor | None, s: Tensor, steep: Tensor) -> Tensor:
     del bound
     v = held(u, q)  # clamped first: at s = 1 an infinite u would give inf * 0
     lo, hi = cell(v, q)
@@ -64,8 +70,8 @@ def _parq(u: Tensor, q: Tensor, bound: Tensor | None, s: Tensor, steep: Tensor) 
     return torch.where(s > 0, w, nan_with(v, nearer(v, lo, hi)))
 
 
-_SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 1)
-_PARQ = Formula(_parq, _any_slope, cells_from=3)
+_SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 1, even_from=_LINES_MAX + 1)
+_PARQ = Formula(_parq, _any_slope, cells_from=3, even_from=LEAST)
 
 
 def parq_at(s: float | None) -> Formula:

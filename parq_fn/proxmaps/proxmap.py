@@ -26,7 +26,7 @@ from torch import Tensor
 from parq_fn.foundation.scalar import is_plain
 from parq_fn.foundation.traits import Penalty, ProxTraits, unchanged
 from parq_fn.foundation.value import Value, show, value
-from parq_fn.proxmaps.levels import prepare
+from parq_fn.proxmaps.levels import Levels, prepare, wide
 
 # Formulas. At the ends of annealing a map is `clip` or `hard`; in between a specialised formula is
 # cheaper than the general one, which is used where a coefficient cannot be read (batched,
@@ -62,8 +62,15 @@ class Formula(NamedTuple):
     #: Smallest number of levels for which both ends of a weight's cell are looked up; None where
     #: the nearest level suffices, or none is needed.
     cells_from: int | None = None
+    #: From so many levels on evenly spaced ones are better given as `Even` than as a table; None:
+    #: the weight takes none.
+    even_from: int | None = None
 
-    def __call__(self, u: Tensor, levels: Tensor, coefficient: float | Tensor) -> Tensor:
+    def rounds(self, count: int) -> bool:
+        """Whether so many levels are given as `Even` where they may be."""
+        return self.even_from is not None and count >= self.even_from
+
+    def __call__(self, u: Tensor, levels: Levels, coefficient: float | Tensor) -> Tensor:
         """The weights, in the dtype of u."""
         x, q, c = prepare(u, levels, coefficient)
         return self.weight(x, q, None, *self.scalars(c)).to(u.dtype)
@@ -73,17 +80,16 @@ class Formula(NamedTuple):
 Chooser = Callable[[float | None], Formula]
 
 
-def known(u: Tensor, levels: Tensor, coefficient: float | Tensor) -> float | None:
+def known(u: Tensor, levels: Levels, coefficient: float | Tensor) -> float | None:
     """The coefficient as the maps' dtype rounds it, None where it cannot be read or is
     differentiated."""
     c = torch.as_tensor(coefficient)
     if not (is_plain(c) and c.numel() == 1):
         return None
-    dtype = torch.promote_types(torch.promote_types(u.dtype, levels.dtype), torch.float32)
-    return float(torch.as_tensor(coefficient, dtype=torch.float64).to(dtype))
+    return float(torch.as_tensor(coefficient, dtype=torch.float64).to(wide(u, levels)))
 
 
-def computed(chooser: Chooser, u: Tensor, levels: Tensor, coefficient: float | Tensor) -> Tensor:
+def computed(chooser: Chooser, u: Tensor, levels: Levels, coefficient: float | Tensor) -> Tensor:
     """The weights, by the formula for that coefficient."""
     return chooser(known(u, levels, coefficient))(u, levels, coefficient)
 

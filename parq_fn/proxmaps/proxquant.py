@@ -9,18 +9,19 @@ from torch import Tensor
 
 from parq_fn.foundation.checks import Interval
 from parq_fn.foundation.traits import unchanged
+from parq_fn.proxmaps.even import LEAST
 from parq_fn.proxmaps.hard import HARD
-from parq_fn.proxmaps.levels import between, closest, prepare
+from parq_fn.proxmaps.levels import Levels, between, closest, prepare
 from parq_fn.proxmaps.proxmap import Formula, computed, follows_levels, itself, prox_map
 
 
-def _pulled(u: Tensor, q: Tensor, bound: Tensor | None, lam: Tensor) -> Tensor:
+def _pulled(u: Tensor, q: Levels, bound: Tensor | None, lam: Tensor) -> Tensor:
     near = closest(u, q, bound)
     gap = u - near
     return torch.where(gap.abs() <= lam, near, u - between(gap, -lam, lam))
 
 
-_PULLED = Formula(_pulled, itself)
+_PULLED = Formula(_pulled, itself, even_from=LEAST)
 
 
 def proxquant_at(strength: float | None) -> Formula:

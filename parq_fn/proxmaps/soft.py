@@ -9,8 +9,9 @@ from torch import Tensor
 
 from parq_fn.foundation.checks import Interval
 from parq_fn.proxmaps.clip import CLIP, clip, held
+from parq_fn.proxmaps.even import LEAST
 from parq_fn.proxmaps.hard import HARD, rounded
-from parq_fn.proxmaps.levels import between, cell
+from parq_fn.proxmaps.levels import Levels, between, cell
 from parq_fn.proxmaps.proxmap import Formula, computed, follows_levels, prox_map
 from parq_fn.proxmaps.tanh import tanh
 
@@ -23,12 +24,12 @@ def _curvature(t: Tensor) -> tuple[Tensor, ...]:
     return 0.5 * safe, tanh(0.25 * safe)
 
 
-def _curved(u: Tensor, q: Tensor, bound: Tensor | None, scale: Tensor, full: Tensor) -> Tensor:
+def _curved(u: Tensor, q: Levels, bound: Tensor | None, scale: Tensor, full: Tensor) -> Tensor:
     """soft for 0 < T < inf."""
     del bound
     v = held(u, q)
     lo, hi = cell(v, q)
-    limits = torch.finfo(q.dtype)
+    limits = torch.finfo(u.dtype)
     half = (0.5 * hi - 0.5 * lo).clamp(min=limits.tiny * limits.eps)  # of the width
     offset = (0.5 * v - 0.5 * lo) / half - 0.5
     share = 0.5 * (tanh(scale * offset) / full)
@@ -41,14 +42,14 @@ def _any_curvature(t: Tensor) -> tuple[Tensor, ...]:
 
 
 def _soft(
-    u: Tensor, q: Tensor, bound: Tensor | None, t: Tensor, scale: Tensor, full: Tensor
+    u: Tensor, q: Levels, bound: Tensor | None, t: Tensor, scale: Tensor, full: Tensor
 ) -> Tensor:
     w = torch.where(t > 0, _curved(u, q, bound, scale, full), held(u, q))
     return torch.where(t < torch.inf, w, rounded(u, q, bound))
 
 
-_CURVED = Formula(_curved, _curvature, cells_from=3)
-_SOFT = Formula(_soft, _any_curvature, cells_from=3)
+_CURVED = Formula(_curved, _curvature, cells_from=3, even_from=LEAST)
+_SOFT = Formula(_soft, _any_curvature, cells_from=3, even_from=LEAST)
 
 
 def soft_at(t: float | None) -> Formula:

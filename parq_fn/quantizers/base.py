@@ -10,6 +10,7 @@ from torch import Tensor
 from parq_fn.foundation.scalar import concrete, is_plain
 from parq_fn.foundation.traits import QuantizerTraits
 from parq_fn.foundation.value import Value, value
+from parq_fn.proxmaps.even import Even, inverse_of
 from parq_fn.proxmaps.levels import nearest
 from parq_fn.quantizers.reductions import largest, pieces, sorted_columns
 
@@ -163,6 +164,35 @@ class Quantizer(Value):
         subclass says so: it counts where a compiler makes levels for every weight.
         """
         return self.levels(qparams).clamp(-end, end)
+
+    @property
+    def grid_gives_levels(self) -> bool:
+        """Whether no class has levels of its own below the one that defines `grid`."""
+
+        def place(name: str) -> int:
+            return next(i for i, one in enumerate(type(self).__mro__) if name in vars(one))
+
+        return all(place("grid") <= place(n) for n in ("levels", "levels_within", "levels_in"))
+
+    def inverse_steps(self, qparams: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """[r, 1]: of what `even` takes the roundings by which prox maps find these levels; None
+        where they are to search in `levels_in`: levels that are not evenly spaced, few of them,
+        rows that `inverse_of` refuses, or whose values cannot be read."""
+        if qparams.shape[-1] != self.num_qparams or not self.grid_gives_levels:
+            return None
+        grid = type(self).grid(self, qparams)
+        return None if grid is None else inverse_of(grid.step, grid.first, self.num_levels, dtype)
+
+    def even(self, qparams: Tensor, inverse: Tensor, dtype: torch.dtype) -> Even:
+        """`levels_in`, of rows that have `inverse_steps`, as prox maps take them."""
+        grid = type(self).grid(self, qparams)
+        assert grid is not None
+        return Even(grid.step, inverse, grid.first, self.num_levels, dtype)
+
+    def even_in(self, qparams: Tensor, dtype: torch.dtype) -> Even | None:
+        """`even` of rows that have inverse steps, None for others."""
+        inverse = self.inverse_steps(qparams, dtype)
+        return None if inverse is None else self.even(qparams, inverse, dtype)
 
     # States of versions that kept levels have no qparams to take them from: until the next fit
     # they have [..., m + k], or as they were saved [..., k].

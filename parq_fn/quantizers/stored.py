@@ -114,6 +114,11 @@ class stored(Quantizer):
     def grid(self, qparams: Tensor) -> Grid | None:
         return self.quantizer.grid(self.rounded(qparams))
 
+    @property
+    def grid_gives_levels(self) -> bool:
+        """Where those of the quantizer follow from its grid."""
+        return self.quantizer.grid_gives_levels
+
     def levels_within(self, qparams: Tensor, end: float) -> Tensor:
         return self.quantizer.levels_within(self.rounded(qparams), end)
 

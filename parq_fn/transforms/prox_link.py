@@ -30,7 +30,7 @@ from parq_fn.foundation.scalar import Scalar, as_scalar, at, concrete, new_count
 from parq_fn.foundation.traits import TransformationTraits, traits_of
 from parq_fn.foundation.tree import PyTree, check_floating, names_of, tree_map
 from parq_fn.foundation.value import same, state_class, value
-from parq_fn.proxmaps.proxmap import Formula, ProxMap, itself
+from parq_fn.proxmaps.proxmap import Formula, ProxMap, itself, known
 from parq_fn.quantizers import Quantizer
 from parq_fn.quantizers.granularity import Granularity, per_tensor
 from parq_fn.transforms.estimators import straight_through
@@ -299,8 +299,7 @@ class Prox(Link):
             if not mine.numel():
                 return param.to(own)
             rows = self._rows(mine, state, part.granularity)
-            levels = self.quantizer.levels_in(in_rows(qparams)[part.rows], own)
-            rows = self.proxmap(rows, levels, state.slope)
+            rows = self._mapped(rows, in_rows(qparams)[part.rows], own, state.slope)
             mapped = part.granularity.restore(rows, mine).to(own)
             if not known:
                 mapped = torch.where(to_device(active, mine), mapped, mine.to(own))
@@ -349,6 +348,14 @@ class Prox(Link):
     def pulls_back(self) -> bool:
         """Whether the estimator is another than the straight-through one."""
         return type(self.gradient) is not straight_through
+
+    def _mapped(self, u: Tensor, qparams: Tensor, dtype: torch.dtype, c: Tensor) -> Tensor:
+        quantizer, proxmap = self.quantizer, self.proxmap
+        if isinstance(proxmap, ProxMap) and isinstance(quantizer, Quantizer):
+            even = quantizer.even_in(qparams, dtype)
+            if even and (formula := proxmap.formula(known(u, even, c))).rounds(even.num_levels):
+                return formula(u, even, c)
+        return proxmap(u, quantizer.levels_in(qparams, dtype), c)
 
     def _coefficient(self, step: Tensor) -> Tensor:
         return self.coefficient(step).to(torch.float64)

@@ -13,7 +13,14 @@ _CUT = "_dynamic_program: cut = torch.full_like(table[:, 0, :1], m, dtype=torch.
 _LEFT = "_best_starts: left = known + (m + 1) * (at_left > best) -> "
 _REST = "_best_starts: rest = column + (m + 1) * (at > best.gather(1, owner)) -> "
 _LOW = "_means: low = values.gather(1, cuts[:, :-1].clamp(max=n - 1)) -> "
-_LINES = "_sloped: if 2 <= q.shape[-1] <= _LINES_MAX and in_place: -> "
+_LINES = (
+    "_sloped: if isinstance(q, Tensor) and 2 <= q.shape[-1] <= _LINES_MAX and _in_place(u, q): -> "
+    "if isinstance(q, Tensor) and "
+)
+_SLOPED = (
+    ": _SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 1, even_from=_LINES_MAX + 1) -> "
+    "_SLOPED = Formula(_sloped, _steep, "
+)
 _PER_ROW = "least_squares_levels: per_row = (n + 1) * (num_levels + 64 if exact else 20) -> "
 _ROWS = "least_squares_levels: rows = max(1, min(_CHUNK // n, _DOUBLES // per_row)) -> "
 
@@ -53,44 +60,48 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
         "two ways to the same weights, of which one is faster": [
             ": _LINES_MAX = 5 -> _LINES_MAX = 6",
             ": _LINES_MAX = 5 -> _LINES_MAX = 4",
-            "_sloped: in_place = is_plain(u) and is_plain(q) or torch.compiler.is_compiling() -> "
-            "in_place = (is_plain(u) and is_plain(q)) and torch.compiler.is_compiling()",
-            _LINES + "if 2 < q.shape[-1] <= _LINES_MAX and in_place:",
-            _LINES + "if 2 <= q.shape[-1] < _LINES_MAX and in_place:",
-            _LINES + "if 2 <= q.shape[-1] > _LINES_MAX and in_place:",
-            _LINES + "if 3 <= q.shape[-1] <= _LINES_MAX and in_place:",
+            "_in_place: return is_plain(u) and is_plain(levels) "
+            "or torch.compiler.is_compiling() -> "
+            "return (is_plain(u) and is_plain(levels)) and torch.compiler.is_compiling()",
+            "_in_place: return is_plain(u) and is_plain(levels) "
+            "or torch.compiler.is_compiling() -> "
+            "return None",
+            "_sloped: if _in_place(u, lo): -> if _in_place(u, hi):",
+            _LINES + "2 < q.shape[-1] <= _LINES_MAX and _in_place(u, q):",
+            _LINES + "2 <= q.shape[-1] < _LINES_MAX and _in_place(u, q):",
+            _LINES + "2 <= q.shape[-1] > _LINES_MAX and _in_place(u, q):",
+            _LINES + "3 <= q.shape[-1] <= _LINES_MAX and _in_place(u, q):",
+            _SLOPED + "cells_from=_LINES_MAX + 1, even_from=_LINES_MAX - 1)",
+            _SLOPED + "cells_from=_LINES_MAX + 1, even_from=_LINES_MAX + 2)",
+            _SLOPED + "cells_from=_LINES_MAX + 1, even_from=_LINES_MAX + 0)",
         ],
         "how wide the vectors are that a formula is compiled for": [
-            ": _SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 1) -> "
-            "_SLOPED = Formula(_sloped, _steep)",
-            ": _SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 1) -> "
-            "_SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX - 1)",
-            ": _SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 1) -> "
-            "_SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 2)",
-            ": _SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 1) -> "
-            "_SLOPED = Formula(_sloped, _steep, cells_from=_LINES_MAX + 0)",
-            ": _PARQ = Formula(_parq, _any_slope, cells_from=3) -> "
-            "_PARQ = Formula(_parq, _any_slope)",
-            ": _PARQ = Formula(_parq, _any_slope, cells_from=3) -> "
-            "_PARQ = Formula(_parq, _any_slope, cells_from=4)",
-            ": _PARQ = Formula(_parq, _any_slope, cells_from=3) -> "
-            "_PARQ = Formula(_parq, _any_slope, cells_from=2)",
+            _SLOPED + "even_from=_LINES_MAX + 1)",
+            _SLOPED + "cells_from=_LINES_MAX - 1, even_from=_LINES_MAX + 1)",
+            _SLOPED + "cells_from=_LINES_MAX + 2, even_from=_LINES_MAX + 1)",
+            _SLOPED + "cells_from=_LINES_MAX + 0, even_from=_LINES_MAX + 1)",
+            ": _PARQ = Formula(_parq, _any_slope, cells_from=3, even_from=LEAST) -> "
+            "_PARQ = Formula(_parq, _any_slope, even_from=LEAST)",
+            ": _PARQ = Formula(_parq, _any_slope, cells_from=3, even_from=LEAST) -> "
+            "_PARQ = Formula(_parq, _any_slope, cells_from=4, even_from=LEAST)",
+            ": _PARQ = Formula(_parq, _any_slope, cells_from=3, even_from=LEAST) -> "
+            "_PARQ = Formula(_parq, _any_slope, cells_from=2, even_from=LEAST)",
         ],
     },
     "parq_fn/proxmaps/soft.py": {
         "how wide the vectors are that a formula is compiled for": [
-            ": _CURVED = Formula(_curved, _curvature, cells_from=3) -> "
-            "_CURVED = Formula(_curved, _curvature)",
-            ": _CURVED = Formula(_curved, _curvature, cells_from=3) -> "
-            "_CURVED = Formula(_curved, _curvature, cells_from=4)",
-            ": _CURVED = Formula(_curved, _curvature, cells_from=3) -> "
-            "_CURVED = Formula(_curved, _curvature, cells_from=2)",
-            ": _SOFT = Formula(_soft, _any_curvature, cells_from=3) -> "
-            "_SOFT = Formula(_soft, _any_curvature)",
-            ": _SOFT = Formula(_soft, _any_curvature, cells_from=3) -> "
-            "_SOFT = Formula(_soft, _any_curvature, cells_from=4)",
-            ": _SOFT = Formula(_soft, _any_curvature, cells_from=3) -> "
-            "_SOFT = Formula(_soft, _any_curvature, cells_from=2)",
+            ": _CURVED = Formula(_curved, _curvature, cells_from=3, even_from=LEAST) -> "
+            "_CURVED = Formula(_curved, _curvature, even_from=LEAST)",
+            ": _CURVED = Formula(_curved, _curvature, cells_from=3, even_from=LEAST) -> "
+            "_CURVED = Formula(_curved, _curvature, cells_from=4, even_from=LEAST)",
+            ": _CURVED = Formula(_curved, _curvature, cells_from=3, even_from=LEAST) -> "
+            "_CURVED = Formula(_curved, _curvature, cells_from=2, even_from=LEAST)",
+            ": _SOFT = Formula(_soft, _any_curvature, cells_from=3, even_from=LEAST) -> "
+            "_SOFT = Formula(_soft, _any_curvature, even_from=LEAST)",
+            ": _SOFT = Formula(_soft, _any_curvature, cells_from=3, even_from=LEAST) -> "
+            "_SOFT = Formula(_soft, _any_curvature, cells_from=4, even_from=LEAST)",
+            ": _SOFT = Formula(_soft, _any_curvature, cells_from=3, even_from=LEAST) -> "
+            "_SOFT = Formula(_soft, _any_curvature, cells_from=2, even_from=LEAST)",
         ],
         "a number where the result is not used: a temperature of 0 or infinity": [
             "_curvature: usable = (t > 0) & t.isfinite() -> usable = (t >= 0) & t.isfinite()",

@@ -56,6 +56,11 @@ _select(
     ("tests/test_proxmaps.py", "tests/test_levels.py"),
     ("tests/test_value.py", "tests/optim/test_passes.py", *_COMMON),
 )
+_select(
+    "parq_fn/proxmaps/even.py",
+    ("tests/test_even.py",),
+    ("tests/optim/test_passes.py", "tests/test_prox.py", *_COMMON),
+)
 _select("parq_fn/quantizers/base.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/uniform.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/lsbq.py", *_QUANTIZERS)

@@ -25,7 +25,7 @@ from parq_fn.foundation.scalar import concrete
 from parq_fn.foundation.torch_private import copy_each
 from parq_fn.optim.engine.chunks import chunks
 from parq_fn.optim.engine.programs import Programs
-from parq_fn.optim.engine.rows import Maps, Rows, some_rows
+from parq_fn.optim.engine.rows import Maps, Rows, in_columns, of_other_rows, some_rows
 from parq_fn.quantizers.granularity import Granularity, per_channel
 from parq_fn.transforms.prox_link import Prox, ProxState, in_rows
 from parq_fn.transforms.sharded import gathered
@@ -146,6 +146,7 @@ class Pass:
             return
         for whole in wholes:
             how, (r, n) = maps.of(whole), whole.latent.shape
+            whole = how.with_inverse(whole)
             if r == 1 or n > _PIECE or n >= _FEW_LEVELS * how.quantizer.num_levels:
                 whole = how.with_levels(whole)  # else as many as weights, and made for each piece
             for piece in _pieces(whole) if maps.link.elementwise else [whole]:
@@ -179,22 +180,21 @@ def _cut(buffer: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
 
 def _pieces(whole: Rows) -> Iterator[Rows]:
     """Pieces of rows that fit into a processor's cache."""
-    latent, _, weight, levels, _ = whole
+    latent, weight = whole.latent, whole.weight
     r, n = latent.shape
     if not _on_cpu(latent) or r * n <= _WIDTH:
         yield whole
     elif r == 1 or n > _PIECE:
-        assert levels is not None  # else made for every piece
+        assert whole.levels is not None or whole.inverse is not None  # else made for every piece
         end = n // _WIDTH * _WIDTH
         for i in range(r):
+            row = some_rows(whole, slice(i, i + 1))
             for a in range(0, end, _PIECE):
                 part = slice(a, min(a + _PIECE, end))
                 tall = latent[i, part].view(-1, _WIDTH), weight[i, part].view(-1, _WIDTH)
-                own = levels[i : i + 1].expand(len(tall[0]), -1)
-                yield Rows(tall[0], None, tall[1], own)
+                yield of_other_rows(row, *tall)
             if end < n:
-                row = slice(i, i + 1)
-                yield Rows(latent[row, end:], None, weight[row, end:], levels[row])
+                yield in_columns(row, slice(end, n))
     else:
         step = max(1, _PIECE // n)
         for a in range(0, r, step):

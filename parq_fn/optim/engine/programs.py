@@ -51,7 +51,7 @@ class Programs:
 
     def _program(self, how: Map, parts: list[Rows]) -> Callable[..., None]:
         formula, k = how.formula, how.quantizer.num_levels
-        (latent, _, weight, levels, bound), table = parts[0], parts[0].table
+        (latent, _, weight, levels, bound, inverse), table = parts[0], parts[0].table
         device, columns = latent.device.type, table.shape[-1]
         dtypes = latent.dtype, table.dtype, weight.dtype
         grouped = latent.dim() > 2
@@ -60,38 +60,59 @@ class Programs:
         )
         # the program keeps the quantizer alive whose number stands for it
         own = id(how.quantizer) if levels is None else None
-        kind = len(parts), shape, columns, dtypes, device, bound is None, how.divisor is None
+        made = bound is None, inverse is None
+        kind = len(parts), shape, columns, dtypes, device, *made, how.divisor is None
         key = _identity(formula.weight), own, k, kind
         if key not in self._found:
             cells_from = formula.cells_from
             if cells_from is None and bound is None:
                 cells_from = BOUNDS_MIN  # then a cell is searched for the nearest level, too
-            narrow = cells_from is not None and k >= cells_from
+            narrow = inverse is None and cells_from is not None and k >= cells_from
             options = compiler_options(device, two=len(parts) > 1, narrow=narrow)
             self._found[key] = _compiled(how.quantizer, formula, options)
         return self._found[key]
 
 
 def _with_levels(maps: Maps, wholes: list[Rows]) -> list[Rows]:
-    """The same, but long rows with levels, and with bounds where a program would compute them for
-    every weight; those of all together, for one at a time they cost as much as a call of a program.
+    """The same, but with the inverse of steps where a rounding finds levels; else long rows with
+    levels, and with bounds where a program would compute them for every weight. Those of all
+    together, for one at a time they cost as much as a call of a program.
     """
-    found: dict[Any, dict[int, Rows]] = {}
-    for i, whole in enumerate(wholes):
-        if whole.latent.shape[1] >= _LONG:
-            found.setdefault(whole.kind, {})[i] = whole
     wholes = list(wholes)
-    for together in found.values():
-        one = next(iter(together.values()))
-        how, tables = maps.of(one), [rows.table for rows in together.values()]
-        levels = how.quantizer.levels_in(torch.cat(tables), one.weight.dtype)
-        sizes = [len(table) for table in tables]
+    for places in _of_a_kind(wholes):
+        parts = [wholes[i] for i in places]
+        inverse = maps.of(parts[0]).inverse_steps(_tables(parts), parts[0].weight.dtype)
+        if inverse is not None:
+            for i, own in zip(places, torch.split(inverse, _sizes(parts)), strict=True):
+                wholes[i] = wholes[i]._replace(inverse=own)
+    for places in _of_a_kind(wholes):
+        places = [i for i in places if wholes[i].latent.shape[1] >= _LONG]
+        parts = [wholes[i] for i in places]
+        if not parts or parts[0].inverse is not None:
+            continue
+        one, how, sizes = parts[0], maps.of(parts[0]), _sizes(parts)
+        levels = how.quantizer.levels_in(_tables(parts), one.weight.dtype)
         bound: Sequence[Tensor | None] = [None] * len(sizes)
         if how.formula.prepared and how.formula.cells_from is None and _on_cpu(one):
             bound = torch.split(bounds(levels.to(how.dtype)), sizes)  # a GPU has time for them
-        for i, own, ends in zip(together, torch.split(levels, sizes), bound, strict=True):
+        for i, own, ends in zip(places, torch.split(levels, sizes), bound, strict=True):
             wholes[i] = wholes[i]._replace(qparams=None, levels=own, bound=ends)
     return wholes
+
+
+def _of_a_kind(wholes: list[Rows]) -> Iterable[list[int]]:
+    found: dict[Any, list[int]] = {}
+    for i, whole in enumerate(wholes):
+        found.setdefault(whole.kind, []).append(i)
+    return found.values()
+
+
+def _tables(parts: list[Rows]) -> Tensor:
+    return parts[0].table if len(parts) == 1 else torch.cat([part.table for part in parts])
+
+
+def _sizes(parts: list[Rows]) -> list[int]:
+    return [len(part.table) for part in parts]
 
 
 def _calls(wholes: list[Rows], *, cut: bool) -> tuple[list[list[Rows]], list[Rows]]:
@@ -165,8 +186,8 @@ def _halved(whole: Rows) -> tuple[list[Rows], Rows | None]:
 
 def _of_other_rows(whole: Rows, of_row: Iterable[Tensor | None], r: int, n: int) -> Rows:
     """The weights as r rows of n, with the qparams, levels and bounds of these."""
-    qparams, levels, bound = of_row
-    return Rows(whole.latent.view(r, n), qparams, whole.weight.view(r, n), levels, bound)
+    qparams, *rest = of_row
+    return Rows(whole.latent.view(r, n), qparams, whole.weight.view(r, n), *rest)
 
 
 def _grouped(whole: Rows) -> tuple[list[Rows], Rows | None]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parq_fn.foundation.scalar import to_device
-from parq_fn.proxmaps.levels import prepare
+from parq_fn.proxmaps.levels import Levels, prepare
 from parq_fn.proxmaps.proxmap import Formula
 from parq_fn.quantizers import Quantizer
 from parq_fn.transforms.prox_link import Prox, ProxState, shrunk
@@ -22,6 +22,7 @@ class Rows(NamedTuple):
     weight: Tensor  # [r, n]
     levels: Tensor | None = None  # [r, k], in the weight's dtype, where they are made already
     bound: Tensor | None = None  # `levels.bounds(levels)`, [r, k - 1]
+    inverse: Tensor | None = None  # [r, 1], beside qparams: by which levels are rounded to
 
     @property
     def table(self) -> Tensor:
@@ -34,8 +35,8 @@ class Rows(NamedTuple):
     def kind(self) -> tuple[Any, ...]:
         """What rows that are mapped together have in common."""
         tensors = self.latent, self.table, self.weight
-        made = self.levels is not None
-        return self.latent.device, made, self.table.shape[-1], *(t.dtype for t in tensors)
+        made = self.levels is not None, self.inverse is not None
+        return self.latent.device, *made, self.table.shape[-1], *(t.dtype for t in tensors)
 
 
 class Map(NamedTuple):
@@ -51,15 +52,25 @@ class Map(NamedTuple):
         """The rows' weights, from their latents and qparams."""
         write(self.quantizer, self.formula, rows, self.scalars, self.divisor)
 
+    def inverse_steps(self, qparams: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """By which the formula finds the levels of these qparams, if by rounding."""
+        quantizer: Any = self.quantizer  # perhaps no more than alike
+        if isinstance(quantizer, Quantizer) and self.formula.rounds(quantizer.num_levels):
+            return quantizer.inverse_steps(qparams, dtype)
+        return None
+
+    def with_inverse(self, rows: Rows) -> Rows:
+        """The rows with the inverse of their steps, where a rounding finds their levels."""
+        if rows.qparams is None:
+            return rows
+        return rows._replace(inverse=self.inverse_steps(rows.qparams, rows.weight.dtype))
+
     def with_levels(self, rows: Rows) -> Rows:
-        """The rows with their levels, made once."""
-        return (
-            rows
-            if rows.qparams is None
-            else rows._replace(
-                qparams=None, levels=self.quantizer.levels_in(rows.qparams, rows.weight.dtype)
-            )
-        )
+        """The rows with their levels, made once, where they are searched in."""
+        if rows.qparams is None or rows.inverse is not None:
+            return rows
+        levels = self.quantizer.levels_in(rows.qparams, rows.weight.dtype)
+        return rows._replace(qparams=None, levels=levels)
 
 
 class Maps:
@@ -93,8 +104,12 @@ def write(
     divisor: Tensor | None,
 ) -> None:
     """`Map.write`, of what a compiler is given and of what it is not."""
-    u, levels = shrunk(rows.latent, divisor), rows.levels
-    if levels is None:
+    u = shrunk(rows.latent, divisor)
+    levels: Levels | None = rows.levels
+    if rows.inverse is not None:
+        levels = quantizer.even(rows.table, rows.inverse, rows.weight.dtype)
+        levels = levels._replace(room=rows.weight)
+    elif levels is None:
         levels = quantizer.levels_in(rows.table, rows.weight.dtype)
     if formula.prepared:
         u, levels = prepare(u, levels)
@@ -109,3 +124,10 @@ def some_rows(rows: Rows, s: slice) -> Rows:
 def in_columns(rows: Rows, s: slice) -> Rows:
     """A part of each of the rows."""
     return rows._replace(latent=rows.latent[:, s], weight=rows.weight[:, s])
+
+
+def of_other_rows(row: Rows, latent: Tensor, weight: Tensor) -> Rows:
+    """The weights of one row, cut into rows."""
+    of_row = row.qparams, *row[3:]
+    qparams, *rest = (x if x is None else x.expand(len(latent), -1) for x in of_row)
+    return Rows(latent, qparams, weight, *rest)

@@ -1,0 +1,153 @@
+"""Evenly spaced levels, whose cells are found by rounding instead of searching.
+
+Level i of a row is what a table of its levels holds: step * i, i = first, first + 1, ..., rounded
+to the dtype of the weights. With t = x / step the ends of a weight's cell are, but for rounding,
+floor(t) and its successor, and the boundary next to it is one of two neighbours. One comparison
+with what stands there in a table decides, so that cells and nearest levels are those of the
+search, bit for bit.
+
+Whether the rounding may be trusted depends on the rows, see `inverse_of`. Where that cannot be
+read (under vmap or a compiler, on a GPU) levels are searched as a table.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from parq_fn.foundation.scalar import concrete, is_plain
+
+#: Of fewer levels there is no rounding.
+LEAST = 3
+
+
+class Even(NamedTuple):
+    """Levels step * i, i = first, first + 1, ..., of each row, as dtype rounds them; three or
+    more. Their cells are those of weights in the dtype of the inverse."""
+
+    step: Tensor  # [r, 1]
+    inverse: Tensor  # [r, 1], of the steps, as `inverse_of` gives it
+    first: Tensor | float  # [r, 1] where rows differ in it, then whole numbers; else whole or half
+    num_levels: int  # k
+    dtype: torch.dtype
+    room: Tensor | None = None  # [r, n], in dtype: where nearest levels may be put; steps are plain
+
+    @property
+    def last(self) -> Tensor | float:
+        """The multiple of the highest level."""
+        return self.first + (self.num_levels - 1)
+
+    def level(self, multiple: Tensor | float) -> Tensor:
+        """step * multiple as the table has it; for a tensor in its dtype, and memory of its own."""
+        if not isinstance(multiple, Tensor):
+            return (self.step * multiple).to(self.dtype).to(self.inverse.dtype)
+        return (self.step * multiple.to(self.step.dtype)).to(self.dtype).to(multiple.dtype)
+
+    def cell(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The ends (lo, hi) of each weight's cell: the neighbouring levels with lo < x <= hi.
+
+        The lowest cell takes in what lies below it, the highest what lies above. NaN gives NaN.
+        """
+        if self._in_place(x):
+            hi, lo = x.new_empty(2, *x.shape)
+            inner = self._inner(torch.mul(x, self.inverse, out=lo), True)
+            torch.gt(x, torch.mul(inner, self.step, out=hi), out=hi)  # as floats, not slow bools
+            torch.mul(inner.add_(hi), self.step, out=hi)
+            return inner.sub_(1.0).mul_(self.step), hi
+        inner = self._inner(x.detach() * self.inverse, False)
+        upper = torch.where(x > self.level(inner), inner + 1, inner)
+        return self.level(upper - 1), self.level(upper)
+
+    def closest(self, x: Tensor) -> Tensor:
+        """The nearest level, the lower one in a tie; NaN for NaN."""
+        # the midpoint is lo / 2 + hi / 2, for no level is near an end of the dtypes
+        if self._in_place(x):
+            lower, hi = x.new_empty(2, *x.shape)
+            lo, half = torch.empty_like(x) if self.room is None else self.room, 0.5 * self.step
+            lower = self._lower(torch.mul(x, self.inverse, out=lower), True)
+            torch.mul(lower, half, out=lo)
+            middle = torch.add(lower, 1.0, out=hi).mul_(half).add_(lo)
+            lower.add_(torch.gt(x, middle, out=middle))
+            return torch.mul(lower, self.step, out=lo)
+        lower = self._lower(x.detach() * self.inverse, False)
+        middle = (self.level(lower) + self.level(lower + 1)) * 0.5
+        return self.level(torch.where(x > middle, lower + 1, lower))
+
+    def _inner(self, t: Tensor, in_place: bool) -> Tensor:
+        """The multiple next to t of a level that is no outermost one. Takes the memory of t."""
+        t = t.floor_().add_(0.5) if self._halves else t.round_()
+        return _held(t, self.first + 1, self.last - 1, in_place)
+
+    def _lower(self, t: Tensor, in_place: bool) -> Tensor:
+        """The multiple next below the midpoint next to t. Takes the memory of t."""
+        t = t.round_().sub_(0.5) if self._halves else t.floor_()
+        return _held(t, self.first, self.last - 1, in_place)
+
+    def _in_place(self, x: Tensor) -> bool:
+        """Whether products with the step are the levels, and memory is written to by nobody else.
+
+        Then it is taken at once, for several pieces of memory are given back to the system and
+        taken again each time.
+        """
+        dtypes = {x.dtype, self.step.dtype, self.dtype, self.inverse.dtype}
+        if len(dtypes) > 1 or not is_plain(x):
+            return False
+        return self.room is not None or is_plain(self.step)  # who gives room has plain steps
+
+    @property
+    def _halves(self) -> bool:
+        return isinstance(self.first, float) and not self.first.is_integer()
+
+
+def _held(x: Tensor, low: Tensor | float, high: Tensor | float, in_place: bool) -> Tensor:
+    """x held to [low, high], NaN staying NaN."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return torch.minimum(torch.maximum(x, low), high)  # type: ignore[arg-type] # both are
+    return x.clamp_(low, high) if in_place else x.clamp(low, high)  # which alone is batched
+
+
+def inverse_of(
+    step: Tensor, first: Tensor | float, count: int, dtype: torch.dtype
+) -> Tensor | None:
+    """1 / step [r, 1] where roundings find all cells of `Even` levels; None where they may not, or
+    where that cannot be read.
+
+    Let u be half of the dtype's eps, v that of the step's and of what the maps compute in, m the
+    largest |i|, all distances in steps. A level is off by m v from its product, and then by m u or,
+    of a subnormal level, by half of the dtype's smallest number s; a midpoint by m v more; x times
+    the inverse, for x no further out than one step beyond the levels, by 2 (m + 1) v and a little.
+    Rounding gives one of the right two neighbours where all of this is less than 1/2. So asked is
+
+        m u + 4 (m + 1) v <= 0.499    and    s / 2 <= step / 8
+
+    (127.5 u = 0.49805 is just within it: 256 levels in bfloat16). No sum of two levels overflows,
+    no half of a level and no inverse is subnormal: 8 tiny <= step, 4 (m + 1) step <= largest. A
+    step of 0, whose levels are all 0, takes any inverse; NaN gives NaN.
+    """
+    if count < LEAST or not step.numel():
+        return None
+    known, wide = step.detach(), torch.promote_types(dtype, torch.float32)
+    written, used = torch.finfo(dtype), [torch.finfo(step.dtype), torch.finfo(wide)]
+    eps = max(info.eps for info in used)
+    bound = (0.499 - 2 * eps) / (written.eps / 2 + 2 * eps)
+    if isinstance(first, Tensor):
+        most = concrete(torch.maximum(first.abs(), (first + (count - 1)).abs()).amax())
+        if most is None:
+            return None
+    else:
+        most = max(abs(first), abs(first + (count - 1)))
+    if not most <= bound:
+        return None
+    low = max(4 * written.tiny * written.eps, *(8 * info.tiny for info in used))
+    high = min(written.max, *(info.max for info in used)) / (4 * (most + 1))
+    least, largest = concrete(known.amin()), concrete(known.amax())
+    if least is None or largest is None:
+        return None
+    if low <= least and largest <= high:
+        return known.reciprocal()
+    usable = ~((known < low) | (known > high)) | (known == 0)
+    if not concrete(usable.all()):
+        return None
+    return torch.where(known == 0, 1.0, known).reciprocal()
