@@ -92,6 +92,12 @@ class Quantizer(Value):
         return False
 
     @property
+    def rows_at_once(self) -> int:
+        """How many rows to fit at once at least, where they are long: few, but for qparams(x) that
+        makes no tensor of the size of x."""
+        return 1
+
+    @property
     def num_levels(self) -> int:
         """k, the number of levels of every row."""
         raise NotImplementedError(f"{type(self).__name__} must define num_levels")
@@ -222,7 +228,7 @@ class Quantizer(Value):
             return rows.new_zeros((*rows.shape[:-1], self.num_qparams), dtype=dtype)
         # laid out in one way, for the order of a sum follows memory
         x = rows.to(dtype).contiguous()
-        own = torch.cat([self._fit(piece) for piece in pieces(x, 0)])
+        own = torch.cat([self._fit(piece) for piece in pieces(x, 0, self.rows_at_once)])
         if not self.num_whole:
             return own
         common = (self.whole(x) if whole is None else whole).expand(len(x), -1)

@@ -26,12 +26,13 @@ _RUN = 1024  # elements that are summed in the dtype of the rows, before sums go
 _SCANNED = 64  # elements whose running sums are taken at once
 
 
-def pieces(x: Tensor, dim: int) -> tuple[Tensor, ...]:
-    """x cut along a dimension into pieces of some _PIECE elements; whole under a compiler."""
+def pieces(x: Tensor, dim: int, least: int = 1) -> tuple[Tensor, ...]:
+    """x cut along a dimension into pieces of some _PIECE elements, or of `least` along it; whole
+    under a compiler."""
     size = _PIECE if x.device.type == "cpu" else _PIECE_THERE
     if torch.compiler.is_compiling() or x.numel() <= size:
         return (x,)
-    return torch.split(x, max(1, size * x.shape[dim] // x.numel()), dim)
+    return torch.split(x, max(least, size * x.shape[dim] // x.numel()), dim)
 
 
 def of_pieces(x: Tensor, dim: int, f: Elementwise, *of_row: Tensor) -> Iterator[Tensor]:

@@ -15,6 +15,10 @@ from parq_fn.quantizers.base import Grid, Quantizer, under
 from parq_fn.quantizers.centered import about_mean, less_mean
 from parq_fn.quantizers.reductions import largest, mean_and_largest
 
+#: Rows that are fitted at once, where one way through them asks for no memory but a piece's. More
+#: would have to be cut into columns that are too narrow.
+_ROWS = 512
+
 
 @value
 class Scaled(Quantizer):
@@ -40,6 +44,10 @@ class Scaled(Quantizer):
     @property
     def telling(self) -> bool:
         return not self.center
+
+    @property
+    def rows_at_once(self) -> int:
+        return 1 if self.center else _ROWS
 
     @property
     def traits(self) -> QuantizerTraits:
