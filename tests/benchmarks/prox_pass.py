@@ -36,6 +36,11 @@ GRANULARITIES = {
 }
 Case = tuple[str, str, int, str]  # network, map, levels, granularity
 QUANTIZERS = {2: pf.lsbq(1), 3: pf.lsbq(0), 4: pf.lsbq(2), 16: pf.lsbq(4)}  # by levels
+EVEN = pf.uniform(4)  # whose 16 levels are evenly spaced
+#: Times of a copy that a map of EVEN may take, compiled in blocks, and eager.
+EVEN_LIMITS = {("hard", "compiled", "block of 32"): 1.15} | {
+    ("hard", "eager", where): 6.0 for where in ("channel", "block of 32")
+}
 
 
 def state_of(link: Prox) -> ProxState:
@@ -93,7 +98,8 @@ def against_copy(elements: int, repeats: int, compiled: bool = True) -> Iterator
         del fast["compiled"]
     copies: list[float] = []
     for kind, make in LINKS.items():
-        for k, quantizer in QUANTIZERS.items():
+        for quantizer in (*QUANTIZERS.values(), EVEN):
+            k = quantizer.num_levels
             for where, granularity in GRANULARITIES.items():
                 link = make(quantizer, granularity=granularity)
                 state, jobs = state_of(link), jobs_of(link, [u])
@@ -110,9 +116,13 @@ def against_copy(elements: int, repeats: int, compiled: bool = True) -> Iterator
                     limit = 1.25 if k <= 4 else 2.0
                     affine = kind != "soft"  # which computes more than it reads
                     held = limit if name == "compiled" and affine else None
+                    levels = f"{k} levels"
+                    if quantizer is EVEN:
+                        held = EVEN_LIMITS.get((kind, name, where), held)
+                        levels = f"{k} even levels"
                     value, spread = ratio(times[name], times["copy"])
                     what = f"{name}, time over a copy's"
-                    yield Found("pass", f"{kind}, {k} levels, {where}", what, value, spread, held)
+                    yield Found("pass", f"{kind}, {levels}, {where}", what, value, spread, held)
     # the machine's memory may have more rates than one, and the ratios depend on it
     low, middle, high = statistics.quantiles([8e-9 * elements / took for took in copies], n=4)
     yield Found("pass", "copy", "GB/s read and written", middle, (high - low) / 2)
@@ -174,6 +184,14 @@ def against_peer(
         )
 
 
+def state_size() -> Found:
+    """Of a block's levels."""
+    link = pf.hard_prox(EVEN, granularity=pf.per_block(32))
+    qparams = link.init([torch.zeros(64, 64)]).qparams[0]
+    size = qparams.numel() * qparams.element_size() / (64 * 64 / 32)
+    return Found("pass", f"{EVEN!r}, block of 32", "state, bytes a block", size, 0.0, 4.0)
+
+
 def all_cases(network: str) -> Iterator[Case]:
     """Of a network."""
     for kind in peer.KINDS:
@@ -194,6 +212,7 @@ def run(size: str, repeats: int) -> Iterator[Found]:
     tiny = size == "tiny"
     elements = 1 << (16 if tiny else 26)
     yield from against_copy(elements, repeats, compiled=not tiny)
+    yield state_size()
     if peer.available:
         networks = {"tiny": lambda: [(8, 4, 3, 3), (32, 64), (64,)]} if tiny else LISTS
         first, *others = networks
