@@ -57,7 +57,10 @@ LONG = {
 
 #: Private attributes of others that are read.
 PRIVATE = {
-    "export.hugging_face": {"_tied_weights_keys": "which of a transformers model's are tied"},
+    "export.hugging_face": {
+        "_tied_weights_keys": "which of a transformers model's are tied",
+        "_is_hf_initialized": "that transformers draws no weights for a layer",
+    },
 }
 
 

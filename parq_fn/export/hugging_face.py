@@ -69,6 +69,9 @@ class ParqFnQuantizer(HfQuantizer):  # type: ignore[misc] # of no known type
         for name, first in config.tied.items():
             _share(model.get_submodule(name), model.get_submodule(first))
         _untie(model)
+        for layer in model.modules():
+            if isinstance(layer, PackedLayer):  # has no weight to begin at random
+                layer._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         del kwargs
