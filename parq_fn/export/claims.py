@@ -14,6 +14,7 @@ from torch import Tensor
 from parq_fn.export.codes import highest_code
 from parq_fn.export.packing import Packed
 from parq_fn.foundation.memory import in_order
+from parq_fn.quantizers.base import Grid
 from parq_fn.quantizers.granularity import Granularity, per_block, per_channel
 
 #: Weights of one level take no bytes, so that a file could claim any number of them.
@@ -41,7 +42,8 @@ def believed(own: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Packe
             left.remove(name)
             continue
         made[name] = entry = _packed(name, packed[name], tensors, order)
-        left -= {f"{name}.codes", f"{name}.levels"}
+        for part in ("codes", "levels", *(() if entry.grid is None else ("step", "first"))):
+            left.remove(f"{name}.{part}")
         if entry.levels.shape[1] == 1:
             constants += torch.Size(entry.shape).numel()
     if left:
@@ -67,7 +69,13 @@ def _packed(
         raise ValueError(f"{name!r} has levels {tuple(levels.shape)}, {levels.dtype}")
     cut = about.get("cut")
     cut = None if cut is None else cut_from_json(cut)
-    entry = Packed(codes, levels, tuple(shape), *texts, cut, order)
+    grid = None
+    if "grid" in about:
+        if about["grid"] is not True:
+            raise ValueError(f"{name!r} has the grid {about['grid']!r}, expected true")
+        step, first = tensors[f"{name}.step"], tensors[f"{name}.first"]
+        grid = Grid(step, first, first + (levels.shape[1] - 1))
+    entry = Packed(codes, levels, tuple(shape), *texts, cut, order, grid)
     highest = highest_code(codes, torch.Size(shape).numel(), levels.shape[1])
     if highest >= levels.shape[1]:
         raise ValueError(f"{name!r} has the code {highest} of {levels.shape[1]} levels")

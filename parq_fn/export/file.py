@@ -5,10 +5,12 @@ belongs to it is JSON under the one key "parq_fn" of the metadata (of several ke
 not be fixed), with the format's version and a SHA-256 of the file with zeros in its own place, so
 that a change of any byte is noticed.
 
-Version 2 has weights whose rows are not runs of their logical order, with "cut", {"axis": ...} or
-{"size": ..., "along": ...}, as of per_channel and per_block, and "orders", the order of dimensions
-in memory of tensors that are not contiguous, such as [0, 2, 3, 1] for channels_last. Files without
-both are of version 1, which older releases read.
+Version 2 has "grid", true, where a packed weight is four tensors, NAME.step and NAME.first too: the
+step and first multiple of evenly spaced levels, where these do not say them. It has "cut", {"axis":
+...} or {"size": ..., "along": ...}, as of per_channel and per_block, where rows are not runs of a
+weight's logical order, and "orders", the order of dimensions in memory of tensors that are not
+contiguous, such as [0, 2, 3, 1] for channels_last. Files without any of them are of version 1,
+which older releases read.
 
 What a file claims is checked before it is believed, for a checksum shows that nothing was changed
 by accident, not who wrote it: see `load`.
@@ -129,6 +131,11 @@ def _parts(packed: Mapping[str, Packed | Tensor] | list[Entry]) -> list[_Part]:
                 _Part(f"{name}.codes", torch.uint8, size, partial(_made, entry)),
                 _Part(f"{name}.levels", dtype, tuple(levels.shape), kept),
             ]
+            if entry.grid is not None:
+                own += [
+                    _Part(f"{name}.{what}", part.dtype, tuple(part.shape), partial(_itself, part))
+                    for what, part in zip(("step", "first"), entry.grid, strict=False)
+                ]
         for part in own:
             if part.name in parts:
                 raise ValueError(f"two tensors of the file would be named {part.name!r}")
@@ -142,6 +149,10 @@ def _entries(packed: Mapping[str, Any] | list[Entry]) -> list[tuple[str, Any]]:
     if isinstance(packed, Mapping):
         return list(packed.items())
     return [(entry.name, entry) for entry in packed]
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _made(entry: Packed | Tensor | Entry) -> Tensor:
@@ -168,6 +179,8 @@ def _header_of(packed: Mapping[str, Any] | list[Entry], parts: list[_Part]) -> b
             cut = entry.cut
             if cut is not None:
                 about[name]["cut"], version = cut_as_json(cut), 2
+            if entry.grid is not None:
+                about[name]["grid"], version = True, 2
     names = [name for name, _ in _entries(packed)]
     own = {"names": names, "packed": about, "sha256": _BLANK, "version": version}
     if orders:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parq_fn.export.grid import even_grid, off_grid
+from parq_fn.export.grid import as_multiples, even_grid, off_grid
 from parq_fn.export.packing import Packed
 from parq_fn.foundation.tree import matches
 
@@ -38,8 +38,9 @@ def to_gguf(
     """Writes a packed model as a GGUF file; returns the type that each packed weight got.
 
     Levels -v, 0, v become `ternary`: TQ2_0 at 2 bits a weight, TQ1_0 at 1.6. Levels that are
-    multiples -8 .. 7 of one number become Q4_0. What matches a pattern of `in_full` is unpacked to
-    float32; what is not packed is written as it is, bfloat16 as float32.
+    multiples -8 .. 7 of one number become Q4_0, their scale the quantizer's, half of it for half
+    multiples. What matches a pattern of `in_full` is unpacked to float32; what is not packed is
+    written as it is, bfloat16 as float32.
 
     rounded: round scales to float16, and levels that are not evenly spaced to multiples of a
     seventh of the largest, and warn of the error; without it such levels are refused.
@@ -96,14 +97,17 @@ def _blocks(
 ) -> tuple[str, np.ndarray, np.ndarray]:
     """(type; whole numbers [rows, blocks, size], int8; scales [rows, blocks], float16)."""
     levels = entry.levels.float()  # readers multiply in float32
-    grid = even_grid(levels, -8, 7, rounded=7)
-    multiples, unit = grid.multiples, grid.unit
+    grid = entry.even
+    found = None if grid is None else as_multiples(entry.levels, grid, levels.dtype)
+    if found is None or not bool(found.within(-8, 7).all()):
+        found = even_grid(levels, -8, 7, rounded=7)
+    multiples, unit = found.multiples, found.unit
     kind = ternary if bool((multiples.abs() <= 1).all()) else "Q4_0"
     error = (multiples.float() * unit.half().float() - levels).double().abs().amax(-1)
     error = torch.where(unit.half().isfinite().squeeze(-1), error, torch.inf)
     if bool(error.any()):
         reason = f"multiples -8 .. 7 of one float16, as {kind} blocks hold them"
-        off_grid(name, levels, error, reason, rounded)
+        off_grid(name, levels, error, reason, rounded, grid)
     size = _SIZES[kind]
     (*_, last), (r, n) = (1, *entry.shape), entry.indices().shape
     held = bool(entry.shape) and last > 0 and last % size == 0

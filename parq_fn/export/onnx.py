@@ -13,7 +13,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from parq_fn.export.grid import even_grid, shifted
+from parq_fn.export.grid import as_multiples, even_grid, shifted
 from parq_fn.export.layers import check_fit, names_of_tied
 from parq_fn.export.packing import Packed, unpack
 
@@ -36,8 +36,9 @@ def to_onnx(
 
     Levels that are whole multiples of one number in 4 bits, or in no more than their codes take,
     become integers behind DequantizeLinear: INT2 (from opset 25 on), INT4 or INT8, with zero
-    points where they are needed. Others become codes into their table behind GatherElements, and
-    are as exact, in float32.
+    points where they are needed; the scale is the quantizer's, half of it for half multiples, or,
+    where only that is exact, rounded to the weight's dtype. Others become codes into their table
+    behind GatherElements, and are as exact, in float32.
 
     fuse: let runtimes replace DequantizeLinear and MatMul by one kernel. That of onnxruntime rounds
     activations to 8 bits unless its session is told otherwise, so outputs differ; without it a
@@ -114,19 +115,24 @@ def _standing_for(
     """(constants, nodes whose last output is the weight, what they are)."""
     levels, rows = entry.levels.float().cpu(), entry.indices().cpu()
     r, k = levels.shape
-    grid = even_grid(levels, -127, 127)
-    codes, zero, bits = shifted(grid)
     if not bool(levels.isfinite().all()):
         raise ValueError(f"parameter {name!r}: levels are not finite in float32")
+    grid = entry.even
+    if grid is None:
+        found = even_grid(levels, -127, 127)
+    else:
+        found = as_multiples(entry.levels, grid, levels.dtype)
+    codes, zero, bits = shifted(found)
+    codes, zero, unit = codes.cpu(), zero.cpu(), found.unit.cpu()
     stored, coded = _stored(bits, opset), _stored((k - 1).bit_length(), opset)
-    if bool(grid.is_exact.all()) and stored <= max(4, coded):
+    if bool(found.is_exact.all()) and stored <= max(4, coded):
         kind = f"INT{stored}"
         whole = fuse and entry.cut is None and r in (1, entry.shape[0])
         shape = entry.shape if whole else (*rows.shape, 1)  # no shape that a Reshape keeps
         scale_shape = [] if r == 1 else [r]
         constants = [
             _integers(onnx, f"{name}.codes", kind, codes.gather(1, rows).reshape(shape)),
-            _floats(onnx, f"{name}.scale", grid.unit.reshape(scale_shape)),
+            _floats(onnx, f"{name}.scale", unit.reshape(scale_shape)),
         ]
         if bool(zero.any()):
             constants.append(_integers(onnx, f"{name}.zero", kind, zero.reshape(scale_shape)))

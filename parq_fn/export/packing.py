@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from parq_fn.export.codes import decode, encode, num_bytes, width
+from parq_fn.export.grid import check_grid, grid_of, kept_grid, told
 from parq_fn.foundation.memory import in_order, order_of
 from parq_fn.foundation.tree import PyTree, names_of, tree_leaves
 from parq_fn.foundation.value import Value, value
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.transformed import TransformOptimizer
 from parq_fn.proxmaps.levels import nearest
+from parq_fn.quantizers.base import Grid
 from parq_fn.quantizers.granularity import Granularity, per_block, per_channel
 from parq_fn.transforms.levels_of import prox_states
 from parq_fn.transforms.prox_link import Prox, in_rows
@@ -40,6 +42,9 @@ class Packed(Value):
         runs of its logical order, one after another.
     order: that its dimensions have in memory, as of `foundation.memory.order_of`; None where they
         stand as they are.
+    grid: the step [r, 1] and the first multiple [r, 1], or [1, 1] where rows agree, of evenly
+        spaced levels, which are their products, rounded; in float32, of float64 levels in float64.
+        None where levels are not evenly spaced, or say it themselves: see `even`.
     """
 
     codes: Tensor
@@ -49,6 +54,7 @@ class Packed(Value):
     granularity: str = ""
     cut: Granularity | None = None
     order: tuple[int, ...] | None = None
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         count, (r, k) = torch.Size(self.shape).numel(), self.levels.shape
@@ -63,6 +69,8 @@ class Packed(Value):
             raise ValueError(f"shape {self.shape} has other rows of {self.cut!r} than {r}")
         if self.order is not None and sorted(self.order) != list(range(len(self.shape))):
             raise ValueError(f"{self.order} is no order of the dimensions of shape {self.shape}")
+        if self.grid is not None:
+            check_grid(self.grid, self.levels)
 
     @property
     def bits(self) -> float:
@@ -72,8 +80,15 @@ class Packed(Value):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of codes and levels together."""
-        return len(self.codes) + self.levels.numel() * self.levels.element_size()
+        """Bytes of codes, levels and grid together."""
+        kept = self.codes, self.levels, *(self.grid or ())[:2]
+        return sum(part.nbytes for part in kept if isinstance(part, Tensor))
+
+    @property
+    def even(self) -> Grid | None:
+        """The step and first multiple of evenly spaced levels: those that the quantizer had; None
+        of others, and of levels packed without a grid that do not say one."""
+        return told(self.levels) if self.grid is None else self.grid
 
     def unpack(self) -> Tensor:
         """The weight, of its shape, dense in its order: bit-equal to what was packed."""
@@ -141,6 +156,7 @@ def pack_weight(
     snap: bool = False,
     quantizer: str = "",
     granularity: str | Granularity = "",
+    grid: Grid | None = None,
 ) -> Packed:
     """A weight of r rows, each of whose elements is a level of its row [r, k].
 
@@ -148,9 +164,10 @@ def pack_weight(
     equal; a zero has the sign of its level.
     granularity: how the weight is cut into rows; without one, or with its name alone, rows stand
     one after another.
+    grid: `quantizer.grid(qparams)` of evenly spaced levels, which exporters take their scales from.
     Raises ValueError, with the name, for weights off their levels, with the share of them; for
-    levels that are not rows of 1 to 256 sorted ones; for a shape that is not their rows; and for a
-    granularity that makes rows in a way of its own.
+    levels that are not rows of 1 to 256 sorted ones; for a shape that is not their rows; for a
+    granularity that makes rows in a way of its own; and for a grid of other levels.
 
     >>> packed = pack_weight(torch.tensor([[1.0, -1.0, 1.0]]), torch.tensor([[-1.0, 1.0]]))
     >>> packed.codes, packed.unpack()
@@ -172,7 +189,11 @@ def pack_weight(
     packed = encode(_restored(codes, weight, cut).flatten(), levels.shape[1])
     text = granularity if isinstance(granularity, str) else repr(granularity)
     shape, order = tuple(weight.shape), order_of(weight)
-    return Packed(packed, levels.clone(), shape, quantizer, text, cut, order)
+    try:
+        grid = kept_grid(grid, levels)
+        return Packed(packed, levels.clone(), shape, quantizer, text, cut, order, grid)
+    except ValueError as error:
+        raise ValueError(f"parameter {name!r}: {error}") from None
 
 
 def _named(name: str, granularity: Any, weight: Tensor) -> Granularity | None:
@@ -235,6 +256,7 @@ class Entry:
     link: Prox | None = None
     levels: Tensor | None = None  # [r, k]; None where it is kept
     snap: bool = False
+    grid: Grid | None = None  # as of `Packed`
 
     def make(self) -> Packed | Tensor:
         """The packed weight or the tensor, whole; a sharded one is gathered, so every rank calls
@@ -252,6 +274,7 @@ class Entry:
             snap=self.snap,
             quantizer=self.quantizer,
             granularity=self.link.granularity if self.link else "",
+            grid=self.grid,
         )
 
     @property
@@ -295,11 +318,13 @@ def stream(
         found = _of_transformation(transformation, state)
     made = []
     for name, entry in entries:
-        link = levels = None
+        link = levels = grid = None
         if name in found:
             link, qparams = found[name]
-            levels = link.quantizer.levels_in(in_rows(qparams), entry.dtype)
-        made.append(Entry(name, entry, link, levels, snap))
+            qparams = in_rows(qparams)
+            levels = link.quantizer.levels_in(qparams, entry.dtype)
+            grid = grid_of(link.quantizer, qparams, levels)
+        made.append(Entry(name, entry, link, levels, snap, grid))
     return made
 
 

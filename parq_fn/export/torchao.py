@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parq_fn.export.grid import even_grid, halved, off_grid, shifted
+from parq_fn.export.grid import Multiples, as_multiples, even_grid, halved, off_grid, shifted
 from parq_fn.export.layers import check_fit, holders_of
 from parq_fn.export.packing import Packed
 
@@ -27,11 +27,11 @@ def to_torchao(
 ) -> nn.Module:
     """A copy of the module whose packed weights are torchao's IntxUnpackedToInt8Tensor.
 
-    Levels that are odd multiples of one number, such as those of `uniform`, get the zero point
-    -1/2 and as many bits as they have; others an integer zero point. A level for the whole weight
-    is given to every channel. These are of nn.Linear, nn.Conv2d and nn.Embedding, of exactly those
-    classes; other packed weights are unpacked, what is not packed is loaded as it is, and tied
-    weights stay tied.
+    Scale and zero point are those of the quantizer, bit for bit (the zero point less 2^(b-1), for
+    codes are signed). Levels that are odd multiples of one number, such as those of `uniform`, get
+    the zero point -1/2 and as many bits as they have. A scale of the whole weight is given to every
+    channel. These are of nn.Linear, nn.Conv2d and nn.Embedding, of exactly those classes; other
+    packed weights are unpacked, what is not packed is loaded as it is, and tied weights stay tied.
 
     int8_activations: inputs of linear layers are quantized to 8 bits as they come, asymmetrically
     and per token.
@@ -39,8 +39,8 @@ def to_torchao(
     the error; without it they are refused.
 
     Raises ImportError without torchao; ValueError, with the parameter's name, for levels that are
-    not evenly spaced, rows that cross output channels or run along another dimension than the
-    inputs, and float64.
+    not evenly spaced, zero points beyond 8 bits, rows that cross output channels or run along
+    another dimension than the inputs, and float64.
     """
     tensor_class, activation = _torchao()
     made = copy.deepcopy(module)
@@ -85,22 +85,31 @@ def _affine(name: str, entry: Packed, rounded: bool) -> tuple[Tensor, Tensor, Te
             "module before it is packed"
         )
     blocks = _blocks(name, entry)
-    grid = even_grid(entry.levels)
-    odd = bool((grid.multiples % 2 != 0).all())
-    if not odd and int((grid.multiples.amax(-1) - grid.multiples.amin(-1)).max()) > 255:
-        grid = even_grid(entry.levels, -127, 127)
-    if not bool(grid.is_exact.all()):
-        reason = "multiples of one number, as torchao's integer tensors hold them in 8 bits"
-        off_grid(name, entry.levels, grid.error, reason, rounded)
-    odd = bool((grid.multiples % 2 != 0).all())
-    codes, whole, bits = shifted(halved(grid) if odd else grid)
-    scale = 2 * grid.unit if odd else grid.unit
-    if bits > 8 or not bool(scale.isfinite().all()):
-        off_grid(name, entry.levels, torch.full_like(grid.error, torch.inf), "", rounded)
-    zero = whole.float() - 0.5 if odd else whole.to(torch.int8)
+    found = _multiples(name, entry, rounded)
+    codes, whole, bits = shifted(found)
+    if bits > 8 or not bool(found.unit.isfinite().all()):
+        off_grid(name, entry.levels, torch.full_like(found.error, torch.inf), "", rounded)
+    zero = whole.float() - 0.5 if found.half else whole.to(torch.int8)
     rows = entry.indices()
     chosen = codes.gather(1, rows).to(torch.int8).reshape(entry.shape)
-    return chosen, _spread(scale, blocks), _spread(zero, blocks), bits
+    return chosen, _spread(found.unit, blocks), _spread(zero, blocks), bits
+
+
+def _multiples(name: str, entry: Packed, rounded: bool) -> Multiples:
+    """The levels as multiples of the quantizer's step; of those that do not follow from a step and
+    a zero point in 8 bits, found or rounded."""
+    levels, grid = entry.levels, entry.even
+    if grid is not None:
+        found = as_multiples(levels, grid, levels.dtype, halves=True)
+        if bool(found.is_exact.all()) and shifted(found)[2] <= 8:
+            return found
+    found = halved(even_grid(levels))
+    if not found.half and int((found.multiples.amax(-1) - found.multiples.amin(-1)).max()) > 255:
+        found = even_grid(levels, -127, 127)
+    if not bool(found.is_exact.all()):
+        reason = "multiples of one number, as torchao's integer tensors hold them in 8 bits"
+        off_grid(name, levels, found.error, reason, rounded, grid)
+    return found
 
 
 def _blocks(name: str, entry: Packed) -> tuple[int, ...]:

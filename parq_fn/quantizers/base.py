@@ -213,6 +213,12 @@ class Quantizer(Value):
             return self.levels(qparams)
         return qparams[..., -self.num_levels :]
 
+    def known_grid(self, qparams: Tensor) -> Grid | None:
+        """The `grid` of qparams [r, m]; None too where levels were kept in their place."""
+        if qparams.shape[-1] != self.num_qparams:
+            return None
+        return type(self).grid(self, qparams)
+
     def fit(self, rows: Tensor, whole: Tensor | None = None) -> Tensor:
         """Qparams [r, m] of rows [r, n], without a look at their values: in float32, of float64
         rows in float64.

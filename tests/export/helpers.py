@@ -8,9 +8,23 @@ import torch
 from torch import Tensor, nn
 
 import parq_fn as pf
-from parq_fn.export import pack_weight
+from parq_fn.export import Packed, pack_weight
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
+from parq_fn.transforms.prox_link import in_rows
 
+#: Quantizers of evenly spaced levels.
+EVEN = [
+    *(pf.uniform(bits, scale) for bits in (1, 2, 3, 4, 8) for scale in ("mean", "max")),
+    *(pf.max_uniform(bits) for bits in (2, 3, 4, 8)),
+    *(pf.asymmetric(bits) for bits in (1, 2, 4, 8)),
+    *(pf.integer(bits, scale) for bits in (2, 4, 8) for scale in ("max", "mean")),
+    pf.stored(pf.integer(4), torch.float16),
+    pf.gaussian(2),
+    pf.lsbq(1),
+    pf.lsbq(0),
+    pf.lsbq(0, "optimal"),
+    pf.ternary_uniform(),
+]
 SOON: dict[str, Any] = {"anneal_start": 0, "anneal_end": 3, "period": 1}
 
 
@@ -55,6 +69,16 @@ def trained(adapter: str, steps: int = 6) -> tuple[Net, Any]:
         net(tokens).square().sum().backward()
         optimizer.step()
     return net.eval(), optimizer
+
+
+def fitted(quantizer: Any, cut: Any, weight: Tensor) -> tuple[Packed, Tensor, Tensor]:
+    """(a weight's packed form; what it packs; the qparams [r, m] that the state holds)"""
+    params = {"weight": weight}
+    transform = pf.chain(pf.sgd(0.0), pf.hard_prox(quantizer, granularity=cut))
+    _, state = transform.update({"weight": 0 * weight}, transform.init(params), params)
+    (qparams,) = pf.tree.tree_leaves(pf.read(state, "qparams"))
+    packed: Any = pf.export.pack(params, transform, state)["weight"]
+    return packed, transform.weights(state, params)["weight"], in_rows(qparams)
 
 
 def on_levels(shape: tuple[int, ...], cut: Any, quantizer: Any = None) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import parq_fn as pf
 from parq_fn.export import Packed, load, pack, pack_weight, save, unpack
+from parq_fn.quantizers import Grid
 
 BLANK = "0" * 64
 
@@ -122,10 +123,28 @@ EDITS: dict[str, Edit] = {
     "an order of too many": lambda own, _: own.update(orders={"b": [0, 1]}),
     "an order of texts": lambda own, _: own.update(orders={"w": ["1", "0"]}),
     "orders that are a list": lambda own, _: own.update(orders=["w"]),
+    "a grid that is a number": lambda own, _: own["packed"]["w"].update(grid=1),
+    "a grid without tensors": lambda own, _: own["packed"]["w"].update(grid=True),
+    "a step of no grid": lambda _, t: t.update({"w.step": t.pop("b")}),
+    "codes that are a tensor too": lambda own, _: own["names"].append("w.codes"),
+    "a tensor that is codes too": lambda own, _: own["names"].insert(0, "w.codes"),
     "a version that is no number": lambda own, _: own.update(version="1"),
     "a version that is a truth value": lambda own, _: own.update(version=True),
     "a newer version": lambda own, _: own.update(version=99),
 }
+
+
+def test_a_grid_of_other_levels_is_refused(tmp_path: Path) -> None:
+    step, levels = torch.tensor([[0.3]]), torch.tensor([[0.3, 0.6]]).bfloat16()
+    packed = pack_weight(levels, levels, grid=Grid(step, 1.0, 2.0))
+    save({"w": packed}, tmp_path / "file")
+    again = load(tmp_path / "file")["w"]
+    assert again == packed
+    for wrong in (Grid(step, torch.tensor([[2.0]]), 3.0), Grid(2 * step, torch.ones(1, 1), 2.0)):
+        object.__setattr__(packed, "grid", wrong)
+        save({"w": packed}, tmp_path / "crafted")
+        with pytest.raises(ValueError, match=r"crafted .* levels are not those of their grid"):
+            load(tmp_path / "crafted")
 
 
 @pytest.mark.parametrize("edit", EDITS)

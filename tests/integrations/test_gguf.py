@@ -16,6 +16,8 @@ from torch import Tensor
 import parq_fn as pf
 from parq_fn.export import Packed, pack_weight
 from parq_fn.export.gguf import to_gguf
+from tests.export.helpers import EVEN, fitted
+from tests.helpers import spread
 
 CUTS = [pf.per_tensor(), pf.per_channel(), pf.per_block(256)]
 
@@ -113,3 +115,59 @@ def test_shapes_are_kept_and_a_pattern_may_stand_alone(tmp_path: Path) -> None:
     assert torch.equal(found["b.w"][1], weight.unpack())
     with pytest.raises(ValueError, match=r"'mask' is torch\.bool, which GGUF has no type for"):
         to_gguf({"mask": torch.ones(2, dtype=torch.bool)}, tmp_path / "x.gguf")
+
+
+def scales_of(data: Any, kind: str) -> Tensor:
+    """The scale of each block, as its bytes say it."""
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    blocks = torch.from_numpy(data.copy()).reshape(-1, size)
+    at = slice(0, 2) if kind == "Q4_0" else slice(size - 2, size)  # ternary blocks end in it
+    return blocks[:, at].contiguous().view(torch.float16).flatten()
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "dtype"), spread(EVEN, [torch.float32, torch.bfloat16, torch.float16]), ids=repr
+)
+def test_scales_are_those_of_the_state_where_blocks_hold_them(
+    quantizer, dtype, tmp_path: Path
+) -> None:
+    """Half of it where multiples are halves, or the level itself; others are refused by name.
+    Rows of small whole numbers have steps that float16 holds."""
+    draw = torch.Generator().manual_seed(0)
+    whole = torch.randint(-3, 5, (4, 256), generator=draw).float()
+    whole[:, 0], whole[:, 1] = -3, 4
+    signs = torch.where(whole > 0, 1.0, -1.0)
+    for rows in (whole, signs, torch.randn(4, 256, generator=draw)):
+        for cut in (pf.per_tensor(), pf.per_channel(), pf.per_block(256)):
+            weight = (rows * torch.tensor([[0.5], [1.0], [2.0], [4.0]])).to(dtype)
+            entry, mapped, qparams = fitted(quantizer, cut, weight)
+            grid = quantizer.grid(qparams)
+            half = 2 if bool((torch.as_tensor(grid.first) % 1 != 0).any()) else 1
+            numbers = half * grid._replace(step=torch.ones_like(grid.step)).levels(
+                quantizer.num_levels
+            )
+            steps = [(grid.step / half).to(d).half() for d in (torch.float32, dtype)]
+            levels = entry.levels.float()
+            held = [torch.equal(numbers * step.float(), levels) for step in steps]
+            if bool((numbers < -8).any() | (numbers > 7).any()) or not any(held):
+                with pytest.raises(ValueError, match=r"'w': levels of row .* are not multiples"):
+                    to_gguf({"w": entry}, tmp_path / "x.gguf")
+                continue
+            kind = to_gguf({"w": entry}, tmp_path / "x.gguf")["w"]
+            assert torch.equal(read(tmp_path / "x.gguf")["w"][1], mapped.float())
+            data = gguf.GGUFReader(tmp_path / "x.gguf").tensors[0].data
+            size = 32 if kind == "Q4_0" else 256
+            scales = scales_of(data, kind).reshape(4, -1)
+            expected = steps[held.index(True)].reshape(-1, 1).expand_as(scales)
+            zeros = (mapped == 0).reshape(4, -1, size).all(-1)  # whose scale the package makes 0
+            assert torch.equal(scales[~zeros], expected[~zeros])
+
+
+def test_a_zero_point_that_blocks_do_not_hold_is_refused_by_name(tmp_path: Path) -> None:
+    weight = torch.arange(-5.0, 11.0).repeat(2, 16)
+    entry, _, _ = fitted(pf.asymmetric(4), pf.per_channel(), weight)
+    with pytest.raises(ValueError, match=r"'w': levels of row 0.*\(their zero point is 5\)"):
+        to_gguf({"w": entry}, tmp_path / "x.gguf")
+    entry, mapped, _ = fitted(pf.asymmetric(4), pf.per_channel(), weight - 3)
+    to_gguf({"w": entry}, tmp_path / "x.gguf")
+    assert torch.equal(read(tmp_path / "x.gguf")["w"][1], mapped)

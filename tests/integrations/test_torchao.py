@@ -22,7 +22,9 @@ from torch import nn
 import parq_fn as pf
 from parq_fn.export import load, save
 from parq_fn.export.torchao import to_torchao
-from tests.helpers import python_blocks, run_blocks
+from tests.export.helpers import EVEN as QUANTIZERS
+from tests.export.helpers import fitted
+from tests.helpers import python_blocks, run_blocks, spread
 from tests.integrations.models import TOKENS, on_levels
 from tests.test_readme import README
 
@@ -39,6 +41,7 @@ EVEN = {
     pf.asymmetric(4): "int4",
 }
 CUTS = [pf.per_tensor(), pf.per_channel(), pf.per_block(32)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 PUBLISHED = [
@@ -173,3 +176,32 @@ def test_rows_that_torchao_has_no_scales_for_are_refused() -> None:
     packed = {"0.weight": pf.export.pack_weight(torch.ones(4, 6), levels)}
     with pytest.raises(ValueError, match=r"its shape is \(4, 6\) and it has 2 rows of levels"):
         to_torchao(net, packed)
+
+
+@pytest.mark.parametrize(("quantizer", "dtype"), spread(QUANTIZERS, DTYPES), ids=repr)
+@pytest.mark.parametrize("granularity", CUTS, ids=repr)
+def test_scales_and_zero_points_are_those_of_the_state(quantizer, dtype, granularity) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 64, generator=draw) * torch.logspace(-2, 2, 6)[:, None]
+    packed, mapped, qparams = fitted(quantizer, granularity, weight.to(dtype))
+    made = to_torchao(nn.Linear(64, 6, bias=False, dtype=dtype), {"weight": packed}).weight
+    assert torch.equal(made.dequantize(), mapped)
+    step = quantizer.grid(qparams).step
+    assert torch.equal(made.scale, step.reshape(-1, made.scale.shape[1]).expand(6, -1))
+    if isinstance(quantizer, pf.asymmetric):
+        zero = qparams[:, 1].reshape(-1, made.scale.shape[1]).expand(6, -1)
+        assert torch.equal(made.zero_point.float(), zero - 2 ** (quantizer.bits - 1))
+        assert str(made.target_dtype) == f"torch.int{quantizer.bits}"
+
+
+def test_a_zero_point_beyond_8_bits_is_refused_by_name() -> None:
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) + 300
+    packed, mapped, _ = fitted(pf.asymmetric(4), pf.per_channel(), weight)
+    net = nn.Linear(64, 6, bias=False)
+    with pytest.raises(
+        ValueError, match=r"'weight': levels of row \d.*\(their zero point is -\d+\)"
+    ):
+        to_torchao(net, {"weight": packed})
+    with pytest.warns(UserWarning, match="rounded, off by up to"):
+        made = to_torchao(net, {"weight": packed}, rounded=True)
+    assert float((made.weight.dequantize() - mapped).abs().max()) <= 305 / 127 / 2
