@@ -18,7 +18,7 @@ from parq_fn.export.codes import decode, encode, num_bytes, width
 from parq_fn.export.grid import check_grid, grid_of, kept_grid, told
 from parq_fn.foundation.memory import in_order, order_of
 from parq_fn.foundation.tree import PyTree, names_of, tree_leaves
-from parq_fn.foundation.value import Value, value
+from parq_fn.foundation.value import Value, show, value
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.transformed import TransformOptimizer
 from parq_fn.proxmaps.levels import nearest
@@ -165,9 +165,10 @@ def pack_weight(
     granularity: how the weight is cut into rows; without one, or with its name alone, rows stand
     one after another.
     grid: `quantizer.grid(qparams)` of evenly spaced levels, which exporters take their scales from.
-    Raises ValueError, with the name, for weights off their levels, with the share of them; for
-    levels that are not rows of 1 to 256 sorted ones; for a shape that is not their rows; for a
-    granularity that makes rows in a way of its own; and for a grid of other levels.
+    Raises ValueError, with the name, for weights off their levels, with the share of them, and for
+    levels that are all 0, with `snap` too, where weights are not; for levels that are not rows of 1
+    to 256 sorted ones; for a shape that is not their rows; for a granularity that makes rows in a
+    way of its own; and for a grid of other levels.
 
     >>> packed = pack_weight(torch.tensor([[1.0, -1.0, 1.0]]), torch.tensor([[-1.0, 1.0]]))
     >>> packed.codes, packed.unpack()
@@ -177,6 +178,12 @@ def pack_weight(
     cut = None if isinstance(granularity, str) else _named(name, granularity, weight)
     _check_levels(name, weight, levels, cut)
     rows = _rows(weight.detach(), len(levels), cut)
+    if bool(rows.any()) and not bool(levels.any()):
+        raise ValueError(
+            f"parameter {name!r}: its levels are all 0, as they are until a step past warmup fits "
+            "them; one that is frozen or gets no gradient is never fitted: train it, or leave it "
+            "out of what is quantized"
+        )
     if snap:
         rows = nearest(rows, levels)
     codes = torch.searchsorted(levels, rows.contiguous()).clamp(max=levels.shape[1] - 1)
@@ -184,7 +191,8 @@ def pack_weight(
     if off:
         raise ValueError(
             f"parameter {name!r}: {100 * off / rows.numel():.3g} % of its weights are on none of "
-            "their levels; train to the end of annealing, or round them with snap=True"
+            "their levels; train to the end of annealing (a parameter that is frozen, or gets no "
+            "gradient, stays as it is), or round them with snap=True"
         )
     packed = encode(_restored(codes, weight, cut).flatten(), levels.shape[1])
     text = granularity if isinstance(granularity, str) else repr(granularity)
@@ -234,8 +242,9 @@ def pack(
     first name; extra state that is no tensor is not kept.
 
     Raises ValueError for a weight that is on none of its levels, with its name, unless `snap`; for
-    a module that has none of the optimizer's quantized parameters, such as a copy; and for a
-    granularity that makes rows in a way of its own.
+    one whose levels were never fitted; for a transformation that quantizes nothing; for a module
+    that has none of the optimizer's quantized parameters, such as a copy; and for a granularity
+    that makes rows in a way of its own.
 
     >>> from parq_fn import chain, hard_prox, lsbq, sgd
     >>> params, transform = {"w": torch.tensor([[1.0, -3.0]])}, chain(sgd(0.1), hard_prox(lsbq(1)))
@@ -307,15 +316,18 @@ def stream(
                 f"{type(transformation).__name__}"
             )
         entries, found = _of_module(params), _of_optimizer(params, transformation)
+        if isinstance(transformation, TransformOptimizer):
+            _check_some(found, transformation.transformation)
         if not found.keys() & dict(params.named_parameters()).keys():
             raise ValueError(
                 "pack: the module has none of the parameters that the optimizer quantizes; a copy "
                 "of the module has parameters of its own"
             )
     else:
+        found = _of_transformation(transformation, state)
+        _check_some(found, transformation)
         weights = transformation.weights(state, params)
         entries = zip(names_of(params), tree_leaves(weights), strict=True)
-        found = _of_transformation(transformation, state)
     made = []
     for name, entry in entries:
         link = levels = grid = None
@@ -326,6 +338,15 @@ def stream(
             grid = grid_of(link.quantizer, qparams, levels)
         made.append(Entry(name, entry, link, levels, snap, grid))
     return made
+
+
+def _check_some(found: dict[str, Any], transformation: Any) -> None:
+    if not found:
+        raise ValueError(
+            f"pack: packs nothing: no prox link quantizes a parameter in {show(transformation)}; "
+            "put one behind the optimizer, such as chain(adamw(1e-3), parq_prox(...)), or save the "
+            "state dict of weights that are not quantized"
+        )
 
 
 def unpack(packed: dict[str, Packed | Tensor]) -> dict[str, Tensor]:

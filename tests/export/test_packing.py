@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import parq_fn as pf
-from parq_fn.export import Packed, pack, pack_weight, unpack
+from parq_fn.export import Packed, pack, pack_weight, stream, unpack
 from parq_fn.export.codes import decode, encode, num_bytes
-from parq_fn.optim import TransformOptimizer
+from parq_fn.optim import QuantOptimizer, TransformOptimizer
 from tests.export.helpers import Net, trained
 
 
@@ -194,3 +194,60 @@ def test_a_copy_of_the_module_is_refused() -> None:
     net, optimizer = trained("QuantOptimizer")
     with pytest.raises(ValueError, match="has none of the parameters that the optimizer quantizes"):
         pack(copy.deepcopy(net), optimizer)
+
+
+# What packing is not for.
+
+
+def stepped(adapter: str, frozen_after: int, steps: int) -> tuple[nn.Module, Any]:
+    """Two layers, of which the first is frozen after so many of the steps."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    prox = pf.parq_prox(pf.lsbq(2), anneal_start=0, anneal_end=3, period=1)
+    if adapter == "QuantOptimizer":
+        groups = [{"params": list(net.parameters()), "quant_bits": 2}]
+        optimizer: Any = QuantOptimizer(torch.optim.SGD(groups, lr=0.1), prox)
+    else:
+        optimizer = TransformOptimizer(net.named_parameters(), pf.chain(pf.sgd(0.1), prox))
+    for i in range(steps):
+        net[0].weight.requires_grad_(i < frozen_after)
+        optimizer.zero_grad()
+        net(torch.ones(1, 4)).square().sum().backward()
+        optimizer.step()
+    return net, optimizer
+
+
+@pytest.mark.parametrize("adapter", ["QuantOptimizer", "TransformOptimizer"])
+def test_layers_that_were_never_trained_are_refused_rounded_or_not(adapter: str) -> None:
+    """To snap them would make them all zeros."""
+    for net, optimizer in (stepped(adapter, 0, 0), stepped(adapter, 0, 5)):
+        for snap in (False, True):
+            with pytest.raises(ValueError, match=r"'0\.weight': its levels are all 0, .* frozen"):
+                pack(net, optimizer, snap=snap)
+    net, optimizer = stepped(adapter, 2, 5)
+    with pytest.raises(
+        ValueError, match=r"'0\.weight': .* end of annealing \(.* frozen, or gets no"
+    ):
+        pack(net, optimizer)
+    packed = pack(net, optimizer, snap=True)
+    assert bool(packed["0.weight"].unpack().any())
+    assert torch.equal(packed["1.weight"].unpack(), net[1].weight)
+
+
+def test_params_that_were_never_updated_are_refused_and_zeros_are_not() -> None:
+    transform = pf.chain(pf.sgd(0.1), pf.hard_prox(pf.lsbq(2)))
+    params = {"w": torch.ones(2, 4)}
+    with pytest.raises(ValueError, match="'w': its levels are all 0"):
+        pack(params, transform, transform.init(params))
+    zeros = {"w": torch.zeros(2, 4)}
+    assert torch.equal(unpack(pack(zeros, transform, transform.init(zeros)))["w"], zeros["w"])
+
+
+@pytest.mark.parametrize("call", [pack, stream])
+def test_a_transformation_that_quantizes_nothing_packs_nothing(call) -> None:
+    params, transform = {"w": torch.ones(2)}, pf.chain(pf.sgd(0.1), pf.identity())
+    with pytest.raises(ValueError, match=r"packs nothing: no prox link .* chain\(sgd\(0\.1\)"):
+        call(params, transform, transform.init(params))
+    net = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"packs nothing: no prox link .* chain\(sgd\(0\.1\)"):
+        call(net, TransformOptimizer(net.named_parameters(), transform))
