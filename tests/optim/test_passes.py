@@ -341,7 +341,10 @@ def test_one_program_serves_every_step_shape_and_learning_rate(split: str) -> No
         state = state._replace(lr_sum=state.lr_sum + step)
         both(fast, link, state, jobs)
 
-    run(3, [(64, 96), (50, 100), (1, 5000), (50, 100), (1, 5000), (1, 6000)])
+    # one, and two of one shape: of short rows, whose levels are made in the loop, of long ones,
+    # which have theirs, and of one row
+    shapes = [(64, 96), (50, 100), (50, 100), (9, 5000), (5, 6000), (5, 6000)]
+    run(3, [*shapes, (1, 5000), (1, 5000), (1, 6000)])
     others = [(64, 96), (33, 777), (128, 65), (7, 5001), (1, 4999), (2, 6000), (3, 5000)]
     others += [(1, 7000), (33, 777), (1, 7000), (3, 5000), (33, 777)]
     if split == "grouped":  # a program for each length of rows, and number of parameters

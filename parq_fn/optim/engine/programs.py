@@ -83,7 +83,7 @@ def _with_levels(maps: Maps, wholes: list[Rows]) -> list[Rows]:
         parts = [wholes[i] for i in places]
         inverse = maps.of(parts[0]).inverse_steps(_tables(parts), parts[0].weight.dtype)
         if inverse is not None:
-            for i, own in zip(places, torch.split(inverse, _sizes(parts)), strict=True):
+            for i, own in zip(places, _apart(inverse, _sizes(parts)), strict=True):
                 wholes[i] = wholes[i]._replace(inverse=own)
     for places in _of_a_kind(wholes):
         places = [i for i in places if wholes[i].latent.shape[1] >= _LONG]
@@ -94,10 +94,16 @@ def _with_levels(maps: Maps, wholes: list[Rows]) -> list[Rows]:
         levels = how.quantizer.levels_in(_tables(parts), one.weight.dtype)
         bound: Sequence[Tensor | None] = [None] * len(sizes)
         if how.formula.prepared and how.formula.cells_from is None and _on_cpu(one):
-            bound = torch.split(bounds(levels.to(how.dtype)), sizes)  # a GPU has time for them
-        for i, own, ends in zip(places, torch.split(levels, sizes), bound, strict=True):
+            bound = _apart(bounds(levels.to(how.dtype)), sizes)  # a GPU has time for them
+        for i, own, ends in zip(places, _apart(levels, sizes), bound, strict=True):
             wholes[i] = wholes[i]._replace(qparams=None, levels=own, bound=ends)
     return wholes
+
+
+def _apart(table: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Parts of a table, each at the start of its own memory: a compiler tells a tensor that begins
+    there from one that begins further on, and would make a program for either."""
+    return [part.clone() if part.storage_offset() else part for part in torch.split(table, sizes)]
 
 
 def _of_a_kind(wholes: list[Rows]) -> Iterable[list[int]]:
