@@ -14,6 +14,7 @@ pytest.importorskip("torchao", reason="torchao, of the extra integrations, is no
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_suite_measures_the_published_package(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     flags = ["pass", "fits", "steps", "--tiny", "--repeats", "1", "--json", str(file)]

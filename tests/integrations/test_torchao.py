@@ -162,6 +162,7 @@ def test_layers_that_torchao_cannot_run_stay_in_float() -> None:
     assert torch.equal(made.self_attn.in_proj_weight, net.self_attn.in_proj_weight)
 
 
+@pytest.mark.slow
 def test_the_readme_s_way_from_training_to_integers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
