@@ -229,7 +229,7 @@ def test_it_is_differentiated_in_its_strength() -> None:
     torch.testing.assert_close(slope, (around[0] - around[1]) / (2 * step), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("how", ["inside", "half_trusted", "by_level", "damped_by_schedule"])
 def test_a_compiled_step_is_the_eager_one(how: str) -> None:
     torch.compiler.reset()

@@ -57,13 +57,10 @@ class ProxState(NamedTuple):
                 "parameter optimizer.levels(p)"}  # fmt: skip
 
 
+# Defaults are got from globals: a compiler that traces a link being built can reach these, and not
+# what a class keeps.
 _PER_TENSOR = per_tensor()
 _STRAIGHT_THROUGH = straight_through()
-
-
-def _whole() -> Granularity:
-    """per_tensor(), as a global: a compiler that traces a link being built can reach it."""
-    return _PER_TENSOR
 
 
 @value
@@ -99,13 +96,13 @@ class Prox(Link):
     """
 
     quantizer: Quantizer
-    granularity: Granularity = field(default_factory=_whole, kw_only=True)
+    granularity: Granularity = field(default_factory=lambda: _PER_TENSOR, kw_only=True)
     period: int = field(default=10, kw_only=True)
     warmup: int = field(default=0, kw_only=True)
     learning_rate: Scalar | None = field(default=None, kw_only=True)
     shrink: bool = field(default=False, kw_only=True)
     normal_map: float | Tensor | None = field(default=None, kw_only=True)
-    gradient: Callable[..., Tensor] = field(default=_STRAIGHT_THROUGH, kw_only=True)
+    gradient: Callable[..., Tensor] = field(default_factory=lambda: _STRAIGHT_THROUGH, kw_only=True)
 
     def __post_init__(self) -> None:
         who = type(self).__name__
