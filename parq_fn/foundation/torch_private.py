@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.optim import Optimizer, optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -120,3 +121,12 @@ def compiler_options(device: str, *, two: bool, narrow: bool) -> dict[str, Any]:
 def as_plain_tensors() -> AbstractContextManager[None]:
     """Within it subclasses of tensors are taken for tensors: no __torch_function__ is called."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+# Checkpoints
+
+
+def nested(flat: dict[str, Any], paths: dict[str, tuple[str | int, ...]]) -> dict[str, Any]:
+    """What a checkpoint holds under flat keys, as it was nested before."""
+    found: dict[str, Any] = unflatten_state_dict(flat, paths)
+    return found

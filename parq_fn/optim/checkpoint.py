@@ -9,32 +9,40 @@ from __future__ import annotations
 
 import copy
 import os
-import pickle
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from parq_fn.optim.adapter import Adapter
+from parq_fn.optim.checkpoint_files import (
+    Writer,
+    check_files,
+    check_target,
+    digests_of,
+    found,
+    give_up,
+    start,
+    take_place,
+    target_of,
+    unfinished_of,
+)
+from parq_fn.optim.checkpoint_state import by_name, fit, place_of, read
+from parq_fn.optim.ranks import gathered, many, rank_and_world, together
+from parq_fn.optim.state import Group
 
 
 def save_checkpoint(
@@ -46,11 +54,15 @@ def save_checkpoint(
     """Saves a model's and its optimizer's state in a folder, and others by name: what has a
     state_dict, such as a learning-rate scheduler, and dicts, such as progress={"epoch": 3}.
 
-    Every rank calls it. The folder gets its name when all in it is written, and takes the place
-    of the checkpoint that had it.
+    Every rank calls it. A folder gets its name when all in it is written; where it is a checkpoint
+    already, the new one's files are put beside the old one's, take their place by one rename, and
+    nothing else in the folder is touched. A symbolic link is followed. Groups are saved by the
+    names of their parameters, so that stages of a pipeline may be saved into one folder. Digests
+    (sha256) of all files are saved along, for which each rank reads its share of them again.
 
-    Raises ValueError, before anything is written, for a path that holds something else than a
-    checkpoint; TypeError for others that are neither.
+    Raises ValueError, before anything is written, for an empty path, and for one that holds
+    something else than a checkpoint; TypeError for others that are neither; OSError, on every rank,
+    where the system refuses to write, as on a full disk. The old checkpoint is then still there.
 
     >>> import tempfile
     >>> import torch
@@ -66,29 +78,29 @@ def save_checkpoint(
     {'epoch': 3}
     """
     _check_others(others)
-    final = Path(os.path.abspath(folder))
-    if final in (Path.cwd(), *Path.cwd().parents):
-        raise ValueError(f"{final} holds the working directory; give a folder of its own")
-    unfinished, old = _beside(final, "unfinished"), _beside(final, "old")
-    for path in (final, unfinished, old):
-        if os.path.lexists(path) and not _is_replaceable(path, whole=path != unfinished):
-            raise ValueError(f"{path} is no checkpoint, and would be deleted; give another path")
-    _barrier()  # all have looked before one writes
-    if _first():
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(unfinished, ignore_errors=True)
-    _barrier()
-    with _thawed(model), _quiet():
-        parameters, state = get_state_dict(model, optimizer)
-        saved = {"model": parameters, "optimizer": state, **others}
-        save(saved, checkpoint_id=unfinished, no_dist=not _many())
-    if _first():
-        if final.exists():  # otherwise the old one may be the only one, see _found
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-        unfinished.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    _barrier()
+    final = target_of(folder)
+    together(lambda: check_target(final))  # all have looked before one writes
+    unfinished = unfinished_of(final)
+    rank, world = rank_and_world()
+    try:
+        together(lambda: start(final) if rank == 0 else None)
+        with _thawed(model), _quiet():
+            parameters, state = get_state_dict(model, optimizer)
+            saved = {"model": parameters, "optimizer": by_name(state), **others}
+            save(saved, storage_writer=Writer(unfinished), no_dist=not many())
+        share = together(lambda: digests_of(unfinished, rank, world))
+        digests = {name: digest for own in gathered(share) for name, digest in own.items()}
+        together(lambda: take_place(final, digests) if rank == 0 else None)
+    except (Exception, CheckpointException) as error:  # the latter is none of the former
+        if rank == 0:
+            give_up(final)
+        raise (_os_error_of(error) or error) from None
+
+
+def _os_error_of(error: BaseException) -> OSError | None:
+    """What the system said to a rank, of what torch made of it."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+    return next((cause for cause, _ in failures if isinstance(cause, OSError)), None)
 
 
 def load_checkpoint(
@@ -100,38 +112,43 @@ def load_checkpoint(
     """Loads what `save_checkpoint` or torch.distributed.checkpoint saved, on as many ranks as it
     was saved on or on others. Without an optimizer the model's state alone is loaded, as to
     evaluate it; without a model, the others alone. Dicts among the others are filled in place with
-    all that was saved under their name. Where saving was killed as one checkpoint took the place
-    of another, that other is loaded. Every rank calls it.
+    all that was saved under their name. Every rank calls it.
 
-    Raises FileNotFoundError where there is no checkpoint; ValueError, and changes nothing, where
-    a part of it is missing, of another shape, or was cut off; TypeError as `save_checkpoint`, and
-    for an optimizer without its model.
+    A checkpoint of training in full precision, sharded or not, may be where quantized training
+    starts: QuantOptimizer takes moments and steps of its base from it, and latents are the loaded
+    parameters.
+
+    Before anything is changed, digests are compared, of which each rank reads its share of the
+    files; folders that torch.distributed.checkpoint or an earlier version wrote have none, so that
+    of them only what was cut off is found. Digests are against accidents: load no checkpoint that
+    you do not trust. `.metadata` is a pickle, of which no other classes are taken than torch
+    writes; but whatever is no tensor is pickled too, and torch loads it as it is.
+
+    Raises FileNotFoundError where there is no checkpoint; ValueError, and changes nothing, where a
+    part of it is missing, of another shape, damaged or cut off, for groups that were quantized
+    otherwise or whose parameters were saved with other values each, and where TransformOptimizer
+    finds nothing that is its own; TypeError as `save_checkpoint`, and for an optimizer without its
+    model.
     """
     _check_others(others)
     if model is None and optimizer is not None:
         raise TypeError("got an optimizer without its model; its state is saved by their names")
-    folder = _found(folder)
-    check_whole_checkpoint(folder)
+    folder, (rank, world) = found(folder), rank_and_world()
+    index = together(lambda: check_files(folder, rank, world))
     saved: dict[str, Any] = {**others}
+    groups: Any = None
     with _quiet(), _thawed(model) if model is not None else nullcontext():
         if model is not None and optimizer is not None:
-            saved["model"], saved["optimizer"] = get_state_dict(model, optimizer)
+            saved["model"], own = get_state_dict(model, optimizer)
+            together(lambda: fit(folder, index, optimizer, own))
+            groups = own.pop("param_groups")
+            saved["optimizer"] = own
         elif model is not None:
             saved["model"] = get_model_state_dict(model)
-        saved |= _with_all_keys(folder, others)
-        try:
-            if isinstance(optimizer, Adapter):
-                _check_groups(folder, optimizer, saved["optimizer"])
-                _leave_out_new(folder, saved["optimizer"])
-            load(saved, checkpoint_id=folder, no_dist=not _many())
-        except CheckpointException as error:
-            causes = sorted({str(cause) for cause, _ in error.failures.values()})
-            raise ValueError(f"checkpoint {folder} does not fit: {'; '.join(causes)}") from None
-        if model is not None and optimizer is not None:
-            state = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
-            set_state_dict(model, optimizer, **state)
-        elif model is not None:
-            set_model_state_dict(model, saved["model"])
+        saved |= _with_all_keys(index, others)
+        read(folder, saved, no_dist=not many())
+        if model is not None:
+            _hand_over(saved, groups, model, optimizer)
     for name, other in others.items():
         if isinstance(other, dict):
             other.update(saved[name])
@@ -139,77 +156,32 @@ def load_checkpoint(
         optimizer.sync()  # while it is known which parameters are frozen
 
 
-def check_whole_checkpoint(folder: str | os.PathLike[str]) -> None:
-    """Raises FileNotFoundError where there is no checkpoint, ValueError for one cut off."""
-    where = _found(folder)
-    if not where.is_dir():
-        raise FileNotFoundError(f"no checkpoint at {where}")
-    try:
-        stored = FileSystemReader(where).read_metadata().storage_data
-    except FileNotFoundError:
-        raise ValueError(
-            f"checkpoint {where} has no .metadata, which is written last: its writing was cut off"
-        ) from None
-    except (EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"checkpoint {where}: .metadata was cut off ({error})") from None
-    ends: dict[str, int] = {}
-    for part in stored.values():
-        end = part.offset + part.length
-        ends[part.relative_path] = max(end, ends.get(part.relative_path, 0))
-    for name, end in sorted(ends.items()):
-        file = where / name
-        size = file.stat().st_size if file.exists() else 0
-        if size < end:
-            raise ValueError(
-                f"checkpoint {where}: {name} was cut off; it has {size} bytes, expected {end}"
-            )
+def _hand_over(
+    saved: dict[str, Any], groups: list[Group], model: nn.Module, optimizer: Optimizer | None
+) -> None:
+    if optimizer is None:
+        set_model_state_dict(model, saved["model"])
+        return
+    state = {"state": saved["optimizer"].get("state", {}), "param_groups": groups}
+    if isinstance(optimizer, Adapter):  # which knows what may be missing
+        set_model_state_dict(model, saved["model"])
+        optimizer.load_state_dict(state)
+    else:
+        both: dict[str, Any] = {"model_state_dict": saved["model"], "optim_state_dict": state}
+        set_state_dict(model, optimizer, **both)
 
 
-def _beside(final: Path, what: str) -> Path:
-    return final.with_name(f".{final.name}.parq_fn-{what}")
-
-
-def _found(folder: str | os.PathLike[str]) -> Path:
-    """The folder, or the one that it was to take the place of when saving was killed."""
-    final = Path(os.path.abspath(folder))
-    if final.exists() or not final.name:
-        return Path(folder)
-    old = _beside(final, "old")
-    return old if old.is_dir() else Path(folder)
-
-
-def _with_all_keys(folder: Path, others: dict[str, Any]) -> dict[str, Any]:
+def _with_all_keys(index: Metadata, others: dict[str, Any]) -> dict[str, Any]:
     """The dicts among the others, with places for all that was saved under their names."""
-    metadata = FileSystemReader(folder).read_metadata()
     filled = {name: copy.deepcopy(other) for name, other in others.items() if type(other) is dict}
-    for key, path in (metadata.planner_data or {}).items():
+    for key, path in (index.planner_data or {}).items():
         if path[0] not in filled or not all(isinstance(entry, str) for entry in path):
             continue
         inner: dict[str, Any] = filled
         for entry in path[:-1]:
             inner = inner.setdefault(entry, {})
-        stored = metadata.state_dict_metadata[key]
-        place: Any = None
-        if isinstance(stored, TensorStorageMetadata):
-            place = torch.empty(stored.size, dtype=stored.properties.dtype)
-        inner.setdefault(path[-1], place)
+        inner.setdefault(path[-1], place_of(index.state_dict_metadata[key]))
     return filled
-
-
-def _check_groups(folder: Path, optimizer: Adapter, state: dict[str, Any]) -> None:
-    """Raises ValueError, before anything is loaded, for groups that were quantized otherwise."""
-    own = state["param_groups"]
-    saved = {"optimizer": {"param_groups": copy.deepcopy(own)}}
-    load(saved, checkpoint_id=folder, no_dist=not _many())
-    optimizer.check_groups({"state": {}, **saved["optimizer"]})
-
-
-def _leave_out_new(folder: Path, state: dict[str, Any]) -> None:
-    """Leaves out what checkpoints of earlier versions lack, and an optimizer can do without."""
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    for name, entries in state["state"].items():
-        if f"optimizer.state.{name}.link" not in stored:
-            entries.pop("link", None)
 
 
 def _check_others(others: dict[str, Any]) -> None:
@@ -219,15 +191,6 @@ def _check_others(others: dict[str, Any]) -> None:
                 f"{name} is a {type(other).__name__}, expected something with a state_dict, or a "
                 f'dict: {name}={{"value": ...}}'
             )
-
-
-def _is_replaceable(path: Path, whole: bool = True) -> bool:
-    """Whether it is a checkpoint, a part of one where it need not be whole, or an empty folder."""
-    if path.is_symlink() or not path.is_dir():
-        return False
-    names = {entry.name for entry in path.iterdir()}
-    parts = all(name.startswith((".metadata", "__")) for name in names)
-    return not names or (".metadata" in names if whole else parts)
 
 
 @contextmanager
@@ -249,16 +212,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or unini")
         yield
-
-
-def _many() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _first() -> bool:
-    return not _many() or dist.get_rank() == 0
-
-
-def _barrier() -> None:
-    if _many():
-        dist.barrier()
