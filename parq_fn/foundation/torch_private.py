@@ -10,13 +10,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FunctionType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.optim import Optimizer, optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Tensors
 
@@ -79,6 +82,12 @@ def hooks_after_load(of: Optimizer) -> list[Callable[..., Any]]:
 
 
 # The compiler
+
+
+def not_traced(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that runs as it is where a compiler traces what calls it."""
+    found: Callable[P, T] = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    return found
 
 
 def mark_constant(tensor: Tensor, dims: list[int]) -> None:

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from parq_fn.foundation.checks import SHARE, check_numbers
 from parq_fn.foundation.scalar import as_scalar, concrete
+from parq_fn.foundation.torch_private import not_traced
 from parq_fn.optim.adapter import Adapter
 from parq_fn.optim.base_optimizer import steps_apart
 from parq_fn.optim.base_owner import OWN, BaseOwner, prox_state, scalars
@@ -204,10 +205,12 @@ class QuantOptimizer(Adapter):
 
     # The step.
 
+    @not_traced  # by torch.compile(optimizer.step): the map alone may be, with compile=True
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the base optimizer on the latents, then the map onto the parameters.
 
-        The closure, if any, runs first, at the weights; its value is returned.
+        The closure, if any, runs first, at the weights; its value is returned. Within a function
+        that torch.compile traces it runs uncompiled; `compile=True` compiles its map.
         """
         loss = value_of(closure)
         self._store.sync()

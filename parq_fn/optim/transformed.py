@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from parq_fn.foundation.scalar import is_number
+from parq_fn.foundation.torch_private import not_traced
 from parq_fn.foundation.tree import names_of, tree_leaves
 from parq_fn.foundation.value import same
 from parq_fn.optim.adapter import Adapter
@@ -122,10 +123,12 @@ class TransformOptimizer(Adapter):
 
     # The step.
 
+    @not_traced  # by torch.compile(optimizer.step), which takes sharded or numbered state amiss
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of the latents, and the weights that follow into the parameters.
 
-        The closure, if any, runs first, at the weights; its value is returned.
+        The closure, if any, runs first, at the weights; its value is returned. Within a function
+        that torch.compile traces it runs uncompiled.
         """
         loss = value_of(closure)
         self._store.sync()

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parq_fn.foundation.scalar import concrete
-from parq_fn.foundation.torch_private import copy_each
+from parq_fn.foundation.torch_private import copy_each, in_dispatch_mode
 from parq_fn.optim.engine.chunks import chunks
 from parq_fn.optim.engine.programs import Programs
 from parq_fn.optim.engine.rows import Maps, Rows, in_columns, of_other_rows, some_rows
@@ -89,7 +89,7 @@ def refit(
 class Pass:
     """`plain`, faster. What it keeps from call to call are compiled programs.
 
-    compile: with torch.compile.
+    compile: with torch.compile, but where a dispatch mode is active.
     """
 
     def __init__(self, *, compile: bool = False):
@@ -109,7 +109,9 @@ class Pass:
             self._map(Maps(link, state), jobs)
 
     def _map(self, maps: Maps, jobs: Sequence[Job]) -> None:
-        all_rows = [_rows_of(job, contiguous=self.compile) for job in jobs]
+        # a mode that counts operations, as CommDebugMode does, keeps programs from being compiled
+        compiled = self.compile and not in_dispatch_mode()
+        all_rows = [_rows_of(job, contiguous=compiled) for job in jobs]
         wholes: list[Rows] = []
         small: dict[Any, list[Rows]] = {}
         for rows in all_rows:
@@ -118,30 +120,31 @@ class Pass:
                 small.setdefault((width, *rows.kind), []).append(rows)
             else:
                 wholes.append(rows)
-        self._run(maps, wholes)
+        self._run(maps, wholes, compiled)
         for (width, *_), alike in small.items():
             sizes = {i: rows.latent.shape[0] * width for i, rows in enumerate(alike)}
             for chunk in chunks(sizes, _TOGETHER):
-                self._run_together(maps, [alike[i] for i in chunk], width)
+                self._run_together(maps, [alike[i] for i in chunk], width, compiled)
         for rows, (*_, granularity, weight) in zip(all_rows, jobs, strict=True):
             if rows.weight.data_ptr() != weight.data_ptr():
                 weight.copy_(granularity.restore(rows.weight, weight))
 
-    def _run_together(self, maps: Maps, alike: list[Rows], width: int) -> None:
+    def _run_together(self, maps: Maps, alike: list[Rows], width: int, compiled: bool) -> None:
         """Rows of that many elements or less as the rows of one buffer."""
         if len(alike) == 1:
-            self._run(maps, alike)
+            self._run(maps, alike, compiled)
             return
         shapes = [rows.latent.shape for rows in alike]
         size = sum(r for r, _ in shapes), width
         latent = alike[0].latent.new_zeros(size)
         weight = alike[0].weight.new_empty(size)
         copy_each(_cut(latent, shapes), [rows.latent for rows in alike])
-        self._run(maps, [Rows(latent, torch.cat([rows.table for rows in alike]), weight)])
+        whole = Rows(latent, torch.cat([rows.table for rows in alike]), weight)
+        self._run(maps, [whole], compiled)
         copy_each([rows.weight for rows in alike], _cut(weight, shapes))
 
-    def _run(self, maps: Maps, wholes: list[Rows]) -> None:
-        if self.compile:
+    def _run(self, maps: Maps, wholes: list[Rows], compiled: bool) -> None:
+        if compiled:
             self._programs(maps, wholes)
             return
         for whole in wholes:
