@@ -22,7 +22,11 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan
 
 INDEX = ".metadata"
@@ -290,14 +294,23 @@ def sizes_of(index: Metadata, where: Path) -> dict[str, int]:
             if Path(name).name != name or min(part.offset, part.length) < 0:
                 raise ValueError(f"{name!r} from {part.offset} on, of {part.length} bytes")
             ends[name] = max(end, ends.get(name, 0))
-        for stored in index.state_dict_metadata.values():
-            if isinstance(stored, TensorStorageMetadata):
-                _ = torch.Size(stored.size), torch.empty(0, dtype=stored.properties.dtype)
-        for path in (index.planner_data or {}).values():
-            _ = path[0]
+        _check_entries(index)
     except Exception as error:
         raise ValueError(f"checkpoint {where}: {INDEX} was damaged ({error})") from None
     return ends
+
+
+def _check_entries(index: Metadata) -> None:
+    for stored in index.state_dict_metadata.values():
+        if isinstance(stored, TensorStorageMetadata):
+            torch.empty(stored.size, dtype=stored.properties.dtype, device="meta")
+        elif not isinstance(stored, BytesStorageMetadata):
+            raise ValueError(f"an entry is a {type(stored).__name__}")
+    paths: Any = index.planner_data or {}
+    for key, path in paths.items():
+        whole = isinstance(path, tuple) and path and all(isinstance(e, str | int) for e in path)
+        if not whole or ".".join(map(str, path)) != key or key not in index.state_dict_metadata:
+            raise ValueError(f"the entry {key!r} is called {path!r}")
 
 
 #: Modules all of whose own classes are descriptions, and do nothing when they are made.

@@ -61,18 +61,17 @@ class QuantOptimizer(Adapter):
     compile: the map under torch.compile, with the same weights, bit for bit but for the sign of a
     zero; the base optimizer and the fits of levels are not. A map is compiled when it is first met,
     some seconds where annealing starts and where it ends, for which a CPU needs a C++ compiler; it
-    pays where weights are many.
+    pays where weights are many. torch.compile(optimizer.step) runs the step as it is.
 
     `param_groups` are the base's own, so a learning-rate scheduler may be built on either. A
     quantized group shows "inverse_slope" (the map's coefficient) and "lr_sum" as numbers, of the
     last step. A parameter whose requires_grad is off is left alone, and its count of updates
-    stands still; one without a gradient is not moved by the base but goes on to be mapped.
-    Elements of a parameter that other code changes become its latents, so weights may be loaded
-    into the module after the optimizer was built; parameters that it exchanges, puts in another
-    order or moves are followed. All methods begin with it. torch does not count writes through
-    `p.data`, nor those of torch.distributed.checkpoint.load into the state dict of a sharded
-    module: the latter are found before the first step and where state is saved or loaded, and both
-    by `sync()`.
+    stands still; one without a gradient is not moved by the base but goes on to be mapped. Elements
+    of a parameter that other code changes become its latents, so weights may be loaded into the
+    module after the optimizer was built; parameters that it exchanges, puts in another order or
+    moves are followed. All methods begin with it. torch does not count writes through `p.data`, nor
+    those of torch.distributed.checkpoint.load into the state dict of a sharded module: the latter
+    are found before the first step and where state is saved or loaded, and both by `sync()`.
 
     State of a parameter, from construction on: the base's own entries; "updates" [], int64; and
     where quantized "latent" (float32 or better, like the parameter), "qparams" [..., m] in its
@@ -209,8 +208,7 @@ class QuantOptimizer(Adapter):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the base optimizer on the latents, then the map onto the parameters.
 
-        The closure, if any, runs first, at the weights; its value is returned. Within a function
-        that torch.compile traces it runs uncompiled; `compile=True` compiles its map.
+        The closure, if any, runs first, at the weights; its value is returned.
         """
         loss = value_of(closure)
         self._store.sync()
