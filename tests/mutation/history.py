@@ -201,17 +201,8 @@ FAULTS = [
     ),
     # Checkpoints
     Fault(
-        "no checkpoint is found after a kill between the two renames of saving",
-        "parq_fn/optim/checkpoint.py",
-        "    return old if old.is_dir() else Path(folder)\n",
-        "    return Path(folder)\n",
-        ("tests/optim/test_checkpoint.py",),
-        "killed_at_any_moment",
-        "09d2166",
-    ),
-    Fault(
         "a file of a checkpoint that was cut off is met only as it is read",
-        "parq_fn/optim/checkpoint.py",
+        "parq_fn/optim/checkpoint_files.py",
         "        if size < end:\n",
         "        if False:\n",
         ("tests/optim/test_checkpoint.py",),
