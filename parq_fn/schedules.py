@@ -271,7 +271,7 @@ class inverse_slope(Schedule):
 
     k is the steepness, m the center, x the progress from anneal_start to anneal_end; s = 1
     before the one and 0 from the other on. It runs from exactly 1 to exactly 0 for every center
-    and steepness: a small k gives the straight line 1 - x, a large one a step at m.
+    and steepness: a small k gives the straight line 1 - x, a large one a step at m held to [0, 1].
 
     Raises ValueError unless anneal_start < anneal_end and steepness > 0.
 
@@ -304,7 +304,7 @@ class inverse_slope(Schedule):
             moved=lambda start, end: replace(self, anneal_start=start, anneal_end=end),
             line=replace(self, steepness=1e-7),
             step=replace(self, steepness=1e5),
-            step_at=float(self.center),
+            step_at=min(max(float(self.center), 0.0), 1.0),
         )
 
     def __call__(self, step: int | Tensor) -> Tensor:

@@ -51,9 +51,7 @@ TABLE: dict[str, tuple[str, ...]] = {
 #: What may import torch.optim: adapters, and what they are exported with.
 KNOW_OPTIMIZERS = ("foundation.torch_private", "optim", "export.packing")
 
-LONG = {
-    "testing/laws/proxmaps.py": "a list: one law after another, each with its statement",
-}
+LONG: dict[str, str] = {}
 
 #: Private attributes of others that are read.
 PRIVATE = {

@@ -6,12 +6,15 @@ prox maps
     levels      sorted, [r, k], gaps of at least 1e-3; any_levels: duplicates too
     u, v        weights [r, n] for those levels; both of one shape
     c, d        coefficients from what the map declares; None for a map without one
+    any_c       one of those, or nearer than 1e-3 to an open end of what it declares, or huge
 quantizers
-    x           rows [r, n]; wild: of any magnitude too; short: at most 7 entries
+    x           rows [r, n], now and then of more than 64; wild: of any magnitude too; short: at
+                most 7 entries
 schedules
     start, end  the steps between which it changes
     step, later two steps, step <= later, before, between and beyond those
     whole       a whole step
+    every       int64 [n]: all whole steps from start to end and two beyond either, of many 300
     offset      a share of the way, in [0, 1]
 transformations
     params      a tree; steps: gradient trees for it
@@ -24,6 +27,7 @@ all
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -62,14 +66,15 @@ def proxmap_case(draw: st.DrawFn, names: Names, traits: ProxTraits, coefficient:
     kinds = (*own.LEVEL_KINDS, "duplicated") if "any_levels" in names else own.LEVEL_KINDS
     q, u, *v = draw(own.problems(count=2 if "v" in names else 1, kinds=kinds))
     case: Case = {"traits": traits, "levels": q, "any_levels": q, "u": u, "v": v[0] if v else None}
-    for name in ("c", "d"):
+    for name in ("c", "d", "any_c"):
         if name in names:
             if isinstance(coefficient, st.SearchStrategy):
                 case[name] = draw(coefficient)
             elif coefficient is not None:
                 case[name] = coefficient
             else:
-                case[name] = draw(own.coefficients(traits.coefficients, q))
+                wide = name == "any_c"
+                case[name] = draw(own.coefficients(traits.coefficients, q, extreme=wide))
     return case | _draw_common(draw, names)
 
 
@@ -78,12 +83,20 @@ def quantizer_case(draw: st.DrawFn, names: Names, traits: QuantizerTraits) -> Ca
     """Inputs of these names for laws of quantizers."""
     case: Case = {"traits": traits}
     if "x" in names:
-        case["x"] = draw(own.rows())
+        case["x"] = draw(own.rows(longer=True))
     if "short" in names:
         case["short"] = draw(own.rows(length=(1, 7)))
     if "wild" in names:
         case["wild"] = draw(own.rows(magnitudes=(1.0, 1e-30, 1e-4, 1e4, 1e30)))
     return case | _draw_common(draw, names)
+
+
+def _every(start: float, end: float) -> torch.Tensor:
+    first, last = max(0, math.floor(start) - 2), max(0, math.ceil(end) + 2)
+    stretch = max(1, -(-(last - first) // 300))
+    steps = [*range(first, last + 1, stretch), first + 1, first + 2, first + 3]
+    steps += [last - i for i in range(5)]
+    return torch.tensor(sorted({step for step in steps if step >= 0}))
 
 
 @st.composite
@@ -97,6 +110,7 @@ def schedule_case(draw: st.DrawFn, names: Names, traits: ScheduleTraits) -> Case
     shares = sorted(draw(st.tuples(share, share)))
     case["step"], case["later"] = (max(0.0, start + s * span) for s in shares)
     case["whole"] = round(case["step"])
+    case["every"] = _every(start, end)
     case["offset"] = draw(own.numbers(0.0, 1.0))
     return case | _draw_common(draw, names)
 

@@ -107,7 +107,7 @@ def _check(operator: Any, laws: Iterable[Law], inputs: Inputs, max_examples: int
         first = shrunk(found[0], inputs, max_examples)
         if first.error is None:  # else they only tell the same again
             first.others = tuple(violation.law.name for violation in found[1:])
-        raise first from None
+        raise first from first.error
 
 
 class MapAdapter:

@@ -6,11 +6,15 @@ The claims of a law are a function of the operator and of the inputs it names as
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import traceback
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import hypothesis
 import optree
 import torch
 from torch import Tensor
@@ -60,7 +64,16 @@ class Violation(AssertionError):
         shown = {**inputs, **own}
         self.inputs = {k: v for k, v in shown.items() if k != "traits" and v is not None}
         self.others: tuple[str, ...] = ()
+        if law.kind == "proxmap" and claim is not None and "f(u)" not in self.inputs:
+            self._show_weights()
         super().__init__(law.name)
+
+    def _show_weights(self) -> None:
+        names = (("u",), ("levels", "any_levels"), ("c", "any_c"))
+        u, q, c = (next((self.inputs[n] for n in ns if n in self.inputs), None) for ns in names)
+        if isinstance(u, Tensor) and isinstance(q, Tensor):
+            with contextlib.suppress(Exception):
+                self.inputs["f(u)"] = self.operator(u.clone(), q.clone(), c)
 
     def __str__(self) -> str:
         law = self.law
@@ -69,7 +82,8 @@ class Violation(AssertionError):
         sides = _sides(Claim(self.left, self.relation, self.right), law.tolerance)
         if self.error is not None:
             raised = f"{type(self.error).__name__}: {self.error}"
-            head, sides = f"{who} raised {raised}\n\non input of the law {law.name!r}", []
+            where = raised_at(self.error)
+            head, sides = f"{who} raised {raised}{where}\n\non input of the law {law.name!r}", []
         lines = [
             head,
             "",
@@ -258,6 +272,21 @@ def show_tree(got: Any) -> str:
             return f"{type(got).__name__}({inner})"
         return f"[{inner}]" if isinstance(got, list) else f"({inner})"
     return repr(got)
+
+
+#: Files that are not the operator's: of this kit, and of the libraries that it is called through.
+_NOT_OWN = tuple(
+    str(Path(module.__file__).parent) for module in (hypothesis, torch, optree) if module.__file__
+) + (str(Path(__file__).parent),)
+
+
+def raised_at(error: BaseException) -> str:
+    """The file and line of the operator that raised, the deepest outside of torch and the kit."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_NOT_OWN)]
+    if not own:
+        return ""
+    return f"\n    {own[-1].filename}:{own[-1].lineno}, in {own[-1].name}: {own[-1].line}"
 
 
 def _name(operator: Any) -> str:

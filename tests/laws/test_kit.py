@@ -123,14 +123,15 @@ def test_a_failure_reads_like_a_counterexample() -> None:
     text = str(info.value).splitlines()
     assert text[0] == "parq breaks the law 'firmly_nonexpansive'"
     assert text[2] == "    The map is firmly nonexpansive."
-    assert text[3] == "    (f(u) - f(v)) (u - v) >= (f(u) - f(v))^2"
+    assert text[3] == "    <f(u) - f(v), u - v> >= |f(u) - f(v)|^2"
     assert text[6] == "counterexample"
     assert text[7].startswith("    u = [[")
     assert text[9].startswith("    levels = [[")
     assert text[10] == "    c = 0.5"
-    assert "left side" in text[11]
-    assert "right side" in text[12]
-    assert "difference" in text[13]
+    assert text[11].startswith("    f(u) = [[")
+    assert "left side" in text[12]
+    assert "right side" in text[13]
+    assert "difference" in text[14]
     inputs = info.value.inputs
     assert inputs["u"].numel() <= 4
     assert inputs["levels"].shape == (1, 2)

@@ -40,19 +40,19 @@ PARQ, HARD = traits_of(maps.parq), traits_of(maps.hard)
 
 
 @contextmanager
-def caught(*names: str) -> Iterator[None]:
-    """A violation that names one of these laws."""
+def caught(name: str) -> Iterator[None]:
+    """A violation that names this law: first, or among the others that are broken."""
     with pytest.raises(Violation) as info:
         yield
     text = str(info.value)
-    assert {info.value.law.name, *info.value.others} & set(names), text
-    assert any(name in text for name in names)
-    name = info.value.law.name
+    assert name in {info.value.law.name, *info.value.others}, text
+    assert name in text
+    first = info.value.law.name
     if info.value.error is None:
-        assert f"breaks the law '{name}'" in text
+        assert f"breaks the law '{first}'" in text
     else:
         assert f" raised {type(info.value.error).__name__}: " in text
-        assert f"on input of the law '{name}'" in text
+        assert f"on input of the law '{first}'" in text
         assert not info.value.others
     assert "counterexample" in text
 
@@ -107,7 +107,7 @@ def drops_nan(u: Tensor, levels: Tensor, s: Any) -> Tensor:
 
 
 @declares(HARD)
-def ties_and_all_rounded_up(u: Tensor, levels: Tensor) -> Tensor:
+def all_rounded_up(u: Tensor, levels: Tensor) -> Tensor:
     return levels.gather(
         -1, torch.searchsorted(levels, u.contiguous()).clamp(max=levels.shape[-1] - 1)
     )
@@ -119,24 +119,24 @@ def raises(u: Tensor, levels: Tensor, s: Any) -> Tensor:
 
 
 WRONG_MAPS = [
-    (midpoints_off_by_one, ("fixes_levels", "keeps_side", "in_range")),
-    (slope_inverted, ("lipschitz_attained", "fixes_levels", "between")),
-    (ends_not_clamped, ("in_range", "continuous")),
-    (adds_the_step, ("onto_levels", "fixes_levels", "idempotent", "in_range")),
-    (statistics_leak, ("rows_alone",)),
-    (changes_its_input, ("pure",)),
-    (another_dtype, ("keeps_dtype_and_shape", "pure")),
-    (drops_nan, ("nan_gives_nan",)),
-    (ties_and_all_rounded_up, ("nan_gives_nan", "keeps_side", "jump", "keeps_dtype_and_shape")),
-    (raises, ("pure",)),
+    (midpoints_off_by_one, "keeps_side"),
+    (slope_inverted, "lipschitz_attained"),
+    (ends_not_clamped, "in_range"),
+    (adds_the_step, "onto_levels"),
+    (statistics_leak, "rows_alone"),
+    (changes_its_input, "pure"),
+    (another_dtype, "keeps_dtype_and_shape"),
+    (drops_nan, "nan_gives_nan"),
+    (all_rounded_up, "keeps_side"),
+    (raises, "pure"),
 ]
 
 
 @pytest.mark.rare
-@pytest.mark.parametrize(("wrong", "names"), WRONG_MAPS, ids=[m.__name__ for m, _ in WRONG_MAPS])
-def test_wrong_maps(wrong: Any, names: tuple[str, ...]) -> None:
-    with caught(*names):
-        check_proxmap(wrong, max_examples=15)
+@pytest.mark.parametrize(("wrong", "name"), WRONG_MAPS, ids=[m.__name__ for m, _ in WRONG_MAPS])
+def test_wrong_maps(wrong: Any, name: str) -> None:
+    with caught(name):
+        check_proxmap(wrong, max_examples=40)
 
 
 @pytest.mark.parametrize(
@@ -158,11 +158,13 @@ def test_wrong_maps_by_the_law_in_question(wrong: Any, name: str) -> None:
 
 
 class levels_unsorted(Quantizer):
-    num_levels = 2
+    num_levels, num_qparams = 2, 1
 
     def qparams(self, x: Tensor) -> Tensor:
-        top = x.abs().amax(-1, keepdim=True)
-        return torch.cat([top, -top], -1)
+        return x.abs().amax(-1, keepdim=True)
+
+    def levels(self, qparams: Tensor) -> Tensor:
+        return torch.cat([qparams, -qparams], -1)
 
 
 class one_level_too_many(Quantizer):
@@ -208,19 +210,19 @@ half_in_half.traits = QuantizerTraits(widens=True)
 
 @pytest.mark.rare
 @pytest.mark.parametrize(
-    ("wrong", "names"),
+    ("wrong", "name"),
     [
-        (levels_unsorted(), ("levels_are_sorted",)),
-        (one_level_too_many(), ("pure", "levels_are_sorted")),
-        (batch_statistics(), ("rows_alone",)),
-        (not_optimal(), ("least_squares", "pythagoras")),
-        (sorts_in_place, ("pure",)),
-        (half_in_half, ("refuses_non_finite", "levels_are_sorted", "widens")),
+        (levels_unsorted(), "levels_are_sorted"),
+        (one_level_too_many(), "pure"),
+        (batch_statistics(), "rows_alone"),
+        (not_optimal(), "least_squares"),
+        (sorts_in_place, "pure"),
+        (half_in_half, "widens"),
     ],
     ids=lambda x: getattr(x, "__name__", type(x).__name__),
 )
-def test_wrong_quantizers(wrong: Any, names: tuple[str, ...]) -> None:
-    with caught(*names):
+def test_wrong_quantizers(wrong: Any, name: str) -> None:
+    with caught(name):
         check_quantizer(wrong, max_examples=40)
 
 
@@ -263,18 +265,18 @@ def published_slope(step: Any) -> Tensor:
 
 @pytest.mark.rare
 @pytest.mark.parametrize(
-    ("wrong", "names"),
+    ("wrong", "name"),
     [
-        (stops_short, ("ends", "lands")),
-        (jumps_at_the_end, ("lands",)),
-        (turns_back, ("monotone",)),
-        (python_numbers_only, ("finite", "same_for_all_steps")),
-        (published_slope, ("starts", "ends", "in_range")),
+        (stops_short, "ends"),
+        (jumps_at_the_end, "lands"),
+        (turns_back, "monotone"),
+        (python_numbers_only, "finite"),
+        (published_slope, "starts"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
-def test_wrong_schedules(wrong: Any, names: tuple[str, ...]) -> None:
-    with caught(*names):
+def test_wrong_schedules(wrong: Any, name: str) -> None:
+    with caught(name):
         check_schedule(wrong, start=0, end=10, max_examples=100)
 
 
@@ -368,11 +370,11 @@ class fills_missing_gradients(pq.Link):
         return full, state
 
 
-class delta_prox(pq.Link):
-    """Weights as params + (levels - params): off their levels by a rounding."""
+class weights_in_a_tuple(pq.Link):
+    """The weights of another structure than the params."""
 
     def weights(self, state: Any, params: Any) -> Any:
-        return tree_map(lambda p: p + (p.round() - p) * 1.1, params).popitem()
+        return tuple(params.items())
 
 
 DAMPED = pq.hard_prox(pq.lsbq(1), period=1, gradient=pq.estimators.damped(0.5))
@@ -448,33 +450,33 @@ class halves_for_no_reason(pq.Link):
 
 @pytest.mark.rare
 @pytest.mark.parametrize(
-    ("wrong", "names"),
+    ("wrong", "name"),
     [
-        (mutates_its_state(), ("update_is_pure",)),
-        (mutates_its_updates(), ("update_is_pure",)),
-        (weights_count_calls(), ("weights_are_pure", "call_order")),
-        (remembers_the_params(), ("call_order", "gradient_at_weights", "weights_fit_params")),
-        (scheduled_by_looks(), ("call_order",)),
-        (state_grows(), ("state_keeps_form",)),
-        (float32_everywhere(), ("updates_fit_params",)),
-        (fills_missing_gradients(), ("none_stays_none",)),
-        (delta_prox(), ("weights_fit_params", "call_order")),
-        (keeps_the_gradients(DAMPED), ("hands_pullback_on",)),
-        (keeps_those_of_a_child(DAMPED), ("hands_pullback_on",)),
-        (loses_own(DAMPED), ("hands_pullback_on",)),
-        (loses_own(pq.chain(pq.sgd(0.1), DAMPED)), ("hands_pullback_on",)),
-        (hands_nothing_to_update(DAMPED), ("hands_pullback_on",)),
-        (loses_the_weights(DAMPED), ("pullback_takes_weights",)),
-        (halves_in_place(), ("pullback_is_pure",)),
-        (pulls_back_to_float32(), ("pullback_keeps_form",)),
-        (halves_for_no_reason(), ("plain_pullback",)),
+        (mutates_its_state(), "update_is_pure"),
+        (mutates_its_updates(), "update_is_pure"),
+        (weights_count_calls(), "weights_are_pure"),
+        (remembers_the_params(), "call_order"),
+        (scheduled_by_looks(), "call_order"),
+        (state_grows(), "state_keeps_form"),
+        (float32_everywhere(), "updates_fit_params"),
+        (fills_missing_gradients(), "none_stays_none"),
+        (weights_in_a_tuple(), "weights_fit_params"),
+        (keeps_the_gradients(DAMPED), "hands_pullback_on"),
+        (keeps_those_of_a_child(DAMPED), "hands_pullback_on"),
+        (loses_own(DAMPED), "hands_pullback_on"),
+        (loses_own(pq.chain(pq.sgd(0.1), DAMPED)), "hands_pullback_on"),
+        (hands_nothing_to_update(DAMPED), "hands_pullback_on"),
+        (loses_the_weights(DAMPED), "pullback_takes_weights"),
+        (halves_in_place(), "pullback_is_pure"),
+        (pulls_back_to_float32(), "pullback_keeps_form"),
+        (halves_for_no_reason(), "plain_pullback"),
     ],
     ids=lambda x: type(x).__name__,
 )
-def test_wrong_transformations(wrong: Any, names: tuple[str, ...]) -> None:
+def test_wrong_transformations(wrong: Any, name: str) -> None:
     remembers_the_params.seen[0] = None
-    with caught(*names):
-        check_transformation(wrong, laws=names, max_examples=25)
+    with caught(name):
+        check_transformation(wrong, laws=name, max_examples=25)
 
 
 @pytest.mark.rare
@@ -528,25 +530,25 @@ def of_the_next_latent(g: Tensor, u: Tensor, w: Tensor, levels: Tensor, step: Te
 
 @pytest.mark.rare
 @pytest.mark.parametrize(
-    ("wrong", "names"),
+    ("wrong", "name"),
     [
-        (refits_every_step(pq.lsbq(2), period=2), ("refits_when_due",)),
-        (weights_of_the_delta(pq.lsbq(2), period=1), ("hard_in_the_end", "weights_are_mapped")),
+        (refits_every_step(pq.lsbq(2), period=2), "refits_when_due"),
+        (weights_of_the_delta(pq.lsbq(2), period=1), "weights_are_mapped"),
         (
             pulls_back_too_early(pq.lsbq(1), gradient=pq.estimators.inside()),
-            ("waits_to_pull_back",),
+            "waits_to_pull_back",
         ),
-        (pq.hard_prox(pq.lsbq(1), period=1, gradient=of_the_row), ("pullback_is_elementwise",)),
+        (pq.hard_prox(pq.lsbq(1), period=1, gradient=of_the_row), "pullback_is_elementwise"),
         (
             pq.hard_prox(pq.lsbq(1), period=1, gradient=of_the_next_latent),
-            ("pullback_is_elementwise",),
+            "pullback_is_elementwise",
         ),
     ],
     ids=lambda x: type(x).__name__,
 )
-def test_wrong_prox_links(wrong: Any, names: tuple[str, ...]) -> None:
-    with caught(*names):
-        check_transformation(wrong, laws=names, max_examples=25)
+def test_wrong_prox_links(wrong: Any, name: str) -> None:
+    with caught(name):
+        check_transformation(wrong, laws=name, max_examples=25)
 
 
 @pytest.mark.rare
@@ -575,12 +577,12 @@ def always_nan(u: Tensor, levels: Tensor) -> Tensor:
     return torch.full_like(u, torch.nan)
 
 
-@declares(ProxTraits(monotone=False))
+@declares(ProxTraits(monotone=False, elementwise=True))
 def spoils_its_row(u: Tensor, levels: Tensor) -> Tensor:
     return maps.hard(u, levels) + 0 * u[..., -1:]
 
 
-@declares(ProxTraits(continuous=True))
+@declares(ProxTraits(continuous=True, elementwise=True))
 def jumps_at_quarters(u: Tensor, levels: Tensor) -> Tensor:
     lo, hi = cell(u, levels)
     return torch.where((u - lo) / (hi - lo).clamp(min=1e-9) < 0.25, lo, 0.5 * lo + 0.5 * u)

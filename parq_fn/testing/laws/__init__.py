@@ -2,7 +2,7 @@
 
 >>> from parq_fn import proxmaps
 >>> named("proxmap", "cocoercive").formula
-'(f(u) - f(v)) (u - v) >= g(c) (f(u) - f(v))^2'
+'<f(u) - f(v), u - v> >= g(c) |f(u) - f(v)|^2'
 >>> {law.name for law in for_proxmap(proxmaps.parq)} >= {"cocoercive", "semigroup"}
 True
 """
@@ -23,13 +23,15 @@ from parq_fn.foundation.traits import (
 from parq_fn.foundation.value import show
 from parq_fn.schedules import Schedule
 from parq_fn.testing.law import Law
+from parq_fn.testing.laws import motion as _motion
 from parq_fn.testing.laws import prox_links as _prox_links
 from parq_fn.testing.laws import proximal as _proximal
 from parq_fn.testing.laws import proxmaps, quantizers, schedules, transformations
 from parq_fn.testing.laws import pullback as _pullback
 from parq_fn.testing.laws import qparams as _qparams
 
-del _proximal, _prox_links, _pullback, _qparams  # imported for the laws that they add
+# imported for the laws that they add
+del _motion, _proximal, _prox_links, _pullback, _qparams
 
 #: All laws, by kind.
 ALL: dict[str, tuple[Law, ...]] = {

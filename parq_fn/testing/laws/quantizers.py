@@ -20,7 +20,7 @@ from parq_fn.testing.law import Claim, Collection, at_most, equal
 LAWS = Collection("quantizer")
 law = LAWS.law
 
-ROUNDING = "float64 rounding of sums of up to 16 values"
+ROUNDING = "float64 rounding of sums of up to 300 values"
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -73,15 +73,28 @@ def levels_are_sorted(quantizer: Any, wild: Tensor, dtype: torch.dtype) -> Itera
     yield at_most(q[..., :-1], q[..., 1:])
 
 
-@law("Weights go to the nearest level, bit for bit, in every dtype.", "|x - w(x)| <= |x - q_j|")
+@law(
+    "Weights go to the nearest level, bit for bit, in every dtype, those that moved since too.",
+    "|x - w(x)| <= |x - q_j|",
+)
 def assigns_nearest(quantizer: Any, x: Tensor, dtype: torch.dtype) -> Iterator[Claim]:
     rows = x.to(dtype)
-    q, w = quantizer(rows), hard(quantizer, rows)
-    yield equal((w.unsqueeze(-1) == q.unsqueeze(-2)).any(-1), torch.ones_like(w, dtype=torch.bool))
-    wide, levels = rows.double(), q.double()
-    distance = (wide.unsqueeze(-1) - levels.unsqueeze(-2)).abs().amin(-1)
+    q = quantizer(rows)
+    assign = getattr(quantizer, "nearest", nearest)
+    moved = torch.cat([rows.flip(-1) * 3 + 1, q, q[..., :1] - 5, q[..., -1:] + 5], -1)
+    if q.shape[-1] > 1:
+        middle = 0.5 * q[..., :-1] + 0.5 * q[..., 1:]
+        width = q.diff(dim=-1) / 64
+        moved = torch.cat([moved, middle - width, middle + width], -1)
     slack = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    yield at_most((wide - w.double()).abs(), distance * (1 + slack) + slack * wide.abs())
+    for latents in (rows, moved):
+        w = assign(latents, q)
+        on_level = (w.unsqueeze(-1) == q.unsqueeze(-2)).any(-1)
+        yield equal(on_level, torch.ones_like(on_level), latents=latents)
+        wide, levels = latents.double(), q.double()
+        distance = (wide.unsqueeze(-1) - levels.unsqueeze(-2)).abs().amin(-1)
+        least = distance * (1 + slack) + slack * wide.abs()
+        yield at_most((wide - w.double()).abs(), least, latents=latents)
 
 
 SUMS = "sums over rows that stand alone are taken in another order"

@@ -30,9 +30,9 @@ def number(value: float) -> Tensor:
 
 
 @law("A schedule gives a finite float64 value of the step's shape.", "|s(t)| < inf")
-def finite(schedule: Any, whole: int, step: float) -> Iterator[Claim]:
+def finite(schedule: Any, whole: int, step: float, every: Tensor) -> Iterator[Claim]:
     steps = torch.tensor([[whole, 0, 2**40]])
-    for given in (torch.tensor(whole), steps, torch.tensor(step, dtype=torch.float64)):
+    for given in (torch.tensor(whole), steps, torch.tensor(step, dtype=torch.float64), every):
         got = schedule(given)
         yield equal((str(got.dtype), tuple(got.shape)), ("torch.float64", tuple(given.shape)))
         yield equal(got.isfinite(), torch.ones_like(got, dtype=torch.bool))
@@ -65,12 +65,12 @@ def pure(schedule: Any, whole: int) -> Iterator[Claim]:
     tolerance=1e-14,
     reason=ROUNDING,
 )
-def in_range(schedule: Any, step: float, traits: ScheduleTraits) -> Iterator[Claim]:
+def in_range(schedule: Any, step: float, every: Tensor, traits: ScheduleTraits) -> Iterator[Claim]:
     assert traits.low is not None
     assert traits.high is not None
-    value = at(schedule, step)
-    yield at_most(number(traits.low), value)
-    yield at_most(value, number(traits.high))
+    for value in (at(schedule, step), schedule(every)):
+        yield at_most(number(traits.low).expand_as(value), value)
+        yield at_most(value, number(traits.high).expand_as(value))
 
 
 @law(
@@ -118,9 +118,12 @@ def lands(schedule: Any, start: float, end: float, traits: ScheduleTraits) -> Cl
     tolerance=1e-14,
     reason=ROUNDING,
 )
-def monotone(schedule: Any, step: float, later: float, traits: ScheduleTraits) -> Claim:
-    sides = at(schedule, step), at(schedule, later)
-    return at_most(*sides) if traits.monotone == "nondecreasing" else at_most(*reversed(sides))
+def monotone(
+    schedule: Any, step: float, later: float, every: Tensor, traits: ScheduleTraits
+) -> Iterator[Claim]:
+    values = schedule(every)
+    for sides in ((at(schedule, step), at(schedule, later)), (values[:-1], values[1:])):
+        yield at_most(*(sides if traits.monotone == "nondecreasing" else reversed(sides)))
 
 
 @law(
