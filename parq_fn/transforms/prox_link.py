@@ -389,6 +389,9 @@ def in_rows(qparams: Tensor) -> Tensor:
     return qparams.unsqueeze(0).flatten(0, -2)
 
 
+Prox.gradient = _STRAIGHT_THROUGH  # of links that were pickled before they had one
+
+
 def shrunk(latent: Tensor, divisor: Tensor | None) -> Tensor:
     """The latent over the divisor, in float32 or better; itself where there is none."""
     if divisor is None:
