@@ -123,7 +123,8 @@ def _left_out(items: list[pytest.Item]) -> list[pytest.Item]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if any(map(item.get_closest_marker, {*_UNLIMITED, "rare"})):
+        marked = any(map(item.get_closest_marker, {*_UNLIMITED, "rare"}))
+        if marked or "integrations" in item.path.parts:
             item.add_marker(pytest.mark.slow)
     if _draws_rare(config):
         out = set(_left_out(items))

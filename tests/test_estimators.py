@@ -63,6 +63,7 @@ def loss(w: Tensor, x: Tensor) -> Tensor:
 # Against autograd
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "link", "rows"), pairwise(list(ALL), list(LINKS), list(ROWS)))
 def test_a_training_is_that_of_autograd(how: str, link: str, rows: str) -> None:
     """Latents by torch.optim.SGD, gradients by autograd, levels and maps called by hand."""
@@ -100,6 +101,7 @@ def test_a_training_is_that_of_autograd(how: str, link: str, rows: str) -> None:
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "dtype", "rows"), pairwise(list(ALL), DTYPES, list(ROWS)))
 def test_a_gradient_of_any_dtype_is_that_of_autograd_in_float64(
     how: str, dtype: torch.dtype, rows: str

@@ -93,6 +93,7 @@ def check(even: Even, table: Tensor, u: Tensor) -> None:
                 same(formula(u, even, c), formula(u, table, c))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantizer", "dtypes"), spread(QUANTIZERS, DTYPES), ids=str)
 def test_rounding_finds_what_the_search_does(quantizer: Any, dtypes: Any) -> None:
     latent, weight = dtypes
@@ -277,7 +278,7 @@ def test_a_pass_in_pieces_rounds_to_what_the_search_finds(
     passes_are_the_search(kind, quantizer, granularity, weight, Pass())
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("quantizer", "kind", "granularity", "weight"),
     spread([*SOME, pf.lsbq(2)], list(LINKS), GRANULARITIES, WEIGHTS),

@@ -135,7 +135,7 @@ def test_gradients_pass_the_rounding(quantizer: pf.stored) -> None:
     torch.testing.assert_close(by_row, want)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compiled_levels_are_rounded_too(dtype: Any) -> None:
     """A compiler drops a cast to a narrow dtype and back."""

@@ -179,6 +179,7 @@ def test_shards_have_the_scale_of_the_whole(tmp_path: Path) -> None:
     on_processes(under_fsdp2, 2, tmp_path)
 
 
+@pytest.mark.rare
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_adapters_equal_the_functional_loop(compile: bool) -> None:
     one, other = net(), net()

@@ -17,6 +17,7 @@ import pickle
 import re
 import secrets
 import shutil
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -327,10 +328,19 @@ _ALLOWED = {
 }
 
 
+def _member(owner: Any, name: Any) -> Any:
+    """A member of an enumeration, which some versions of Python write as getattr(owner, name)."""
+    if isinstance(owner, type) and issubclass(owner, Enum) and name in owner.__members__:
+        return owner[name]
+    raise pickle.UnpicklingError(f"it holds {name!r} of {owner!r}, which torch does not write")
+
+
 class _Unpickler(pickle.Unpickler):
     """Of what torch writes to `.metadata`, and of no other class or function."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module.split(".")[0] == "pathlib":  # where it was saved, perhaps on another system
             return Path
         if module in _DESCRIPTIONS or (module, name) in _ALLOWED:

@@ -13,16 +13,18 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from parq_fn.optim import load_checkpoint, save_checkpoint
+from parq_fn.optim.checkpoint_files import read_index
 from tests.helpers import copies
 from tests.optim.adapters import saved_with_a_frozen_layer
 from tests.optim.helpers import ADAPTERS, begin, check_same, state_of, train
@@ -225,6 +227,32 @@ def test_an_index_with_other_classes_than_torchs_is_refused(tmp_path: Path) -> N
         with pytest.raises(ValueError, match="which torch does not write"):
             load_checkpoint(last, net, optimizer)
     assert not (tmp_path / "made").exists()
+
+
+class Written(NamedTuple):
+    """What is pickled as getattr(owner, name)."""
+
+    owner: Any
+    name: str
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+
+
+def test_members_of_enumerations_are_read_as_every_python_writes_them(tmp_path: Path) -> None:
+    """Python 3.11.2 writes getattr(class, name), which was refused."""
+    last, net, optimizer = tmp_path / "last", *trained("QuantOptimizer", 1)
+    save_checkpoint(last, net, optimizer)
+    index = pickle.loads((last / ".metadata").read_bytes())
+    kinds = metadata._MEM_FORMAT_ENCODING
+    index.storage_meta = Written(kinds, "TORCH_CHANNELS_LAST")
+    (last / ".metadata").write_bytes(pickle.dumps(index))
+    assert read_index(last).storage_meta is kinds.TORCH_CHANNELS_LAST
+    for owner, name in ((kinds, "mro"), (torch.Size, "numel")):
+        index.storage_meta = Written(owner, name)
+        (last / ".metadata").write_bytes(pickle.dumps(index))
+        with pytest.raises(ValueError, match="which torch does not write"):
+            read_index(last)
 
 
 # A full disk

@@ -156,6 +156,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 @pytest.mark.parametrize("steps", [0, 1, 5, 11])
 @pytest.mark.parametrize("way", WAYS)

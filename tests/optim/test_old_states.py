@@ -64,6 +64,7 @@ def step(optimizer: Any, p: Tensor, t: int) -> None:
     optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["quantized", "transformed"])
 @pytest.mark.parametrize(
     ("quantizer", "cut", "dtype"),
