@@ -211,3 +211,12 @@ def test_maps_can_be_functionalized() -> None:
     s = torch.tensor(0.5)
     found = torch.func.functionalize(lambda s: proxmaps.parq(u, q, s))(s)
     assert torch.equal(found, proxmaps.parq(u, q, s))
+
+
+def test_many_levels_are_searched_in_a_batch_without_a_copy_that_torch_warns_of() -> None:
+    """Slices of a batch look contiguous, and a binary search of them warned."""
+    u, levels = torch.randn(3, 2, 7), torch.randn(3, 2, 40).sort(-1).values
+    for map_ in (proxmaps.hard, lambda u, q: proxmaps.parq(u, q, 0.5)):
+        one_by_one = torch.stack([map_(*pair) for pair in zip(u, levels, strict=True)])
+        assert torch.equal(torch.vmap(map_)(u, levels), one_by_one)
+        assert torch.equal(torch.vmap(map_, (1, 1), 1)(u, levels), one_by_one)

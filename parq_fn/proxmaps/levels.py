@@ -94,9 +94,16 @@ def search(boundaries: Tensor, x: Tensor) -> Tensor:
     For NaN any number.
     """
     if boundaries.shape[-1] > LINEAR_SEARCH_MAX or x.device.type != "cpu":
-        x = x.detach().to(boundaries.dtype)
-        return torch.searchsorted(boundaries.detach().contiguous(), x.contiguous())
+        return torch.searchsorted(_dense(boundaries), _dense(x.to(boundaries.dtype)))
     return count_below(boundaries, x)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The values, in memory one after another, as a binary search is to have them."""
+    x = x.detach()
+    if is_plain(x):
+        return x.contiguous()
+    return x.clone(memory_format=torch.contiguous_format)  # a batch may look contiguous and not be
 
 
 def count_below(boundaries: Tensor, x: Tensor) -> Tensor:
