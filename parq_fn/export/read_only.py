@@ -43,7 +43,7 @@ class ReadOnly(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # a file holds the plain tensor
         with as_plain_tensors():
-            return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call] # torch's
 
     @classmethod
     def __torch_function__(

@@ -86,7 +86,7 @@ def hooks_after_load(of: Optimizer) -> list[Callable[..., Any]]:
 
 def not_traced(function: Callable[P, T]) -> Callable[P, T]:
     """A function that runs as it is where a compiler traces what calls it."""
-    found: Callable[P, T] = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    found: Callable[P, T] = torch._disable_dynamo(function)  # type: ignore[attr-defined] # private
     return found
 
 

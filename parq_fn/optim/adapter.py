@@ -67,4 +67,4 @@ class Adapter(Optimizer):
 
     def _resume(self) -> None:
         """Makes a store, of what a version without one has pickled."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _resume")

@@ -8,7 +8,7 @@ the weights. A step is
     q <- quantizer.fit(u / shrink)         where due
     p <- map(u / shrink, levels(q), coefficient)
 
-with the first and the last two lines those of the functional core. The latents stand in for the
+with the first and the last two lines those of the functional core. The latents take the place of
 parameters in the base's groups only while it steps, so that groups are shared and no exception
 leaves a latent in the model.
 """
@@ -48,7 +48,7 @@ class QuantOptimizer(Adapter):
     base_optimizer: any but LBFGS and SparseAdam; what it has learned of its parameters it keeps.
     Of its groups are quantized those with a "prox", a prox link of their own, and those with
     "quant_bits" below 16, by `prox`; the others, and those with 16 bits or more, are the base
-    optimizer's alone. A group's "quant_bits" (0 is ternary) stand in for those of the link's
+    optimizer's alone. A group's "quant_bits" (0 is ternary) override those of the link's
     quantizer, its "quant_block_size" and "quant_axis" for the link's granularity: the dimensions
     whose index is the channel, such as 1 for weights [in, out]; levels are then per channel, or per
     block of the other dimensions where the link or the group has blocks. A link is taken out of its

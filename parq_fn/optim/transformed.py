@@ -38,7 +38,7 @@ class TransformOptimizer(Adapter):
     either. With names, masks and labels of the transformation are those of the module.
     transformation: any. All groups together are its one tree of params.
 
-    A group's "lr" stands in for the transformation's learning rate, its "weight_decay" for the
+    A group's "lr" overrides the transformation's learning rate, its "weight_decay" for the
     weight decay of every link that takes one. Where the transformation has one learning rate, a
     number, every group has it for "lr", and torch's schedulers drive it; of a transformation
     that is scheduled itself they find no "lr".

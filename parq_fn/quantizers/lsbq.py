@@ -121,7 +121,7 @@ class lsbq(Quantizer):
 
     def qparams(self, x: Tensor) -> Tensor:
         if self.method == "alternating" and self.bits != 1:
-            # which minimum it comes to may hang on a sum's last bit, and so on a row's order
+            # which minimum it finds may depend on a sum's last bit, and so on a row's order
             x = in_order(x)
         return less_mean(x, self._qparams_about_0) if self.center else self._qparams_about_0(x)
 

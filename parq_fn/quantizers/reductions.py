@@ -48,14 +48,14 @@ def of_pieces(x: Tensor, dim: int, f: Elementwise, *of_row: Tensor) -> Iterator[
 
 def _own_order(x: Tensor) -> bool:
     """Whether torch's sums over x are to be taken: those of a GPU part a row by how many rows there
-    are, and then a row's levels would hang on what it is fitted with. A compiler has its own, and
+    are, and then a row's levels would depend on what it is fitted with. A compiler has its own, and
     for a tracer whose sizes are symbols there are no halves."""
     traced = torch.compiler.is_compiling() or isinstance(x.shape[-1], torch.SymInt)
     return x.device.type == "cpu" or traced
 
 
 def summed(x: Tensor) -> Tensor:
-    """[..., n] -> [...]: the sum of each row, in an order that hangs on n alone."""
+    """[..., n] -> [...]: the sum of each row, in an order that depends on n alone."""
     if _own_order(x):
         return x.sum(-1)
     n = x.shape[-1]
@@ -69,8 +69,8 @@ def summed(x: Tensor) -> Tensor:
 
 
 def running_sums(x: Tensor) -> Tensor:
-    """[..., n] -> [..., n]: the sum of each row up to each element, in an order that hangs on n
-    alone."""
+    """[..., n] -> [..., n]: the sum of each row up to each element, in an order that depends on
+    n alone."""
     if _own_order(x):
         return x.cumsum(-1)
     n = x.shape[-1]
@@ -95,7 +95,7 @@ def run_sums(x: Tensor, run: int, f: Elementwise, *of_row: Tensor) -> Tensor:
 
 
 def total(x: Tensor, f: Elementwise, *of_row: Tensor) -> Tensor:
-    """[r, 1] float64: the sum of f(x, ...) over each row, in an order that hangs on n alone."""
+    """[r, 1] float64: the sum of f(x, ...) over each row, in an order that depends on n alone."""
     n = x.shape[1]
     rest = summed(f(x[:, n // _RUN * _RUN :], *of_row)).double()
     if n >= _RUN:

@@ -72,7 +72,7 @@ class Prox(Link):
     period: updates from one fit of the qparams to the next.
     warmup: updates of the base optimizer alone, w = u, before the first fit.
     learning_rate: number, 0-d tensor or schedule; shrink and normal_map alone need it. An extra
-        argument `learning_rate` of `update` stands in for it: a scalar, or one for each leaf's
+        argument `learning_rate` of `update` overrides it: a scalar, or one for each leaf's
         name, None where it is the link's.
     shrink: map and quantizer see u / max(1, sum of the learning rates), or with a normal map
         u / gamma; the latent itself stays as it is.
@@ -230,7 +230,7 @@ class Prox(Link):
             return updates, state
         return updates, self.refit(state, apply_updates(params, updates))
 
-    # The parts of an update, for adapters whose latents are moved by another hand.
+    # The parts of an update, for adapters whose latents other code moves.
 
     def advance(self, state: ProxState, rate: Tensor) -> ProxState:
         """The state with the count, coefficient and sum of learning rates of the next update."""
