@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from parq_fn.export.claims import (
     MOST_OF_ONE_LEVEL,
@@ -45,6 +44,7 @@ from parq_fn.export.claims import (
 from parq_fn.export.codes import num_bytes
 from parq_fn.export.packing import Entry, Packed
 from parq_fn.foundation.memory import order_of
+from parq_fn.transforms.sharded import is_dtensor
 
 VERSION = 2
 _BLANK = "0" * 64
@@ -76,7 +76,7 @@ def save(packed: Mapping[str, Packed | Tensor] | list[Entry], file: str | os.Pat
     path = file_of(file)
     parts = _parts(packed)
     sharded = any(
-        isinstance(e, Entry) and isinstance(e.source, DTensor) for _, e in _entries(packed)
+        isinstance(e, Entry) and is_dtensor(e.source) for _, e in _entries(packed)
     )
     _in_ranks(path, parts, _header_of(packed, parts), sharded)
 

@@ -14,7 +14,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.optim import Optimizer, optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -90,6 +89,13 @@ def not_traced(function: Callable[P, T]) -> Callable[P, T]:
     return found
 
 
+def constant_result(function: Callable[P, T]) -> Callable[P, T]:
+    """A function whose result a compiler takes for a constant: torch.compiler's
+    assume_constant_result, which would import the whole compiler to set this mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined] # private
+    return function
+
+
 def mark_constant(tensor: Tensor, dims: list[int]) -> None:
     """Has a compiler take these sizes of a tensor for constants."""
     torch._dynamo.mark_static(tensor, dims)
@@ -137,5 +143,7 @@ def as_plain_tensors() -> AbstractContextManager[None]:
 
 def nested(flat: dict[str, Any], paths: dict[str, tuple[str | int, ...]]) -> dict[str, Any]:
     """What a checkpoint holds under flat keys, as it was nested before."""
+    from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+
     found: dict[str, Any] = unflatten_state_dict(flat, paths)
     return found

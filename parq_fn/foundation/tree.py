@@ -16,6 +16,8 @@ import optree
 import torch
 from torch import Tensor
 
+from parq_fn.foundation.torch_private import constant_result
+
 PyTree = Any
 #: What picks leaves: a name pattern or several, a predicate of (name, leaf), or a tree of bools.
 Mask = str | re.Pattern[str] | Sequence[str] | Callable[[str, Any], bool] | PyTree
@@ -152,7 +154,7 @@ def check_match(updates: PyTree, params: PyTree, what: str) -> None:
 # constants, and trees of them it does not.
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # torch's own
+@constant_result
 def matches(pattern: str | re.Pattern[str], name: str) -> bool:
     """Whether a leaf's name fits a pattern.
 

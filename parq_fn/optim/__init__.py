@@ -1,9 +1,22 @@
 """Adapters: the functional core as torch.optim optimizers."""
 
-from parq_fn.optim.checkpoint import load_checkpoint, save_checkpoint
+from typing import TYPE_CHECKING, Any
+
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.share import share_on_levels
 from parq_fn.optim.transformed import TransformOptimizer
+
+if TYPE_CHECKING:
+    from parq_fn.optim.checkpoint import load_checkpoint, save_checkpoint
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in ("load_checkpoint", "save_checkpoint"):  # which import distributed tensors
+            from parq_fn.optim import checkpoint
+
+            return getattr(checkpoint, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "QuantOptimizer",

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from parq_fn.optim.old_states import Kept, like_saved, with_qparams
@@ -32,7 +31,7 @@ from parq_fn.optim.state import (
     versions,
     wide,
 )
-from parq_fn.transforms.sharded import local
+from parq_fn.transforms.sharded import is_dtensor, local
 
 # What a parameter holds, where nothing was done to it since.
 COPIED = "copied"  # what its latent is a copy of
@@ -270,7 +269,7 @@ class LatentStore:
         """Whether a parameter may hold what its latent does not know of."""
         if self._is_written(p):
             return True
-        held, sharded = self._marks[p].held, isinstance(p, DTensor)
+        held, sharded = self._marks[p].held, is_dtensor(p)
         if held == COPIED:
             return sharded or compare == "all"
         return held == WRITTEN and (compare == "all" or (compare == "sharded" and sharded))
@@ -363,7 +362,7 @@ class LatentStore:
         for p in self._with_latents():
             if self._is_written(p):
                 found.add(p)
-            elif isinstance(p, DTensor) and self._marks[p].held in (COPIED, WRITTEN):
+            elif is_dtensor(p) and self._marks[p].held in (COPIED, WRITTEN):
                 compared.append(p)
         with torch.no_grad():
             for p, weight in self.owner.weights(compared):

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from parq_fn.foundation.torch_private import hooks_after_load, hooks_before_load, is_flat, writes_to
-from parq_fn.transforms.sharded import local
+from parq_fn.transforms.sharded import is_dtensor, local
 
 Group = dict[str, Any]
 Entries = dict[str, Any]
@@ -120,7 +119,7 @@ def check_entries(mine: Entries, saved: Entries, name: str) -> None:
             )
         if isinstance(got, Tensor) and got.is_complex() and not own.is_complex():
             raise ValueError(f"{where}: {key} is complex, expected {own.dtype}")
-        if isinstance(got, Tensor) and isinstance(own, DTensor) != isinstance(got, DTensor):
+        if isinstance(got, Tensor) and is_dtensor(own) != is_dtensor(got):
             raise ValueError(
                 f"{where}: {key} is a {type(got).__name__}, expected a {type(own).__name__}; "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict shards a whole "

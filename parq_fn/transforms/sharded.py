@@ -10,14 +10,17 @@ with the qparams of its row.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import sys
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from parq_fn.foundation.value import value
 from parq_fn.quantizers.granularity import Granularity, per_block
+
+if TYPE_CHECKING:  # importing it takes half a second, and where there are none it is for nothing
+    from torch.distributed.tensor import DTensor
 
 
 @value
@@ -50,20 +53,30 @@ class Part(NamedTuple):
     rows: slice | Tensor  # of the qparams; indices where those of a row are needed more than once
 
 
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor; then someone has imported what makes them."""
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter:  # all that a compiler may look at
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """The rank's own shard; of a plain tensor the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole tensor, on every rank."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def placed(mine: Tensor, like: Tensor) -> Tensor:
     """The tensor of which this rank holds `mine`, sharded as `like` is."""
-    if not isinstance(like, DTensor):
+    if not is_dtensor(like):
         return mine
+    from torch.distributed.tensor import DTensor
+
     mesh, placements = like.device_mesh, like.placements
     return DTensor.from_local(mine, mesh, placements, shape=like.shape, stride=like.stride())
 
@@ -77,8 +90,10 @@ def part_of(weight: Tensor, granularity: Granularity) -> Part:
     """
     r, n = granularity.shape(weight)
     whole = Part(granularity, slice(None))
-    if not isinstance(weight, DTensor):
+    if not is_dtensor(weight):
         return whole
+    from torch.distributed.tensor import Replicate, Shard
+
     mine = local(weight)
     if r == 1:
         return Part(run(max(mine.numel(), 1), 0, 0), slice(None))

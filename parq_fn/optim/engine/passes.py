@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from parq_fn.foundation.scalar import concrete
 from parq_fn.foundation.torch_private import copy_each, in_dispatch_mode
@@ -28,7 +27,7 @@ from parq_fn.optim.engine.programs import Programs
 from parq_fn.optim.engine.rows import Maps, Rows, in_columns, of_other_rows, some_rows
 from parq_fn.quantizers.granularity import Granularity, per_channel
 from parq_fn.transforms.prox_link import Prox, ProxState, in_rows
-from parq_fn.transforms.sharded import gathered
+from parq_fn.transforms.sharded import gathered, is_dtensor
 
 _PIECE = 1 << 17  # elements that are mapped at a time
 _WIDTH = 1 << 10  # of the rows that a long row is cut into
@@ -65,7 +64,7 @@ def refit(
     small: dict[Any, dict[int, Tensor]] = {}
     for i, (latent, old) in enumerate(zip(latents, qparams, strict=True)):
         # what is sharded is gathered, for which there may be no room but one by one
-        there = not (_on_cpu(latent) or isinstance(latent, DTensor))
+        there = not (_on_cpu(latent) or is_dtensor(latent))
         if not alone and 0 < latent.numel() <= (_SMALL_THERE if there else _SMALL):
             rows = link.granularity.rows(gathered(latent))
             kind = rows.shape[1], rows.dtype, old.shape[-1], old.dtype, old.device
