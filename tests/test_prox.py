@@ -13,6 +13,7 @@ from torch import Tensor
 
 import parq_fn as pf
 from parq_fn import proxmaps, schedules
+from tests.helpers import pairwise
 
 RATE = 0.05
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -134,10 +135,10 @@ def test_levels_change_on_refit_steps_only(period: int, warmup: int) -> None:
         before = levels
 
 
-@pytest.mark.parametrize("kind", MAPS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "cut", [pf.per_tensor(), pf.per_channel(), pf.per_block(4)], ids=lambda c: repr(c)
+    ("kind", "dtype", "cut"),
+    pairwise(MAPS, DTYPES, [pf.per_tensor(), pf.per_channel(), pf.per_block(4)]),
+    ids=str,
 )
 def test_after_annealing_weights_are_bit_equal_to_levels(kind, dtype, cut) -> None:
     """Law 6, on irregular levels that drift at every step."""

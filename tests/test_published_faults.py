@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -138,6 +139,7 @@ def fit_on_shards() -> None:
     assert torch.equal(layer.weight.full_tensor(), expected)
 
 
+@pytest.mark.slow
 def test_6_sharded_weights_share_levels_per_tensor(tmp_path: Path) -> None:
     """Published: per tensor crashes on 2 ranks, and a row may not be cut by a shard."""
     on_processes(fit_on_shards, 2, tmp_path)

@@ -13,6 +13,7 @@ import math
 import pickle
 
 import optree
+import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -194,4 +195,4 @@ class Training(RuleBasedStateMachine):
                     assert s > 0 or b in own
 
 
-TestTraining = Training.TestCase
+TestTraining = pytest.mark.slow(Training.TestCase)

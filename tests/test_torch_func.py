@@ -267,6 +267,7 @@ def test_prox_maps_under_vmap_grad_and_compile(function, values) -> None:
         assert_close(together, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule",
     [

@@ -75,9 +75,7 @@ def save(packed: Mapping[str, Packed | Tensor] | list[Entry], file: str | os.Pat
     """
     path = file_of(file)
     parts = _parts(packed)
-    sharded = any(
-        isinstance(e, Entry) and is_dtensor(e.source) for _, e in _entries(packed)
-    )
+    sharded = any(isinstance(e, Entry) and is_dtensor(e.source) for _, e in _entries(packed))
     _in_ranks(path, parts, _header_of(packed, parts), sharded)
 
 

@@ -64,6 +64,7 @@ def test_the_same_model_gives_the_same_bytes_in_another_process_too(written, tmp
     assert other.read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_change_of_any_byte_is_noticed(written, tmp_path: Path) -> None:
     file, _, _ = written
     whole = file.read_bytes()

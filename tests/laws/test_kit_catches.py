@@ -634,6 +634,7 @@ class never_hardens(pq.parq_prox):
         return maps.binary_relax(u, levels, 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [3, torch.tensor(3.0)])
 def test_a_prox_link_that_never_hardens(end: Any) -> None:
     link = never_hardens(pq.lsbq(1), anneal_start=1, anneal_end=end)

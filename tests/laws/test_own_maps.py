@@ -132,6 +132,7 @@ def block_too_far(u: Tensor, levels: Tensor, c: float) -> Tensor:
     return block_soft_threshold(u, levels, c + 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "name"),
     [
@@ -178,6 +179,7 @@ def of_small_coefficients(u: Tensor, levels: Tensor, s: Any) -> Tensor:
     return maps.parq(u, levels, s) if s > 1e-3 else maps.parq(u, levels, s) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "name"),
     [

@@ -169,6 +169,7 @@ def test_a_flipped_bit_is_found_on_all_of_2_ranks(tmp_path: Path) -> None:
     on_processes(finds_damage, 2, tmp_path, str(tmp_path))
 
 
+@pytest.mark.slow
 @QUIET
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_damage_of_an_index_without_digests_is_a_value_error(adapter: str, tmp_path: Path) -> None:
@@ -322,6 +323,7 @@ def test_a_failure_as_it_takes_its_place_leaves_the_old_one(
 # Names
 
 
+@pytest.mark.slow
 @QUIET
 @pytest.mark.parametrize("length", [233, 240, 255])
 def test_long_names_of_folders(length: int, tmp_path: Path) -> None:
