@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 # The data: 1,797 scans, a quarter of them held out.
@@ -21,6 +19,9 @@ class Data(NamedTuple):
 
 def load_data(seed: int) -> tuple[Data, Data]:
     """(train, test): a stratified split of the digits."""
+    from sklearn.datasets import load_digits  # which take as long to import as torch
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(digits.target)

@@ -85,6 +85,7 @@ outliers = st.sampled_from([-1.0, 1.0, 1e-3, -1e-3, 2e-3, 0.0])
 rows = st.one_of(*(st.lists(v, min_size=1, max_size=10) for v in (ties, reals, outliers)))
 
 
+@pytest.mark.slow
 @given(rows, st.integers(1, 4))
 @hypothesis_settings(deadline=None, max_examples=150)
 def test_equals_brute_force(row: list[float], k: int) -> None:
@@ -219,6 +220,7 @@ def test_the_operator_s_fake_and_batching_are_its_own() -> None:
     torch.library.opcheck(_cuts_op, (table, 3), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k", "distortion"), [(4, 0.1175), (8, 0.03454), (16, 0.00950)])
 def test_a_million_gaussians(k: int, distortion: float) -> None:
     """Max (1960), "Quantizing for minimum distortion", table I."""

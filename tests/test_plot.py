@@ -236,6 +236,7 @@ def test_levels_of_several_rows_are_refused() -> None:
         plot.proxmap(proxmaps.hard, torch.ones(2, 4))
 
 
+@pytest.mark.slow
 def test_the_same_figure_gives_the_same_files(tmp_path: Path) -> None:
     kept = []
     for _ in range(2):

@@ -544,6 +544,7 @@ def test_several_rates_are_refused_where_they_count_and_zero_elsewhere(rates: An
 # Found by attack, each with the input that showed it.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steepness", [200, 2000])
 def test_steep_annealing_trains(steepness: float) -> None:
     prox = pf.parq_prox(pf.lsbq(2), anneal_start=5, anneal_end=195, steepness=steepness)

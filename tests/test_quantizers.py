@@ -277,6 +277,7 @@ def test_asymmetric_has_an_exact_zero() -> None:
     assert bool((pf.asymmetric(3)(x) == 0).any(-1).all())
 
 
+@pytest.mark.slow
 def test_error_on_gaussian_rows() -> None:
     """Mean squared error on N(0, 1), against the known optima of the Gaussian source."""
     x = torch.randn(1, 400_000, generator=torch.Generator().manual_seed(0)).double()

@@ -82,6 +82,7 @@ def test_quantizers_of_rows_alone_have_nothing_of_the_whole() -> None:
         pf.stored(NVFP4, torch.float16)
 
 
+@pytest.mark.slow
 def test_a_quantizer_of_ones_own_with_a_scale_of_the_tensor() -> None:
     class shared(pf.Quantizer):
         num_levels, num_qparams, num_whole = 2, 2, 1

@@ -97,6 +97,7 @@ def flags(recipe, *more: str) -> argparse.Namespace:
     return parse(recipe, more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "full"),
     [

@@ -354,6 +354,7 @@ def test_wrong_flags_get_one_line(flags: str, message: str, tmp_path: Path, caps
     assert message in wrong(capsys, qat_resnet_cifar10, *flags.split(), "--save-dir", folder)
 
 
+@pytest.mark.slow
 def test_missing_and_broken_data_get_one_line(
     cifar: Path, folders: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:

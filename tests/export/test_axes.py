@@ -238,6 +238,7 @@ def run(net: Any, tokens: Tensor) -> Tensor:
 TOKENS = torch.arange(10).reshape(2, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_layers_are_exact(dtype: torch.dtype, tmp_path: Path) -> None:
     net, exact, packed = packed_net(dtype)

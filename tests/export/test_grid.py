@@ -13,7 +13,7 @@ from parq_fn.export.file import _header
 from parq_fn.export.grid import as_multiples, even_grid, halved, shifted, told
 from parq_fn.quantizers import Grid
 from tests.export.helpers import EVEN, fitted
-from tests.helpers import spread
+from tests.helpers import sampled, spread
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ CUTS = [pf.per_tensor(), pf.per_channel(), pf.per_block(8), pf.per_channel(1)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("quantizer", EVEN, ids=repr)
+@pytest.mark.parametrize("quantizer", sampled(EVEN, 12), ids=repr)
 @given(
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 10_000),
@@ -124,7 +124,7 @@ def test_packed_weights_have_the_state_s_step_and_first_multiple(
         assert torch.equal(found.unit, own.step)
 
 
-@pytest.mark.parametrize(("quantizer", "dtype"), spread(EVEN, DTYPES), ids=repr)
+@pytest.mark.parametrize(("quantizer", "dtype"), sampled(spread(EVEN, DTYPES), 12), ids=repr)
 def test_files_keep_steps_that_levels_do_not_say(quantizer, dtype, tmp_path) -> None:
     weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     for cut in CUTS:

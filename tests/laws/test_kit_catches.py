@@ -139,6 +139,7 @@ def test_wrong_maps(wrong: Any, name: str) -> None:
         check_proxmap(wrong, max_examples=40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "name"),
     [
@@ -655,6 +656,7 @@ def test_schedules_that_once_were_accused(right: Any) -> None:
     check_schedule(right, max_examples=30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "domain",
     [Interval(0.0, 1e-3), Interval(5.0, 5.0), Interval(1e6, 2e6), Interval(2000.0, math.inf)],

@@ -85,6 +85,7 @@ def claiming(f: Any, **traits: Any) -> Any:
     return declares(replace(CONVEX, **traits))(claimed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "right",
     [
@@ -240,6 +241,7 @@ def test_a_single_step_of_a_schedule_is_looked_at(value: float, name: str) -> No
     assert info.value.law.name == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("center", [-3.0, -0.2, 1.3, 5.0])
 def test_an_inverse_slope_keeps_its_laws_with_a_center_outside(center: float) -> None:
     check_schedule(pq.inverse_slope(0, 100, 10.0, center), max_examples=40)

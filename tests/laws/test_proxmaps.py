@@ -213,6 +213,7 @@ def test_what_must_not_hold_does_not(law: str, map_: Any, claims: dict[str, Any]
     assert f"claimed breaks the law '{law}'" in str(found)
 
 
+@pytest.mark.slow
 def test_parq_is_firmly_nonexpansive_at_one_alone() -> None:
     check_proxmap(maps.parq, coefficient=1.0, laws={"firmly_nonexpansive"})
     with pytest.raises(Violation, match="firmly_nonexpansive"):

@@ -82,6 +82,7 @@ def test_random_chains(transform: Any) -> None:
     check_transformation(transform, max_examples=1)
 
 
+@pytest.mark.slow
 @pytest.mark.laws
 def test_blocks() -> None:
     """A granularity that cannot cut every leaf: the params are given."""

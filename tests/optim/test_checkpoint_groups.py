@@ -73,6 +73,7 @@ def _groups(net: Net) -> list[dict[str, Any]]:
     return [{"params": params, "quant_bits": bits} for bits, params in by_bits.items()]
 
 
+@pytest.mark.slow
 @QUIET
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_in_full_precision_is_the_start_of_quantized(dtype: str, tmp_path: Path) -> None:

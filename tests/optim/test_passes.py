@@ -166,6 +166,7 @@ QUANTIZERS = [
 ]
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(QUANTIZERS),
     st.sampled_from([pf.per_tensor(), pf.per_channel(), pf.per_block(4)]),
