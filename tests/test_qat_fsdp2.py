@@ -41,7 +41,7 @@ def kill_when(pattern: str, program: Program, folder: Path) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_killed_and_resumed_it_ends_as_if_left_alone(tmp_path: Path) -> None:
     alone = result(run(tmp_path / "alone", 2))
     assert "inverse slope 0.0000, on levels 1.0000" in alone

@@ -127,7 +127,7 @@ def test_a_whole_step_compiles_once(transform, monkeypatch) -> None:
     assert_close(state, own)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_whole_step_compiles_with_inductor() -> None:
     torch.compiler.reset()
     prox = pf.masked(pf.parq_prox(pf.lsbq(2), **WINDOW), "hidden.weight")

@@ -15,10 +15,15 @@ from parq_fn.quantizers import Grid
 from tests.export.helpers import EVEN, fitted
 from tests.helpers import sampled, spread
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("quantizer", [q for q in EVEN if q != pf.asymmetric(8)], ids=repr)
+@pytest.mark.parametrize(
+    ("quantizer", "dtype"),
+    spread([q for q in EVEN if q != pf.asymmetric(8)], DTYPES[1:]),
+    ids=str,
+)
 @given(seed=st.integers(0, 10_000), exponent=st.integers(-8, 8))
 def test_levels_of_uniform_quantizers_are_multiples_bit_for_bit(
     quantizer, dtype, seed: int, exponent: int
@@ -88,7 +93,6 @@ def test_zero_points_fit_the_codes_bits(levels: list[list[float]]) -> None:
 # Grids that packed weights keep.
 
 CUTS = [pf.per_tensor(), pf.per_channel(), pf.per_block(8), pf.per_channel(1)]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("quantizer", sampled(EVEN, 12), ids=repr)

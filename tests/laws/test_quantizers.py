@@ -63,7 +63,7 @@ OPERATORS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("quantizer", OPERATORS, ids=repr)
 @pytest.mark.laws
 def test_every_declared_law(quantizer: Any) -> None:

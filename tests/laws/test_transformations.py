@@ -44,7 +44,7 @@ DAMPED = pq.chain(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("link", PROX_LINKS, ids=repr)
 @pytest.mark.laws
 def test_prox_links(link: Any) -> None:
@@ -70,7 +70,7 @@ LINKS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("link", LINKS, ids=lambda link: type(link).__name__)
 @pytest.mark.laws
 def test_links(link: Any) -> None:

@@ -79,18 +79,21 @@ class Mutant(NamedTuple):
 
 def mutants(source: str) -> list[Mutant]:
     """All mutants of a module, in the order of its text; equal ones once."""
-    tree = ast.parse(source)
-    original = ast.unparse(tree)
+    statements = ast.parse(source).body
+    texts = [ast.unparse(statement) for statement in statements]
+    original = "\n".join(texts)
     found: dict[str, Mutant] = {}
-    for function, holder, place, new in _changes(tree, ""):
-        old = _get(holder, place)
-        _set(holder, place, new)
-        text = ast.unparse(tree)
-        _set(holder, place, old)
-        if text != original and text not in found:
-            before, after = _difference(original, text)
-            alike = sum(m[:3] == (function, before, after) for m in found.values())
-            found[text] = Mutant(function, before, after, alike, text)
+    for i, statement in enumerate(statements):
+        alone = ast.Module([statement], [])  # the others stay as they are
+        for function, holder, place, new in _changes(alone, ""):
+            old = _get(holder, place)
+            _set(holder, place, new)
+            text = "\n".join([*texts[:i], ast.unparse(alone), *texts[i + 1 :]])
+            _set(holder, place, old)
+            if text != original and text not in found:
+                before, after = _difference(original, text)
+                alike = sum(m[:3] == (function, before, after) for m in found.values())
+                found[text] = Mutant(function, before, after, alike, text)
     return list(found.values())
 
 

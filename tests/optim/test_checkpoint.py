@@ -75,7 +75,7 @@ def test_on_one_process_without_a_group(tmp_path: Path) -> None:
     load(str(tmp_path), False)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("world", sampled([1, 2, 4], 1))
 def test_r18_saved_on_2_ranks_loaded_on_others(
     world: int, tmp_path_factory: pytest.TempPathFactory
@@ -150,7 +150,7 @@ def test_a_checkpoint_that_was_cut_off_is_refused_and_changes_nothing(tmp_path: 
     check_same(net, optimizer, other, again, "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_killed_at_any_moment_it_resumes_and_ends_as_if_left_alone(
     adapter: str, tmp_path: Path

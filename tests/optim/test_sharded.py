@@ -60,12 +60,15 @@ def same_as_alone(shape: tuple[int, ...], offload: bool, dtypes: tuple[str, ...]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "offload", "dtypes"),
-    [
-        ((2,), False, ("float64", "bfloat16")),
-        ((4,), False, ("float64",)),
-        ((2, 2), False, ("bfloat16",)),
-        ((2,), True, ("float32",)),
-    ],
+    sampled(
+        [
+            ((2,), False, ("float64", "bfloat16")),
+            ((4,), False, ("float64",)),
+            ((2, 2), False, ("bfloat16",)),
+            ((2,), True, ("float32",)),
+        ],
+        2,
+    ),
 )
 def test_r17_levels_and_weights_equal_those_of_one_process(
     shape: tuple[int, ...], offload: bool, dtypes: tuple[str, ...], tmp_path: Path
