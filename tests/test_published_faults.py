@@ -139,7 +139,7 @@ def fit_on_shards() -> None:
     assert torch.equal(layer.weight.full_tensor(), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_6_sharded_weights_share_levels_per_tensor(tmp_path: Path) -> None:
     """Published: per tensor crashes on 2 ranks, and a row may not be cut by a shard."""
     on_processes(fit_on_shards, 2, tmp_path)

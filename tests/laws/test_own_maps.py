@@ -85,7 +85,7 @@ def claiming(f: Any, **traits: Any) -> Any:
     return declares(replace(CONVEX, **traits))(claimed)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     "right",
     [
@@ -133,7 +133,7 @@ def block_too_far(u: Tensor, levels: Tensor, c: float) -> Tensor:
     return block_soft_threshold(u, levels, c + 1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("wrong", "name"),
     [

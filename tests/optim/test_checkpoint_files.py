@@ -79,7 +79,7 @@ def test_other_files_of_the_folder_are_kept(adapter: str, tmp_path: Path) -> Non
     keeps_other_files(str(tmp_path), adapter)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_other_files_of_the_folder_are_kept_on_2_ranks(adapter: str, tmp_path: Path) -> None:
     on_processes(keeps_other_files, 2, tmp_path, str(tmp_path), adapter)
@@ -158,7 +158,7 @@ def saves(folder: str) -> None:
     save_checkpoint(Path(folder) / "whole", *trained("QuantOptimizer", 2))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_flipped_bit_is_found_on_all_of_2_ranks(tmp_path: Path) -> None:
     on_processes(saves, 2, tmp_path, str(tmp_path))
     names = [path.name for path in (tmp_path / "whole").iterdir()]

@@ -82,7 +82,7 @@ def test_training_in_full_precision_is_the_start_of_quantized(dtype: str, tmp_pa
 
 
 @QUIET
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("sharded_first", [True, False])
 def test_full_precision_to_quantized_on_2_ranks(sharded_first: bool, tmp_path: Path) -> None:
     if sharded_first:
@@ -178,7 +178,7 @@ def stages(folder: str, adapter: str) -> None:
             load_checkpoint(Path(folder) / "last", other, again)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("adapter", ["QuantOptimizer", "TransformOptimizer"])
 def test_stages_of_a_pipeline_keep_their_groups_apart(adapter: str, tmp_path: Path) -> None:
     on_processes(stages, 2, tmp_path, str(tmp_path), adapter)

@@ -27,7 +27,7 @@ def compiled_steps(folder: str, adapter: str) -> None:
             assert torch.equal(p.to_local(), q.to_local())
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("adapter", OF_NETS)
 def test_torch_compile_of_a_sharded_step_maps_all(adapter: str, tmp_path: Path) -> None:
     on_processes(compiled_steps, 2, tmp_path, str(tmp_path), adapter)

@@ -306,7 +306,7 @@ def weights_of_sharded_modules_are_loaded(folder: str) -> None:
             assert torch.equal(whole(latent), whole(new[name])), (adapter, route, steps, name)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a2_weights_loaded_into_a_sharded_module_are_trained_on(tmp_path: Path) -> None:
     on_processes(weights_of_sharded_modules_are_loaded, 2, tmp_path, str(tmp_path))

@@ -169,7 +169,7 @@ def quantized_of(optimizer: QuantOptimizer) -> list[tuple[Tensor, pf.Prox]]:
     return [(p, optimizer.link(group)) for group in groups for p in group["params"]]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_mixed_precision_policy(tmp_path: Path) -> None:
     on_processes(mixed_precision, 2, tmp_path)
 
