@@ -1,7 +1,7 @@
 """Every call into torch that torch keeps private, or promises nothing about.
 
-They are why the package takes one minor version of torch: another one may name or do these things
-otherwise, and this file is the place to look.
+Another version may name or do these things otherwise: this file is the place to look, and
+`nox -s torch` runs the tests on every version that is looked after.
 """
 
 from __future__ import annotations
