@@ -83,7 +83,7 @@ class _Watch:
         self.by = ""
 
     def pytest_configure(self) -> None:
-        sys.meta_path.insert(0, self.finder)  # before pytest's own, that of the files it is given
+        sys.meta_path.insert(0, self.finder)  # before pytest's own, of the files it is given, too
         phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
         hypothesis.settings.register_profile("mutation", hypothesis.settings(), phases=phases)
         hypothesis.settings.load_profile("mutation")
@@ -140,6 +140,7 @@ def _child(
 ) -> dict[str, Any]:
     name = module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     finder = _Finder(name, str(Path(module).resolve()), text)
+    sys.meta_path.insert(0, finder)  # for what conftest.py imports
     durations: dict[str, float] = {}
     for files in stages:
         watch = _Watch(finder, order)

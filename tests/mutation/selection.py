@@ -37,7 +37,7 @@ _select(
 )
 _select(
     "parq_fn/quantizers/granularity.py",
-    ("tests/test_granularity.py",),
+    ("tests/test_granularity.py", "tests/test_axes.py"),
     ("tests/test_checks.py", "tests/test_prox.py", *_COMMON),
 )
 for _map in _MAPS:
