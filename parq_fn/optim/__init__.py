@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.on_levels import share_on_levels
+from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.transformed import TransformOptimizer
 
 if TYPE_CHECKING:
