@@ -323,3 +323,38 @@ def test_a_link_under_vmap() -> None:
         of_rows.advance(of_rows.init(params[0].t()), torch.zeros(())), params[0].t()
     )
     assert torch.equal(expected[0], of_rows.weights(state, params[0].t()).t())
+
+
+class pairs(pf.Granularity):
+    """Rows of two, of a shape alone."""
+
+    def shape(self, weight: Tensor) -> tuple[int, int]:
+        return weight.numel() // 2, 2
+
+
+@pytest.mark.parametrize(
+    ("cut", "shape", "expected"),
+    [
+        (pairs(), (3, 4), (6,)),
+        (pf.per_tensor(), (3, 4), ()),
+        (pf.per_channel(), (7,), ()),
+        (pf.per_channel((2, 0)), (3, 4, 5), (3, 5)),
+        (pf.per_channel(-1), (3, 4), (4,)),
+        (pf.per_block(2), (3, 4), (3, 2)),
+        (pf.per_block(2, along=(2, 0)), (4, 5, 3), (6, 5)),
+        (pf.per_block(2, along=(2, 1)), (3, 4, 6), (3, 12)),
+    ],
+    ids=repr,
+)
+def test_the_shape_of_what_rows_have_is_the_weight_s_without_what_they_run_over(
+    cut: Any, shape: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    weight = torch.zeros(shape)
+    assert cut.row_shape(weight) == expected
+    assert torch.Size(expected).numel() == cut.shape(weight)[0]
+
+
+def test_an_axis_counted_from_the_end_is_the_same_axis() -> None:
+    weight = torch.arange(6.0).reshape(2, 3)
+    assert pf.per_channel(-1).rows(weight).tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+    assert torch.equal(pf.per_channel(-2).rows(weight), weight)

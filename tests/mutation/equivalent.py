@@ -25,6 +25,12 @@ _PER_ROW = "least_squares_levels: per_row = (n + 1) * (num_levels + 64 if exact 
 _ROWS = "least_squares_levels: rows = max(1, min(_CHUNK // n, _DOUBLES // per_row)) -> "
 
 EQUIVALENT: dict[str, dict[str, list[str]]] = {
+    "parq_fn/quantizers/granularity.py": {
+        "the longer way to the same rows": [
+            "per_block.order: if along == tuple(range(rank - len(along), rank)): -> "
+            "if along == tuple(range(rank + len(along), rank)):",
+        ],
+    },
     "parq_fn/schedules.py": {
         "subtracts zeros in place of adding them": [
             "constant.__call__: return as_scalar(self.value) + torch.zeros_like(_steps(step)) -> "
