@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import nox
 
-STEPS = ["lint", "tests", "laws", "learning", "stacks", "notebooks", "job"]
+STEPS = ["lint", "tests", "laws", "learning", "stacks", "notebooks", "pages", "job"]
 TORCH = ["2.13.0", "2.14.1", "2.15.0"]
 PYTHON = ["3.10", "3.11", "3.12", "3.13"]
 

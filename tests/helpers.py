@@ -108,7 +108,7 @@ def run_blocks(blocks: Iterable[str], names: dict[str, Any] | None = None) -> di
     """The names that the blocks define, run one after another."""
     names = {} if names is None else names
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, "page", "exec"), names)
     return names
 
 

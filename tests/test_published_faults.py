@@ -1,4 +1,5 @@
-"""Where published implementations fall short: a test for each, numbered as in the README.
+"""Where published implementations fall short: a test for each, numbered as in
+notebooks/differences.md.
 
 Faults of stateful optimizers (closures, sharding, checkpoints) are looked for in the torch
 adapters; those with a counterpart in a functional loop there too.

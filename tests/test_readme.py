@@ -1,4 +1,5 @@
-"""The README runs as written, and its commands are those of pyproject and CI."""
+"""README and pages: their code runs as written, commands are those of pyproject and CI, links lead
+somewhere."""
 
 from __future__ import annotations
 
@@ -12,22 +13,29 @@ from tests.helpers import python_blocks, run_blocks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-
-
 KIT = (ROOT / "parq_fn" / "testing" / "README.md").read_text()
+PAGES = sorted((ROOT / "notebooks").rglob("*.md"))
+WITH_CODE = [
+    path
+    for path in (ROOT / "README.md", ROOT / "parq_fn" / "testing" / "README.md", *PAGES)
+    if python_blocks(path.read_text())
+]
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("graphs_alone")
-@pytest.mark.parametrize("text", [README, KIT], ids=["library", "kit"])
+@pytest.mark.parametrize("path", WITH_CODE, ids=_name)
 def test_the_code_runs_from_top_to_bottom(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # it writes a file
-    blocks = python_blocks(text)
-    assert len(blocks) >= 2
+    monkeypatch.chdir(tmp_path)  # some write files
+    blocks = python_blocks(path.read_text())
     run_blocks(
-        [block for block in blocks if "torchao" not in block]
+        [block for block in blocks if "torchao import" not in block]
     )  # tests/integrations runs that too
 
 
@@ -38,9 +46,10 @@ def test_the_tables_of_laws_are_those_of_the_traits() -> None:
 
 def test_the_commands_are_ci_s_word_for_word() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
-    commands = re.findall(r"^    (pip install .*)$", README, re.MULTILINE)
-    assert len(commands) >= 3
-    assert all(command in ci for command in commands)
+    texts = [README, *(path.read_text() for path in PAGES)]
+    commands = {c for text in texts for c in re.findall(r"pip install [^\n`]* && [^\n`]+", text)}
+    assert len(commands) >= 5
+    assert not [c for c in commands if c not in ci]
 
 
 def test_every_extra_that_is_installed_exists() -> None:
@@ -48,13 +57,16 @@ def test_every_extra_that_is_installed_exists() -> None:
     extras = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\n", project, re.DOTALL)
     assert extras is not None
     named = {line.partition(" = ")[0] for line in extras[1].splitlines()}
-    assert {"test", "examples", "notebooks", "dev"} <= named
-    assert set(re.findall(r"pip install .*?'\.\[(\w+)\]'", README)) <= named
+    assert {"test", "examples", "notebooks", "docs", "dev"} <= named
+    for text in (README, *(path.read_text() for path in PAGES)):
+        assert set(re.findall(r"pip install [^\n`]*'\.\[(\w+)\]'", text)) <= named
 
 
-def test_every_test_that_the_readme_names_exists() -> None:
+def test_every_test_that_a_page_names_exists() -> None:
     faults = (ROOT / "tests" / "test_published_faults.py").read_text()
-    for name in re.findall(r"`(test_\w+)`$", README, re.MULTILINE):
+    named = re.findall(r"`(test_\w+)`$", (ROOT / "notebooks" / "differences.md").read_text(), re.M)
+    assert len(named) == 11
+    for name in named:
         assert re.search(rf"def {name}", faults), name
 
 
@@ -64,3 +76,26 @@ def test_what_is_pinned_is_what_some_extra_asks_for() -> None:
     asked = set(re.findall(r'"([\w-]+)>=', project))
     assert set(pinned) >= asked - {"setuptools", "nox"}
     assert set(pinned) <= asked
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=_name)
+def test_links_lead_to_files(path: Path) -> None:
+    """An index shows the README without the repository: once pyproject gives its address, links
+    and images have to begin with it."""
+    project = (ROOT / "pyproject.toml").read_text()
+    base = re.search(r'^(?:Repository|Source) = "(.*)"$', project, re.M)
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    for link in re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', text):
+        target = "".join(link).partition("#")[0]
+        if target.startswith("https://") or not target:
+            continue
+        assert base is None or path.name != "README.md", f"{target}: put {base[1]} before it"
+        assert (path.parent / target).exists(), target
+
+
+def test_the_readme_is_short_and_its_sentences_are() -> None:
+    assert len(README.splitlines()) <= 150
+    prose = re.sub(r"```.*?```|^    .*$|^\|.*$|^#.*$|<img[^>]*>", "", README, flags=re.S | re.M)
+    prose = re.sub(r"\]\([^)]*\)", "]", prose)
+    for sentence in re.split(r"(?<=[.?!:])\s+|\n", prose):
+        assert len(sentence.split()) <= 30, sentence

@@ -26,7 +26,7 @@ from tests.export.helpers import EVEN as QUANTIZERS
 from tests.export.helpers import fitted
 from tests.helpers import python_blocks, run_blocks, spread
 from tests.integrations.models import TOKENS, on_levels
-from tests.test_readme import README
+from tests.test_readme import ROOT
 
 EVEN = {
     pf.uniform(2): "int2",
@@ -163,11 +163,12 @@ def test_layers_that_torchao_cannot_run_stay_in_float() -> None:
 
 
 @pytest.mark.slow
-def test_the_readme_s_way_from_training_to_integers(
+def test_the_page_s_way_from_training_to_integers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names = run_blocks(python_blocks(README))
+    page = (ROOT / "notebooks" / "howto" / "export.md").read_text()
+    names = run_blocks(python_blocks(page))
     assert str(names["integers"][0].weight.target_dtype) == "torch.int4"
 
 
