@@ -101,9 +101,13 @@ class constant(Schedule):
 class _Path(Schedule):
     """Base of the paths from init at start_step to end at end_step."""
 
+    #: The value up to start_step.
     init: Number
+    #: The value from end_step on.
     end: Number
+    #: Where the path begins.
     start_step: Number
+    #: Where it ends.
     end_step: Number
 
     def __post_init__(self) -> None:
@@ -238,8 +242,11 @@ class warmup(Schedule):
     tensor([0.0000, 0.0500, 0.1000], dtype=torch.float64)
     """
 
+    #: What follows.
     schedule: Callable[[Tensor], Tensor]
+    #: How many steps lead to it.
     steps: Number
+    #: The value at step 0.
     init: Number = 0.0
 
     def __post_init__(self) -> None:
@@ -281,9 +288,13 @@ class inverse_slope(Schedule):
     Source: Jin et al., PARQ, arXiv 2503.15748, section 5; normalised here by its own end values.
     """
 
+    #: The last step of s = 1.
     anneal_start: Number
+    #: The first step of s = 0.
     anneal_end: Number
+    #: k, of the sigmoid.
     steepness: Number = 10.0
+    #: m, as a share of the annealing.
     center: Number = 0.5
 
     def __post_init__(self) -> None:
@@ -364,8 +375,11 @@ class anneal_decay(Schedule):
     tensor([0.1000, 0.0000], dtype=torch.float64)
     """
 
+    #: Where s is 1 or the fraction 0.
     weight_decay: Scalar
+    #: step -> inverse slope.
     slope: Callable[[Tensor], Tensor]
+    #: f, how much of the decay is annealed.
     fraction: Number
 
     def __post_init__(self) -> None:

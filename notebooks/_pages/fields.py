@@ -63,8 +63,8 @@ def _objects(parent: Object) -> Iterator[Object]:
 
 
 def _comment(field: Attribute) -> Docstring | None:
-    """The `#:` lines above a field."""
-    lines, found = field.module.lines, []
+    """The `#:` lines above a field, or the comment beside it."""
+    found: list[str] = []
     if not field.lineno or field.parent is None:
         return None
     try:
@@ -76,6 +76,9 @@ def _comment(field: Attribute) -> Docstring | None:
     while at >= 0 and lines[at].strip().startswith("#:"):
         found.append(lines[at].strip()[2:].strip())
         at -= 1
+    beside = re.search(r"  # (?:type: ignore\[.*?\] # )?(.*)$", lines[field.lineno - 1])
+    if not found and beside:
+        found = [beside[1]]
     return Docstring(" ".join(reversed(found)), parent=field) if found else None
 
 
@@ -98,16 +101,14 @@ def _give_signature(one: Class) -> None:
     """The `__init__` that `@value` or NamedTuple makes."""
     fields: dict[str, Parameter] = {}
     for cls in _line(one):
-        if any(str(d.value).split("(")[0] != "value" for d in cls.decorators):
-            continue
         for name, field in cls.attributes.items():
-            if field.is_alias or name.startswith("_"):
+            if field.is_alias or name.startswith("_") or "property" in field.labels:
                 continue
             own = "" if field.annotation is None else str(field.annotation)
             default = None if field.value is None else str(field.value)
             if not own and name in fields:  # a class that fixes a field's value
                 del fields[name]
-            if not own or own.startswith("ClassVar"):
+            if not own or not field.labels & {"instance-attribute"}:  # as of ClassVar
                 continue
             only = default is not None and "kw_only=True" in default
             kind = ParameterKind.keyword_only if only else ParameterKind.positional_or_keyword

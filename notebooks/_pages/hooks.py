@@ -59,6 +59,6 @@ def _mathml(match: re.Match[str]) -> str:
     display, tex = match[1] is not None, (match[1] or match[2]).strip()
     for escaped, plain in _UNESCAPED.items():
         tex = tex.replace(escaped, plain)
-    tex = tex.replace(r"\arg\min", r"\operatorname{arg\,min}")
+    tex = tex.replace(r"\arg\min", r"\operatorname{argmin}")
     made = convert(tex, display="block" if display else "inline").replace("\n", " ")
     return f"\n\n<div class='formula'>{made}</div>\n\n" if display else made

@@ -29,6 +29,7 @@ class affine(Quantizer):
     Source: ggml's Q4_1, which holds these two numbers a block.
     """
 
+    #: 2^bits levels.
     bits: int
     homogeneous = True
     num_qparams = 2

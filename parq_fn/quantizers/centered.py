@@ -39,6 +39,7 @@ class centered(Quantizer):
     tensor([[1., 3., 5.]])
     """
 
+    #: Of rows less their mean.
     quantizer: Quantizer
 
     def __post_init__(self) -> None:

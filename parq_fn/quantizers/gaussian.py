@@ -45,6 +45,7 @@ class gaussian(Scaled):
     Source: Panferov et al., QuEST, arXiv 2502.05003.
     """
 
+    #: 2^bits levels, 3 for 0.
     bits: int
     #: Squares of a row that is not scaled overflow and vanish.
     telling = False

@@ -198,6 +198,7 @@ class per_block(Granularity):
     [[1, 2], [5, 6], [3, 4], [7, 8]]
     """
 
+    #: Weights of a block; it must divide what blocks are cut from.
     size: int
     along: Dims = -1
 

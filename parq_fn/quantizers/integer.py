@@ -38,7 +38,9 @@ class integer(Quantizer):
     is "mean".
     """
 
+    #: 2^bits levels.
     bits: int
+    #: What the scale follows from.
     scale: Literal["max", "max_symmetric", "mean"] = "max"
     homogeneous = True
     telling = True

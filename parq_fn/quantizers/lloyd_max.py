@@ -35,7 +35,9 @@ class lloyd_max(Quantizer):
     programming over the sorted row.
     """
 
+    #: Of a level's index: 2^bits levels.
     bits: int
+    #: Whether levels are -q_k, ..., q_k.
     symmetric: bool = True
     homogeneous = True
 

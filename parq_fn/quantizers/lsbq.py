@@ -57,9 +57,13 @@ class lsbq(Quantizer):
     in `optimal_magnitudes`, of the same file.
     """
 
+    #: 0 (ternary) to 8.
     bits: int
+    #: How the v are fitted.
     method: Literal["greedy", "optimal", "alternating"] = "greedy"
+    #: Whether the row mean is taken out first and added to the levels.
     center: bool = False
+    #: Of mean|x|, greedy ternary only.
     multiplier: float = 1.1
     homogeneous = True
 

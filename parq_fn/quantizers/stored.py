@@ -43,7 +43,9 @@ class stored(Quantizer):
     Source: OCP Microscaling Formats 1.0, section 5.4.1 (E8M0).
     """
 
+    #: Whose qparams are rounded.
     quantizer: Quantizer
+    #: What the file holds.
     dtype: torch.dtype | Literal["e8m0"]
 
     def __post_init__(self) -> None:

@@ -101,7 +101,9 @@ class uniform(Scaled):
     arXiv 2502.02631.
     """
 
+    #: Of a level's index: 2^bits levels.
     bits: int
+    #: What the outermost level follows from.
     scale: Literal["mean", "max"] = "mean"
     center: bool = False
 
@@ -145,6 +147,7 @@ class max_uniform(Scaled):
     tensor([[-3.,  0.,  3.]])
     """
 
+    #: 2^bits - 1 levels.
     bits: int
     center: bool = False
 
@@ -184,6 +187,7 @@ class asymmetric(Quantizer):
     tensor([[-1.,  0.,  1.,  2.]])
     """
 
+    #: 2^bits levels.
     bits: int
     homogeneous = True
     num_qparams = 2

@@ -90,6 +90,7 @@ class trust(Estimator):
     Source: the trust mask of Panferov et al., QuEST, arXiv 2502.05003.
     """
 
+    #: Of half the width of the weight's cell.
     factor: float | Tensor = 1.0
 
     def __post_init__(self) -> None:

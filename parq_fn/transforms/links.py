@@ -43,6 +43,7 @@ class scale(Link):
     {'w': tensor([2.])}
     """
 
+    #: Of every update.
     factor: float | Tensor
     traits = PER_LEAF
 
@@ -71,6 +72,7 @@ class _Counting(Link):
 class scale_by_schedule(_Counting):
     """updates -> schedule(count) * updates, count the updates before this one."""
 
+    #: step -> factor.
     schedule: Scalar
     traits = PER_LEAF
 
@@ -111,6 +113,7 @@ class scale_by_learning_rate(_Counting):
     for each leaf's name, None where it is the link's.
     """
 
+    #: A number, a 0-d tensor or a schedule.
     learning_rate: Scalar
     traits = PER_LEAF
 
@@ -142,6 +145,7 @@ class add_decayed_weights(_Counting):
     own: a scalar, or one for each leaf's name, None where it is the link's.
     """
 
+    #: A number, a 0-d tensor or a schedule.
     weight_decay: Scalar
     traits = PER_LEAF
 
@@ -182,8 +186,11 @@ class trace(Link):
     As in torch.optim.SGD the first update fills m undampened: m = u.
     """
 
+    #: Momentum.
     decay: Scalar
+    #: 1 less the share of a new gradient.
     dampening: Scalar = 0.0
+    #: Whether Nesterov's momentum is taken.
     nesterov: bool = False
     traits = PER_LEAF
 
@@ -238,9 +245,13 @@ class scale_by_adam(Link):
     Source: Kingma and Ba, Adam, arXiv 1412.6980; Reddi et al., AMSGrad, arXiv 1904.09237.
     """
 
+    #: Decay of the mean of gradients.
     b1: Scalar = 0.9
+    #: Decay of the mean of their squares.
     b2: Scalar = 0.999
+    #: Added to the root.
     eps: Scalar = 1e-8
+    #: Whether the largest mean square so far is taken.
     amsgrad: bool = False
     traits = PER_LEAF
 
@@ -297,6 +308,7 @@ _BOUND = Interval(0.0, math.inf)  # infinity: no clipping
 class clip(Link):
     """updates -> clamp(updates, -max_abs, max_abs), element by element."""
 
+    #: The largest magnitude of an element.
     max_abs: float | Tensor
     traits = PER_LEAF
 
@@ -339,6 +351,7 @@ class clip_by_global_norm(Link):
     The formula is torch.nn.utils.clip_grad_norm_'s.
     """
 
+    #: The largest norm of all updates together.
     max_norm: float | Tensor
     traits = TransformationTraits(plain_weights=True)
 

@@ -38,7 +38,9 @@ class masked(Link):
     {'a': {'weight': tensor([10.]), 'bias': tensor([1.])}}
     """
 
+    #: What the leaves of the mask are given to.
     inner: Transformation
+    #: Name patterns, a predicate of (name, leaf), or a tree of bools.
     mask: Mask
 
     def __post_init__(self) -> None:

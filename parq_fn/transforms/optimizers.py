@@ -35,10 +35,15 @@ class sgd(Composite):
     {'w': tensor([0.9000])}
     """
 
+    #: A number, a 0-d tensor or a schedule.
     learning_rate: Scalar
+    #: Decay of the momentum buffer; 0 is none.
     momentum: Scalar = 0.0
+    #: 1 less the share of a new gradient.
     dampening: Scalar = 0.0
+    #: Added to gradients, times the params.
     weight_decay: Scalar = 0.0
+    #: Whether Nesterov's momentum is taken.
     nesterov: bool = False
 
     def __post_init__(self) -> None:
@@ -75,11 +80,17 @@ class adam(Composite):
     torch.optim.Adam. Raises ValueError for negative values and betas outside [0, 1).
     """
 
+    #: A number, a 0-d tensor or a schedule.
     learning_rate: Scalar = 1e-3
+    #: Decay of the mean of gradients.
     b1: Scalar = 0.9
+    #: Decay of the mean of their squares.
     b2: Scalar = 0.999
+    #: Added to the root.
     eps: Scalar = 1e-8
+    #: A number, a 0-d tensor or a schedule.
     weight_decay: Scalar = 0.0
+    #: Whether the largest mean square so far is taken.
     amsgrad: bool = False
 
     def __post_init__(self) -> None:
@@ -104,11 +115,17 @@ class adamw(Composite):
     Source: Loshchilov and Hutter, AdamW, arXiv 1711.05101.
     """
 
+    #: A number, a 0-d tensor or a schedule.
     learning_rate: Scalar = 1e-3
+    #: Decay of the mean of gradients.
     b1: Scalar = 0.9
+    #: Decay of the mean of their squares.
     b2: Scalar = 0.999
+    #: Added to the root.
     eps: Scalar = 1e-8
+    #: A number, a 0-d tensor or a schedule.
     weight_decay: Scalar = 1e-2
+    #: Whether the largest mean square so far is taken.
     amsgrad: bool = False
 
     def __post_init__(self) -> None:

@@ -38,7 +38,9 @@ class partition(Link):
     {'weight': tensor([2.]), 'bias': tensor([0.])}
     """
 
+    #: {label: transformation}.
     transforms: Mapping[str, Transformation]
+    #: {pattern: label}, a function of (name, leaf), or a tree of labels.
     labels: Labels
 
     def __post_init__(self) -> None:

@@ -42,7 +42,9 @@ class _Annealed(Prox):
     Raises ValueError unless anneal_start < anneal_end.
     """
 
+    #: The step at which the annealing starts.
     anneal_start: float | Tensor = field(kw_only=True)
+    #: The step from which on every weight is on a level.
     anneal_end: float | Tensor = field(kw_only=True)
 
     def __post_init__(self) -> None:
@@ -81,8 +83,11 @@ class parq_prox(_Annealed):
 
     proxmap = proxmaps.parq
 
+    #: Of the sigmoid between these steps.
     steepness: float | Tensor = field(default=10.0, kw_only=True)
+    #: Of the sigmoid, as a share of the annealing.
     center: float | Tensor = field(default=0.5, kw_only=True)
+    #: Whether weights are held to the range of the levels before anneal_start too.
     clipped_start: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -116,8 +121,11 @@ class soft_prox(_Annealed):
 
     proxmap = proxmaps.soft
 
+    #: At anneal_start.
     temperature: float | Tensor = field(default=1.0, kw_only=True)
+    #: Just before anneal_end.
     end_temperature: float | Tensor = field(default=1000.0, kw_only=True)
+    #: Of the progress.
     power: float | Tensor = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -170,6 +178,7 @@ class proxquant_prox(_Annealed):
 
     proxmap = proxmaps.proxquant
 
+    #: The distance by which weights may move, just before anneal_end.
     strength: float | Tensor = field(kw_only=True)
 
     def __post_init__(self) -> None:
@@ -199,8 +208,11 @@ class custom_prox(Prox):
     custom_prox(lsbq(2), binary_relax, linear(0.0, 0.9, 0, 1000))
     """
 
+    #: (u [r, n], levels [r, k], coefficient []) -> weights [r, n].
     map: Callable[[Tensor, Tensor, Tensor], Tensor]
+    #: step -> coefficient.
     schedule: Scalar
+    #: The first step whose weights the map makes.
     start: float | Tensor = field(default=0, kw_only=True)
 
     @property

@@ -103,6 +103,7 @@ class accumulate(_Around):
     ({'w': tensor([0.])}, {'w': tensor([-2.])})
     """
 
+    #: Calls of one update.
     steps: int
 
     def __post_init__(self) -> None:
