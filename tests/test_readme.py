@@ -14,7 +14,7 @@ from tests.helpers import python_blocks, run_blocks
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 KIT = (ROOT / "parq_fn" / "testing" / "README.md").read_text()
-PAGES = sorted((ROOT / "notebooks").rglob("*.md"))
+PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "notebooks").rglob("*.md"))]
 WITH_CODE = [
     path
     for path in (ROOT / "README.md", ROOT / "parq_fn" / "testing" / "README.md", *PAGES)

@@ -216,6 +216,12 @@ def _markdown(lines: list[str]) -> str:
         return "\n".join(["```pycon", *(line for line in lines), "```"])
     if lines[0].startswith("    "):  # a formula, or code
         return "\n".join(["```text", *(line[4:] for line in lines), "```"])
-    return "\n".join(
-        line if line.startswith("    ") else re.sub(r"(?<!`)<(?=\w)", r"\<", line) for line in lines
-    )
+    return "\n".join(line if line.startswith("    ") else _escaped(line) for line in lines)
+
+
+def _escaped(line: str) -> str:
+    """Prose that Markdown would take for tags or links: "<f(u), v>", "values[i](step)"."""
+    parts = line.split("`")  # code between
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(r"<(?=\w)", r"\\<", parts[i]).replace("](", "]\\(")
+    return "`".join(parts)

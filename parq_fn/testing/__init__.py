@@ -17,7 +17,7 @@ as values, `strategies` the hypothesis strategies that they are checked on.
 try:
     import hypothesis as _hypothesis
 except ImportError as error:  # pragma: no cover - run in a process of its own
-    raise ImportError("parq_fn.testing needs hypothesis: pip install 'parq_fn[test]'") from error
+    raise ImportError("parq_fn.testing needs hypothesis: pip install 'parq_fn[laws]'") from error
 
 from parq_fn.testing import laws, strategies
 from parq_fn.testing.check import (

@@ -45,7 +45,7 @@ def test_the_package_does_not_import_hypothesis() -> None:
 def test_without_hypothesis_it_says_what_to_install() -> None:
     said = run("import sys; sys.modules['hypothesis'] = None; import parq_fn.testing")
     assert "ImportError" in said
-    assert "pip install 'parq_fn[test]'" in said
+    assert "pip install 'parq_fn[laws]'" in said
 
 
 # How it is asked
