@@ -136,6 +136,7 @@ def accuracy(net: nn.Module, weights: Params, test: Data) -> float:
 
 
 if __name__ == "__main__":
+    from examples.command import command
     from examples.qat_simple_report import main
 
-    main()
+    command(main)

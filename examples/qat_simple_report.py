@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import parq_fn as pq
+from examples.command import output_folder
 from examples.digits import ResNet, load_data
 from examples.options import METHODS, PROXES, at_least, name_of_bits
 from examples.qat_simple import Functional, Params, Settings, accuracy, granularities, train
@@ -298,9 +299,15 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     start = time.perf_counter()
     if args.evaluate is not None:
         net, test = ResNet(torch.Generator()), load_data(args.seed)[1]
-        export.load_into(net, args.evaluate)
+        try:
+            export.load_into(net, args.evaluate)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
         print(f"{args.evaluate}: {accuracy(net, dict(net.named_parameters()), test):.2f} %")
         return []
+    output_folder(args.save_dir)
+    if args.save is not None:
+        output_folder(args.save.parent)
     widths = dict.fromkeys(args.quant_bits)
     results = {bits: run(args, bits) for bits in (None, *widths)}
     rows = [row for row, _, _ in results.values()]
@@ -311,7 +318,6 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             f"{name_of_bits(args.quant_bits[0])}: {args.save.stat().st_size:,} bytes in {args.save}"
         )
 
-    args.save_dir.mkdir(parents=True, exist_ok=True)
     row, kept, _ = results[2 if 2 in widths else args.quant_bits[0]]
     draw(args, row.weights, kept).savefig(args.save_dir / "weights.png", dpi=150)
     report = {"arguments": vars(args), "table": [row._asdict() for row in rows]}

@@ -38,6 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import parq_fn as pq
+from examples.command import command, output_folder
 from examples.digits import Data, load_data
 from examples.options import at_least, name_of_bits
 from parq_fn.foundation.tree import tree_map
@@ -333,7 +334,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if len(args.steepness) > 16:
         parser.error(f"--steepness: expected at most 16 of them, got {len(args.steepness)}")
     try:
-        args.save_dir.mkdir(parents=True, exist_ok=True)
+        output_folder(args.save_dir)
     except OSError as error:
         parser.error(f"--save-dir: {error}")
     return args
@@ -385,4 +386,4 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -18,6 +18,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     print(table(packed))
     print(f"{file.stat().st_size:,} bytes in the file, every one as it was written")
     return 0
