@@ -100,8 +100,8 @@ def _html(shown: Any) -> str:
     return display.html(shown)
 
 
-# States are tuples of tensors: torch.load's safe default may read them, those of before
-# among them.
+# States are tuples of tensors, which torch.load's safe default may read: `state_class` says so of
+# them, and this of what they were called before.
 for _state in (
     EmptyState,
     ProxState,
@@ -112,8 +112,9 @@ for _state in (
     links.TraceState,
     tree.Masked,
 ):
-    _former = [(_state, name) for name in moved.former_names(_state)]
-    torch.serialization.add_safe_globals([_state, *_former])
+    torch.serialization.add_safe_globals(
+        [_state, *((_state, name) for name in moved.former_names(_state))]
+    )
 
 __all__ = [
     "Composite",

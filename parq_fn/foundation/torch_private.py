@@ -56,6 +56,12 @@ def is_flat(p: Tensor) -> bool:
 
 # Optimizers
 
+
+def is_optimizer(got: Any) -> bool:
+    """Whether it is an optimizer of torch's, or a class of them."""
+    return isinstance(got, Optimizer) or (isinstance(got, type) and issubclass(got, Optimizer))
+
+
 _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 

@@ -1,4 +1,4 @@
-"""Pytrees, on optree: maps that skip None, names of leaves, masks, labels, reading state.
+"""Pytrees, on optree: maps that skip None, names of leaves, masks, labels.
 
 A pytree is any nesting of dicts, lists, tuples and NamedTuples. None stands for a leaf that is
 not there, such as the gradient of a parameter that has none.
@@ -16,6 +16,7 @@ import optree
 import torch
 from torch import Tensor
 
+from parq_fn.foundation.reading import read as read  # a name of this module
 from parq_fn.foundation.torch_private import constant_result
 
 PyTree = Any
@@ -73,10 +74,11 @@ def names_of(tree: PyTree) -> list[str]:
     >>> names_of({"layer": [{"weight": 1.0}, {"weight": 2.0}], "none": None})
     ['layer.0.weight', 'layer.1.weight']
     """
-    return [
-        ".".join(str(getattr(entry, "field", entry.entry)) for entry in accessor)
-        for accessor in optree.tree_accessors(tree)
-    ]
+    return _names(optree.tree_accessors(tree))
+
+
+def _names(accessors: list[Any]) -> list[str]:
+    return [".".join(str(getattr(e, "field", e.entry)) for e in accessor) for accessor in accessors]
 
 
 def tree_names(tree: PyTree) -> PyTree:
@@ -89,13 +91,22 @@ def tree_names(tree: PyTree) -> PyTree:
 
 
 def by_name(values: Mapping[str, Any], params: PyTree) -> PyTree:
-    """The tree of the values of its leaves' names.
+    """The tree of the values of its leaves' names. Raises ValueError for a leaf without one.
 
     >>> by_name({"a": 1, "b.0": 2, "c": 3}, {"a": 0.5, "b": [0.5]})
     {'a': 1, 'b': [2]}
     """
-    leaves = [values[name] for name in names_of(params)]
-    return optree.tree_unflatten(optree.tree_structure(params), leaves)
+    return optree.tree_unflatten(optree.tree_structure(params), values_of(values, params))
+
+
+def values_of(values: Mapping[str, Any], params: PyTree) -> list[Any]:
+    """The values of its leaves' names, in their order. Raises ValueError for a leaf without one."""
+    names = names_of(params)
+    if missing := [name for name in names if name not in values]:
+        raise ValueError(
+            f"values by name lack those of {_few(missing)}; give None for a leaf without its own"
+        )
+    return [values[name] for name in names]
 
 
 def select(condition: Tensor, new: PyTree, old: PyTree) -> PyTree:
@@ -114,18 +125,30 @@ def select(condition: Tensor, new: PyTree, old: PyTree) -> PyTree:
     return tree_map(where, new, old)
 
 
-def check_floating(params: PyTree, what: str) -> None:
-    """Raises TypeError, with the leaf's name, unless every leaf is a dense floating tensor."""
-    for name, leaf in zip(names_of(params), tree_leaves(params), strict=True):
-        if not isinstance(leaf, Tensor):
-            hint = "; use functional(module)" if isinstance(leaf, torch.nn.Module) else ""
+def check_plain(params: PyTree, what: str) -> None:
+    """Raises TypeError, with the leaf's name, for a module, nn.Parameters or an iterator of them in
+    the place of params."""
+    for i, leaf in enumerate(tree_leaves(params)):
+        if isinstance(leaf, torch.nn.Module | Iterator):
             raise TypeError(
-                f"{what}: parameter {name!r} is a {type(leaf).__name__}, expected a tensor{hint}"
+                f"{what}: parameter {names_of(params)[i]!r} is a {type(leaf).__name__}, expected "
+                "a tensor; use functional(module): apply, params = functional(module)"
             )
         if isinstance(leaf, torch.nn.Parameter):
             raise TypeError(
-                f"{what}: parameter {name!r} is an nn.Parameter, whose graph would grow with "
-                "every step; use functional(module), or detach it"
+                f"{what} takes plain tensors, got an nn.Parameter: parameter "
+                f"{names_of(params)[i]!r} is an nn.Parameter, whose graph would grow with every "
+                "step; use functional(module), or detach it"
+            )
+
+
+def check_floating(params: PyTree, what: str) -> None:
+    """Raises TypeError, with the leaf's name, unless every leaf is a dense floating tensor."""
+    check_plain(params, what)
+    for name, leaf in zip(names_of(params), tree_leaves(params), strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{what}: parameter {name!r} is a {type(leaf).__name__}, expected a tensor"
             )
         if not leaf.is_floating_point():
             raise TypeError(
@@ -140,14 +163,57 @@ def check_floating(params: PyTree, what: str) -> None:
 
 
 def check_match(updates: PyTree, params: PyTree, what: str) -> None:
-    """Raises ValueError, with the leaf's name, unless shapes agree where updates are given."""
-    _, leaves, given = columns_of(params, updates)
+    """Raises an error, with the leaf's name, unless updates are None or fit their params.
+
+    ValueError for a leaf too many or too few and for another shape, TypeError for what is no
+    floating tensor.
+    """
+    try:
+        _, leaves, given = columns_of(params, updates)
+    except ValueError:
+        raise ValueError(_misfit(updates, params, what)) from None
     for i, (param, update) in enumerate(zip(leaves, given, strict=True)):
-        if isinstance(update, Tensor) and update.shape != param.shape:
+        if update is None or not isinstance(param, Tensor):
+            continue
+        if not isinstance(update, Tensor):
+            raise TypeError(
+                f"{what}: the update of {names_of(params)[i]!r} is a {type(update).__name__}, "
+                "expected a tensor, or None where there is no gradient"
+            )
+        if update.shape != param.shape:
             raise ValueError(
                 f"{what}: the update of {names_of(params)[i]!r} has shape "
                 f"{tuple(update.shape)}, its parameter {tuple(param.shape)}"
             )
+        if param.is_floating_point() and not update.is_floating_point():
+            raise TypeError(
+                f"{what}: the update of {names_of(params)[i]!r} has dtype {update.dtype}, its "
+                f"parameter {param.dtype}; expected a floating dtype"
+            )
+
+
+def _misfit(updates: PyTree, params: PyTree, what: str) -> str:
+    own, given = (
+        dict.fromkeys(_names(optree.tree_accessors(tree, none_is_leaf=True)))
+        for tree in (params, updates)
+    )
+    missing, unknown = [n for n in own if n not in given], [n for n in given if n not in own]
+    if not missing and not unknown:
+        kinds = f"{type(updates).__name__} and {type(params).__name__}"
+        return (
+            f"{what}: trees differ in structure: updates and params have containers of other kinds "
+            f"or lengths ({kinds})"
+        )
+    order = "; the order is (updates, state, params)" if len(missing) == len(own) else ""
+    return (
+        f"{what}: trees differ in structure: updates lack leaves that params have: "
+        f"{_few(missing)} (None stands for a missing gradient); they have leaves that params lack: "
+        f"{_few(unknown)}{order}"
+    )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "") or "none"
 
 
 # Masks and labels: lists along the leaves of the params, for a compiler traces lists of
@@ -304,69 +370,3 @@ def merge(mask: list[bool], params: PyTree, chosen: PyTree, rest: PyTree) -> PyT
     spec, _, one, other = columns_of(params, chosen, rest)
     merged = [c if take else r for take, c, r in zip(mask, one, other, strict=True)]
     return optree.tree_unflatten(spec, merged)
-
-
-# Reading state
-
-
-def read(state: PyTree, name: str) -> Any:
-    """The one field of that name in a nested state.
-
-    A name is a field of a state NamedTuple ("slope"), and may be made longer by what stands
-    before it on the way down, in order: the state's kind ("prox.count" for a `ProxState`), a
-    named chain's or partition's key, a position in a chain ("1.count").
-
-    Raises KeyError when nothing has that name, with the names there are, and when more than one
-    has it, with the longer names that tell them apart.
-
-    >>> from parq_fn import adam, chain, hard_prox, lsbq
-    >>> state = chain(adam(1e-3), hard_prox(lsbq(1))).init({"w": torch.ones(2, 3)})
-    >>> read(state, "qparams"), read(state, "prox.count")
-    ({'w': tensor([0.])}, tensor(0))
-    """
-    *above, last = name.split(".")
-    fields = list(_fields(state, (), ()))
-    found = [
-        (path, leaf) for path, tags, leaf in fields if path[-1] == last and _within(above, tags)
-    ]
-    if len(found) == 1:
-        return found[0][1]
-    if not found:
-        for there in _elsewhere(state):
-            if last in there:
-                raise KeyError(f"no state is named {name!r}; {there[last]}")
-        known = sorted({path[-1] for path, _, _ in fields})
-        raise KeyError(f"no state is named {name!r}; there are: {', '.join(known) or 'none'}")
-    paths = ", ".join(".".join(path) for path, _ in found)
-    raise KeyError(f"{len(found)} states are named {name!r}: {paths}; give a longer name")
-
-
-def _fields(
-    node: Any, path: tuple[str, ...], tags: tuple[str, ...]
-) -> Any:  # (path to the field, all names on the way, the field)
-    if optree.is_namedtuple(node):
-        kind = type(node).__name__.removesuffix("State").lower()
-        for field in node._fields:
-            child = getattr(node, field)
-            yield (*path, kind, field), (*tags, kind), child
-            yield from _fields(child, (*path, field), (*tags, kind, field))
-    elif isinstance(node, dict):
-        for key, child in node.items():
-            yield from _fields(child, (*path, str(key)), (*tags, str(key)))
-    elif isinstance(node, list | tuple):
-        for i, child in enumerate(node):
-            yield from _fields(child, (*path, str(i)), (*tags, str(i)))
-
-
-def _elsewhere(node: Any) -> Iterator[dict[str, str]]:
-    """What states say of names that they do not have."""
-    if hasattr(node, "elsewhere"):
-        yield node.elsewhere()
-    if isinstance(node, dict | list | tuple):
-        for child in node.values() if isinstance(node, dict) else node:
-            yield from _elsewhere(child)
-
-
-def _within(wanted: list[str], tags: tuple[str, ...]) -> bool:
-    rest = iter(tags)
-    return all(any(tag == want for tag in rest) for want in wanted)

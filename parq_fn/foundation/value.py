@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 
 _T = TypeVar("_T")
@@ -27,7 +28,24 @@ else:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def value(cls: type[_T]) -> type[_T]:
-    """Class decorator: a frozen dataclass that keeps the repr, eq and hash of `Value`."""
+    """Class decorator: a frozen dataclass that keeps the repr, eq and hash of `Value`.
+
+    Raises TypeError for a class without that base, whose instances would compare by identity.
+
+    >>> @value
+    ... class half:
+    ...     of: float
+    Traceback (most recent call last):
+    TypeError: @value: class half has no base of this library; write class half(Value), or one \
+of Link, Quantizer, Granularity, Schedule in its place
+    """
+    if cls.__qualname__ != "Value" and not issubclass(cls, Value):
+        bases = "".join(f", {base.__name__}" for base in cls.__bases__ if base is not object)
+        raise TypeError(
+            f"@value: class {cls.__name__} has no base of this library; write class "
+            f"{cls.__name__}(Value{bases}), or one of Link, Quantizer, Granularity, Schedule in "
+            "its place"
+        )
     return dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
 
 
@@ -90,8 +108,26 @@ def _html(shown: Any) -> str | None:
 
 
 def state_class(cls: type[_T]) -> type[_T]:
-    """Class decorator of state NamedTuples: a notebook shows them as a table."""
+    """Class decorator of state NamedTuples: `torch.load(file, weights_only=True)` reads them, once
+    the module that defines them is imported, and a notebook shows them as a table.
+
+    Raises TypeError for a class that is no NamedTuple, such as a dataclass, which the functions of
+    this library and of torch.func take for a leaf.
+
+    >>> from typing import NamedTuple
+    >>> @state_class
+    ... class Count(NamedTuple):
+    ...     count: Tensor  # [], int64: updates so far
+    """
+    if not (issubclass(cls, tuple) and hasattr(cls, "_fields")):
+        kind = "dataclass" if dataclasses.is_dataclass(cls) else "class"
+        raise TypeError(
+            f"state_class: {cls.__name__} is a {kind}, expected a NamedTuple of tensors and trees "
+            f"of them; write class {cls.__name__}(NamedTuple) with the same fields, and change a "
+            "state by state._replace(...)"
+        )
     cls._repr_html_ = _html  # type: ignore[attr-defined] # not the type's before
+    torch.serialization.add_safe_globals([cls])
     return cls
 
 
