@@ -14,7 +14,7 @@ from typing import Any
 import optree
 from torch import Tensor
 
-from parq_fn.foundation.traits import traits_of
+from parq_fn.foundation.traits import tells_of, traits_of
 from parq_fn.foundation.tree import PyTree
 from parq_fn.optim.engine.chunks import chunks
 from parq_fn.transforms.transformation import Transformation, children_of, pinned
@@ -107,11 +107,6 @@ def joined(states: list[PyTree]) -> PyTree:
 
 
 def _tells_all(transformation: Any) -> bool:
-    """Whether its traits, and its children's, come from the class that defines their methods, not
-    from a parent that behaves differently."""
-    order = type(transformation).__mro__
-    traits, *methods = (
-        next((i for i, cls in enumerate(order) if name in vars(cls)), len(order))
-        for name in ("traits", "init", "update", "weights", "pullback")
-    )
-    return traits <= min(methods) and all(map(_tells_all, children_of(transformation).values()))
+    """Whether its own traits, and its children's, say what it does."""
+    own = tells_of(transformation, "init", "update", "weights", "pullback")
+    return own and all(map(_tells_all, children_of(transformation).values()))

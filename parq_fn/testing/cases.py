@@ -1,28 +1,7 @@
 """The inputs that laws are checked on, by the names that laws call them.
 
-Laws that share inputs are checked on the same ones; `SETS` are the names that keep them apart.
-
-prox maps
-    levels      sorted, [r, k], gaps of at least 1e-3; any_levels: duplicates too
-    u, v        weights [r, n] for those levels; both of one shape
-    c, d        coefficients from what the map declares; None for a map without one
-    any_c       one of those, or nearer than 1e-3 to an open end of what it declares, or huge
-quantizers
-    x           rows [r, n], now and then of more than 64; wild: of any magnitude too; short: at
-                most 7 entries
-schedules
-    start, end  the steps between which it changes
-    step, later two steps, step <= later, before, between and beyond those
-    whole       a whole step
-    every       int64 [n]: all whole steps from start to end and two beyond either, of many 300
-    offset      a share of the way, in [0, 1]
-transformations
-    params      a tree; steps: gradient trees for it
-    plain       a dict of float64 leaves of ordinary size, for vmap
-all
-    factor      a positive number; power: a power of two; shift: a number
-    dtype       a floating dtype
-    traits      what the operator declares; not drawn
+What each is stands in the docstring of `parq_fn.testing`. Laws that share inputs are checked on the
+same ones; `SETS` are the names that keep them apart.
 """
 
 from __future__ import annotations
@@ -41,6 +20,7 @@ from parq_fn.foundation.traits import (
     TransformationTraits,
 )
 from parq_fn.testing import strategies as own
+from parq_fn.testing.law import Law
 
 Case = dict[str, Any]
 Names = Collection[str]
@@ -48,12 +28,33 @@ Names = Collection[str]
 #: Laws that name the same of these can be checked on the same inputs.
 SETS = {"any_levels", "short", "wild", "plain", "params"}
 
+#: The names of inputs, by the kind of operator.
+INPUTS = {
+    "proxmap": ("levels", "any_levels", "u", "v", "c", "d", "any_c"),
+    "quantizer": ("x", "short", "wild"),
+    "schedule": ("start", "end", "step", "later", "whole", "every", "offset"),
+    "transformation": ("params", "plain", "steps"),
+}
+
 _COMMON: dict[str, st.SearchStrategy[Any]] = {
     "factor": own.numbers(0.01, 100.0),
     "power": st.integers(-10, 10).map(lambda n: 2.0**n),
     "shift": own.numbers(-8.0, 8.0),
     "dtype": own.dtypes(),
 }
+
+
+def check_inputs(law: Law) -> None:
+    """Raises ValueError where a law names an input that its kind of operator has not."""
+    known = (*INPUTS[law.kind], *_COMMON, "traits")
+    unknown = [name for name in law.inputs if name not in known]
+    if unknown:
+        raise ValueError(
+            f"the law {law.name!r} names the input {unknown[0]!r}; laws of a {law.kind} may name "
+            f"{', '.join(known)}; see help(parq_fn.testing)"
+        )
+    if {"params", "plain"} <= {*law.inputs}:
+        raise ValueError(f"the law {law.name!r} names params and plain; its steps are for one")
 
 
 def _draw_common(draw: st.DrawFn, names: Names) -> Case:

@@ -81,6 +81,8 @@ def violations(
     Laws that share inputs are checked together, which saves drawing them anew.
     """
     laws = list(laws)
+    for law in laws:
+        cases.check_inputs(law)
     groups: dict[frozenset[str], list[Law]] = {}
     for law in laws:
         groups.setdefault(frozenset(law.inputs) & cases.SETS, []).append(law)
