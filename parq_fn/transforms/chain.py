@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from parq_fn.foundation.traits import TransformationTraits, shared, traits_of
-from parq_fn.foundation.tree import PyTree, check_match
+from parq_fn.foundation.tree import PyTree, check_match, check_plain
 from parq_fn.foundation.value import changed, value
 from parq_fn.transforms.transformation import (
+    NO_RATE,
     Link,
+    Rates,
     Transformation,
+    begun,
     check_transformation,
     children_of,
     handed,
     in_place,
+    name_of,
     pull_back,
     pulls_back,
+    rates_of,
+    updated,
+    wrong_state,
 )
 
 
@@ -47,7 +56,30 @@ class Chain(Link):
                     "behind it may change them; put it last (a link that lets updates pass says "
                     "so in its traits: passes_updates=True)"
                 )
+            if own.last and fits is None:
+                self._check_rates(link)
             fits = link if own.last else fits
+
+    def _check_rates(self, prox: Transformation) -> None:
+        before: list[Transformation] = []
+        for link in self.links:
+            if link is prox:
+                break
+            before.append(link)
+        least, most = _rates([*before, prox])
+        if least > 1:
+            taking = ", ".join(repr(link) for link in (*before, prox) if rates_of(link)[0])
+            raise ValueError(
+                f"{self.built_by}: updates pass more than one learning rate on their way to the "
+                f"prox link, in {taking}; each turns gradients into increments, so keep one"
+            )
+        changes = [link for link in before if not _passes(link)]
+        if most == 0 and changes:
+            raise ValueError(
+                f"{self.built_by}: gradients pass no learning rate on their way to the prox link, "
+                "and would be added to params as they are; put scale_by_learning_rate(...) behind "
+                f"{changes[-1]!r}, or take sgd, adam or adamw"
+            )
 
     def __repr__(self) -> str:
         if self.names is None:
@@ -59,7 +91,13 @@ class Chain(Link):
     def traits(self) -> TransformationTraits:
         """What all its links declare, but that what it pulls back does not pass."""
         own = shared(self.links)
-        return replace(own, passes_updates=own.passes_updates and not self.pulls_back)
+        passes = own.passes_updates and not self.pulls_back
+        return replace(own, passes_updates=passes)
+
+    @property
+    def rates(self) -> Rates:
+        """The sum of its links', up to the first with a prox link."""
+        return _rates(self.links)
 
     def children(self) -> dict[str, Transformation]:
         """Its links by name, or by number."""
@@ -77,19 +115,40 @@ class Chain(Link):
         return self.names or tuple(map(str, range(len(self.links))))
 
     def _states(self, state: PyTree) -> list[PyTree]:
+        names = self.names
+        kind: Any = dict if names else tuple | list
+        if not isinstance(state, kind) or hasattr(state, "_fields"):
+            what = f"a dict by {', '.join(names)}" if names else "a tuple"
+            raise TypeError(wrong_state(self, state, f"{what} of its links' states"))
         if len(state) != len(self.links):
             raise ValueError(
                 f"state of {len(state)} link(s) for a chain of {len(self.links)}; "
                 "a state belongs to the transformation whose init made it"
             )
-        return [state[name] for name in self.names] if self.names else list(state)
+        if names and any(name not in state for name in names):
+            raise ValueError(
+                f"state of the links {', '.join(map(str, state))} for a chain of "
+                f"{', '.join(names)}; a state belongs to the transformation whose init made it, "
+                "and comes second in update(updates, state, params)"
+            )
+        return [state[name] for name in names] if names else list(state)
 
     def _pack(self, states: list[PyTree]) -> PyTree:
         return dict(zip(self.names, states, strict=True)) if self.names else tuple(states)
 
     def init(self, params: PyTree) -> PyTree:
-        """The states of the links: a tuple, or a dict by their names."""
-        return self._pack([link.init(params) for link in self.links])
+        """The states of the links: a tuple, or a dict by their names.
+
+        Raises TypeError for a module or nn.Parameters in the place of params, and for a link's
+        state that holds a dataclass.
+        """
+        check_plain(params, self.built_by)
+        return self._pack([begun(link, params) for link in self.links])
+
+    @property
+    def built_by(self) -> str:
+        """chain or named_chain."""
+        return "chain" if self.names is None else "named_chain"
 
     def update(
         self,
@@ -106,22 +165,33 @@ class Chain(Link):
         pulled: the second result of `pullback`, of a chain that is a part of another: its updates
         are pulled back already.
 
-        Raises ValueError for updates of another structure or shape than the params.
+        Raises ValueError for updates of another structure or shape than the params, TypeError for
+        a state that is none of its own, and for a link that gives something else than updates and
+        a state.
         """
+        olds = self._states(state)
         if params is not None:
-            check_match(updates, params, "chain" if self.names is None else "named_chain")
+            check_match(updates, params, self.built_by)
         if pulled is None:
             updates, pulled = self.pullback(updates, state, params)
         states = []
-        for link, old, own in zip(self.links, self._states(state), pulled, strict=True):
-            updates, new = link.update(updates, old, params, **handed(own), **extra)
+        for link, old, own in zip(self.links, olds, pulled, strict=True):
+            updates, new = updated(link, updates, old, params, **handed(own), **extra)
             states.append(new)
+            if isinstance(updates, Tensor) and isinstance(params, dict | list | tuple):
+                raise TypeError(
+                    f"{name_of(link)}.update returned a tensor for the updates, expected a tree "
+                    f"like params, a {type(params).__name__}; it returns (updates, state)"
+                )
         return updates, self._pack(states)
 
     def weights(self, state: PyTree, params: PyTree) -> PyTree:
         """Every link's weights in turn."""
         for link, own in zip(self.links, self._states(state), strict=True):
-            params = link.weights(own, params)
+            made = link.weights(own, params)
+            if made is None and params is not None:
+                raise TypeError(f"{name_of(link)}.weights returned None, expected the weights")
+            params = made
         return params
 
     def pullback(
@@ -146,12 +216,28 @@ class Chain(Link):
         return any(map(pulls_back, self.links))
 
 
+def _passes(link: Transformation) -> bool:
+    return bool(getattr(traits_of(link), "passes_updates", False))
+
+
+def _rates(links: Iterable[Transformation]) -> Rates:
+    """How many learning rates updates pass on their way through links, or to the prox link."""
+    least, most = NO_RATE
+    for link in links:
+        low, high = rates_of(link)
+        least, most = least + low, most + high
+        if getattr(traits_of(link), "last", False):
+            break
+    return least, most
+
+
 def chain(*links: Transformation) -> Chain:
     """Applies links in order: updates run through them from left to right.
 
     Raises TypeError for a link without init, update and weights, ValueError for a prox link in
-    front of one that may change its updates, and for one that pulls gradients back itself behind
-    one that may change them.
+    front of one that may change its updates, behind more than one learning rate, or behind links of
+    which none takes one, and for a link that pulls gradients back itself behind one that may change
+    them.
 
     >>> from parq_fn import chain, clip, sgd
     >>> chain(clip(1.0), sgd(0.1))
@@ -182,6 +268,11 @@ class Composite(Link):
     def traits(self) -> TransformationTraits:
         """What the chain declares."""
         return shared([self.expand()])
+
+    @property
+    def rates(self) -> Rates:
+        """Those of the chain."""
+        return rates_of(self.expand())
 
     def init(self, params: PyTree) -> PyTree:
         """The state of the chain."""

@@ -10,7 +10,7 @@ import optree
 from parq_fn.foundation.tree import Masked, PyTree, tree_map
 from parq_fn.foundation.value import show
 from parq_fn.transforms.prox_link import Prox, ProxState
-from parq_fn.transforms.transformation import children_of
+from parq_fn.transforms.transformation import check_state, check_transformation, children_of
 
 
 def prox_states(transformation: Any, state: Any) -> Iterator[tuple[Prox, ProxState]]:
@@ -31,7 +31,8 @@ def levels_of(transformation: Any, state: Any) -> PyTree:
     or better; weights are mapped to them rounded to the weights' dtype.
 
     transformation: any that prox links are in, however deep; where several quantize a leaf, the
-    last. state: its state. Raises ValueError where there is no prox link.
+    last. state: its state. Raises ValueError where there is no prox link, TypeError for a state
+    that is none of its own.
 
     >>> import torch
     >>> from parq_fn import chain, hard_prox, lsbq, sgd
@@ -40,8 +41,10 @@ def levels_of(transformation: Any, state: Any) -> PyTree:
     >>> levels_of(transform, state)
     {'w': tensor([-2.,  2.])}
     """
+    check_transformation(transformation, "levels_of: the transformation")
     found: PyTree = None
     for link, own in prox_states(transformation, state):
+        check_state(link, own, ProxState)
         levels = tree_map(link.quantizer.known_levels, own.qparams)
         found = levels if found is None else _merged(levels, found)
     if found is None:

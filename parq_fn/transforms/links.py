@@ -16,10 +16,24 @@ from torch import Tensor
 from parq_fn.foundation.checks import DECAY, NOT_NEGATIVE, Interval, check_numbers
 from parq_fn.foundation.scalar import Scalar, at, is_number, new_count, to_device
 from parq_fn.foundation.traits import PER_LEAF, TransformationTraits
-from parq_fn.foundation.tree import PyTree, by_name, check_floating, tree_leaves, tree_map
+from parq_fn.foundation.tree import (
+    PyTree,
+    by_name,
+    check_floating,
+    check_match,
+    check_plain,
+    tree_leaves,
+    tree_map,
+)
 from parq_fn.foundation.value import state_class, value
 from parq_fn.transforms.sharded import gathered
-from parq_fn.transforms.transformation import Link
+from parq_fn.transforms.transformation import (
+    NO_RATE,
+    EmptyState,
+    Link,
+    check_state,
+    name_of,
+)
 
 
 @state_class
@@ -54,6 +68,7 @@ class scale(Link):
         self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         del params, extra
+        check_state(self, state, EmptyState)
         factor = at(self.factor, new_count())
         return tree_map(lambda u: times(u, factor), updates), state
 
@@ -64,7 +79,7 @@ class _Counting(Link):
 
     def init(self, params: PyTree) -> StepState:
         """A count of 0."""
-        del params
+        check_plain(params, name_of(self))
         return StepState(new_count())
 
 
@@ -83,6 +98,7 @@ class scale_by_schedule(_Counting):
         self, updates: PyTree, state: StepState, params: PyTree, **extra: Any
     ) -> tuple[PyTree, StepState]:
         del params, extra
+        check_state(self, state, StepState)
         factor = at(self.schedule, state.step)
         return tree_map(lambda u: times(u, factor), updates), StepState(state.step + 1)
 
@@ -116,6 +132,7 @@ class scale_by_learning_rate(_Counting):
     #: A number, a 0-d tensor or a schedule.
     learning_rate: Scalar
     traits = PER_LEAF
+    rates = (1, 1)
 
     def __post_init__(self) -> None:
         rate = {"learning_rate": self.learning_rate}
@@ -131,7 +148,7 @@ class scale_by_learning_rate(_Counting):
         **extra: Any,
     ) -> tuple[PyTree, StepState]:
         del extra
-
+        check_state(self, state, StepState)
         rates = _each(self.learning_rate, learning_rate, state.step, updates, params)
         return tree_map(lambda u, r: times(u, -r), updates, rates), StepState(state.step + 1)
 
@@ -148,6 +165,7 @@ class add_decayed_weights(_Counting):
     #: A number, a 0-d tensor or a schedule.
     weight_decay: Scalar
     traits = PER_LEAF
+    rates = NO_RATE
 
     def __post_init__(self) -> None:
         decay = {"weight_decay": self.weight_decay}
@@ -163,8 +181,11 @@ class add_decayed_weights(_Counting):
         **extra: Any,
     ) -> tuple[PyTree, StepState]:
         del extra
+        check_state(self, state, StepState)
 
         def add(u: Tensor, p: Tensor, decay: Tensor) -> Tensor:
+            if u.shape != p.shape:
+                check_match(updates, params, "add_decayed_weights")
             return u + times(p, decay).to(u.dtype)
 
         decays = _each(self.weight_decay, weight_decay, state.step, updates, params)
@@ -193,6 +214,7 @@ class trace(Link):
     #: Whether Nesterov's momentum is taken.
     nesterov: bool = False
     traits = PER_LEAF
+    rates = NO_RATE
 
     def __post_init__(self) -> None:
         check_numbers("trace", NOT_NEGATIVE, schedules=True, decay=self.decay)
@@ -211,11 +233,16 @@ class trace(Link):
         self, updates: PyTree, state: TraceState, params: PyTree, **extra: Any
     ) -> tuple[PyTree, TraceState]:
         del params, extra
+        check_state(self, state, TraceState)
         decay = at(self.decay, state.step)
         share = torch.where(state.step == 0, 1.0, 1.0 - at(self.dampening, state.step))
 
         def accumulate(m: Tensor, u: Tensor | None) -> Tensor:
-            return m if u is None else times(m, decay) + times(u, share).to(m.dtype)
+            if u is None:
+                return m
+            if u.shape != m.shape:
+                check_match(updates, state.trace, "trace")
+            return times(m, decay) + times(u, share).to(m.dtype)
 
         traced = tree_map(accumulate, state.trace, updates)
         if self.nesterov:
@@ -254,6 +281,7 @@ class scale_by_adam(Link):
     #: Whether the largest mean square so far is taken.
     amsgrad: bool = False
     traits = PER_LEAF
+    rates = NO_RATE
 
     def __post_init__(self) -> None:
         check_numbers("scale_by_adam", DECAY, schedules=True, b1=self.b1, b2=self.b2)
@@ -270,12 +298,17 @@ class scale_by_adam(Link):
         self, updates: PyTree, state: AdamState, params: PyTree, **extra: Any
     ) -> tuple[PyTree, AdamState]:
         del params, extra
+        check_state(self, state, AdamState)
         count = state.step + 1
         b1, b2, eps = (at(c, count) for c in (self.b1, self.b2, self.eps))
         one, two = (1.0 - _power(b, count) for b in (b1, b2))
 
         def mean(m: Tensor, u: Tensor | None) -> Tensor:
-            return m if u is None else times(m, b1) + times(u, 1.0 - b1).to(m.dtype)
+            if u is None:
+                return m
+            if u.shape != m.shape:
+                check_match(updates, state.first, "scale_by_adam")
+            return times(m, b1) + times(u, 1.0 - b1).to(m.dtype)
 
         def square(v: Tensor, u: Tensor | None) -> Tensor:
             return v if u is None else times(v, b2) + times(u.square(), 1.0 - b2).to(v.dtype)
@@ -311,6 +344,7 @@ class clip(Link):
     #: The largest magnitude of an element.
     max_abs: float | Tensor
     traits = PER_LEAF
+    rates = NO_RATE
 
     def __post_init__(self) -> None:
         check_numbers("clip", _BOUND, max_abs=self.max_abs)
@@ -319,6 +353,7 @@ class clip(Link):
         self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         del params, extra
+        check_state(self, state, EmptyState)
         bound = at(self.max_abs, new_count())
 
         def clamp(u: Tensor) -> Tensor:
@@ -354,6 +389,7 @@ class clip_by_global_norm(Link):
     #: The largest norm of all updates together.
     max_norm: float | Tensor
     traits = TransformationTraits(plain_weights=True)
+    rates = NO_RATE
 
     def __post_init__(self) -> None:
         check_numbers("clip_by_global_norm", _BOUND, max_norm=self.max_norm)
@@ -362,6 +398,7 @@ class clip_by_global_norm(Link):
         self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         del params, extra
+        check_state(self, state, EmptyState)
         norm = global_norm(updates)
         factor = (to_device(at(self.max_norm, new_count()), norm) / (norm + 1e-6)).clamp(max=1.0)
         return tree_map(lambda u: times(u, factor), updates), state

@@ -7,16 +7,31 @@ from dataclasses import replace
 from typing import Any
 
 from parq_fn.foundation.traits import TransformationTraits, shared
-from parq_fn.foundation.tree import ByName, Mask, PyTree, merge, names_of, pick, resolve_mask
+from parq_fn.foundation.tree import (
+    ByName,
+    Mask,
+    PyTree,
+    check_match,
+    check_plain,
+    merge,
+    names_of,
+    pick,
+    resolve_mask,
+)
 from parq_fn.foundation.value import changed, value
 from parq_fn.transforms.transformation import (
     Link,
+    Rates,
     Transformation,
+    begun,
     check_transformation,
+    identity,
     in_place,
     pinned,
     pull_back,
     pulls_back,
+    rates_of,
+    updated,
 )
 
 
@@ -52,18 +67,27 @@ class masked(Link):
         inner = shared([self.inner])
         return replace(inner, leafwise=inner.leafwise and isinstance(self.mask, ByName))
 
+    @property
+    def rates(self) -> Rates:
+        """Those of the inner transformation, or none where the mask does not hold."""
+        return rates_of(self.inner, identity())
+
     def init(self, params: PyTree) -> PyTree:
         """The inner state, without leaves outside the mask."""
-        return self.inner.init(pick(resolve_mask(self.mask, params), params, params))
+        check_plain(params, "masked")
+        return begun(self.inner, pick(resolve_mask(self.mask, params), params, params))
 
     def update(
         self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         """The inner update on the mask, the updates as they came elsewhere."""
-        mask = resolve_mask(self.mask, params)
-        chosen, state = self.inner.update(
-            pick(mask, params, updates), state, pick(mask, params, params), **extra
-        )
+        try:
+            mask = resolve_mask(self.mask, params)
+            own = pick(mask, params, updates)
+        except ValueError:
+            check_match(updates, params, "masked")
+            raise
+        chosen, state = updated(self.inner, own, state, pick(mask, params, params), **extra)
         return merge(mask, params, chosen, updates), state
 
     def weights(self, state: PyTree, params: PyTree) -> PyTree:

@@ -7,17 +7,33 @@ from dataclasses import replace
 from typing import Any
 
 from parq_fn.foundation.traits import TransformationTraits, shared
-from parq_fn.foundation.tree import ByName, Labels, PyTree, merge, names_of, pick, resolve_labels
+from parq_fn.foundation.tree import (
+    ByName,
+    Labels,
+    PyTree,
+    check_match,
+    check_plain,
+    merge,
+    names_of,
+    pick,
+    resolve_labels,
+)
 from parq_fn.foundation.value import changed, value
 from parq_fn.transforms.transformation import (
     Link,
+    Rates,
     Transformation,
+    begun,
     check_transformation,
     handed,
     in_place,
+    name_of,
     pinned,
     pull_back,
     pulls_back,
+    rates_of,
+    updated,
+    wrong_state,
 )
 
 
@@ -44,6 +60,11 @@ class partition(Link):
     labels: Labels
 
     def __post_init__(self) -> None:
+        if not isinstance(self.transforms, Mapping):
+            raise TypeError(
+                "partition: expected transformations by label, such as "
+                f'{{"train": sgd(0.1), "stop": freeze()}}, got a {name_of(self.transforms)}'
+            )
         for label, link in self.transforms.items():
             check_transformation(link, f"the transformation of label {label!r}")
 
@@ -53,20 +74,32 @@ class partition(Link):
         own = shared(self.transforms.values())
         return replace(own, leafwise=own.leafwise and isinstance(self.labels, ByName))
 
+    @property
+    def rates(self) -> Rates:
+        """Those of any of its transformations."""
+        return rates_of(*self.transforms.values())
+
     def _masks(self, params: PyTree) -> dict[str, list[bool]]:
         labels = resolve_labels(self.labels, params)
-        unknown = sorted({label for label in labels if label not in self.transforms})
+        unknown = {str(x): i for i, x in enumerate(labels) if x not in self.transforms}
         if unknown:
+            first = names_of(params)[min(unknown.values())]
             raise ValueError(
-                f"labels without a transformation: {unknown}; there are transformations "
-                f"for: {sorted(self.transforms)}"
+                f"labels without a transformation: {sorted(unknown)}; there are transformations "
+                f"for: {sorted(self.transforms)}; the first parameter of such a label is {first!r}"
             )
         return {name: [label == name for label in labels] for name in self.transforms}
 
+    def _check_state(self, state: Any) -> None:
+        if not isinstance(state, dict) or any(label not in state for label in self.transforms):
+            labels = ", ".join(map(str, self.transforms))
+            raise TypeError(wrong_state(self, state, f"a dict by the labels {labels}"))
+
     def init(self, params: PyTree) -> PyTree:
         """The inner states, a dict by label."""
+        check_plain(params, "partition")
         return {
-            label: self.transforms[label].init(pick(mask, params, params))
+            label: begun(self.transforms[label], pick(mask, params, params))
             for label, mask in self._masks(params).items()
         }
 
@@ -83,11 +116,19 @@ class partition(Link):
 
         pulled: the second result of `pullback`, where the updates are pulled back already.
         """
+        self._check_state(state)
+        try:
+            masks = self._masks(params)
+            picked = {label: pick(mask, params, updates) for label, mask in masks.items()}
+        except ValueError:
+            check_match(updates, params, "partition")
+            raise
         states, out = {}, updates
-        for label, mask in self._masks(params).items():
+        for label, mask in masks.items():
             own = {} if pulled is None else handed(pulled[label])
-            chosen, states[label] = self.transforms[label].update(
-                pick(mask, params, updates),
+            chosen, states[label] = updated(
+                self.transforms[label],
+                picked[label],
                 state[label],
                 pick(mask, params, params),
                 **own,
@@ -98,6 +139,7 @@ class partition(Link):
 
     def weights(self, state: PyTree, params: PyTree) -> PyTree:
         """Every label's weights on its own leaves."""
+        self._check_state(state)
         out = params
         for label, mask in self._masks(params).items():
             own = self.transforms[label].weights(state[label], pick(mask, params, params))
@@ -132,6 +174,7 @@ class partition(Link):
 
     def child_states(self, state: PyTree) -> dict[str, PyTree]:
         """Its state is theirs by label."""
+        self._check_state(state)
         return dict(state)
 
     def pinned(self, params: PyTree) -> Transformation:

@@ -26,18 +26,19 @@ import torch
 from torch import Tensor
 
 from parq_fn.foundation.checks import NOT_NEGATIVE, POSITIVE, check_numbers, check_whole, readable
-from parq_fn.foundation.scalar import Scalar, as_scalar, at, concrete, new_count, to_device
+from parq_fn.foundation.scalar import Scalar, as_scalar, concrete, new_count, to_device
 from parq_fn.foundation.traits import TransformationTraits, traits_of
-from parq_fn.foundation.tree import PyTree, check_floating, names_of, tree_map
-from parq_fn.foundation.value import same, state_class, value
+from parq_fn.foundation.tree import PyTree, check_floating, names_of, tree_leaves, tree_map
+from parq_fn.foundation.value import show, state_class, value
 from parq_fn.proxmaps.proxmap import Formula, ProxMap, itself, known
 from parq_fn.quantizers import Quantizer
 from parq_fn.quantizers.granularity import Granularity, per_tensor
 from parq_fn.transforms.estimators import straight_through
 from parq_fn.transforms.links import times
-from parq_fn.transforms.sharded import gathered, local, part_of, placed
+from parq_fn.transforms.rate import rate_at
+from parq_fn.transforms.sharded import Part, gathered, local, part_of, placed
 from parq_fn.transforms.train import apply_updates
-from parq_fn.transforms.transformation import Link
+from parq_fn.transforms.transformation import NO_RATE, Link, check_state, name_of
 
 
 @state_class
@@ -89,7 +90,8 @@ class Prox(Link):
 
     Leaves may be DTensors, sharded along dimension 0: qparams are then plain tensors, the same on
     every rank, fitted to the gathered latent (one gather a leaf where they are due), and each
-    rank maps its own shard.
+    rank maps its own shard. A map that does not declare the trait elementwise needs whole rows
+    there: ValueError, on every rank alike, where one would have a piece of a row.
 
     Source: Jin et al., PARQ, arXiv 2503.15748, algorithm 1 (AProx); normal map: Qiu, Jiang,
     Milzarek, arXiv 2305.05828.
@@ -103,6 +105,8 @@ class Prox(Link):
     shrink: bool = field(default=False, kw_only=True)
     normal_map: float | Tensor | None = field(default=None, kw_only=True)
     gradient: Callable[..., Tensor] = field(default_factory=lambda: _STRAIGHT_THROUGH, kw_only=True)
+
+    rates = NO_RATE
 
     def __post_init__(self) -> None:
         who = type(self).__name__
@@ -174,10 +178,29 @@ class Prox(Link):
     def elementwise(self) -> bool:
         """Whether a weight depends on its own latent and the levels of its row alone, so that rows
         may be cut and filled up: where the map declares it among its traits.
-
-        A rank that holds part of a row maps that part by itself, whatever this says.
         """
         return bool(getattr(traits_of(self.proxmap), "elementwise", False))
+
+    def _part(self, param: Tensor, params: PyTree) -> Part:
+        """What this rank holds of a parameter's rows.
+
+        Raises ValueError, with its name, as `part_of`, and where a rank has pieces of rows that the
+        map takes whole.
+        """
+        try:
+            part = part_of(param, self.granularity)
+            if part.cut and not self.elementwise:
+                raise ValueError(
+                    f"it is placed as {getattr(param, 'placements', None)}, so that ranks hold "
+                    f"pieces of its rows of {self.granularity!r}, and {show(self.proxmap)} maps "
+                    "whole rows; give rows that ranks hold whole, such as per_channel(), or a map "
+                    "that declares the trait elementwise"
+                )
+        except ValueError as error:
+            named = zip(names_of(params), tree_leaves(params), strict=True)
+            name = next(name for name, leaf in named if leaf is param)
+            raise ValueError(f"{name_of(self)}: parameter {name!r}: {error}") from None
+        return part
 
     # The transformation.
 
@@ -187,10 +210,7 @@ class Prox(Link):
         check_floating(params, who)
 
         def empty(param: Tensor, name: str) -> Tensor:
-            try:
-                part_of(param, self.granularity)
-            except ValueError as error:
-                raise ValueError(f"{who}: parameter {name!r}: {error}") from None
+            self._part(param, params)
             mine = local(param)
             if concrete(mine.isfinite().all()) is False:
                 raise ValueError(f"{who}: parameter {name!r} holds NaN or infinities")
@@ -214,10 +234,11 @@ class Prox(Link):
     ) -> tuple[PyTree, ProxState]:
         """The updates, and the qparams of params + updates where they are due."""
         del extra
-        if isinstance(learning_rate, Mapping):
-            learning_rate = self._common(learning_rate, params)
-        step = state.count
-        rate = self._rate(self.learning_rate if learning_rate is None else learning_rate, step)
+        check_state(self, state, ProxState)
+        needed = self.shrink or self.normal_map is not None
+        rate = rate_at(
+            learning_rate, state.count, params, needed, name_of(self), own=self.learning_rate
+        )
         if self.normal_map is not None:
             pull = rate / as_scalar(self.normal_map)
 
@@ -285,13 +306,14 @@ class Prox(Link):
 
         In that dtype, by default the params' own, to which levels are rounded before the map.
         """
+        check_state(self, state, ProxState)
         active = self.active(state)
         known = concrete(active)
         if known is False:
             return params if dtype is None else tree_map(lambda p: p.to(dtype), params)
 
         def weight(param: Tensor, qparams: Tensor) -> Tensor:
-            part, mine = part_of(param, self.granularity), local(param)
+            part, mine = self._part(param, params), local(param)
             own = dtype or mine.dtype
             if not mine.numel():
                 return param.to(own)
@@ -312,6 +334,7 @@ class Prox(Link):
 
         Weights that are not given are mapped where the estimator looks at them.
         """
+        check_state(self, state, ProxState)
         if not self.pulls_back:
             return grads, ()
         active = self.active(state)
@@ -356,29 +379,6 @@ class Prox(Link):
 
     def _coefficient(self, step: Tensor) -> Tensor:
         return self.coefficient(step).to(torch.float64)
-
-    def _common(self, rates: Mapping[str, Scalar | None], params: PyTree) -> Scalar | None:
-        """The one learning rate of the params, None for the link's own; 0 for several, where it
-        is not needed."""
-        own = [rates[name] for name in names_of(params)]
-        if all(same(rate, own[0]) for rate in own[1:]):
-            return own[0] if own else 0.0
-        if self.shrink or self.normal_map is not None:
-            raise ValueError(
-                f"{type(self).__name__}: shrink and normal_map take one learning rate for all "
-                "parameters of the link; give parameters of another rate a link of their own"
-            )
-        return 0.0
-
-    def _rate(self, learning_rate: Scalar | None, step: Tensor) -> Tensor:
-        if learning_rate is not None:
-            return at(learning_rate, step)
-        if self.shrink or self.normal_map is not None:
-            raise ValueError(
-                f"{type(self).__name__}: shrink and normal_map need the learning rate; give "
-                "learning_rate=... to the link or to update"
-            )
-        return torch.zeros_like(step)
 
     def _rows(self, latent: Tensor, state: ProxState, granularity: Granularity) -> Tensor:
         return granularity.rows(shrunk(latent, self.divisor(state)))

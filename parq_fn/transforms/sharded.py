@@ -1,10 +1,11 @@
 """Sharded parameters: which rows of a DTensor a rank holds, and how it maps them alone.
 
-Qparams are fitted to the gathered latent, the same on every rank, and kept whole. Maps act
-element by element, so that a rank maps its own shard. Where rows are runs of the weight's logical
-order, so is a shard along dimension 0, which is filled up to whole rows for the map. Of rows in
-another order a shard has whole ones, or a part of every one, or runs that are cut into pieces, each
-with the qparams of its row.
+Qparams are fitted to the gathered latent, the same on every rank, and kept whole. Maps that act
+element by element map a rank's own shard; others need whole rows, and `Part.cut` tells.
+
+Where rows are runs of the weight's logical order, so is a shard along dimension 0, which is filled
+up to whole rows for the map. Of rows in another order a shard has whole ones, or a part of every
+one, or runs that are cut into pieces, each with the qparams of its row.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from parq_fn.foundation.value import value
 from parq_fn.quantizers.granularity import Granularity, per_block
 
 if TYPE_CHECKING:  # importing it takes half a second, and where there are none it is for nothing
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Placement
 
 
 @value
@@ -51,6 +52,7 @@ class Part(NamedTuple):
 
     granularity: Granularity  # of the local tensor
     rows: slice | Tensor  # of the qparams; indices where those of a row are needed more than once
+    cut: bool = False  # whether there is a rank, this or another, that has a piece of a row
 
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
@@ -95,9 +97,10 @@ def part_of(weight: Tensor, granularity: Granularity) -> Part:
     from torch.distributed.tensor import Replicate, Shard
 
     mine = local(weight)
-    if r == 1:
-        return Part(run(max(mine.numel(), 1), 0, 0), slice(None))
     held = [(i, p) for i, p in enumerate(weight.placements) if not isinstance(p, Replicate)]
+    if r == 1:
+        cut = any(_is_cut(weight, i, place) for i, place in held)
+        return Part(run(max(mine.numel(), 1), 0, 0), slice(None), cut)
     if not held:
         return whole
     mesh_dim, place = held[0]
@@ -115,14 +118,25 @@ def part_of(weight: Tensor, granularity: Granularity) -> Part:
     first = min(weight.shape[0], weight.device_mesh.get_local_rank(mesh_dim) * size)
     count = mine.shape[0]
     order = granularity.order(weight)
+    split = _is_cut(weight, mesh_dim, place)
     if order is None:
-        return _run(weight, n, first, mine.numel())
+        cut = split and size * weight.shape[1:].numel() % n > 0
+        return _run(weight, n, first, mine.numel())._replace(cut=cut)
     if isinstance(granularity, per_block) and 0 in granularity.dims(weight):
-        return _pieces(granularity, weight, first, mine)
+        part = _pieces(granularity, weight, first, mine)
+        shortest = _piece(granularity, weight, size, weight.shape[0])  # of those of all ranks
+        return part._replace(cut=split and shortest < granularity.size)
     if order.dims[0] == 0:  # the rows of some of the indices of dimension 0
         inner = r // max(weight.shape[0], 1)
         return Part(granularity, slice(first * inner, (first + count) * inner))
-    return Part(granularity, slice(None))  # a part of every row
+    return Part(granularity, slice(None), split)  # a part of every row
+
+
+def _is_cut(weight: DTensor, mesh_dim: int, place: Placement) -> bool:
+    """Whether more than one rank along a dimension of the mesh holds elements of the weight."""
+    if weight.device_mesh.size(mesh_dim) == 1:
+        return False
+    return not place.is_shard() or weight.shape[getattr(place, "dim", 0)] > 1
 
 
 def _run(weight: Tensor, n: int, first: int, numel: int) -> Part:
@@ -131,6 +145,13 @@ def _run(weight: Tensor, n: int, first: int, numel: int) -> Part:
     stop = start + numel
     begin, end = start // n, -(-stop // n)
     return Part(run(n, start - begin * n, end * n - stop), slice(begin, end))
+
+
+def _piece(blocks: per_block, weight: Tensor, first: int, count: int) -> int:
+    """The longest pieces that end where blocks and a shard, `count` indices from `first` on, do."""
+    along = blocks.dims(weight)
+    inner = math.prod(weight.shape[d] for d in along[along.index(0) + 1 :])
+    return math.gcd(blocks.size, first * inner, count * inner, weight.shape[0] * inner)
 
 
 def _pieces(blocks: per_block, weight: Tensor, first: int, mine: Tensor) -> Part:
@@ -144,7 +165,7 @@ def _pieces(blocks: per_block, weight: Tensor, first: int, mine: Tensor) -> Part
     inner = math.prod(weight.shape[d] for d in along[place + 1 :])
     outer = math.prod(weight.shape[d] for d in along[:place])
     count = mine.shape[0]
-    size = math.gcd(blocks.size, first * inner, count * inner, weight.shape[0] * inner)
+    size = _piece(blocks, weight, first, count)
     beside = mine.numel() // max(outer * count * inner, 1)  # rows for each block
     if size == blocks.size and outer == 1:
         begin = first * inner // size * beside

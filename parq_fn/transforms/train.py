@@ -9,13 +9,16 @@ import optree
 import torch
 from torch import Tensor
 
-from parq_fn.foundation.tree import PyTree, check_match, tree_leaves, tree_map
-from parq_fn.foundation.value import Value, value
+from parq_fn.foundation.tree import PyTree, check_match, check_plain, columns_of
+from parq_fn.foundation.value import Value, show, value
 from parq_fn.transforms.transformation import Transformation, check_transformation
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """params + updates, leaf by leaf, in each parameter's dtype; None leaves it as it is.
+
+    Raises ValueError for updates of another structure or shape, and for an update where params has
+    None; TypeError for what `update` returned whole, (updates, state).
 
     >>> import torch
     >>> apply_updates({"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(1), "b": None})
@@ -29,7 +32,22 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
             check_match(updates, params, "apply_updates")
         return (param + update).to(param.dtype)
 
-    return tree_map(add, params, updates)
+    pair = type(updates) is tuple and len(updates) == 2
+    if pair and not isinstance(params, tuple | list):
+        raise TypeError(
+            "apply_updates: updates is a tuple of two; update returns (updates, state), give the "
+            "first: updates, state = transform.update(grads, state, params)"
+        )
+    spec, leaves, given = columns_of(params, updates, none_is_leaf=True)
+    for i, (param, update) in enumerate(zip(leaves, given, strict=True)):
+        if param is None and update is not None:
+            names = [".".join(map(str, path)) for path in spec.paths()]
+            raise ValueError(
+                f"apply_updates: params has None at {names[i]!r}, and updates a tensor; the order "
+                "is apply_updates(params, updates)"
+            )
+    added = [None if p is None else add(p, u) for p, u in zip(leaves, given, strict=True)]
+    return optree.tree_unflatten(spec, added)
 
 
 @value
@@ -55,19 +73,26 @@ class value_and_grad(Value):
     has_aux: bool = False
 
     def __post_init__(self) -> None:
-        check_transformation(self.transform, "the transformation of value_and_grad")
+        loss: Any = self.loss
+        if isinstance(loss, torch.nn.Module):
+            raise TypeError(
+                f"value_and_grad: the loss is the module {type(loss).__name__}, expected a "
+                "function of (weights, *args); apply, params = functional(module) makes one of a "
+                "module: lambda weights, x, y: mse_loss(apply(weights, x), y)"
+            )
+        check_transformation(self.transform, "the transformation of value_and_grad(loss, ...)")
+        if not callable(loss):
+            raise TypeError(
+                f"value_and_grad: expected a loss, a function of (weights, *args), got {show(loss)}"
+            )
 
     def __call__(self, params: PyTree, state: PyTree, /, *args: Any, **kwargs: Any) -> Any:
         """((loss or (loss, aux)), grads); grads in the structure of params.
 
-        Raises TypeError for an nn.Parameter among the params: its graph would grow.
+        Raises TypeError for an nn.Parameter among the params, whose graph would grow, and for a
+        module in their place.
         """
-        for leaf in tree_leaves(params):
-            if isinstance(leaf, torch.nn.Parameter):
-                raise TypeError(
-                    "value_and_grad takes plain tensors, got an nn.Parameter; "
-                    "use functional(module), or detach it"
-                )
+        check_plain(params, "value_and_grad")
         weights = self.transform.weights(state, params)
         leaves, spec = optree.tree_flatten(weights)
         moves = [isinstance(w, Tensor) and w.is_floating_point() for w in leaves]

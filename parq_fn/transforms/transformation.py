@@ -20,15 +20,18 @@ are frozen dataclasses; states are NamedTuples of tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from parq_fn.foundation.traits import PER_LEAF, TransformationTraits
-from parq_fn.foundation.tree import PyTree, tree_map
-from parq_fn.foundation.value import Value, show, value
+from parq_fn.foundation.reading import check_nodes
+from parq_fn.foundation.torch_private import is_optimizer
+from parq_fn.foundation.traits import PER_LEAF, TransformationTraits, traits_of
+from parq_fn.foundation.tree import PyTree, check_plain, tree_map
+from parq_fn.foundation.value import Value, show, state_class, value
 
 
 @runtime_checkable
@@ -47,6 +50,14 @@ class Transformation(Protocol):
         """The weights that the model computes with."""
 
 
+#: How many learning rates, each of which turns gradients into increments, updates pass in a link:
+#: at least and at most; of one with a prox link inside, those before that.
+Rates = tuple[float, float]
+NO_RATE: Rates = (0, 0)
+ANY_RATES: Rates = (0, math.inf)  # of a link that does not say
+
+
+@state_class
 class EmptyState(NamedTuple):
     """State of a link that keeps none."""
 
@@ -74,10 +85,13 @@ class Link(Value):
         super().__init_subclass__(**options)
         if "pullback" in vars(cls) and "pulls_back" not in vars(cls):
             cls.pulls_back = True  # type: ignore[assignment, method-assign]
+        if "update" in vars(cls) and "rates" not in vars(cls):
+            # what a parent says is of the parent's update
+            cls.rates = ANY_RATES  # type: ignore[assignment, method-assign]
 
     def init(self, params: PyTree) -> PyTree:
         """The empty state."""
-        del params
+        check_plain(params, type(self).__name__)
         return EmptyState()
 
     def update(
@@ -105,6 +119,11 @@ class Link(Value):
         """Whether `pullback` may be another than the base's; where not, it is not called. A class
         that defines a `pullback` and does not say has True."""
         return False
+
+    @property
+    def rates(self) -> Rates:
+        """How many learning rates updates pass in it, see `Rates`; of the base any number."""
+        return ANY_RATES
 
     # What it is made of.
 
@@ -156,6 +175,18 @@ def pulls_back(transformation: Any) -> bool:
     return bool(getattr(transformation, "pulls_back", hasattr(transformation, "pullback")))
 
 
+def rates_of(*alternatives: Any) -> Rates:
+    """Those of a link, or of one of several: of one with a prox link, if there are such."""
+    ending = [link for link in alternatives if getattr(traits_of(link), "last", False)]
+    rates: list[Rates] = [getattr(link, "rates", ANY_RATES) for link in ending or alternatives]
+    if not rates:
+        return NO_RATE
+    least, most = rates[0]
+    for low, high in rates[1:]:  # a compiler that traces a chain being built knows these
+        least, most = min(least, low), max(most, high)
+    return least, most
+
+
 def pull_back(
     transformation: Any,
     grads: PyTree,
@@ -166,8 +197,51 @@ def pull_back(
     """Its `pullback`; (grads, ()) of what has none."""
     if not pulls_back(transformation):
         return grads, ()
-    grads, own = transformation.pullback(grads, state, params, weights=weights)
-    return grads, own
+    got = transformation.pullback(grads, state, params, weights=weights)
+    return _two(
+        got, transformation, "pullback", "(grads, own), own being () where it learns nothing"
+    )
+
+
+def begun(link: Any, params: PyTree) -> PyTree:
+    """Its `init`; TypeError for a state that holds a dataclass."""
+    state = link.init(params)
+    check_nodes(state, f"the state that {name_of(link)}.init gave")
+    return state
+
+
+def updated(
+    link: Any, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
+) -> tuple[PyTree, PyTree]:
+    """Its `update`; TypeError unless that gives two things, updates and a state."""
+    got = link.update(updates, state, params, **extra)
+    return _two(got, link, "update", "(updates, state)")
+
+
+def _two(got: Any, link: Any, method: str, expected: str) -> tuple[PyTree, PyTree]:
+    if type(got) is tuple and len(got) == 2:
+        return got
+    kind = f"a tuple of {len(got)}" if isinstance(got, tuple) else f"a {type(got).__name__}"
+    raise TypeError(f"{name_of(link)}.{method} returned {kind}, expected {expected}")
+
+
+def name_of(link: Any) -> str:
+    """What builds it, for errors: most often its class."""
+    return str(getattr(link, "built_by", type(link).__name__))
+
+
+def check_state(link: Any, state: Any, kind: type) -> None:
+    """Raises TypeError unless a link's state is of this kind."""
+    if not isinstance(state, kind):
+        raise TypeError(wrong_state(link, state, f"the {kind.__name__} that its init gave"))
+
+
+def wrong_state(link: Any, state: Any, expected: str) -> str:
+    """What to say of a state that is none of a link's."""
+    return (
+        f"{name_of(link)}: its state is a {type(state).__name__}, expected {expected}; the order "
+        "is update(updates, state, params) and weights(state, params)"
+    )
 
 
 def handed(own: PyTree) -> dict[str, PyTree]:
@@ -185,7 +259,7 @@ def pulled_update(
 ) -> tuple[PyTree, PyTree]:
     """(updates, state) from gradients at the weights: what a chain of this one link gives."""
     grads, own = pull_back(transformation, grads, state, params, weights)
-    return transformation.update(grads, state, params, **handed(own), **extra)
+    return updated(transformation, grads, state, params, **handed(own), **extra)
 
 
 def in_place(link: Link, children: Mapping[str, Transformation]) -> list[Transformation]:
@@ -209,6 +283,7 @@ class identity(Link):
     """
 
     traits = replace(PER_LEAF, passes_updates=True)
+    rates = NO_RATE
 
 
 @value
@@ -221,11 +296,13 @@ class freeze(Link):
     """
 
     traits = PER_LEAF
+    rates = (-math.inf, math.inf)  # what came before is nothing now
 
     def update(
         self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         del params, extra
+        check_state(self, state, EmptyState)
         return tree_map(torch.zeros_like, updates), state
 
 
@@ -246,6 +323,7 @@ class stateless(Link):
         self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         del extra
+        check_state(self, state, EmptyState)
         return self.function(updates, params), state
 
 
@@ -287,10 +365,33 @@ class GradientTransformation(Value):
 
 def check_transformation(link: Any, where: str) -> None:
     """Raises TypeError unless the link is an object with init, update and weights."""
+    if is_optimizer(link):
+        raise TypeError(
+            f"{where} is torch.optim's {getattr(link, '__name__', name_of(link))}, expected a "
+            "transformation such as sgd, adam or adamw; to train with torch's, give it to "
+            "parq_fn.optim.QuantOptimizer(optimizer, prox)"
+        )
     if isinstance(link, type):
         raise TypeError(f"{where} is the class {link.__name__}; call it: {link.__name__}(...)")
     missing = [m for m in ("init", "update", "weights") if not callable(getattr(link, m, None))]
     if missing:
         raise TypeError(
-            f"{where} is {show(link)}, expected a transformation; it lacks {', '.join(missing)}"
+            f"{where} is {_briefly(link)}, expected a transformation; it lacks "
+            f"{', '.join(missing)}{_remedy(link, missing)}"
         )
+
+
+def _remedy(link: Any, missing: list[str]) -> str:
+    pair = type(link) in (tuple, list) and len(link) == 2 and all(map(callable, link))
+    if missing == ["weights"] or (pair and not any(hasattr(part, "init") for part in link)):
+        return "; of an (init, update) pair make GradientTransformation(init=..., update=...)"
+    if isinstance(link, tuple | list):
+        return "; give links one by one: chain(*links)"
+    if hasattr(link, "num_levels"):
+        return "; a quantizer belongs into a prox link: hard_prox(quantizer)"
+    return ""
+
+
+def _briefly(got: Any) -> str:
+    text = show(got)
+    return text if len(text) <= 200 else f"a {type(got).__name__}"

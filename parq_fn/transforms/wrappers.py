@@ -16,18 +16,33 @@ from torch import Tensor
 from parq_fn.foundation.checks import check_whole
 from parq_fn.foundation.scalar import concrete, new_count, to_device
 from parq_fn.foundation.traits import TransformationTraits, shared
-from parq_fn.foundation.tree import PyTree, check_floating, select, tree_leaves, tree_map
+from parq_fn.foundation.tree import (
+    PyTree,
+    check_floating,
+    check_match,
+    check_plain,
+    select,
+    tree_leaves,
+    tree_map,
+)
 from parq_fn.foundation.value import changed, state_class, value
 from parq_fn.transforms.sharded import gathered
 from parq_fn.transforms.transformation import (
+    ANY_RATES,
     Link,
+    Rates,
     Transformation,
+    begun,
+    check_state,
     check_transformation,
     handed,
     in_place,
     pull_back,
     pulled_update,
     pulls_back,
+    rates_of,
+    updated,
+    wrong_state,
 )
 
 
@@ -44,8 +59,13 @@ class _Around(Link):
     def __post_init__(self) -> None:
         check_transformation(self.inner, f"the inner transformation of {type(self).__name__}")
 
+    def _check_state(self, state: Any) -> None:
+        if not hasattr(state, "inner"):
+            raise TypeError(wrong_state(self, state, "the one that its init gave"))
+
     def weights(self, state: Any, params: PyTree) -> PyTree:
         """The inner weights."""
+        self._check_state(state)
         return self.inner.weights(state.inner, params)
 
     def pullback(
@@ -59,6 +79,11 @@ class _Around(Link):
         """Whether the inner transformation does."""
         return pulls_back(self.inner)
 
+    @property
+    def rates(self) -> Rates:
+        """Those of the inner transformation."""
+        return rates_of(self.inner)
+
     def children(self) -> dict[str, Transformation]:
         """The inner transformation."""
         return {"inner": self.inner}
@@ -70,6 +95,7 @@ class _Around(Link):
 
     def child_states(self, state: Any) -> dict[str, PyTree]:
         """The inner state."""
+        self._check_state(state)
         return {"inner": state.inner}
 
 
@@ -121,11 +147,13 @@ class accumulate(_Around):
         """Zeros and the inner state."""
         check_floating(params, "accumulate")
         zeros = tree_map(lambda p: torch.zeros_like(p, dtype=_wide(p)), params)
-        return AccumulateState(new_count(), zeros, self.inner.init(params))
+        return AccumulateState(new_count(), zeros, begun(self.inner, params))
 
     def update(
         self, updates: PyTree, state: AccumulateState, params: PyTree, **extra: Any
     ) -> tuple[PyTree, AccumulateState]:
+        check_state(self, state, AccumulateState)
+        check_match(updates, params, "accumulate")
         count = state.waiting + 1
         due = count >= self.steps
         total = tree_map(lambda t, u: t if u is None else t + u.to(t.dtype), state.total, updates)
@@ -149,6 +177,12 @@ class accumulate(_Around):
 
     pulls_back = False
 
+    @property
+    def rates(self) -> Rates:
+        """Those of the inner transformation, but that with a prox link inside all begins anew with
+        the mean."""
+        return ANY_RATES if shared([self.inner]).last else rates_of(self.inner)
+
 
 @state_class
 class FiniteState(NamedTuple):
@@ -166,6 +200,8 @@ class apply_if_finite(_Around):
     and is counted in `skipped`. Wrap the whole chain.
     """
 
+    rates = _Around.rates
+
     @property
     def traits(self) -> TransformationTraits:
         """Those of the inner transformation, but that one leaf holds up the others."""
@@ -173,7 +209,8 @@ class apply_if_finite(_Around):
 
     def init(self, params: PyTree) -> FiniteState:
         """The inner state, nothing skipped."""
-        return FiniteState(new_count(), self.inner.init(params))
+        check_plain(params, "apply_if_finite")
+        return FiniteState(new_count(), begun(self.inner, params))
 
     def update(
         self,
@@ -184,6 +221,9 @@ class apply_if_finite(_Around):
         pulled: PyTree = (),
         **extra: Any,
     ) -> tuple[PyTree, FiniteState]:
+        check_state(self, state, FiniteState)
+        if params is not None:
+            check_match(updates, params, "apply_if_finite")
         if not handed(pulled):
             found, pulled = pull_back(self.inner, updates, state.inner, params)
             if handed(pulled):  # the inner transformation would do it; of others a chain has
@@ -191,7 +231,7 @@ class apply_if_finite(_Around):
         finite = torch.ones((), dtype=torch.bool)
         for leaf in tree_leaves((updates, pulled)):
             finite = to_device(finite, leaf) & gathered(leaf.isfinite().all())
-        out, inner = self.inner.update(updates, state.inner, params, **handed(pulled), **extra)
+        out, inner = updated(self.inner, updates, state.inner, params, **handed(pulled), **extra)
         zeros = tree_map(torch.zeros_like, out)
         skipped = state.skipped + to_device((~finite).to(torch.int64), state.skipped)
         return select(finite, out, zeros), FiniteState(skipped, select(finite, inner, state.inner))
