@@ -449,7 +449,7 @@ FAULTS = [
         "            if False:\n",
         ("tests/optim/test_whole_rows.py",),
         "ranks_give_the_weights",
-        "c3f87cb",
+        "a24ee36",
     ),
     Fault(
         "rows of a map of whole rows are cut to pieces",
@@ -458,7 +458,7 @@ FAULTS = [
         "            for piece in _pieces(whole):\n",
         ("tests/optim/test_whole_rows.py",),
         "adapters_give_the_weights",
-        "c3f87cb",
+        "a24ee36",
     ),
     Fault(
         "states of one's own cannot be loaded by torch's safe default",
@@ -467,7 +467,7 @@ FAULTS = [
         "",
         ("tests/test_own_states.py",),
         "safe_default",
-        "e720394",
+        "d28e810",
     ),
     Fault(
         "keys of a state that is a dict are not found by name",
@@ -476,7 +476,7 @@ FAULTS = [
         '            kind = "link"\n            continue\n',
         ("tests/test_own_states.py",),
         "found_by_name",
-        "e720394",
+        "d28e810",
     ),
     Fault(
         "params of as many leaves as a chain has links are taken for its state",
@@ -485,7 +485,7 @@ FAULTS = [
         "        if False:\n",
         ("tests/test_wrong_use.py",),
         "params_as_many_as_links",
-        "c3f87cb",
+        "a24ee36",
     ),
     Fault(
         "a link's two updates are taken for updates and a state",
@@ -494,7 +494,7 @@ FAULTS = [
         "    if len(got) == 2:\n",
         ("tests/test_wrong_use.py",),
         "returns_only_updates",
-        "c3f87cb",
+        "a24ee36",
     ),
     Fault(
         "gradients of whole numbers become zeros without a word",
@@ -503,7 +503,7 @@ FAULTS = [
         "        if False:\n",
         ("tests/test_wrong_use.py",),
         "do_not_fit_name_the_leaf",
-        "c3f87cb",
+        "a24ee36",
     ),
     Fault(
         "two learning rates in front of a prox link ascend",
@@ -512,7 +512,7 @@ FAULTS = [
         "        if False:\n",
         ("tests/test_wrong_use.py",),
         "two_learning_rates",
-        "c3f87cb",
+        "a24ee36",
     ),
     Fault(
         "apply_updates of swapped arguments loses a parameter",
@@ -521,7 +521,7 @@ FAULTS = [
         "        if False:\n",
         ("tests/test_wrong_use.py",),
         "loses_no_parameter",
-        "c3f87cb",
+        "a24ee36",
     ),
     # Export
     Fault(
