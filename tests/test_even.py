@@ -156,9 +156,8 @@ def test_rows_for_which_rounding_may_fail_are_searched() -> None:
 
 def test_what_has_no_even_levels_or_few_is_searched() -> None:
     rows = torch.randn(2, 9)
-    for quantizer in (pf.uniform(1), pf.uniform(4, center=True), pf.lsbq(2), pf.lloyd_max(2)):
+    for quantizer in (pf.uniform(4, center=True), pf.lsbq(2), pf.lloyd_max(2)):
         assert quantizer.inverse_steps(quantizer.fit(rows), torch.float32) is None
-    assert LEAST > 2
 
     class halved(pf.uniform):  # whose levels are no longer those of its grid
         def levels(self, qparams: Tensor) -> Tensor:

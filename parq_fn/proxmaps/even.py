@@ -12,20 +12,22 @@ read (under vmap or a compiler, on a GPU) levels are searched as a table.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from parq_fn.foundation.scalar import concrete, is_plain
 
-#: Of fewer levels there is no rounding.
+#: Of fewer levels there are no cells to be found.
 LEAST = 3
+#: Up to so many levels, counting the bounds below a weight is faster than a rounding.
+COUNTED_MAX = 4
 
 
 class Even(NamedTuple):
-    """Levels step * i, i = first, first + 1, ..., of each row, as dtype rounds them; three or
-    more. Their cells are those of weights in the dtype of the inverse."""
+    """Levels step * i, i = first, first + 1, ..., of each row, as dtype rounds them; two or more,
+    for cells three. Those are of weights in the dtype of the inverse."""
 
     step: Tensor  # [r, 1]
     inverse: Tensor  # [r, 1], of the steps, as `inverse_of` gives it
@@ -33,6 +35,13 @@ class Even(NamedTuple):
     num_levels: int  # k
     dtype: torch.dtype
     room: Tensor | None = None  # [r, n], in dtype: where nearest levels may be put; steps are plain
+    bound: Tensor | None = None  # [r, k - 1]: of levels of a table; where the nearest are counted
+
+    def rows(self, s: slice) -> Even:
+        """Those of some of the rows."""
+        first = self.first[s] if isinstance(self.first, Tensor) else self.first
+        bound = None if self.bound is None else self.bound[s]
+        return self._replace(step=self.step[s], inverse=self.inverse[s], first=first, bound=bound)
 
     @property
     def last(self) -> Tensor | float:
@@ -66,6 +75,8 @@ class Even(NamedTuple):
         if self._in_place(x):
             lower, hi = x.new_empty(2, *x.shape)
             lo, half = torch.empty_like(x) if self.room is None else self.room, 0.5 * self.step
+            if self.bound is not None:
+                return torch.mul(self._counted(x, self.bound, lower, hi), self.step, out=lo)
             lower = self._lower(torch.mul(x, self.inverse, out=lower), True)
             torch.mul(lower, half, out=lo)
             middle = torch.add(lower, 1.0, out=hi).mul_(half).add_(lo)
@@ -84,6 +95,14 @@ class Even(NamedTuple):
         """The multiple next below the midpoint next to t. Takes the memory of t."""
         t = t.round_().sub_(0.5) if self._halves else t.floor_()
         return _held(t, self.first, self.last - 1, in_place)
+
+    def _counted(self, x: Tensor, bound: Tensor, out: Tensor, above: Tensor) -> Tensor:
+        """The multiple of the nearest level, of a number `first`."""
+        first: Any = self.first
+        torch.clamp(x, first, first, out=out)  # NaN stays NaN
+        for i in range(self.num_levels - 1):
+            out.add_(torch.gt(x, bound[..., i : i + 1], out=above))
+        return out
 
     def _in_place(self, x: Tensor) -> bool:
         """Whether products with the step are the levels, and memory is written to by nobody else.
@@ -126,7 +145,7 @@ def inverse_of(
     no half of a level and no inverse is subnormal: 8 tiny <= step, 4 (m + 1) step <= largest. A
     step of 0, whose levels are all 0, takes any inverse; NaN gives NaN.
     """
-    if count < LEAST or not step.numel():
+    if count < 2 or not step.numel():
         return None
     known, wide = step.detach(), torch.promote_types(dtype, torch.float32)
     written, used = torch.finfo(dtype), [torch.finfo(step.dtype), torch.finfo(wide)]

@@ -5,18 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parq_fn.proxmaps.even import LEAST, Even
-from parq_fn.proxmaps.levels import Levels, cell, closest, nan_with, prepare
+from parq_fn.proxmaps.levels import Levels, cell, closest, prepare
 from parq_fn.proxmaps.proxmap import Formula, follows_levels, no_scalars, prox_map
 
 
 def rounded(u: Tensor, q: Levels, bound: Tensor | None) -> Tensor:
     """The level nearest to u."""
-    near = closest(u, q, bound)
-    return near if isinstance(q, Even) else nan_with(u, near)  # the first has kept NaN
+    return closest(u, q, bound, keep_nan=True)
 
 
-HARD = Formula(rounded, no_scalars, even_from=LEAST)
+HARD = Formula(rounded, no_scalars, even_from=2)
 
 
 def hard_at(coefficient: float | None) -> Formula:

@@ -29,7 +29,7 @@ Levels = Tensor | Even
 LINEAR_SEARCH_MAX = 32
 #: Smallest number of levels for which the search for the nearest one gains from bounds at hand.
 BOUNDS_MIN = 5
-#: Up to so many levels the nearest one is the largest that is reached, without an index.
+#: Up to so many levels the nearest one is the highest that is reached, without an index.
 _REACHED = 4
 
 
@@ -191,32 +191,37 @@ def bounds(levels: Tensor) -> Tensor:
     return torch.where(middle < hi, middle, lo)  # as `nearer` decides
 
 
-def closest(x: Tensor, levels: Levels, bound: Tensor | None = None) -> Tensor:
-    """The nearest level, the lower one in a tie; for NaN any: [r, n], or [r, 1] where there is one.
+def closest(
+    x: Tensor, levels: Levels, bound: Tensor | None = None, *, keep_nan: bool = False
+) -> Tensor:
+    """The nearest level, the lower one in a tie: [r, n], or [r, 1] where there is one.
 
     bound: `bounds(levels)`, where the caller has them. x and levels prepared.
+    keep_nan: NaN gives NaN, in [r, n]; else any level.
     """
     if isinstance(levels, Even):
         return levels.closest(x)
     if bound is None:
         # a compiler computes bounds for each weight: of many levels, finding the cell is cheaper
         if torch.compiler.is_compiling() and levels.shape[-1] >= BOUNDS_MIN:
-            return nearer(x, *cell(x, levels))
+            level = nearer(x, *cell(x, levels))
+            return nan_with(x, level) if keep_nan else level
         bound = bounds(levels)
-    if 2 <= levels.shape[-1] <= _REACHED and is_plain(x) and is_plain(levels):
+    few = 2 <= levels.shape[-1] <= _REACHED and is_plain(x) and is_plain(levels)
+    if few and float((levels[..., -1] - levels[..., 0]).amax()) < torch.inf:
         return _highest_reached(x, levels, bound)
     (level,) = lookup(x, bound, levels)
-    return level
+    return nan_with(x, level) if keep_nan else level
 
 
 def _highest_reached(x: Tensor, levels: Tensor, bound: Tensor) -> Tensor:
-    """`closest` of two levels or more: the largest of q_1 and the q_{i+1} whose bound is below x.
-    In memory of its own, in place. Of levels 0.0 and -0.0 in one row it may be either."""
-    level = levels[..., :1]
+    """`closest` of two levels or more whose differences are finite: from the lowest on, the next
+    where its bound is below x. NaN gives NaN, a level -0.0 gives 0.0. In memory of its own."""
+    level = x.clamp(0.0, 0.0).add_(levels[..., :1])
+    above = torch.empty_like(level)
     for i in range(bound.shape[-1]):
-        above = torch.gt(x, bound[..., i : i + 1], out=torch.empty_like(x))  # 1 or 0
-        reached = above.sub_(0.5).mul_(torch.inf).clamp_max_(levels[..., i + 1 : i + 2])
-        level = reached.clamp_min_(level)
+        torch.gt(x, bound[..., i : i + 1], out=above)  # 1 or 0, at which lerp is exact
+        level.lerp_(levels[..., i + 1 : i + 2], above)
     return level
 
 
@@ -235,4 +240,4 @@ def nearest(rows: Tensor, levels: Tensor) -> Tensor:
     tensor([[-1., -1.,  1.]])
     """
     x, q = prepare(rows, levels)
-    return nan_with(x, closest(x, q)).to(rows.dtype)
+    return closest(x, q, keep_nan=True).to(rows.dtype)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from parq_fn.foundation.checks import Interval
 from parq_fn.foundation.traits import unchanged
-from parq_fn.proxmaps.even import LEAST
 from parq_fn.proxmaps.hard import HARD
 from parq_fn.proxmaps.levels import Levels, between, closest, prepare
 from parq_fn.proxmaps.proxmap import Formula, computed, follows_levels, itself, prox_map
@@ -21,7 +20,7 @@ def _pulled(u: Tensor, q: Levels, bound: Tensor | None, lam: Tensor) -> Tensor:
     return torch.where(gap.abs() <= lam, near, u - between(gap, -lam, lam))
 
 
-_PULLED = Formula(_pulled, itself, even_from=LEAST)
+_PULLED = Formula(_pulled, itself, even_from=2)
 
 
 def proxquant_at(strength: float | None) -> Formula:

@@ -148,9 +148,10 @@ class Pass:
             return
         for whole in wholes:
             how, (r, n) = maps.of(whole), whole.latent.shape
-            whole = how.with_inverse(whole)
-            if r == 1 or n > _PIECE or n >= _FEW_LEVELS * how.quantizer.num_levels:
-                whole = how.with_levels(whole)  # else as many as weights, and made for each piece
+            whole = how.with_even(whole)
+            few = r == 1 or n > _PIECE or n >= _FEW_LEVELS * how.quantizer.num_levels
+            if whole.even is None and few:  # else as many as weights, and made for each piece
+                whole = how.with_levels(whole)
             for piece in _pieces(whole) if maps.link.elementwise else [whole]:
                 how.write(piece)
 
@@ -187,14 +188,13 @@ def _pieces(whole: Rows) -> Iterator[Rows]:
     if not _on_cpu(latent) or r * n <= _WIDTH:
         yield whole
     elif r == 1 or n > _PIECE:
-        assert whole.levels is not None or whole.inverse is not None  # else made for every piece
+        assert whole.levels is not None or whole.even is not None  # else made for every piece
         end = n // _WIDTH * _WIDTH
         for i in range(r):
             row = some_rows(whole, slice(i, i + 1))
-            for a in range(0, end, _PIECE):
-                part = slice(a, min(a + _PIECE, end))
-                tall = latent[i, part].view(-1, _WIDTH), weight[i, part].view(-1, _WIDTH)
-                yield of_other_rows(row, *tall)
+            tall = (x[i, :end].view(-1, _WIDTH) for x in (latent, weight))
+            for pair in zip(*(torch.split(x, _PIECE // _WIDTH) for x in tall), strict=True):
+                yield of_other_rows(row, *pair)
             if end < n:
                 yield in_columns(row, slice(end, n))
     else:

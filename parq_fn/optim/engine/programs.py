@@ -51,7 +51,7 @@ class Programs:
 
     def _program(self, how: Map, parts: list[Rows]) -> Callable[..., None]:
         formula, k = how.formula, how.quantizer.num_levels
-        (latent, _, weight, levels, bound, inverse), table = parts[0], parts[0].table
+        (latent, _, weight, levels, bound, inverse, _), table = parts[0], parts[0].table
         device, columns = latent.device.type, table.shape[-1]
         dtypes = latent.dtype, table.dtype, weight.dtype
         grouped = latent.dim() > 2
@@ -93,7 +93,7 @@ def _with_levels(maps: Maps, wholes: list[Rows]) -> list[Rows]:
         one, how, sizes = parts[0], maps.of(parts[0]), _sizes(parts)
         levels = how.quantizer.levels_in(_tables(parts), one.weight.dtype)
         bound: Sequence[Tensor | None] = [None] * len(sizes)
-        if how.formula.prepared and how.formula.cells_from is None and _on_cpu(one):
+        if how.uses_bounds and _on_cpu(one):
             bound = _apart(bounds(levels.to(how.dtype)), sizes)  # a GPU has time for them
         for i, own, ends in zip(places, _apart(levels, sizes), bound, strict=True):
             wholes[i] = wholes[i]._replace(qparams=None, levels=own, bound=ends)

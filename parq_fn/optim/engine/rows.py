@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parq_fn.foundation.scalar import to_device
-from parq_fn.proxmaps.levels import Levels, prepare
+from parq_fn.foundation.scalar import is_number, to_device
+from parq_fn.proxmaps.even import COUNTED_MAX, Even
+from parq_fn.proxmaps.levels import Levels, bounds, prepare
 from parq_fn.proxmaps.proxmap import Formula
 from parq_fn.quantizers import Quantizer
 from parq_fn.transforms.prox_link import Prox, ProxState, shrunk
@@ -23,6 +24,7 @@ class Rows(NamedTuple):
     levels: Tensor | None = None  # [r, k], in the weight's dtype, where they are made already
     bound: Tensor | None = None  # `levels.bounds(levels)`, [r, k - 1]
     inverse: Tensor | None = None  # [r, 1], beside qparams: by which levels are rounded to
+    even: Any = None  # those levels as `Even`, where no compiler makes them
 
     @property
     def table(self) -> Tensor:
@@ -59,18 +61,27 @@ class Map(NamedTuple):
             return quantizer.inverse_steps(qparams, dtype)
         return None
 
-    def with_inverse(self, rows: Rows) -> Rows:
-        """The rows with the inverse of their steps, where a rounding finds their levels."""
-        if rows.qparams is None:
-            return rows
-        return rows._replace(inverse=self.inverse_steps(rows.qparams, rows.weight.dtype))
-
     def with_levels(self, rows: Rows) -> Rows:
-        """The rows with their levels, made once, where they are searched in."""
-        if rows.qparams is None or rows.inverse is not None:
+        """The rows with their levels, made once, and with bounds where these help."""
+        levels = self.quantizer.levels_in(rows.table, rows.weight.dtype)
+        bound = bounds(levels.to(self.dtype)) if self.uses_bounds else None
+        return rows._replace(qparams=None, levels=levels, bound=bound)
+
+    def with_even(self, rows: Rows) -> Rows:
+        """The rows with `Even` levels, where a rounding finds these."""
+        inverse = self.inverse_steps(rows.table, rows.weight.dtype)
+        if inverse is None:
             return rows
-        levels = self.quantizer.levels_in(rows.qparams, rows.weight.dtype)
-        return rows._replace(qparams=None, levels=levels)
+        even = self.quantizer.even(rows.table, inverse, rows.weight.dtype)
+        if self.uses_bounds and even.num_levels <= COUNTED_MAX and is_number(even.first):
+            levels = self.quantizer.levels_in(rows.table, rows.weight.dtype)
+            even = even._replace(bound=bounds(levels.to(self.dtype)))
+        return rows._replace(even=even)
+
+    @property
+    def uses_bounds(self) -> bool:
+        """Whether the formula looks for the nearest level, if it looks for any."""
+        return self.formula.prepared and self.formula.cells_from is None
 
 
 class Maps:
@@ -105,12 +116,13 @@ def write(
 ) -> None:
     """`Map.write`, of what a compiler is given and of what it is not."""
     u = shrunk(rows.latent, divisor)
-    levels: Levels | None = rows.levels
+    levels: Levels | None = rows.levels if rows.even is None else rows.even
     if rows.inverse is not None:
         levels = quantizer.even(rows.table, rows.inverse, rows.weight.dtype)
-        levels = levels._replace(room=rows.weight)
     elif levels is None:
         levels = quantizer.levels_in(rows.table, rows.weight.dtype)
+    if isinstance(levels, Even):
+        levels = levels._replace(room=rows.weight)
     if formula.prepared:
         u, levels = prepare(u, levels)
     rows.weight.copy_(formula.weight(u, levels, rows.bound, *scalars))
@@ -118,7 +130,7 @@ def write(
 
 def some_rows(rows: Rows, s: slice) -> Rows:
     """Some of the rows."""
-    return Rows._make(x if x is None else x[s] for x in rows)
+    return Rows._make(x.rows(s) if isinstance(x, Even) else x if x is None else x[s] for x in rows)
 
 
 def in_columns(rows: Rows, s: slice) -> Rows:
@@ -128,6 +140,8 @@ def in_columns(rows: Rows, s: slice) -> Rows:
 
 def of_other_rows(row: Rows, latent: Tensor, weight: Tensor) -> Rows:
     """The weights of one row, cut into rows."""
-    of_row = row.qparams, *row[3:]
-    qparams, *rest = (x if x is None else x.expand(len(latent), -1) for x in of_row)
+    of_row = (
+        x.expand(len(latent), -1) if isinstance(x, Tensor) else x for x in (row.qparams, *row[3:])
+    )
+    qparams, *rest = of_row
     return Rows(latent, qparams, weight, *rest)
