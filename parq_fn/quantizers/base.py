@@ -244,9 +244,8 @@ class Quantizer(Value):
         if self.telling and is_plain(x):
             qparams = self._qparams(x)
             # max|x| is at least the first over 256, and at most n mean|x|
-            first = qparams[:, 0]
-            near = (first * (_FAR / _TELLS) > 1) & (first * (_TELLS * x.shape[1]) < _FAR)
-            if bool(near.all()):
+            least, most = (float(end) for end in qparams[:, 0].aminmax()) if len(x) else (1.0, 1.0)
+            if least * (_FAR / _TELLS) > 1 and most * (_TELLS * x.shape[1]) < _FAR:
                 return qparams
         top = largest(x)
         finite = top.isfinite()

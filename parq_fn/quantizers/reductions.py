@@ -97,10 +97,10 @@ def run_sums(x: Tensor, run: int, f: Elementwise, *of_row: Tensor) -> Tensor:
 def total(x: Tensor, f: Elementwise, *of_row: Tensor) -> Tensor:
     """[r, 1] float64: the sum of f(x, ...) over each row, in an order that depends on n alone."""
     n = x.shape[1]
-    rest = summed(f(x[:, n // _RUN * _RUN :], *of_row)).double()
-    if n >= _RUN:
-        rest = rest + summed(run_sums(x, _RUN, f, *of_row))
-    return rest.unsqueeze(-1)
+    parts = [summed(run_sums(x, _RUN, f, *of_row))] if n >= _RUN else []
+    if n % _RUN or not parts:
+        parts.append(summed(f(x[:, n // _RUN * _RUN :], *of_row)).double())
+    return sum(parts[1:], parts[0]).unsqueeze(-1)
 
 
 def itself(x: Tensor, out: Tensor | None = None) -> Tensor:

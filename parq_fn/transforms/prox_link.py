@@ -265,15 +265,15 @@ class Prox(Link):
 
     def refit(self, state: ProxState, latents: PyTree) -> ProxState:
         """The state with qparams fitted to the updated latents, where they are due."""
-        due, first = self.due(state), state.count - 1 == self.warmup
-        m = self.quantizer.num_qparams
+        due, first, m = self.due(state), state.count - 1 == self.warmup, self.quantizer.num_qparams
 
         def fit(old: Tensor, latent: Tensor) -> Tensor:
             rows = self._rows(gathered(latent), state, self.granularity)
             new = self.quantizer.fit(rows)
             assert new.shape == (len(rows), m), f"{self.quantizer!r} fitted {tuple(new.shape)}"
-            shape = self.granularity.row_shape(latent)
-            new = new.reshape(*shape, m).to(old.dtype)
+            new = new.reshape(*(shape := self.granularity.row_shape(latent)), m).to(old.dtype)
+            if concrete(due) and concrete(new.sum().isfinite()):  # as then each of them is
+                return new
             take = new.isfinite().all(-1, keepdim=True) | to_device(first, old)
             take = to_device(due, old) & take
             if old.shape[-1] != m:  # levels of a version that kept them

@@ -60,6 +60,7 @@ def refit(
     """link.refit of each latent, bit for bit: of small ones with rows of one length together, but
     for quantizers to which all rows of a tensor are one whole."""
     found: dict[int, Tensor] = {}
+    large: list[int] = []
     alone = bool(getattr(link.quantizer, "num_whole", 0))
     small: dict[Any, dict[int, Tensor]] = {}
     for i, (latent, old) in enumerate(zip(latents, qparams, strict=True)):
@@ -70,7 +71,9 @@ def refit(
             kind = rows.shape[1], rows.dtype, old.shape[-1], old.dtype, old.device
             small.setdefault(kind, {})[i] = rows
         else:
-            found[i] = link.refit(state._replace(qparams=[old]), [latent]).qparams[0]
+            large.append(i)
+    own = state._replace(qparams=[qparams[i] for i in large])
+    found.update(zip(large, link.refit(own, [latents[i] for i in large]).qparams, strict=True))
     of_rows = dataclasses.replace(link, granularity=per_channel())
     for together in small.values():
         sizes = {i: rows.numel() for i, rows in together.items()}
