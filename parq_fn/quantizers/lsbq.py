@@ -15,7 +15,10 @@ from parq_fn.proxmaps.levels import between
 from parq_fn.quantizers.base import Grid, Quantizer, mirror, nan_rows
 from parq_fn.quantizers.centered import about_mean, less_mean
 from parq_fn.quantizers.reductions import (
+    NETWORK,
+    beside,
     in_order,
+    in_turn,
     mean,
     pieces,
     running_sums,
@@ -159,8 +162,13 @@ class lsbq(Quantizer):
             return Grid(qparams.clamp(max=end), -1.0, 1.0).levels(3)
         if self.method == "greedy":
             *others, largest = sums(qparams)
-            rest = [sorted_columns(torch.cat(others, -1))] if others else []
-            return mirror(torch.cat([*rest, largest], -1).clamp(max=end))
+            if len(others) > NETWORK:
+                others = list(torch.split(in_order(torch.cat(others, -1)), 1, -1))
+            else:
+                others = in_turn(others)
+            magnitudes = [*others, largest]
+            table = beside([*(-part for part in reversed(magnitudes)), *magnitudes])
+            return table.clamp(-end, end)
         return nan_rows(mirror(sorted_columns(qparams.clamp(max=end))), qparams)
 
 

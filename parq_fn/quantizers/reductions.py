@@ -144,17 +144,21 @@ def in_order(x: Tensor) -> Tensor:
     return x.sort(-1).values
 
 
-_NETWORK = 8  # columns up to which comparisons are known before, and so of whole columns
+NETWORK = 8  # columns up to which comparisons are known before, and so of whole columns
 
 
 def sorted_columns(x: Tensor) -> Tensor:
     """Each row [r, m] sorted, of few columns by minima and maxima of two of them: cheap in a
     compiler's loop, and where rows are short. A NaN may come to stand in several places."""
-    m = x.shape[-1]
-    if m > _NETWORK:
+    if x.shape[-1] > NETWORK:
         return in_order(x)
-    columns = [x[..., i : i + 1] for i in range(m)]
-    for i, j in exchanges(m):
+    return beside(in_turn(list(torch.split(x, 1, -1))))
+
+
+def in_turn(columns: list[Tensor]) -> list[Tensor]:
+    """Columns [r, 1], sorted."""
+    columns = [*columns]
+    for i, j in exchanges(len(columns)):
         one, other = columns[i], columns[j]
         if torch.compiler.is_compiling():  # one comparison, where minima also look for NaN
             right = one <= other
@@ -162,7 +166,19 @@ def sorted_columns(x: Tensor) -> Tensor:
         else:
             low, high = torch.minimum(one, other), torch.maximum(one, other)
         columns[i], columns[j] = low, high
-    return torch.cat(columns, -1)
+    return columns
+
+
+def beside(columns: list[Tensor]) -> Tensor:
+    """Columns [r, 1] as one table [r, m]: chosen by place under a compiler, which makes all of it
+    in one loop then, and of what is concatenated a column at a time in loops of their own."""
+    if not torch.compiler.is_compiling():
+        return torch.cat(columns, -1)
+    first, *others = columns
+    place = torch.arange(len(columns), device=first.device)
+    for i, column in enumerate(others, 1):
+        first = torch.where(place < i, first, column)
+    return first
 
 
 def exchanges(m: int) -> Iterator[tuple[int, int]]:
