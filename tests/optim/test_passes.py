@@ -89,7 +89,7 @@ def test_in_pieces_and_together(
     both(Pass(), link, state_at(link, step), jobs_of(link, latents, dtype))
 
 
-@pytest.mark.parametrize("n", [1023, 1024, 1 << 17, (1 << 17) + 1, (1 << 18) + 1500])
+@pytest.mark.parametrize("n", [1023, 1024, 1 << 18, (1 << 18) + 1, (1 << 19) + 1500])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_rows_of_any_length(n: int, rows: int) -> None:
     torch.manual_seed(0)

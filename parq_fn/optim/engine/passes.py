@@ -29,7 +29,7 @@ from parq_fn.quantizers.granularity import Granularity, per_channel
 from parq_fn.transforms.prox_link import Prox, ProxState, in_rows
 from parq_fn.transforms.sharded import gathered, is_dtensor
 
-_PIECE = 1 << 17  # elements that are mapped at a time
+_PIECE = 1 << 18  # elements that are mapped at a time
 _WIDTH = 1 << 10  # of the rows that a long row is cut into
 _FEW_LEVELS = 8  # times as many weights as levels in a row: levels are made for all at once
 _SMALL = 1 << 12  # elements of a parameter that is fitted or mapped with others
