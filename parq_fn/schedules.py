@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parq_fn.foundation.checks import POSITIVE, SHARE, check_before, check_numbers, readable
+from parq_fn.foundation.checks import (
+    POSITIVE,
+    SHARE,
+    check_annealing,
+    check_before,
+    check_numbers,
+    readable,
+)
 from parq_fn.foundation.scalar import Scalar, as_scalar, at, is_number
 from parq_fn.foundation.traits import ScheduleTraits
 from parq_fn.foundation.value import Value, value
@@ -299,7 +306,7 @@ class inverse_slope(Schedule):
 
     def __post_init__(self) -> None:
         who = "inverse_slope"
-        check_before(who, anneal_start=self.anneal_start, anneal_end=self.anneal_end)
+        check_annealing(who, anneal_start=self.anneal_start, anneal_end=self.anneal_end)
         check_numbers(who, POSITIVE, steepness=self.steepness)
         check_numbers(who, center=self.center)
 

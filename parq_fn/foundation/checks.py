@@ -111,3 +111,22 @@ def check_before(who: str, **fields: Any) -> None:
         raise ValueError(
             f"{who}: {first} must come before {last}, got {first}={start}, {last}={end}"
         )
+
+
+def check_annealing(who: str, **bounds: Any) -> None:
+    """Raises ValueError unless two bounds of an annealing are steps, one before the other; between
+    0 and 1 they are meant for fractions of the training, of whose length nothing is known here.
+
+    >>> check_annealing("parq_prox", anneal_start=0, anneal_end=0.9)
+    Traceback (most recent call last):
+    ValueError: parq_prox: anneal_end=0.9 is between 0 and 1, and bounds are steps, not fractions of
+    the training; give 0.9 times the number of steps
+    """
+    check_before(who, **bounds)
+    for name, got in bounds.items():
+        bound = readable(got)
+        if bound is not None and 0 < bound < 1:
+            raise ValueError(
+                f"{who}: {name}={bound} is between 0 and 1, and bounds are steps, not fractions of "
+                f"the training; give {bound} times the number of steps"
+            )

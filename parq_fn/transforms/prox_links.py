@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parq_fn import proxmaps, schedules
-from parq_fn.foundation.checks import NOT_NEGATIVE, POSITIVE, check_before, check_numbers
+from parq_fn.foundation.checks import NOT_NEGATIVE, POSITIVE, check_annealing, check_numbers
 from parq_fn.foundation.scalar import Scalar, at
 from parq_fn.foundation.value import value
 from parq_fn.transforms.prox_link import Prox
@@ -39,7 +39,8 @@ class hard_prox(Prox):
 class _Annealed(Prox):
     """A prox link whose map sharpens from anneal_start to anneal_end and is hard from then on.
 
-    Raises ValueError unless anneal_start < anneal_end.
+    Raises ValueError unless anneal_start < anneal_end, and for bounds between 0 and 1, which are
+    meant for fractions; bounds are steps.
     """
 
     #: The step at which the annealing starts.
@@ -50,7 +51,7 @@ class _Annealed(Prox):
     def __post_init__(self) -> None:
         super().__post_init__()
         who = type(self).__name__
-        check_before(who, anneal_start=self.anneal_start, anneal_end=self.anneal_end)
+        check_annealing(who, anneal_start=self.anneal_start, anneal_end=self.anneal_end)
 
     @property
     def begins(self) -> float | Tensor:
