@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._weights_only_unpickler import _get_allowed_globals, _get_user_allowed_globals
 from torch.optim import Optimizer, optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -41,6 +42,23 @@ def writes_to(tensor: Tensor) -> int:
 def copy_each(into: list[Tensor], of: list[Tensor]) -> None:
     """Copies tensors into others, of all in few operations."""
     torch._foreach_copy_(into, of)
+
+
+def is_composed(tensor: Tensor) -> bool:
+    """Whether it is of a class that computes with inner tensors, as a DTensor and what libraries
+    make of codes and scales: they need not know how to be copied or made anew."""
+    return hasattr(type(tensor), "__tensor_flatten__")
+
+
+def parts_copied(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The tensor with its innermost tensors changed, which are to keep their shapes."""
+    if not is_composed(tensor):
+        return change(tensor)
+    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined] # it is composed
+    inner = {name: parts_copied(getattr(tensor, name), change) for name in names}
+    kind: Any = type(tensor)
+    found: Tensor = kind.__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+    return found
 
 
 # Modules
@@ -74,6 +92,31 @@ def has_step_hooks(base: Optimizer) -> bool:
 def drop_step_hooks(base: Optimizer) -> None:
     """Takes an optimizer's own hooks of a step away."""
     base.__dict__.update((name, OrderedDict()) for name in _STEP_HOOKS)
+
+
+_SAVING_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+def saves_by_itself(base: Optimizer) -> bool:
+    """Whether an optimizer's class, or a hook, does more than torch where state is saved or
+    loaded."""
+    kind = type(base)
+    own = (kind.state_dict, kind.load_state_dict) != (
+        Optimizer.state_dict,
+        Optimizer.load_state_dict,
+    )
+    return own or any(getattr(base, name) for name in _SAVING_HOOKS)
+
+
+def own_attributes(base: Optimizer) -> dict[str, Any]:
+    """What an optimizer keeps besides what all have; torch's way of copying one leaves it out."""
+    common = {*vars(Optimizer([torch.empty(0)], {})), "step"}
+    return {name: got for name, got in vars(base).items() if name not in common}
 
 
 def hooks_before_load(of: Optimizer) -> list[Callable[..., Any]]:
@@ -153,3 +196,12 @@ def nested(flat: dict[str, Any], paths: dict[str, tuple[str | int, ...]]) -> dic
 
     found: dict[str, Any] = unflatten_state_dict(flat, paths)
     return found
+
+
+def values_in_files() -> dict[tuple[str, str], Any]:
+    """{(module, name): class or function} that torch.load takes of a file with weights_only=True,
+    those that users have allowed among them."""
+    users: dict[str, Any] = _get_user_allowed_globals()  # type: ignore[no-untyped-call] # torch's
+    named = {**_get_allowed_globals(), **users}
+    parted = ((name.rpartition("."), got) for name, got in named.items())
+    return {(module, name): got for (module, _, name), got in parted}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from parq_fn.foundation.scalar import new_count
-from parq_fn.optim.base_optimizer import template_of, widened
+from parq_fn.optim.base_optimizer import template_of, varying, widened
+from parq_fn.optim.base_saving import beyond_of, restored, saved
 from parq_fn.optim.groups import KEYS, digest, is_quantized
 from parq_fn.optim.old_states import Kept, with_qparams
 from parq_fn.optim.owner import Place
@@ -76,7 +78,7 @@ class BaseOwner:
         }
 
     def _template(self, place: Place, latent: Tensor) -> Entries:
-        entries = template_of(self.base, place.group, place.p, latent)
+        entries = template_of(self.base, place.group, place.p, latent, place.label)
         clash = sorted(entries.keys() & {*OWN})
         if clash:
             raise ValueError(
@@ -130,10 +132,61 @@ class BaseOwner:
                 found[p] = {"qparams": own} if own else {}
         return found
 
+    @contextmanager
+    def latents_in_groups(self) -> Iterator[None]:
+        """All latents in the places of their parameters, for what the base does to all."""
+        kept = [group["params"] for group in self.base.param_groups]
+        try:
+            for group, params in zip(self.base.param_groups, kept, strict=True):
+                group["params"] = [self.latents[p] for p in params]
+            yield
+        finally:
+            for group, params in zip(self.base.param_groups, kept, strict=True):
+                group["params"] = params
+
+    def saved(self) -> tuple[dict[Tensor, Entries], list[Group], Entries]:
+        """(entries of parameters as they are saved, groups as the base saves them, what it saves
+        that is of no parameter)."""
+        state = self.optimizer.state
+        mine = {
+            p: _parted(state[p]) for group in self.optimizer.param_groups for p in group["params"]
+        }
+        theirs, groups, beyond = saved(
+            self.base, self.latents, {p: base for p, (base, _) in mine.items()}
+        )
+        return {p: {**theirs[p], **own} for p, (_, own) in mine.items()}, groups, beyond
+
+    def shown(self) -> dict[Tensor, Entries]:
+        return self.saved()[0]
+
+    def varies(self, p: Tensor) -> Callable[[str], bool]:
+        groups = self.optimizer.param_groups
+        group = next(g for g in groups if any(p is one for one in g["params"]))
+        found = varying(self.base, group, p, self.latents[p])
+        return lambda key: key not in OWN and found(key)
+
+    def restored(
+        self,
+        rows: list[tuple[Tensor, Entries | None]],
+        groups: list[Group],
+        state_dict: dict[str, Any],
+    ) -> list[tuple[Tensor, Entries | None]]:
+        """The base has none of what was saved before its first step."""
+        parts = [(p, _parted(entries or {})) for p, entries in rows]
+        given = [
+            (p, base if entries is not None and self.trained(entries) else None)
+            for (p, entries), (_, (base, _)) in zip(rows, parts, strict=True)
+        ]
+        made = restored(self.base, self.latents, given, groups, beyond_of(state_dict))
+        return [
+            (p, entries if own is None or entries is None else {**own, **mine})
+            for (p, entries), (_, own), (_, (_, mine)) in zip(rows, made, parts, strict=True)
+        ]
+
     def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
         """Entries of the base optimizer alone, as of training in full precision, too."""
         if "updates" in saved:
-            check_keys(mine.keys() - {"latent", "link"}, saved, label)
+            self._check_keys(p, mine.keys() - {"latent", "link"}, saved, label)
             if "link" in mine and saved.setdefault("link", mine["link"]) != mine["link"]:
                 raise ValueError(
                     f"loaded state dict, parameter {label!r}: it was trained with another prox "
@@ -141,10 +194,14 @@ class BaseOwner:
                     'the entries "link" to go on with this'
                 )
             return saved
-        check_keys(mine.keys() - {*OWN}, saved, label)
+        self._check_keys(p, mine.keys() - {*OWN}, saved, label)
         own = {key: mine[key] for key in QUANTIZED if key in mine and key != "latent"}
         moved = widened(saved, p, mine.get("latent", p))
         return {**own, **moved, "updates": torch.ones((), dtype=torch.int64)}
+
+    def _check_keys(self, p: Tensor, needed: Iterable[str], saved: Entries, label: str) -> None:
+        varies = self.varies(p)
+        check_keys([key for key in needed if key in saved or not varies(key)], saved, label)
 
     def resume(self) -> None:
         """Makes entries of those that versions without a store have pickled."""
@@ -159,6 +216,12 @@ class BaseOwner:
     def _link_of(self, p: Tensor) -> Prox:
         groups = self.optimizer.param_groups
         return next(self.link(g) for g in groups if any(p is one for one in g["params"]))
+
+
+def _parted(entries: Entries) -> tuple[Entries, Entries]:
+    """(the base optimizer's entries, ours)."""
+    own = {key: got for key, got in entries.items() if key in OWN}
+    return {key: got for key, got in entries.items() if key not in OWN}, own
 
 
 def scalars(state: ProxState) -> Entries:

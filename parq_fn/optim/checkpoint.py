@@ -40,7 +40,7 @@ from parq_fn.optim.checkpoint_files import (
     target_of,
     unfinished_of,
 )
-from parq_fn.optim.checkpoint_state import by_name, fit, place_of, read
+from parq_fn.optim.checkpoint_state import by_name, check_values, fit, place_of, read
 from parq_fn.optim.ranks import gathered, many, rank_and_world, together
 from parq_fn.optim.state import Group
 
@@ -122,19 +122,23 @@ def load_checkpoint(
     files; folders that torch.distributed.checkpoint or an earlier version wrote have none, so that
     of them only what was cut off is found. Digests are against accidents: load no checkpoint that
     you do not trust. `.metadata` is a pickle, of which no other classes are taken than torch
-    writes; but whatever is no tensor is pickled too, and torch loads it as it is.
+    writes; whatever is no tensor is pickled too, and of it values alone are taken, as of
+    torch.load(weights_only=True), and what torch.serialization.add_safe_globals allows.
 
     Raises FileNotFoundError where there is no checkpoint; ValueError, and changes nothing, where a
-    part of it is missing, of another shape, damaged or cut off, for groups that were quantized
-    otherwise or whose parameters were saved with other values each, and where TransformOptimizer
-    finds nothing that is its own; TypeError as `save_checkpoint`, and for an optimizer without its
-    model.
+    part of it is missing, of another shape, damaged, cut off or more than values, for groups that
+    were quantized otherwise or whose parameters were saved with other values each, and where
+    TransformOptimizer finds nothing that is its own; TypeError as `save_checkpoint`, and for an
+    optimizer without its model.
     """
     _check_others(others)
     if model is None and optimizer is not None:
         raise TypeError("got an optimizer without its model; its state is saved by their names")
     folder, (rank, world) = found(folder), rank_and_world()
     index = together(lambda: check_files(folder, rank, world))
+    both = [name for name, got in (("model", model), ("optimizer", optimizer)) if got is not None]
+    with _quiet():
+        together(lambda: check_values(folder, index, [*both, *others]))
     saved: dict[str, Any] = {**others}
     groups: Any = None
     with _quiet(), _thawed(model) if model is not None else nullcontext():

@@ -11,6 +11,7 @@ loaded.
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.optim import Optimizer
 
 from parq_fn.foundation.torch_private import nested
 from parq_fn.optim.adapter import Adapter
 from parq_fn.optim.base_owner import OWN
+from parq_fn.optim.checkpoint_bytes import Planner, restricted
+from parq_fn.optim.groups import KEYS
 from parq_fn.optim.quantized import QuantOptimizer
-from parq_fn.optim.state import Entries, Group
+from parq_fn.optim.state import BEYOND, Entries, Group
+from parq_fn.optim.tree_owner import DIGEST
 
 _NAMES = ("params", "param_names")
 #: What groups show of their last step; parameters need not agree in it.
@@ -37,11 +45,23 @@ _GROUPS, _STATE = "optimizer.param_groups.", "optimizer.state."
 def by_name(state: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's state dict, with names for parameters, to save: its groups by them."""
     groups = {
-        name: {key: got for key, got in group.items() if key not in _NAMES}
+        name: {key: got for key, got in group.items() if key not in (*_NAMES, BEYOND)}
         for group in state["param_groups"]
         for name in group["params"]
     }
-    return {**state, "param_groups": groups}
+    beyond = [group[BEYOND] for group in state["param_groups"] if BEYOND in group]
+    return {**state, "param_groups": groups, **({BEYOND: _packed(beyond[0])} if beyond else {})}
+
+
+def _packed(got: Any) -> Tensor:
+    """[bytes], uint8: of anything, with dicts and lists that are empty, which torch leaves out."""
+    file = io.BytesIO()
+    torch.save(got, file)
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def _unpacked(got: Tensor) -> Any:
+    return restricted(io.BytesIO(got.numpy().tobytes()), f"the entry {BEYOND!r}")
 
 
 def place_of(stored: Any) -> Any:
@@ -54,10 +74,27 @@ def place_of(stored: Any) -> Any:
 def read(folder: Path, saved: dict[str, Any], *, no_dist: bool) -> None:
     """Fills what was saved in; raises ValueError for what is missing or of another shape."""
     try:
-        load(saved, checkpoint_id=folder, no_dist=no_dist)
+        load(saved, checkpoint_id=folder, planner=Planner(), no_dist=no_dist)
     except CheckpointException as error:
         causes = sorted({str(cause) for cause, _ in error.failures.values()})
         raise ValueError(f"checkpoint {folder} does not fit: {'; '.join(causes)}") from None
+
+
+def check_values(folder: Path, index: Metadata, names: Iterable[str]) -> None:
+    """Raises ValueError where what was saved under these names, and is no tensor, holds more than
+    values; groups are read apart, before anything is changed."""
+    wanted = tuple(f"{name}." for name in names)
+    _read(
+        folder,
+        index,
+        [
+            key
+            for key, stored in index.state_dict_metadata.items()
+            if isinstance(stored, BytesStorageMetadata)
+            and f"{key}.".startswith(wanted)
+            and not key.startswith(_GROUPS)
+        ],
+    )
 
 
 # Groups
@@ -70,7 +107,7 @@ def _saved_groups(folder: Path, index: Metadata, own: list[Group]) -> list[Group
     Raises ValueError for parameters of one group that were saved with different values.
     """
     names = {name for group in own for name in group["params"]}
-    keys = {key for group in own for key in group} - {*_NAMES}
+    ours = {*KEYS, "quant_prox", *_SHOWN} - {key for group in own for key in group}
     positions = _positions(folder, index)
     owners: dict[str | int, list[str]] = {}
     for name in names:
@@ -78,11 +115,27 @@ def _saved_groups(folder: Path, index: Metadata, own: list[Group]) -> list[Group
     paths = {
         key: path
         for key, path in _group_paths(index).items()
-        if path[0] in owners and path[1] in keys
+        if path[0] in owners and path[1] not in (*_NAMES, *ours)
     }
     found = nested(_read(folder, index, paths), paths)
+    beyond = _beyond(folder, index)
+    for values in found.values():
+        beyond |= values.pop(BEYOND, {})
     saved = {name: values for owner, values in found.items() for name in owners[owner]}
-    return [_joined(folder, i, group, saved) for i, group in enumerate(own)]
+    groups = [_joined(folder, i, group, saved) for i, group in enumerate(own)]
+    if groups:
+        groups[0].pop(BEYOND, None)
+        groups[0] |= {BEYOND: beyond} if beyond else {}
+    return groups
+
+
+def _beyond(folder: Path, index: Metadata) -> Entries:
+    """What was saved of a base optimizer that is of no parameter."""
+    key = f"optimizer.{BEYOND}"
+    if key not in index.state_dict_metadata:
+        return {}
+    found: Entries = _unpacked(_read(folder, index, [key])[key])
+    return found
 
 
 def _group_paths(index: Metadata) -> dict[str, tuple[str | int, ...]]:
@@ -125,10 +178,8 @@ def _joined(folder: Path, index: int, own: Group, saved: dict[Any, Entries]) -> 
     by: dict[str, str] = {}
     for name in own["params"]:
         for key, got in saved.get(name, {}).items():
-            if key not in own:
-                continue
             if key not in by:
-                by[key], group[key] = name, _like(got, own[key])
+                by[key], group[key] = name, _like(got, own.get(key))
             elif key not in _SHOWN and not _same(saved[by[key]][key], got):
                 raise ValueError(
                     f"checkpoint {folder}: group {index} of the optimizer has {by[key]!r}, which "
@@ -145,6 +196,10 @@ def _like(got: Any, own: Any) -> Any:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
     return bool(one == other)
 
 
@@ -155,7 +210,7 @@ def fit(folder: Path, index: Metadata, optimizer: Optimizer, state: dict[str, An
     """Gives groups what was saved of them, and leaves out of an adapter's state what a checkpoint
     has not and it can do without.
 
-    Those are the digest of a link, in earlier versions' checkpoints, and all that QuantOptimizer
+    Those are the digests of links, in earlier versions' checkpoints, and all that QuantOptimizer
     adds to its base where the checkpoint is of training in full precision.
     Raises ValueError for another optimizer's checkpoint, of which TransformOptimizer can take
     nothing, and where groups were quantized otherwise.
@@ -172,15 +227,46 @@ def fit(folder: Path, index: Metadata, optimizer: Optimizer, state: dict[str, An
             key in stored for key, last in named.items() if last == "updates"
         ):
             _leave_to_the_base(entries, stored)
-        for name, own in entries.items():
-            if f"{_STATE}{name}.link" not in stored:
-                own.pop("link", None)
+        _make_places(index, optimizer, state)
     elif named and stored.isdisjoint(named) and "optimizer" in stored:
         raise ValueError(
             f"checkpoint {folder} does not fit: it is of an optimizer that TransformOptimizer has "
             "no entries of; load the model alone, load_checkpoint(folder, model), whose weights "
             "become the latents"
         )
+    for name, own in entries.items():
+        for key in ("link", DIGEST):
+            if f"{_STATE}{name}.{key}" not in stored:
+                own.pop(key, None)
+
+
+def _make_places(index: Metadata, optimizer: QuantOptimizer, state: dict[str, Any]) -> None:
+    """Makes places for entries that a base optimizer has made since its first step, and for those
+    whose shapes are not always the same."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    by_name = dict(zip(names, params, strict=True))
+    paths: dict[str, dict[str, tuple[str | int, ...]]] = {}
+    for key, path in (index.planner_data or {}).items():
+        if path[:2] == ("optimizer", "state") and len(path) > 3:
+            paths.setdefault(str(path[2]), {})[key] = path[3:]
+    for name, own in state["state"].items():
+        flat = paths.get(name, {})
+        places = {key: place_of(index.state_dict_metadata[key]) for key in flat}
+        for key, place in nested(places, flat).items():
+            if key in OWN or (key in own and _fits(own[key], place)):
+                continue
+            p = by_name[name]
+            if key not in own or optimizer.entry_varies(p, key):
+                alike = isinstance(place, Tensor) and place.shape == p.shape
+                own[key] = torch.empty_like(p, dtype=place.dtype) if alike else place
+
+
+def _fits(own: Any, place: Any) -> bool:
+    if isinstance(own, Tensor) or isinstance(place, Tensor):
+        alike = isinstance(own, Tensor) and isinstance(place, Tensor)
+        return alike and own.shape == place.shape
+    return type(own) is type(place) and not isinstance(own, dict | list)
 
 
 def _ends(key: str) -> list[int]:

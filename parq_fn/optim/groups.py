@@ -136,15 +136,15 @@ def _others(axis: int | tuple[int, ...], params: list[Tensor]) -> int | tuple[in
     return along[0] if len(along) == 1 else along
 
 
-def digest(link: Prox) -> Tensor:
-    """[], int64: a number that other links do not have: of what it prints as, and of its tensors.
+def digest(*links: Prox) -> Tensor:
+    """[], int64: a number that other links do not have: of what they print as, and their tensors.
 
     >>> from parq_fn import hard_prox, lsbq
     >>> bool(digest(hard_prox(lsbq(2))) == digest(hard_prox(lsbq(3))))
     False
     """
-    text = re.sub(r" at 0x[0-9a-f]+", "", repr(link))  # where an object lies
-    shown = [text, *(f"{got.dtype}{got.tolist()}" for got in _tensors(link))]
+    texts = [re.sub(r" at 0x[0-9a-f]+", "", repr(link)) for link in links]  # where an object lies
+    shown = [*texts, *(f"{got.dtype}{got.tolist()}" for got in _tensors(links))]
     found = hashlib.sha256("\n".join(shown).encode()).digest()
     return torch.tensor(int.from_bytes(found[:8], "big", signed=True))
 

@@ -7,12 +7,13 @@ it. Every public method of an adapter begins with `LatentStore.sync`, which find
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from parq_fn.optim.marks import BEHIND, COPIED, LOADED, WRITTEN, Compare, Mark
 from parq_fn.optim.old_states import Kept, like_saved, with_qparams
 from parq_fn.optim.owner import Owner, Place
 from parq_fn.optim.state import (
@@ -27,28 +28,13 @@ from parq_fn.optim.state import (
     matched,
     name_of,
     refuse_flat,
+    refuse_meta,
+    refuse_reshaped,
     taken_over,
     versions,
     wide,
 )
 from parq_fn.transforms.sharded import is_dtensor, local
-
-# What a parameter holds, where nothing was done to it since.
-COPIED = "copied"  # what its latent is a copy of
-WRITTEN = "written"  # the weights of its latent
-BEHIND = "behind"  # the weights that its latent had when it was frozen
-LOADED = "loaded"  # anything: its latent was loaded, and is the one that counts
-
-
-#: Parameters whose values are compared, though torch counted no write.
-Compare = Literal["none", "sharded", "all"]
-
-
-class Mark(NamedTuple):
-    """What tells that a parameter was written since, and what it held."""
-
-    versions: tuple[int, ...]
-    held: str
 
 
 class LatentStore:
@@ -89,6 +75,8 @@ class LatentStore:
             for i, p in enumerate(group["params"]):
                 label = name_of(group, index, i)
                 refuse_flat(self.owner.who, p, label)
+                if begin:
+                    refuse_meta(self.owner.who, p, label)
                 name = label if group.get("param_names") else f"{index}.{i}"
                 if name in taken:
                     raise ValueError(
@@ -162,6 +150,7 @@ class LatentStore:
             latent = entries.get("latent", p if self.owner.widens else None)
             if latent is not None:
                 check_dtype(self.owner.who, p, latent, label)
+                refuse_reshaped(self.owner.who, tuple(latent.shape), p, label)
             moved = beside(p, entries)
             if moved:
                 entries.update(moved)
@@ -198,6 +187,7 @@ class LatentStore:
             names[new] = names.pop(old)
             label = names[new][1]
             refuse_flat(who, new, label)
+            refuse_reshaped(who, tuple(old.shape), new, label)
             if _are_alike(old, new):
                 kept[new] = state[old]
             elif self.owner.trained(state[old]):
@@ -242,6 +232,20 @@ class LatentStore:
                     "otherwise than its own; build another optimizer"
                 )
         return pairs
+
+    def rewrite(self) -> None:
+        """Parameters hold the weights of their latents, which have moved outside of a step."""
+        with torch.no_grad():
+            state, params = self.optimizer.state, self._with_latents()
+            for p, weight in self.owner.weights([p for p in params if not self._is_copy(p)]):
+                local(p).copy_(weight)
+                self.wrote(p)
+            for p in filter(self._is_copy, params):
+                p.copy_(state[p]["latent"])
+                self._mark(p, COPIED)
+
+    def _is_copy(self, p: Tensor) -> bool:
+        return p in self._marks and self._marks[p].held == COPIED
 
     def wrote(self, p: Tensor) -> None:
         """The parameter holds the weights of its latent."""
@@ -319,12 +323,13 @@ class LatentStore:
         edited = self._edited()  # before anything is loaded, perhaps from the state's own memory
         state_dict = before_load(self.optimizer, state_dict)
         restored: list[tuple[Tensor, Entries | None]] = []
-        kept_of = self.owner.kept()
+        kept_of, shown = self.owner.kept(), self.owner.shown()
         for p, saved, label in self.matched(state_dict):
             if saved is not None:
-                saved = self._fitted(p, saved, kept_of[p], label)
+                saved = self._fitted(p, shown[p], saved, kept_of[p], label)
             restored.append((p, saved))
         groups = loaded_groups(self.optimizer, state_dict)
+        restored = self.owner.restored(restored, groups, state_dict)
         shared = self.owner.shared()
         first = next((entries for _, entries in restored if entries is not None), {})
         common = {key: got for key, got in first.items() if key in shared}
@@ -343,13 +348,14 @@ class LatentStore:
                 self._mark(p, LOADED if kept else COPIED)
         after_load(self.optimizer)
 
-    def _fitted(self, p: Tensor, saved: Entries, kept: dict[str, Kept], label: str) -> Entries:
+    def _fitted(
+        self, p: Tensor, mine: Entries, saved: Entries, kept: dict[str, Kept], label: str
+    ) -> Entries:
         """Copies of saved entries; raises ValueError where they do not fit."""
-        mine = self.optimizer.state[p]
         saved = with_qparams(saved, kept)
         saved = {key: got for key, got in saved.items() if key != "latent" or key in mine}
         entries = self.owner.fits(p, mine, saved, label)
-        check_entries(like_saved(mine, entries, kept), entries, label)
+        check_entries(like_saved(mine, entries, kept), entries, label, self.owner.varies(p))
         copied = {key: loaded(got, mine.get(key), p) for key, got in entries.items()}
         if "latent" in copied:
             copied["latent"] = copied["latent"].to(wide(p))

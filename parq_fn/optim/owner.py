@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -53,6 +53,21 @@ class Owner(Protocol):
 
     def kept(self) -> dict[Tensor, dict[str, Kept]]:
         """What the qparams among the entries of every parameter are of, by their keys."""
+
+    def shown(self) -> dict[Tensor, Entries]:
+        """The entries of every parameter in the form in which they are saved."""
+
+    def varies(self, p: Tensor) -> Callable[[str], bool]:
+        """Whether an entry of the parameter, by its key, may be of any shape, or not be there."""
+
+    def restored(
+        self,
+        rows: list[tuple[Tensor, Entries | None]],
+        groups: list[Group],
+        state_dict: dict[str, Any],
+    ) -> list[tuple[Tensor, Entries | None]]:
+        """Saved entries of each parameter as they are to be kept, and what the state dict holds
+        besides taken over; raises ValueError, and changes nothing, where that does not fit."""
 
     def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
         """Entries of a saved state, completed by the parameter's own; raises ValueError where they

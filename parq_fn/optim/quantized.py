@@ -26,26 +26,25 @@ from torch.optim import Optimizer
 from parq_fn.foundation.checks import SHARE, check_numbers
 from parq_fn.foundation.scalar import as_scalar, concrete
 from parq_fn.foundation.torch_private import not_traced
-from parq_fn.optim.adapter import Adapter
-from parq_fn.optim.base_optimizer import steps_apart
+from parq_fn.optim.base_optimizer import check_base, check_not_kept, steps_apart
 from parq_fn.optim.base_owner import OWN, BaseOwner, prox_state, scalars
 from parq_fn.optim.engine.chunks import chunks
 from parq_fn.optim.engine.passes import Job, Pass, refit
 from parq_fn.optim.groups import KEYS, check_group, is_quantized, link_of
 from parq_fn.optim.latents import LatentStore
 from parq_fn.optim.state import Group, value_of, wide
+from parq_fn.optim.wrapping import Wrapping
 from parq_fn.transforms.links import times
 from parq_fn.transforms.prox_link import Prox, ProxState, in_rows
 from parq_fn.transforms.prox_links import parq_prox
 from parq_fn.transforms.sharded import local, part_of
 
-_UNFIT = (torch.optim.LBFGS, torch.optim.SparseAdam)
 
-
-class QuantOptimizer(Adapter):
+class QuantOptimizer(Wrapping):
     """A torch.optim optimizer whose quantized parameters hold map(latent, levels, coefficient).
 
-    base_optimizer: any but LBFGS and SparseAdam; what it has learned of its parameters it keeps.
+    base_optimizer: any that moves the parameters of its groups by itself, without a closure, but
+    LBFGS and SparseAdam; what it has learned of them it keeps.
     Of its groups are quantized those with a "prox", a prox link of their own, and those with
     "quant_bits" below 16, by `prox`; the others, and those with 16 bits or more, are the base
     optimizer's alone. A group's "quant_bits" (0 is ternary) override those of the link's
@@ -77,11 +76,10 @@ class QuantOptimizer(Adapter):
     where quantized "latent" (float32 or better, like the parameter), "qparams" [..., m] in its
     dtype (as of a prox link), "count" [], int64, "slope" and "lr_sum" [], float64.
 
-    Raises TypeError for an unfit optimizer, something else than a prox link, and FSDP1's flat
-    parameters; ValueError where there is a link and no group has quant_bits, bits and no link, for
-    other keys "quant_...", two parameters of one name, for a base
-    whose state has names of those above, and as the quantizer and granularity do, with the
-    parameter's name where its group has names.
+    Raises TypeError for an optimizer around another, what is no prox link, and FSDP1's flat
+    parameters; ValueError for other unfit optimizers, where there is a link and no group has
+    quant_bits, bits and no link, for other keys "quant_...", two parameters of one name, a base
+    whose state has names of those above, and as the quantizer and granularity do.
 
     >>> from parq_fn import lsbq, parq_prox
     >>> from parq_fn.optim import QuantOptimizer
@@ -107,12 +105,7 @@ class QuantOptimizer(Adapter):
         anneal_weight_decay: float = 0.0,
         compile: bool = False,
     ):
-        given: Any = base_optimizer
-        if not isinstance(given, Optimizer) or isinstance(given, (*_UNFIT, QuantOptimizer)):
-            raise TypeError(
-                "QuantOptimizer: expected a torch.optim optimizer other than LBFGS and "
-                f"SparseAdam, got {type(base_optimizer).__name__}"
-            )
+        check_base(base_optimizer)
         if prox is not None and not isinstance(prox, Prox):
             raise TypeError(
                 "QuantOptimizer: expected a prox link such as parq_prox(lsbq(2), ...), got "
@@ -122,8 +115,8 @@ class QuantOptimizer(Adapter):
         if not isinstance(compile, bool):
             raise TypeError(f"QuantOptimizer: expected compile=True or False, got {compile!r}")
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
-        self.base, self.prox = base_optimizer, prox
-        self.anneal_weight_decay, self.compile = anneal_weight_decay, compile
+        self.base, self.prox, self.compile = base_optimizer, prox, compile
+        self.anneal_weight_decay = anneal_weight_decay
         self.param_groups = base_optimizer.param_groups
         self._own: list[Prox | None] = []
         self._links: dict[tuple[Any, ...], Prox] = {}
@@ -131,8 +124,10 @@ class QuantOptimizer(Adapter):
         owner = BaseOwner(self, base_optimizer, self.link, self._weight)
         self._store, self._latents = LatentStore(self, owner), owner.latents
         self._enter(self.param_groups)
+        quantized = [place for place in self._store.places() if is_quantized(place.group)]
+        check_not_kept(base_optimizer, {place.p: place.label for place in quantized})
         asked = any(group.get("quant_bits") is not None for group in self.param_groups)
-        if prox is not None and not asked and not any(map(is_quantized, self.param_groups)):
+        if prox is not None and not asked and not quantized:
             raise ValueError(
                 "QuantOptimizer: no group has quant_bits below 16; give one such as "
                 '{"params": ..., "quant_bits": 2}'
@@ -279,20 +274,25 @@ class QuantOptimizer(Adapter):
             for p in chunk:
                 if self._latents[p] is not p:
                     self._latents[p].grad = None
-        for p in chunk:
-            self._merge(p)
+        moved = set(chunk)
+        for p, latent in self._latents.items():
+            own = self.base.state.get(latent)
+            if p in moved or (own and own is not self.state[p]):
+                self._merge(p)
 
     @contextmanager
     def _latents_in_groups(self, chosen: set[Tensor]) -> Iterator[None]:
-        """The chosen parameters' latents in the base's groups, each with its own weight decay."""
-        groups = list(self.param_groups)
+        """The chosen parameters' latents in the base's groups, each with its own weight decay; the
+        others' too where the base may look at all of them, as alone."""
+        groups, apart = list(self.param_groups), steps_apart(self.base)
         kept = [(group["params"], group.get("weight_decay")) for group in groups]
         try:
             for group, (params, decay) in zip(groups, kept, strict=True):
+                decays = {p: self._decay(group, p) for p in params if p in chosen}
                 own: dict[Any, list[Tensor]] = {}
-                for p in params:
-                    if p in chosen:
-                        own.setdefault(self._decay(group, p), []).append(self._latents[p])
+                other = next(iter(decays.values()), decay)
+                for p in params if not apart else decays:
+                    own.setdefault(decays.get(p, other), []).append(self._latents[p])
                 first, *others = own.items() or [(decay, [])]
                 group["params"] = first[1]
                 if decay is not None:

@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from parq_fn.foundation.torch_private import hooks_after_load, hooks_before_load, is_flat, writes_to
+from parq_fn.foundation.torch_private import (
+    hooks_after_load,
+    hooks_before_load,
+    is_composed,
+    is_flat,
+    parts_copied,
+    writes_to,
+)
 from parq_fn.transforms.sharded import is_dtensor, local
 
 Group = dict[str, Any]
 Entries = dict[str, Any]
+
+#: Where the first group of a saved state holds what a base optimizer keeps that is of no parameter.
+BEYOND = "base_state"
 
 
 def wide(p: Tensor) -> torch.dtype:
@@ -53,6 +63,26 @@ def refuse_flat(who: str, p: Tensor, name: str) -> None:
         raise TypeError(
             f"{who}: parameter {name!r} is flattened by FSDP1, which loses its rows; "
             "shard with torch.distributed.fsdp.fully_shard"
+        )
+
+
+def refuse_meta(who: str, p: Tensor, name: str) -> None:
+    """Raises ValueError for a parameter on the meta device."""
+    if p.is_meta:
+        raise ValueError(
+            f"{who}: parameter {name!r} is on the meta device, which holds no weights that latents "
+            "could begin as; build the optimizer after the module has its weights, as after "
+            "module.to_empty(...) and their initialization or loading"
+        )
+
+
+def refuse_reshaped(who: str, shape: tuple[int, ...], p: Tensor, name: str) -> None:
+    """Raises ValueError for a parameter that had this shape and has other dimensions now."""
+    if len(shape) != p.dim():
+        raise ValueError(
+            f"{who}: parameter {name!r} had the shape {shape} and has {tuple(p.shape)} now, which "
+            "lost what its rows are, as flattening does (ZeRO of DeepSpeed); exchange it for one "
+            "of as many dimensions, or shard with torch.distributed.fsdp.fully_shard"
         )
 
 
@@ -104,12 +134,18 @@ def check_keys(needed: Iterable[str], saved: Entries, name: str) -> None:
         )
 
 
-def check_entries(mine: Entries, saved: Entries, name: str) -> None:
-    """Raises ValueError unless saved entries are tensors or numbers, and of the shape of mine."""
+def check_entries(mine: Entries, saved: Entries, name: str, varies: Callable[[str], bool]) -> None:
+    """Raises ValueError unless saved entries are tensors or numbers, and of the shape of mine.
+
+    varies: whether an entry that differs may be of any shape.
+    """
     where = f"loaded state dict, parameter {name!r}"
     for key, got in saved.items():
         own = mine.get(key)
         if not isinstance(own, Tensor):
+            continue
+        alike = isinstance(got, Tensor) and own.shape == got.shape
+        if not alike and (isinstance(got, Tensor) or own.dim()) and varies(key):
             continue
         if not isinstance(got, Tensor | int | float) or (own.dim() and not isinstance(got, Tensor)):
             raise ValueError(f"{where}: {key} is a {type(got).__name__}, expected a tensor")
@@ -138,7 +174,7 @@ def beside(p: Tensor, entries: Entries) -> Entries:
     """The entries that are on another device than the parameter, which may have been moved, on
     its own; scalars stay where they are."""
     return {
-        key: got.to(p.device)
+        key: loaded(got, got, p)
         for key, got in entries.items()
         if isinstance(got, Tensor) and got.dim() and got.device != p.device
     }
@@ -203,7 +239,7 @@ def loaded_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[Grou
     a learning rate only where the optimizer's group has one."""
     found = []
     for group, other in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        left_out = {"params", "param_names", "quant_prox"} | ({"lr"} - group.keys())
+        left_out = {"params", "param_names", "quant_prox", BEYOND} | ({"lr"} - group.keys())
         found.append({k: copy.deepcopy(v) for k, v in other.items() if k not in left_out})
     return found
 
@@ -214,6 +250,8 @@ def loaded(got: Any, mine: Any, p: Tensor) -> Any:
     if not isinstance(got, Tensor):
         is_scalar = isinstance(mine, Tensor) and isinstance(got, int | float)
         return torch.full_like(mine, got) if is_scalar else copy.deepcopy(got)
-    if got.dim():
-        return got.detach().to(p.device, copy=True)
-    return got.detach().to(mine.device if isinstance(mine, Tensor) else got.device, copy=True)
+    device = mine.device if isinstance(mine, Tensor) and not got.dim() else got.device
+    device = p.device if got.dim() else device
+    if is_composed(local(got)):
+        return parts_copied(got.detach(), lambda inner: inner.to(device, copy=True))
+    return got.detach().to(device, copy=True)

@@ -4,20 +4,26 @@ parameters."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from parq_fn.foundation.tree import tree_leaves
+from parq_fn.foundation.tree import names_of, tree_leaves
+from parq_fn.optim.groups import digest
 from parq_fn.optim.leafwise import Part, parts_of
 from parq_fn.optim.old_states import Kept
 from parq_fn.optim.owner import Place
 from parq_fn.optim.state import Entries, Group, check_keys, wide
 from parq_fn.transforms.levels_of import prox_states
+from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.sharded import local
 from parq_fn.transforms.transformation import Transformation
+
+#: The entry that tells which prox links a parameter was trained with, but for a learning rate.
+DIGEST = "prox_links"
 
 
 class TreeOwner:
@@ -66,10 +72,16 @@ class TreeOwner:
             made[p] = {} if has_none else {"latent": p.detach().to(wide(p), copy=True)}
         params: dict[str, Tensor] = {place.name: place.p for place in places}
         common: Entries = {}
+        links: dict[str, list[Prox]] = {}
         for part in parts:
             initial = part.transformation.init(select(part, latents))
             for owner, key, leaf in part.take_apart(initial):
                 (common if owner is None else made[params[owner]])[key] = leaf
+            for link, own in prox_states(part.transformation, initial):
+                for name in names_of(own.qparams):
+                    links.setdefault(name, []).append(replace(link, learning_rate=None))
+        for name, seen in links.items():
+            made[params[name]][DIGEST] = digest(*seen)
         for entries in made.values():
             entries.update(common)
         self.parts, self.params = parts, params
@@ -82,7 +94,8 @@ class TreeOwner:
         pass
 
     def trained(self, entries: Entries) -> bool:
-        return any(int(got) for got in entries.values() if _is_count(got))
+        counts = (got for key, got in entries.items() if key != DIGEST and _is_count(got))
+        return any(map(int, counts))
 
     def shared(self) -> set[str]:
         return {key for part in self.parts for name, key in part.places if name is None}
@@ -111,9 +124,29 @@ class TreeOwner:
                     found[p][key] = Kept(link.quantizer, link.granularity.row_shape(p))
         return found
 
+    def shown(self) -> dict[Tensor, Entries]:
+        return {p: self.optimizer.state[p] for p in self.params.values()}
+
+    def varies(self, p: Tensor) -> Callable[[str], bool]:
+        return lambda key: False
+
+    def restored(
+        self,
+        rows: list[tuple[Tensor, Entries | None]],
+        groups: list[Group],
+        state_dict: dict[str, Any],
+    ) -> list[tuple[Tensor, Entries | None]]:
+        return rows
+
     def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
         del p
-        check_keys(mine.keys() - {"latent"}, saved, label)
+        check_keys(mine.keys() - {"latent", DIGEST}, saved, label)
+        if DIGEST in mine and saved.setdefault(DIGEST, mine[DIGEST]) != mine[DIGEST]:
+            raise ValueError(
+                f"loaded state dict, parameter {label!r}: it was trained with other prox links "
+                "than the transformation has; build the optimizer with those, or delete the "
+                f"entries {DIGEST!r} to go on with these"
+            )
         return saved
 
     # The transformation's state.

@@ -22,6 +22,7 @@ from torch import nn
 import parq_fn as pf
 from parq_fn.export import load, save
 from parq_fn.export.torchao import to_torchao
+from parq_fn.optim import QuantOptimizer, load_checkpoint, save_checkpoint
 from tests.export.helpers import EVEN as QUANTIZERS
 from tests.export.helpers import fitted
 from tests.helpers import python_blocks, run_blocks, spread
@@ -207,3 +208,61 @@ def test_a_zero_point_beyond_8_bits_is_refused_by_name() -> None:
     with pytest.warns(UserWarning, match="rounded, off by up to"):
         made = to_torchao(net, {"weight": packed}, rounded=True)
     assert float((made.weight.dequantize() - mapped).abs().max()) <= 305 / 127 / 2
+
+
+# Optimizers with 8-bit, 4-bit and float8 states
+
+
+class Wide(nn.Module):
+    """A weight of 4,096 elements, from which on torchao codes states, and a small one."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.wide, self.small = nn.Linear(64, 64), nn.Linear(64, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.small(self.wide(x).tanh())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["AdamW8bit", "Adam8bit", "AdamW4bit", "AdamWFp8", "Adam4bit"])
+def test_optimizers_with_coded_states_train_wrapped_as_alone_and_are_resumed(
+    name: str, tmp_path: Path
+) -> None:
+    import torchao.optim
+
+    def base_of(net: Wide, bits: int | None) -> torch.optim.Optimizer:
+        weights = {"params": [net.wide.weight, net.small.weight]}
+        groups = [weights | ({} if bits is None else {"quant_bits": bits})]
+        groups.append({"params": [net.wide.bias, net.small.bias]})
+        return getattr(torchao.optim, name)(groups, lr=1e-2)
+
+    def trained(net: Wide, optimizer: torch.optim.Optimizer, steps: int) -> list[torch.Tensor]:
+        for step in range(steps):
+            x = torch.randn(4, 64, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+        return [p.detach().clone() for p in net.parameters()]
+
+    late = pf.parq_prox(pf.lsbq(2), anneal_start=1000, anneal_end=2000)
+    mid = pf.parq_prox(pf.lsbq(2), anneal_start=1, anneal_end=9, period=2)
+    with torch.compiler.set_stance("force_eager"):
+        alone, net, other, third = Wide(0), Wide(0), Wide(1), Wide(1)
+        expected = trained(alone, base_of(alone, None), 3)
+        assert all(
+            map(torch.equal, expected, trained(net, QuantOptimizer(base_of(net, 2), late), 3))
+        )
+        optimizer = QuantOptimizer(base_of(net, 2), mid)
+        trained(net, optimizer, 3)
+        resumed = QuantOptimizer(base_of(other, 2), mid)
+        resumed.load_state_dict(optimizer.state_dict())
+        other.load_state_dict(net.state_dict())
+        save_checkpoint(tmp_path / "last", net, optimizer)
+        fresh = QuantOptimizer(base_of(third, 2), mid)
+        load_checkpoint(tmp_path / "last", third, fresh)
+        expected = trained(net, optimizer, 3)
+        assert all(map(torch.equal, expected, trained(other, resumed, 3)))
+        assert all(map(torch.equal, expected, trained(third, fresh, 3)))

@@ -461,10 +461,14 @@ def test_r15_a_step_that_the_scaler_skips_advances_nothing() -> None:
     assert not hasattr(real.optimizer, "_step_supports_amp_scaling")
 
 
-def test_r16_the_optimizer_has_no_modes() -> None:
-    optimizer = Training(adamw, PROXES["parq"]).optimizer
-    assert not hasattr(optimizer, "train")
-    assert not hasattr(optimizer, "eval")
+def test_r16_modes_change_nothing_where_the_base_has_none() -> None:
+    real = Training(adamw, PROXES["parq"])
+    real.step(4)
+    before = real.weight.clone(), real.optimizer.state[real.weight]["latent"].clone()
+    real.optimizer.eval()
+    real.optimizer.train()
+    assert torch.equal(real.weight, before[0])
+    assert torch.equal(real.optimizer.state[real.weight]["latent"], before[1])
 
 
 def test_r20_parameters_are_written_in_place_and_stay_leaves() -> None:

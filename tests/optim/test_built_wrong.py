@@ -1,0 +1,147 @@
+"""What cannot be right where an optimizer is built or its parameters change, refused with the
+reason; and states of other links than the optimizer has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import parq_fn as pf
+from parq_fn.optim import TransformOptimizer, load_checkpoint, save_checkpoint
+from tests.optim.adapters import ADAPTERS, LATE, ones_for, parameters, transformed
+
+FRACTIONS = [{"anneal_start": 0.1, "anneal_end": 9}, {"anneal_start": 0, "anneal_end": 0.9}]
+ANNEALED = {
+    "parq_prox": pf.parq_prox,
+    "soft_prox": pf.soft_prox,
+    "binary_relax_prox": pf.binary_relax_prox,
+    "proxquant_prox": partial(pf.proxquant_prox, strength=0.1),
+}
+
+
+@pytest.mark.parametrize("bounds", FRACTIONS)
+@pytest.mark.parametrize("link", ANNEALED)
+def test_bounds_that_are_meant_for_fractions_are_refused(link: str, bounds: Any) -> None:
+    (got,) = (f"{name}={bound}" for name, bound in bounds.items() if 0 < bound < 1)
+    wanted = f"{link}: {got} is between 0 and 1, and bounds are steps, not fractions"
+    with pytest.raises(ValueError, match=wanted):
+        ANNEALED[link](pf.lsbq(2), **bounds)
+    with pytest.raises(ValueError, match=f"{got} is between 0 and 1"):
+        pf.schedules.inverse_slope(**bounds)
+
+
+def test_bounds_of_whole_steps_and_batched_ones_are_taken() -> None:
+    for link in ANNEALED.values():
+        link(pf.lsbq(2), anneal_start=0, anneal_end=1)
+        link(pf.lsbq(2), anneal_start=torch.tensor(0), anneal_end=torch.tensor(1.0))
+    pf.schedules.inverse_slope(1, 2.5)
+
+
+# Parameters on the meta device, and flattened ones
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_optimizer_is_built_after_the_weights_are_there(adapter: str) -> None:
+    meta = nn.Parameter(torch.empty(4, 4, device="meta"))
+    with pytest.raises(ValueError, match=r"p?0.*is on the meta device.*build the optimizer after"):
+        ADAPTERS[adapter]([meta])
+    (a,) = parameters(1)
+    more = [("other", meta)] if adapter == "TransformOptimizer" else [meta]
+    optimizer = ADAPTERS[adapter]([a])
+    with pytest.raises(ValueError, match="is on the meta device"):
+        optimizer.add_param_group({"params": more, "quant_bits": 2})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_parameter_exchanged_for_a_flat_one_is_refused(adapter: str, trained: bool) -> None:
+    (a,) = parameters(1)
+    optimizer = ADAPTERS[adapter]([a])
+    if trained:
+        ones_for(a)
+        optimizer.step()
+    flat = nn.Parameter(a.detach().flatten())
+    optimizer.param_groups[0]["params"][0] = flat
+    ones_for(flat)
+    wanted = r"had the shape \(4, 4\) and has \(16,\) now, which lost what its rows are"
+    with pytest.raises(ValueError, match=wanted):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["step", "state_dict"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_parameter_flattened_in_place_is_refused(adapter: str, method: str) -> None:
+    (a,) = parameters(1)
+    optimizer = ADAPTERS[adapter]([a])
+    a.data = a.data.flatten()
+    with pytest.raises(ValueError, match=r"had the shape \(4, 4\) and has \(16,\) now"):
+        getattr(optimizer, method)()
+
+
+# States of other links
+
+OTHERS: dict[str, Callable[[Any], Any]] = {
+    "quantizer": lambda prox: replace(prox, quantizer=pf.lsbq(2, "optimal")),
+    "map": lambda _: pf.soft_prox(pf.lsbq(2), anneal_start=1000, anneal_end=2000),
+    "schedule": lambda prox: replace(prox, anneal_end=2001),
+    "period": lambda prox: replace(prox, period=3),
+}
+
+
+@pytest.mark.parametrize("way", ["state_dict", "checkpoint"])
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_state_of_another_link_is_refused(
+    adapter: str, other: str, way: str, tmp_path: Path
+) -> None:
+    net, fresh = (nn.ParameterDict({"p0": p}) for p in parameters(2))
+    optimizer = ADAPTERS[adapter]([net["p0"]])
+    ones_for(net["p0"])
+    optimizer.step()
+    resumed = ADAPTERS[adapter]([fresh["p0"]], OTHERS[other](LATE))
+    optimizer = ADAPTERS[adapter]([net["p0"]], LATE)
+    save_checkpoint(tmp_path / "last", net, optimizer)
+    state = optimizer.state_dict()
+    load = {
+        "state_dict": lambda: resumed.load_state_dict(state),
+        "checkpoint": lambda: load_checkpoint(tmp_path / "last", fresh, resumed),
+    }
+    with pytest.raises(ValueError, match=r"it was trained with (another|other) prox link"):
+        load[way]()
+
+
+def test_a_transformation_may_be_resumed_with_another_learning_rate() -> None:
+    a, b = parameters(2)
+    rated = replace(LATE, learning_rate=0.05)
+    optimizer = transformed([a], rated)
+    ones_for(a)
+    optimizer.step()
+    fresh = TransformOptimizer(
+        [("p0", b)], pf.chain(pf.adamw(0.01), replace(LATE, learning_rate=0.01))
+    )
+    fresh.load_state_dict(optimizer.state_dict())
+    assert torch.equal(fresh.state[b]["latent"], optimizer.state[a]["latent"])
+
+
+def test_states_saved_before_transformations_had_digests_are_loaded(tmp_path: Path) -> None:
+    net, fresh = (nn.ParameterDict({"p0": p}) for p in parameters(2))
+    optimizer = transformed([net["p0"]], LATE)
+    ones_for(net["p0"])
+    optimizer.step()
+    state = optimizer.state_dict()
+    del state["state"][0]["prox_links"], optimizer.state[net["p0"]]["prox_links"]
+    resumed = transformed([fresh["p0"]], LATE)
+    own = resumed.state[fresh["p0"]]["prox_links"]
+    resumed.load_state_dict(state)
+    assert resumed.state[fresh["p0"]]["prox_links"] == own
+    save_checkpoint(tmp_path / "last", net, optimizer)
+    load_checkpoint(tmp_path / "last", fresh, resumed)
+    assert torch.equal(resumed.state[fresh["p0"]]["latent"], optimizer.state[net["p0"]]["latent"])
