@@ -31,12 +31,10 @@ from parq_fn.quantizers.granularity import Granularity, per_block, per_channel, 
 from parq_fn.schedules import Schedule, inverse_slope
 from parq_fn.transforms import estimators, links, wrappers
 from parq_fn.transforms.chain import Composite, chain, named_chain
+from parq_fn.transforms.clipping import clip, clip_by_global_norm, global_norm
 from parq_fn.transforms.levels_of import levels_of
 from parq_fn.transforms.links import (
     add_decayed_weights,
-    clip,
-    clip_by_global_norm,
-    global_norm,
     scale,
     scale_by_adam,
     scale_by_learning_rate,

@@ -28,7 +28,7 @@ MOVED = {
     "granularity": "quantizers.granularity",
     "transformation": "transforms.transformation transforms.chain transforms.masked"
     " transforms.partition transforms.train",
-    "links": "transforms.links",
+    "links": "transforms.links transforms.clipping",
     "wrappers": "transforms.wrappers",
     "optimizers": "transforms.optimizers",
     "prox": "transforms.prox_link transforms.prox_links",

@@ -130,10 +130,15 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "to_device(first, old) -> take = new.isfinite().any(-1, keepdim=True) | "
             "to_device(first, old)",
         ],
+    },
+    "parq_fn/transforms/rate.py": {
         "all of them are the same": [
-            "Prox._common: if all((same(rate, own[0]) for rate in own[1:])): -> "
-            "if all((same(rate, own[0]) for rate in own[0:])):",
-            "Prox._common: return own[0] if own else 0.0 -> return own[-1] if own else 0.0",
+            "rate_at: several = not all((same(rate, found[0]) for rate in found[1:])) -> "
+            "several = not all((same(rate, found[-1]) for rate in found[1:]))",
+            "rate_at: several = not all((same(rate, found[0]) for rate in found[1:])) -> "
+            "several = not all((same(rate, found[0]) for rate in found[0:]))",
+            "rate_at: given = 0.0 if several or not found else found[0] -> "
+            "given = 0.0 if several or not found else found[-1]",
         ],
     },
     "parq_fn/transforms/prox_links.py": {

@@ -182,7 +182,7 @@ FAULTS = [
     ),
     Fault(
         "a norm of sharded gradients is a part of it on each process",
-        "parq_fn/transforms/links.py",
+        "parq_fn/transforms/clipping.py",
         "        gathered(torch.linalg.vector_norm(u,",
         '        (lambda n: getattr(n, "_local_tensor", n))(torch.linalg.vector_norm(u,',
         ("tests/optim/test_sharded.py",),

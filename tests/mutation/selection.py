@@ -94,6 +94,11 @@ _select(
 )
 _select("parq_fn/transforms/prox_link.py", *_PROX_LINKS)
 _select("parq_fn/transforms/prox_links.py", *_PROX_LINKS)
+_select(
+    "parq_fn/transforms/rate.py",
+    ("tests/test_wrong_use.py", "tests/test_prox.py"),
+    ("tests/test_transformation.py", *_COMMON),
+)
 _TRANSFORMS = (
     ("tests/test_transformation.py", "tests/test_pullback.py", "tests/test_checks.py"),
     (
