@@ -531,7 +531,7 @@ FAULTS = [
         "    if True:\n",
         ("tests/optim/test_other_bases.py",),
         "draws_from_no_global_generator",
-        "2b2efa2",
+        "2f75246",
     ),
     Fault(
         "a state is refused whose shape goes by the values of a parameter",
@@ -540,7 +540,7 @@ FAULTS = [
         "        return lambda key: False and found(key)\n",
         ("tests/optim/test_other_bases.py",),
         "resumed_to_the_bit",
-        "2b2efa2",
+        "2f75246",
     ),
     Fault(
         "what a base keeps of no parameter is lost on resume",
@@ -549,7 +549,7 @@ FAULTS = [
         "        if False and beyond and kept:\n",
         ("tests/optim/test_other_bases.py",),
         "resumed_to_the_bit",
-        "2b2efa2",
+        "2f75246",
     ),
     Fault(
         "codes of a loaded state share memory with those that were saved",
@@ -558,7 +558,7 @@ FAULTS = [
         "    if False:\n",
         ("tests/optim/test_other_bases.py",),
         "codes_of_a_loaded_state_are_copies",
-        "2b2efa2",
+        "2f75246",
     ),
     Fault(
         "train() and eval() of a base do not reach the weights",
@@ -567,7 +567,7 @@ FAULTS = [
         "        pass\n",
         ("tests/optim/test_other_bases.py",),
         "modes_of_a_base_reach",
-        "2b2efa2",
+        "2f75246",
     ),
     Fault(
         "entries and groups that a base made after its first step are not in a checkpoint",
@@ -576,7 +576,7 @@ FAULTS = [
         "        pass\n",
         ("tests/optim/test_other_bases.py",),
         "resumed_to_the_bit",
-        "2b2efa2",
+        "2f75246",
     ),
     Fault(
         "bounds of an annealing that are meant for fractions are taken for steps",
@@ -585,7 +585,7 @@ FAULTS = [
         "        if False:\n",
         ("tests/optim/test_built_wrong.py",),
         "meant_for_fractions",
-        "4374851",
+        "e2a8832",
     ),
     Fault(
         "a state that was trained with other prox links is resumed",
@@ -594,7 +594,7 @@ FAULTS = [
         "            pass\n",
         ("tests/optim/test_built_wrong.py",),
         "state_of_another_link",
-        "2b2efa2",
+        "2f75246",
     ),
     Fault(
         "a parameter that was flattened trains as one row",
@@ -603,7 +603,7 @@ FAULTS = [
         "    if False:\n",
         ("tests/optim/test_built_wrong.py",),
         "flat",
-        "2b2efa2",
+        "2f75246",
     ),
     Fault(
         "a checkpoint calls what its entries name",
@@ -612,7 +612,7 @@ FAULTS = [
         "        return super().find_class(module, name)\n",
         ("tests/optim/test_checkpoint_values.py",),
         "would_call",
-        "2b2efa2",
+        "2f75246",
     ),
     # Export
     Fault(
