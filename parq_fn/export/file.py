@@ -68,11 +68,16 @@ def save(packed: Mapping[str, Packed | Tensor] | list[Entry], file: str | os.Pat
 
     A file that is a symbolic link stays one: what it leads to is replaced.
 
-    The same model gives the same bytes, sharded or not. Raises TypeError for a dtype that files
-    have no name for; ValueError for names that would collide or that are no text, for weights of
-    one level that are more than 16 Mi together, and as `pack` does; and OSError, on every rank,
-    where the file cannot be written.
+    The same model gives the same bytes, sharded or not. Raises TypeError for what is not packed
+    and for a dtype that files have no name for; ValueError for names that would collide or that
+    are no text, for weights of one level that are more than 16 Mi together, and as `pack` does;
+    and OSError, on every rank, where the file cannot be written.
     """
+    if not isinstance(packed, Mapping | list):
+        raise TypeError(
+            f"save takes (packed, file), got a {type(packed).__name__} for the packed model; give "
+            "pack(module, optimizer)"
+        )
     path = file_of(file)
     parts = _parts(packed)
     sharded = any(isinstance(e, Entry) and is_dtensor(e.source) for _, e in _entries(packed))

@@ -14,6 +14,7 @@ from parq_fn.export.codes import decode, fill_bytes
 from parq_fn.export.file import load
 from parq_fn.export.packing import Packed, decoded, unpack
 from parq_fn.export.read_only import ReadOnly
+from parq_fn.foundation.torch_private import in_dispatch_mode, is_wrapped
 from parq_fn.quantizers.granularity import Granularity
 
 
@@ -23,6 +24,8 @@ def load_into(module: nn.Module, file: str | os.PathLike[str]) -> None:
     Raises ValueError, and changes nothing, for names that are missing or unknown, other shapes,
     a module on the meta device, and as `load` does.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"load_into takes (module, file), got a {type(module).__name__}")
     packed = load(file)
     check_fit(module, packed)
     own = module.state_dict(keep_vars=True)
@@ -88,8 +91,10 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight, read-only."""
-        return ReadOnly.of(self.decoded(), _LOST)
+        """The decoded weight, read-only; while a tracer or vmap runs, a plain tensor."""
+        weight = self.decoded()
+        traced = torch.compiler.is_compiling() or in_dispatch_mode() or is_wrapped(weight)
+        return weight if traced else ReadOnly.of(weight, _LOST)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

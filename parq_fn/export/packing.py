@@ -181,7 +181,7 @@ def pack_weight(
     if bool(rows.any()) and not bool(levels.any()):
         raise ValueError(
             f"parameter {name!r}: its levels are all 0, as they are until a step past warmup fits "
-            "them; one that is frozen or gets no gradient is never fitted: train it, or leave it "
+            "them; one that is frozen is never fitted: train it, or leave it "
             "out of what is quantized"
         )
     if snap:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parq_fn.foundation.torch_private import as_plain_tensors
+from parq_fn.foundation.torch_private import as_plain_tensors, is_wrapped
 
 #: In-place by name, but no change of values.
 _HARMLESS = {"requires_grad_", "share_memory_", "__set__ of requires_grad", "__set__ of grad"}
@@ -103,4 +103,4 @@ def _kept(found: Any, sources: list[ReadOnly]) -> Any:
 
 def _memory(tensor: Tensor) -> int | None:
     with as_plain_tensors():
-        return tensor.untyped_storage().data_ptr() or None
+        return None if is_wrapped(tensor) else tensor.untyped_storage().data_ptr() or None

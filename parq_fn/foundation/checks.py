@@ -115,7 +115,8 @@ def check_before(who: str, **fields: Any) -> None:
 
 def check_annealing(who: str, **bounds: Any) -> None:
     """Raises ValueError unless two bounds of an annealing are steps, one before the other; between
-    0 and 1 they are meant for fractions of the training, of whose length nothing is known here.
+    0 and 1, and as 0.0 and 1.0, they are meant for fractions of the training, of whose length
+    nothing is known here.
 
     >>> check_annealing("parq_prox", anneal_start=0, anneal_end=0.9)
     Traceback (most recent call last):
@@ -123,9 +124,10 @@ def check_annealing(who: str, **bounds: Any) -> None:
     the training; give 0.9 times the number of steps
     """
     check_before(who, **bounds)
-    for name, got in bounds.items():
-        bound = readable(got)
-        if bound is not None and 0 < bound < 1:
+    found = [readable(got) for got in bounds.values()]
+    shares = found == [0, 1] and all(isinstance(got, float) for got in bounds.values())
+    for name, bound in zip(bounds, found, strict=True):
+        if bound is not None and (0 < bound < 1 or (shares and bound == 1)):
             raise ValueError(
                 f"{who}: {name}={bound} is between 0 and 1, and bounds are steps, not fractions of "
                 f"the training; give {bound} times the number of steps"

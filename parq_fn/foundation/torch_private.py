@@ -29,6 +29,11 @@ def in_dispatch_mode() -> bool:
     return _get_current_dispatch_mode() is not None
 
 
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether it stands for others in vmap, grad or another transformation of torch.func."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def is_functional(tensor: Tensor) -> bool:
     """Whether it wraps another tensor, for a tracer that takes writes out of a program."""
     return torch._is_functional_tensor(tensor)

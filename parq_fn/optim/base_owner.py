@@ -191,7 +191,7 @@ class BaseOwner:
                 raise ValueError(
                     f"loaded state dict, parameter {label!r}: it was trained with another prox "
                     f"link than {self._link_of(p)!r}; build the optimizer with that one, or delete "
-                    'the entries "link" to go on with this'
+                    'its entry "link" from the saved "state" to go on with this'
                 )
             return saved
         self._check_keys(p, mine.keys() - {*OWN}, saved, label)

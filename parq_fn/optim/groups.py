@@ -30,6 +30,11 @@ def is_quantized(group: Group) -> bool:
     return "quant_prox" in group if bits is None else bits < 16
 
 
+def is_ours(key: str) -> bool:
+    """Whether a group's key looks like one of those that say how parameters are quantized."""
+    return _OURS.match(key) is not None
+
+
 def check_group(group: Group, index: int, prox: Prox | None, base: Group) -> None:
     """Raises TypeError or ValueError for a group that is new and holds what means nothing.
 
@@ -42,7 +47,7 @@ def check_group(group: Group, index: int, prox: Prox | None, base: Group) -> Non
             'the prox link itself, under "prox"'
         )
     known = {*KEYS, "prox", "quant_prox", *base}
-    unknown = sorted(k for k in group if _OURS.match(k) and k not in known)
+    unknown = sorted(k for k in group if is_ours(k) and k not in known)
     if unknown:
         raise ValueError(
             f"{where} has {', '.join(unknown)}; expected {', '.join(KEYS)} and prox alone, the "
@@ -113,7 +118,8 @@ def _with_bits(quantizer: Any, bits: int) -> Any:
     own = 0 if k == 3 else (k - 1).bit_length()
     if bits != own:
         raise ValueError(
-            f"QuantOptimizer: {quantizer!r} has no bits to be set to quant_bits={bits}"
+            f"QuantOptimizer: {quantizer!r} has no field bits to be set to quant_bits={bits}, and "
+            f'{k} levels; write quant_bits={own}, or give the group a "prox" of its own'
         )
     return quantizer
 

@@ -185,7 +185,8 @@ def taken_over(latent: Tensor, weight: Tensor, wrote: Tensor, between: bool = Fa
 
     The same map on another machine may differ by its own rounding, some last places of the largest
     weight in the latent's dtype, and so by one last place of the weight. What remains: an element
-    that is edited by less keeps its latent. Where more than half of the elements of one index of
+    that is edited by less keeps its latent, as one does that is what was written in a narrower
+    dtype, which the module was in for a while. Where more than half of the elements of one index of
     the first dimension (of all, where there is no second) are edited, all of those are.
 
     between: what was written may be the weights of an earlier step: those on the way from the
@@ -197,6 +198,8 @@ def taken_over(latent: Tensor, weight: Tensor, wrote: Tensor, between: bool = Fa
     near = (own + torch.finfo(weight.dtype).eps * narrow.abs()).to(weight.dtype)
     kept = ((weight - narrow).abs() <= near) & narrow.isfinite()
     kept = kept | (weight == narrow) | (weight.isnan() & narrow.isnan())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):  # that the module was in
+        kept = kept | (weight == wrote.to(dtype).to(weight.dtype))
     if between:
         start = latent.to(weight.dtype)
         low, high = torch.minimum(start, narrow), torch.maximum(start, narrow)

@@ -14,6 +14,7 @@ from parq_fn.foundation.torch_private import not_traced
 from parq_fn.foundation.tree import names_of, tree_leaves
 from parq_fn.foundation.value import same
 from parq_fn.optim.adapter import Adapter
+from parq_fn.optim.groups import is_ours
 from parq_fn.optim.latents import LatentStore
 from parq_fn.optim.leafwise import Part, joined
 from parq_fn.optim.old_states import with_qparams
@@ -92,6 +93,13 @@ class TransformOptimizer(Adapter):
         self._store.add()
 
     def _check_group(self, index: int, group: Group) -> None:
+        ours = sorted(key for key in group if is_ours(key))
+        if ours:
+            raise ValueError(
+                f"TransformOptimizer: group {index} has {', '.join(ours)}, which are keys of "
+                "QuantOptimizer's groups; here the transformation says what is quantized, such as "
+                "masked(parq_prox(...), weight_mask(module))"
+            )
         if group.get("weight_decay") and not _has(self.transformation, add_decayed_weights):
             raise ValueError(
                 f"TransformOptimizer: group {index} has weight_decay="

@@ -15,6 +15,7 @@ from parq_fn.proxmaps.levels import nearest
 from parq_fn.quantizers.reductions import largest, pieces, sorted_columns
 
 _FAR = 2.0**32  # up to here, and down to its inverse, squares and sums are in range
+_PACKAGE = __name__.partition(".")[0] + "."
 _TELLS = 2.0**8  # by how much the first qparam and the largest magnitude of a row may differ
 
 
@@ -234,11 +235,25 @@ class Quantizer(Value):
             return rows.new_zeros((*rows.shape[:-1], self.num_qparams), dtype=dtype)
         # laid out in one way, for the order of a sum follows memory
         x = rows.to(dtype).contiguous()
-        own = torch.cat([self._fit(piece) for piece in pieces(x, 0, self.rows_at_once)])
-        if not self.num_whole:
-            return own
-        common = (self.whole(x) if whole is None else whole).expand(len(x), -1)
-        return torch.cat([own, nan_rows(common, own)], -1)
+        qparams = torch.cat([self._fit(piece) for piece in pieces(x, 0, self.rows_at_once)])
+        if self.num_whole:
+            common = (self.whole(x) if whole is None else whole).expand(len(x), -1)
+            qparams = torch.cat([qparams, nan_rows(common, qparams)], -1)
+        if _has_own_levels(self):
+            self._check_sorted(qparams)
+        return qparams
+
+    def _check_sorted(self, qparams: Tensor) -> None:
+        """Raises ValueError where levels of a user's own are unsorted: every map searches them."""
+        levels = self.levels(qparams)
+        unsorted = (levels.diff() < 0).any(-1)
+        bad = concrete(unsorted.sum())
+        if bad:
+            row = int(unsorted.long().argmax())
+            raise ValueError(
+                f"{self!r}: levels(qparams) are not sorted in {bad} row(s), such as row {row}: "
+                f"{levels[row].tolist()}; return them in ascending order, as torch.sort gives them"
+            )
 
     def _fit(self, x: Tensor) -> Tensor:
         if self.telling and is_plain(x):
@@ -297,6 +312,13 @@ class Quantizer(Value):
     def nearest(self, rows: Tensor, levels: Tensor) -> Tensor:
         """The nearest level of each weight [r, n], a tie going to the lower level."""
         return nearest(rows, levels)
+
+
+def _has_own_levels(quantizer: Any) -> bool:
+    """Whether the levels of a quantizer, or of one that it is around, are defined elsewhere."""
+    inner = getattr(quantizer, "quantizer", None)
+    elsewhere = not type(quantizer).levels.__module__.startswith(_PACKAGE)
+    return elsewhere or (isinstance(inner, Quantizer) and _has_own_levels(inner))
 
 
 def power_of_two(top: Tensor) -> Tensor:

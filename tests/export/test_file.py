@@ -219,3 +219,10 @@ def test_headers_that_fit_no_tensors_are_refused(own: dict[str, Any], tmp_path: 
     _write(tmp_path / "file", header, [])
     with pytest.raises(ValueError, match="has a header that does not fit its tensors"):
         load(tmp_path / "file")
+
+
+def test_what_is_not_packed_and_no_module_are_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"save takes \(packed, file\), got a Linear"):
+        save(nn.Linear(2, 2), tmp_path / "net")
+    with pytest.raises(TypeError, match=r"load_into takes \(module, file\), got a dict"):
+        load_into({}, tmp_path / "net")

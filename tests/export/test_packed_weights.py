@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import parq_fn as pf
 from parq_fn import export
-from parq_fn.export.layers import pack_layer
+from parq_fn.export.layers import PackedLinear, pack_layer
 from tests.export.helpers import Net, trained
 
 
@@ -148,3 +148,16 @@ def test_a_packed_embedding_takes_the_indexes_that_torch_takes(name: str) -> Non
             plain(index)
         with pytest.raises(expected.type):
             packed(index)
+
+
+def test_a_packed_weight_that_is_read_compiles_and_is_batched(net: Net) -> None:
+    """As of a tied head, h @ embedding.weight.T."""
+    layer = next(module for module in net.modules() if isinstance(module, PackedLinear))
+    x = torch.randn(5, layer.weight.shape[1])
+
+    def read(x: Tensor) -> Tensor:
+        return x @ layer.weight.T
+
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(read, fullgraph=True, backend="eager")(x), read(x))
+    assert torch.equal(torch.vmap(lambda row: layer.weight * row)(x)[0], layer.weight * x[0])

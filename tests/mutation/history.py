@@ -581,7 +581,7 @@ FAULTS = [
     Fault(
         "bounds of an annealing that are meant for fractions are taken for steps",
         "parq_fn/foundation/checks.py",
-        "        if bound is not None and 0 < bound < 1:\n",
+        "        if bound is not None and (0 < bound < 1 or (shares and bound == 1)):\n",
         "        if False:\n",
         ("tests/optim/test_built_wrong.py",),
         "meant_for_fractions",

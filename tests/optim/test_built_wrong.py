@@ -145,3 +145,16 @@ def test_states_saved_before_transformations_had_digests_are_loaded(tmp_path: Pa
     save_checkpoint(tmp_path / "last", net, optimizer)
     load_checkpoint(tmp_path / "last", fresh, resumed)
     assert torch.equal(resumed.state[fresh["p0"]]["latent"], optimizer.state[net["p0"]]["latent"])
+
+
+def test_bounds_of_an_annealing_from_0_to_1_as_floats_are_meant_for_fractions() -> None:
+    with pytest.raises(ValueError, match=r"anneal_end=1\.0 is between 0 and 1"):
+        pf.parq_prox(pf.lsbq(1), anneal_start=0.0, anneal_end=1.0)
+    pf.parq_prox(pf.lsbq(1), anneal_start=0, anneal_end=1)  # one step
+
+
+@pytest.mark.parametrize("key", ["quant_bits", "prox", "granularity"])
+def test_keys_of_quant_optimizer_are_refused_by_the_other_adapter(key: str) -> None:
+    group = {"params": [torch.nn.Parameter(torch.ones(2, 2))], key: 2}
+    with pytest.raises(ValueError, match=f"group 0 has {key}, which are keys of QuantOptimizer"):
+        TransformOptimizer([group], pf.sgd(0.1))

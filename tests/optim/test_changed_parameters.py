@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import parq_fn as pf
+from parq_fn.optim import QuantOptimizer
 from tests.optim.adapters import ADAPTERS, LATE, ones_for, parameters
 
 
@@ -140,7 +141,8 @@ def test_weights_loaded_before_a_group_is_added_or_a_parameter_exchanged(adapter
     with torch.no_grad():
         w.copy_(seven)
     named = adapter == "TransformOptimizer"
-    optimizer.add_param_group({"params": [("v", v)] if named else [v], "quant_bits": 2})
+    bits = {"quant_bits": 2} if isinstance(optimizer, QuantOptimizer) else {}
+    optimizer.add_param_group({"params": [("v", v)] if named else [v], **bits})
     optimizer.step()
     assert torch.equal(w, seven)
     optimizer.param_groups[0]["params"][0] = three

@@ -493,3 +493,23 @@ def test_writes_that_torch_does_not_count_are_found_by_sync(adapter: str) -> Non
 def test_parameters_by_name(adapter: str) -> None:
     net = network()
     assert dict(ADAPTERS[adapter](net).named_parameters()) == dict(net.named_parameters())
+
+
+@pytest.mark.parametrize("adapter", ["QuantOptimizer", "TransformOptimizer"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a3_latents_are_kept_where_the_module_was_in_another_dtype_for_a_while(
+    adapter: str, dtype: torch.dtype
+) -> None:
+    """For an evaluation in few bits, say: its weights are those written, in that dtype."""
+    build = quantized if adapter == "QuantOptimizer" else transformed
+    net = network()
+    optimizer = build(net)
+    train(net, optimizer, 3)
+    before = copies(tensors(net, optimizer))
+    net.to(dtype).float()
+    optimizer.state_dict()
+    after = tensors(net, optimizer)
+    latents = [i for i, p in enumerate(net.parameters()) if p.dim() == 2]
+    assert latents
+    changed = [(a != b).double().mean().item() for a, b in zip(before, after, strict=True)]
+    assert max(changed[len(list(net.parameters())) :]) == 0  # the weights alone are rounded

@@ -148,5 +148,5 @@ def test_bits_of_a_group_are_set(quantizer: Any, bits: int, want: Any) -> None:
     ids=str,
 )
 def test_bits_that_a_table_has_not_are_refused(quantizer: Any, bits: int) -> None:
-    with pytest.raises(ValueError, match=f"has no bits to be set to quant_bits={bits}"):
+    with pytest.raises(ValueError, match=f"has no field bits to be set to quant_bits={bits}"):
         link_of(pf.hard_prox(quantizer), {"quant_bits": bits})
