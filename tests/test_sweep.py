@@ -48,6 +48,16 @@ def test_a_sweep_gives_the_same_again(tmp_path: Path) -> None:
     assert once == again
 
 
+@pytest.mark.rare
+@pytest.mark.usefixtures("graphs_alone")
+def test_a_second_grid_of_another_size_is_trained_in_the_same_process(tmp_path: Path) -> None:
+    """A compiler would take the sizes that changed for symbols."""
+    torch.compiler.reset()
+    for steps, seeds in (("12", "1"), ("16", "2")):
+        flags = [*SMALL[2:6], "--steps", steps, "--seeds", seeds, "--steepness", "5"]
+        assert main([*flags, "--no-progress", "--save-dir", str(tmp_path / steps)])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -97,6 +97,25 @@ def test_the_state_of_frozen_parameters_is_restored(adapter: str, tmp_path: Path
             assert torch.equal(got, again.state[q][key]), key
 
 
+def test_the_state_of_frozen_parameters_is_restored_in_a_plain_optimizer_too(
+    tmp_path: Path,
+) -> None:
+    def built() -> tuple[nn.Module, torch.optim.Optimizer]:
+        net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        return net, torch.optim.AdamW(net.parameters(), lr=0.1)
+
+    (net, optimizer), (other, again) = built(), built()
+    ones_for(*net.parameters())
+    optimizer.step()
+    for module in (net, other):
+        module[0].requires_grad_(False)
+    save_checkpoint(tmp_path / "frozen", net, optimizer)
+    load_checkpoint(tmp_path / "frozen", other, again)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert optimizer.state[p].keys() == again.state[q].keys()
+        assert torch.equal(optimizer.state[p]["exp_avg"], again.state[q]["exp_avg"])
+
+
 def test_accumulated_updates_leave_frozen_parameters_alone() -> None:
     p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     inner = pf.chain(pf.adamw(0.1, weight_decay=0.5), pf.masked(LATE, "p"))
