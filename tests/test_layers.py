@@ -6,6 +6,7 @@ The table says which rooms of the package there are, lowest first, and what each
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -204,3 +205,10 @@ def test_files_are_short() -> None:
         path.relative_to(ROOT).as_posix(): path.read_text().count("\n") for path in FILES.values()
     }
     assert {name for name, n in lines.items() if n > LONGEST} == LONG.keys()
+
+
+def test_no_test_module_imports_another() -> None:
+    """What two of them need stands in a module of its own, such as tests/helpers.py."""
+    for path in Path(__file__).parent.rglob("*.py"):
+        imported = re.findall(r"^(?:from|import) (tests\.[\w.]*test_\w+)", path.read_text(), re.M)
+        assert imported == [], path.name

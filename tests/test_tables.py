@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import parq_fn as pf
-from tests.twins.formats import minifloats
+from tests.twins.formats import GAUSSIAN, minifloats
 
 #: NF4, as QLoRA's appendix E prints it.
 NF4 = (
@@ -21,18 +21,6 @@ NF4 = (
 )  # fmt: skip
 #: kvalues_iq4nl of ggml.
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-#: Outermost levels of QuEST for rows of rms 1, by bits; 0 is ternary.
-GAUSSIAN = {
-    0: 1.2240089519030855,
-    1: 0.7978845587140913,
-    2: 1.4935346200015913,
-    3: 2.051068354131873,
-    4: 2.513930578568423,
-    5: 2.9160938834961225,
-    6: 3.276597282593217,
-    7: 3.6010497188221655,
-    8: 3.884938678807525,
-}
 
 
 def test_tables_are_those_of_their_sources() -> None:

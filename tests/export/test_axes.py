@@ -18,9 +18,9 @@ from parq_fn.export.claims import cut_as_json, cut_from_json
 from parq_fn.export.file import _BLANK, _header, _write
 from parq_fn.export.layers import PackedLayer
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
+from tests.cuts import cases
 from tests.export.helpers import on_levels
 from tests.helpers import every_other
-from tests.test_axes import cases
 
 CUTS = {
     (8, 6): [pf.per_channel(1), pf.per_channel(-1), pf.per_block(4, along=0)],

@@ -27,7 +27,6 @@ from tests.export.helpers import EVEN as QUANTIZERS
 from tests.export.helpers import fitted
 from tests.helpers import python_blocks, run_blocks, spread
 from tests.integrations.models import TOKENS, on_levels
-from tests.test_readme import ROOT
 
 EVEN = {
     pf.uniform(2): "int2",
@@ -168,7 +167,7 @@ def test_the_page_s_way_from_training_to_integers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "notebooks" / "howto" / "export.md").read_text()
+    page = (Path(__file__).parents[2] / "notebooks" / "howto" / "export.md").read_text()
     names = run_blocks(python_blocks(page))
     assert str(names["integers"][0].weight.target_dtype) == "torch.int4"
 

@@ -14,10 +14,9 @@ import parq_fn as pq
 from parq_fn.quantizers.rounding import FORMATS
 from parq_fn.testing import Law, Violation, check_quantizer, laws, strategies
 from tests.laws import some
-from tests.test_tables import GAUSSIAN
 from tests.twins import formats
 from tests.twins import quantizers as twins
-from tests.twins.formats import nearest_number
+from tests.twins.formats import GAUSSIAN, nearest_number
 
 OPERATORS = [
     pq.lsbq(0),

@@ -34,3 +34,17 @@ def nearest_number(x: float, mantissa: int, least: int, largest: float) -> float
 def e8m0(x: float) -> float:
     """The power of two at or below x, of exponent -127 to 127; 0 for 0."""
     return 2.0 ** min(max(math.frexp(x)[1] - 1, -127), 127) if x else 0.0
+
+
+#: Outermost levels of QuEST for rows of rms 1, by bits; 0 is ternary.
+GAUSSIAN = {
+    0: 1.2240089519030855,
+    1: 0.7978845587140913,
+    2: 1.4935346200015913,
+    3: 2.051068354131873,
+    4: 2.513930578568423,
+    5: 2.9160938834961225,
+    6: 3.276597282593217,
+    7: 3.6010497188221655,
+    8: 3.884938678807525,
+}
