@@ -91,7 +91,8 @@ def matched(
 ) -> list[tuple[Tensor, Entries | None]]:
     """(parameter, its saved state or None), matched by position.
 
-    Raises ValueError where the groups do not fit, or differ in the entries named in `same`.
+    Raises ValueError where the groups do not fit, differ in the entries named in `same`, or have
+    the same names in another order.
     """
     lacking = {"state", "param_groups"} - state_dict.keys()
     if lacking:
@@ -107,6 +108,13 @@ def matched(
             raise ValueError(
                 f"loaded state dict has {len(other['params'])} parameters in group {index}, "
                 f"the optimizer {len(group['params'])}"
+            )
+        own, names = (list(one.get("param_names") or ()) for one in (group, other))
+        if own != names and sorted(own) == sorted(names):
+            raise ValueError(
+                f"loaded state dict has the parameters of group {index} in another order: "
+                f"{', '.join(names)}, the optimizer {', '.join(own)}; they are matched by "
+                "position: build the optimizer with its parameters in that order"
             )
         for key in same:
             if key in other and _plain(other[key]) != _plain(group.get(key)):

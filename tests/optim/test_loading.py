@@ -147,3 +147,19 @@ def test_state_dicts_with_missing_or_complex_parts_raise(adapter: str) -> None:
     saved["state"][0]["latent"] = saved["state"][0]["latent"].to(torch.complex64)
     with pytest.raises(ValueError, match="latent is complex"):
         optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("adapter", [QuantOptimizer, TransformOptimizer])
+def test_names_in_another_order_than_the_optimizer_s_are_refused(adapter: Any) -> None:
+    """By position each parameter would get the other's latent."""
+
+    def built(*names: str) -> Any:
+        group = {"params": [(name, nn.Parameter(torch.ones(2, 2))) for name in names]}
+        if adapter is TransformOptimizer:
+            return TransformOptimizer([group], pf.sgd(0.1))
+        return QuantOptimizer(torch.optim.SGD([group | {"quant_bits": 1}], lr=0.1), LATE)
+
+    saved = built("a", "b").state_dict()
+    built("a", "b").load_state_dict(saved)
+    with pytest.raises(ValueError, match="in another order: a, b, the optimizer b, a"):
+        built("b", "a").load_state_dict(saved)
