@@ -215,7 +215,7 @@ def _undrawn(p: Tensor) -> Iterator[None]:
             yield
     finally:
         random.setstate(kept)
-        np.random.set_state(kept_of_numpy)  # noqa: NPY002
+        np.random.set_state(kept_of_numpy)  # noqa: NPY002 # the global one
 
 
 def copied(attribute: Any, memo: dict[int, Any] | None = None) -> Any:
