@@ -85,8 +85,8 @@ class Quantizer(Value):
     @property
     def telling(self) -> bool:
         """Whether the first qparam of a homogeneous quantizer bounds any row x: it is at most 256
-        max|x| and at least mean|x| / 256, infinite where that sum is, and NaN where x holds one.
-        Then rows need no look of their own.
+        max|x| and at least mean|x| / 256, infinite where x holds an infinity (it may be where the
+        sum of x overflows), and NaN where x holds one. Then rows need no look of their own.
 
         A subclass with other qparams says so for itself.
         """
