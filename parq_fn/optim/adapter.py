@@ -33,14 +33,22 @@ class Adapter(Optimizer):
         self._store.sync()
         return ((place.name, place.p) for place in self._store.places())
 
+    def __repr__(self) -> str:
+        first, _, groups = super().__repr__().partition("\n")
+        return "\n".join([first, *(f"{key}: {got}" for key, got in self._shown().items()), groups])
+
+    def _shown(self) -> dict[str, Any]:
+        """What it was built with, as it prints."""
+        raise NotImplementedError(f"{type(self).__name__} must define _shown")
+
     def state_dict(self) -> dict[str, Any]:
         """As of every torch.optim optimizer, with the latents of what parameters hold now."""
         self._store.sync("sharded")
         return unshared(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state, tensors in the dtypes they were saved in; entries that are not known are
-        kept.
+        """Loads a state, tensors in the dtypes of the optimizer's own; entries that are not known
+        are kept as they were saved.
 
         Parameters are matched by position. One without saved state keeps its own, but for a
         latent, which is taken from the parameter. The parameters themselves are the module's to

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from parq_fn.foundation.scalar import new_count
 from parq_fn.optim.base_optimizer import template_of, varying, widened
 from parq_fn.optim.base_saving import beyond_of, restored, saved
-from parq_fn.optim.groups import KEYS, digest, is_quantized
+from parq_fn.optim.digest import digest
+from parq_fn.optim.groups import KEYS, is_ours, is_quantized
 from parq_fn.optim.old_states import Kept, with_qparams
 from parq_fn.optim.owner import Place
 from parq_fn.optim.state import Entries, Group, check_keys, wide
@@ -54,7 +55,13 @@ class BaseOwner:
             )
 
     def kind(self, group: Group) -> dict[str, Any]:
-        return {key: group.get(key) for key in (*KEYS, "quant_prox")}
+        known = {*KEYS, "quant_prox"}
+        new = {key for key in group if is_ours(key)} - {*known, *self.base.defaults}
+        return {key: group.get(key) for key in sorted(known | new)}
+
+    def compared(self, saved: Group) -> tuple[str, ...]:
+        """None of a group that was trained in full precision, which may go on quantized."""
+        return KEYS if is_quantized(saved) else ()
 
     def begin(self, fresh: list[Place], places: list[Place]) -> dict[Tensor, Entries]:
         del places
@@ -185,7 +192,13 @@ class BaseOwner:
 
     def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
         """Entries of the base optimizer alone, as of training in full precision, too."""
-        if "updates" in saved:
+        quantized = bool(saved.keys() & {*QUANTIZED})
+        if quantized and "qparams" not in mine:
+            raise ValueError(
+                f"loaded state dict, parameter {label!r}: it was quantized and is not in this "
+                "optimizer; give its group the prox link or the bits that it was trained with"
+            )
+        if "updates" in saved and (quantized or "qparams" not in mine):
             self._check_keys(p, mine.keys() - {"latent", "link"}, saved, label)
             if "link" in mine and saved.setdefault("link", mine["link"]) != mine["link"]:
                 raise ValueError(
@@ -194,10 +207,11 @@ class BaseOwner:
                     'its entry "link" from the saved "state" to go on with this'
                 )
             return saved
-        self._check_keys(p, mine.keys() - {*OWN}, saved, label)
+        needed = mine.keys() - {*OWN} if self.trained({"updates": 1, **saved}) else ()
+        self._check_keys(p, needed, saved, label)
         own = {key: mine[key] for key in QUANTIZED if key in mine and key != "latent"}
         moved = widened(saved, p, mine.get("latent", p))
-        return {**own, **moved, "updates": torch.ones((), dtype=torch.int64)}
+        return {"updates": torch.ones((), dtype=torch.int64), **own, **moved}
 
     def _check_keys(self, p: Tensor, needed: Iterable[str], saved: Entries, label: str) -> None:
         varies = self.varies(p)

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from parq_fn.foundation.torch_private import nested
 from parq_fn.optim.adapter import Adapter
-from parq_fn.optim.base_owner import OWN
+from parq_fn.optim.base_owner import OWN, QUANTIZED
 from parq_fn.optim.checkpoint_bytes import Planner, restricted
 from parq_fn.optim.groups import KEYS
 from parq_fn.optim.quantized import QuantOptimizer
@@ -227,6 +227,8 @@ def fit(folder: Path, index: Metadata, optimizer: Optimizer, state: dict[str, An
             key in stored for key, last in named.items() if last == "updates"
         ):
             _leave_to_the_base(entries, stored)
+        else:
+            _leave_out_quantized(entries, stored)
         _make_places(index, optimizer, state)
     elif named and stored.isdisjoint(named) and "optimizer" in stored:
         raise ValueError(
@@ -271,6 +273,16 @@ def _fits(own: Any, place: Any) -> bool:
 
 def _ends(key: str) -> list[int]:
     return [i for i, letter in enumerate(key) if letter == "."] + [len(key)]
+
+
+def _leave_out_quantized(entries: dict[str, Entries], stored: set[str]) -> None:
+    """Leaves out what QuantOptimizer keeps of quantized parameters alone, of those that it has
+    trained in full precision: their latents come from the parameters."""
+    for name, own in entries.items():
+        places = {key: f"{_STATE}{name}.{key}" for key in ("updates", "qparams", "levels")}
+        if places["updates"] in stored and stored.isdisjoint((places["qparams"], places["levels"])):
+            for key in QUANTIZED:
+                own.pop(key, None)
 
 
 def _leave_to_the_base(entries: dict[str, Entries], stored: set[str]) -> None:

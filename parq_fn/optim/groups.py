@@ -4,15 +4,11 @@ be."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from parq_fn.foundation.value import Value
 from parq_fn.optim.state import Group
 from parq_fn.quantizers import Quantizer, ternary_uniform, uniform
 from parq_fn.quantizers.granularity import Granularity, per_block, per_channel
@@ -140,27 +136,3 @@ def _others(axis: int | tuple[int, ...], params: list[Tensor]) -> int | tuple[in
             f"QuantOptimizer: quant_axis={axis} leaves no dimension of {rank} to cut blocks from"
         )
     return along[0] if len(along) == 1 else along
-
-
-def digest(*links: Prox) -> Tensor:
-    """[], int64: a number that other links do not have: of what they print as, and their tensors.
-
-    >>> from parq_fn import hard_prox, lsbq
-    >>> bool(digest(hard_prox(lsbq(2))) == digest(hard_prox(lsbq(3))))
-    False
-    """
-    texts = [re.sub(r" at 0x[0-9a-f]+", "", repr(link)) for link in links]  # where an object lies
-    shown = [*texts, *(f"{got.dtype}{got.tolist()}" for got in _tensors(links))]
-    found = hashlib.sha256("\n".join(shown).encode()).digest()
-    return torch.tensor(int.from_bytes(found[:8], "big", signed=True))
-
-
-def _tensors(got: Any) -> Iterator[Tensor]:
-    if isinstance(got, Tensor):
-        yield got.detach()
-    elif isinstance(got, Value):
-        for inner in vars(got).values():
-            yield from _tensors(inner)
-    elif isinstance(got, tuple | list):
-        for inner in got:
-            yield from _tensors(inner)

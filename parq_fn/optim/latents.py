@@ -23,6 +23,7 @@ from parq_fn.optim.state import (
     beside,
     check_dtype,
     check_entries,
+    check_state_dict,
     loaded,
     loaded_groups,
     matched,
@@ -171,9 +172,9 @@ class LatentStore:
                     f"{len(group['params'])}; add parameters with add_param_group"
                 )
             for key, now in self.owner.kind(group).items():
-                if now != kind[key]:
+                if now != kind.get(key):
                     raise ValueError(
-                        f"{who}: group {index} has {key}={now} and was built with {kind[key]}, "
+                        f"{who}: group {index} has {key}={now} and was built with {kind.get(key)}, "
                         "which its levels are of; build another optimizer to change it"
                     )
 
@@ -307,7 +308,7 @@ class LatentStore:
 
         Raises ValueError where groups do not fit.
         """
-        rows = matched(self.optimizer, state_dict, self.owner.keys)
+        rows = matched(self.optimizer, state_dict, self.owner.compared)
         return [(p, saved, self._names[p][1]) for p, saved in rows]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -318,6 +319,7 @@ class LatentStore:
         module's loading, is compared with the loaded latent at the next `sync`, so that either may
         be loaded first; what another one holds does not count.
         """
+        check_state_dict(self.owner.who, state_dict)
         self._follow()
         state = self.optimizer.state
         edited = self._edited()  # before anything is loaded, perhaps from the state's own memory
@@ -328,7 +330,7 @@ class LatentStore:
             if saved is not None:
                 saved = self._fitted(p, shown[p], saved, kept_of[p], label)
             restored.append((p, saved))
-        groups = loaded_groups(self.optimizer, state_dict)
+        groups = loaded_groups(self.optimizer, state_dict, self.owner.keys)
         restored = self.owner.restored(restored, groups, state_dict)
         shared = self.owner.shared()
         first = next((entries for _, entries in restored if entries is not None), {})
@@ -356,10 +358,7 @@ class LatentStore:
         saved = {key: got for key, got in saved.items() if key != "latent" or key in mine}
         entries = self.owner.fits(p, mine, saved, label)
         check_entries(like_saved(mine, entries, kept), entries, label, self.owner.varies(p))
-        copied = {key: loaded(got, mine.get(key), p) for key, got in entries.items()}
-        if "latent" in copied:
-            copied["latent"] = copied["latent"].to(wide(p))
-        return copied
+        return {key: loaded(got, mine.get(key), p) for key, got in entries.items()}
 
     def _edited(self) -> set[Tensor]:
         """Parameters with latents that other code has written."""

@@ -24,7 +24,7 @@ class Owner(Protocol):
     """What the two adapters differ in: which entries a parameter has."""
 
     who: str  # the adapter, in messages
-    keys: tuple[str, ...]  # of groups, that are to be alike where a state is loaded
+    keys: tuple[str, ...]  # of groups, that no loaded state changes
     widens: bool  # whether a narrow parameter always has a latent
 
     def check(self) -> None:
@@ -32,6 +32,9 @@ class Owner(Protocol):
 
     def kind(self, group: Group) -> dict[str, Any]:
         """What of a group the entries of its parameters follow."""
+
+    def compared(self, saved: Group) -> tuple[str, ...]:
+        """The keys of a saved group that are to be those of the optimizer's."""
 
     def begin(self, fresh: list[Place], places: list[Place]) -> dict[Tensor, Entries]:
         """Entries as before any step, of the fresh ones among the places at least."""

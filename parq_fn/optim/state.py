@@ -86,17 +86,29 @@ def refuse_reshaped(who: str, shape: tuple[int, ...], p: Tensor, name: str) -> N
         )
 
 
+def check_state_dict(who: str, state_dict: Any) -> None:
+    """Raises TypeError for what is no dict, ValueError for one that is of no optimizer."""
+    expected = f"expected what {who}.state_dict() gives, with state and param_groups"
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"{who}.load_state_dict: got {type(state_dict).__name__}, {expected}")
+    lacking = sorted({"state", "param_groups"} - state_dict.keys())
+    if lacking:
+        has = ", ".join(map(str, [*state_dict][:5])) or "nothing"
+        raise ValueError(
+            f"loaded state dict has no {' and no '.join(lacking)}: it has {has}"
+            f"{', ...' if len(state_dict) > 5 else ''}; {expected}"
+        )
+
+
 def matched(
-    optimizer: Optimizer, state_dict: dict[str, Any], same: tuple[str, ...]
+    optimizer: Optimizer, state_dict: dict[str, Any], same: Callable[[Group], tuple[str, ...]]
 ) -> list[tuple[Tensor, Entries | None]]:
     """(parameter, its saved state or None), matched by position.
 
-    Raises ValueError where the groups do not fit, differ in the entries named in `same`, or have
-    the same names in another order.
+    same: the entries of a saved group that are to be those of the optimizer's.
+    Raises ValueError where the groups do not fit, differ in those entries, or have the same names
+    in another order.
     """
-    lacking = {"state", "param_groups"} - state_dict.keys()
-    if lacking:
-        raise ValueError(f"loaded state dict has no {' and no '.join(sorted(lacking))}")
     saved, groups = state_dict["param_groups"], optimizer.param_groups
     if len(saved) != len(groups):
         raise ValueError(
@@ -110,13 +122,13 @@ def matched(
                 f"the optimizer {len(group['params'])}"
             )
         own, names = (list(one.get("param_names") or ()) for one in (group, other))
-        if own != names and sorted(own) == sorted(names):
+        if own != names and _all_names(groups) == _all_names(saved):
             raise ValueError(
                 f"loaded state dict has the parameters of group {index} in another order: "
                 f"{', '.join(names)}, the optimizer {', '.join(own)}; they are matched by "
                 "position: build the optimizer with its parameters in that order"
             )
-        for key in same:
+        for key in same(other):
             if key in other and _plain(other[key]) != _plain(group.get(key)):
                 # a plain optimizer has none
                 raise ValueError(
@@ -126,6 +138,11 @@ def matched(
         for p, name in zip(group["params"], other["params"], strict=True):
             found.append((p, state_dict["state"].get(name)))
     return found
+
+
+def _all_names(groups: list[Group]) -> list[str]:
+    """The names of all parameters of all groups, sorted."""
+    return sorted(str(name) for group in groups for name in group.get("param_names") or ())
 
 
 def _plain(got: Any) -> Any:
@@ -194,24 +211,33 @@ def taken_over(latent: Tensor, weight: Tensor, wrote: Tensor, between: bool = Fa
     The same map on another machine may differ by its own rounding, some last places of the largest
     weight in the latent's dtype, and so by one last place of the weight. What remains: an element
     that is edited by less keeps its latent, as one does that is what was written in a narrower
-    dtype, which the module was in for a while. Where more than half of the elements of one index of
-    the first dimension (of all, where there is no second) are edited, all of those are.
+    dtype, which the module was in for a while; that is taken to be so where all elements are
+    numbers of that dtype, and last places are then those of it. Where more than half of the
+    elements of one index of the first dimension (of all, where there is no second) are edited, all
+    of those are.
 
     between: what was written may be the weights of an earlier step: those on the way from the
     latent to the weights of now.
     """
     narrow = wrote.to(weight.dtype)
     largest = torch.where(wrote.isfinite(), wrote.abs(), 0.0).amax()
-    own = 8 * torch.finfo(latent.dtype).eps * largest
-    near = (own + torch.finfo(weight.dtype).eps * narrow.abs()).to(weight.dtype)
-    kept = ((weight - narrow).abs() <= near) & narrow.isfinite()
+
+    def near(dtype: torch.dtype) -> Tensor:
+        """How far apart weights are that were made, and rounded, in this dtype."""
+        own = 8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * largest
+        return (own + torch.finfo(dtype).eps * narrow.abs()).to(weight.dtype)
+
+    off = torch.where(narrow.isfinite(), (weight - narrow).abs(), torch.nan)
+    kept = off <= near(weight.dtype)
     kept = kept | (weight == narrow) | (weight.isnan() & narrow.isnan())
     for dtype in (torch.float32, torch.bfloat16, torch.float16):  # that the module was in
-        kept = kept | (weight == wrote.to(dtype).to(weight.dtype))
+        was = (weight == weight.to(dtype).to(weight.dtype)).all()
+        kept = kept | (weight == wrote.to(dtype).to(weight.dtype)) | (was & (off <= near(dtype)))
     if between:
         start = latent.to(weight.dtype)
         low, high = torch.minimum(start, narrow), torch.maximum(start, narrow)
-        kept = kept | ((weight >= low - near) & (weight <= high + near))
+        some = near(weight.dtype)
+        kept = kept | ((weight >= low - some) & (weight <= high + some))
     rows = kept.flatten(1) if kept.dim() > 1 else kept.reshape(1, -1)
     few = 2 * rows.sum(1, keepdim=True) >= rows.shape[1]
     return torch.where((rows & few).view_as(kept), latent, weight.to(latent.dtype))
@@ -245,19 +271,23 @@ def _is_scalar(got: Any) -> bool:
     return isinstance(got, Tensor) and got.dim() == 0
 
 
-def loaded_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[Group]:
-    """Copies of what saved groups hold: all but parameters, their names and what prints a link, and
-    a learning rate only where the optimizer's group has one."""
+def loaded_groups(
+    optimizer: Optimizer, state_dict: dict[str, Any], kept: tuple[str, ...]
+) -> list[Group]:
+    """Copies of what saved groups hold: all but parameters, their names, what prints a link and
+    what is kept, and a learning rate only where the optimizer's group has one."""
     found = []
     for group, other in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        left_out = {"params", "param_names", "quant_prox", BEYOND} | ({"lr"} - group.keys())
+        left_out = {"params", "param_names", "quant_prox", BEYOND, *kept}
+        left_out |= {"lr"} - group.keys()
         found.append({k: copy.deepcopy(v) for k, v in other.items() if k not in left_out})
     return found
 
 
 def loaded(got: Any, mine: Any, p: Tensor) -> Any:
-    """A saved entry: a copy in its own dtype; scalars on the device where the optimizer keeps
-    its own, the rest on the parameter's."""
+    """A saved entry: a copy; scalars in their own dtype, on the device where the optimizer keeps
+    its own, the rest on the parameter's, floating numbers in the dtype of the optimizer's own: the
+    module may be wider, or narrower, than the one that was saved."""
     if not isinstance(got, Tensor):
         is_scalar = isinstance(mine, Tensor) and isinstance(got, int | float)
         return torch.full_like(mine, got) if is_scalar else copy.deepcopy(got)
@@ -265,4 +295,8 @@ def loaded(got: Any, mine: Any, p: Tensor) -> Any:
     device = p.device if got.dim() else device
     if is_composed(local(got)):
         return parts_copied(got.detach(), lambda inner: inner.to(device, copy=True))
-    return got.detach().to(device, copy=True)
+    dtype = got.dtype
+    if isinstance(mine, Tensor) and not is_composed(local(mine)):
+        numbers = got.is_floating_point() and mine.is_floating_point()
+        dtype = mine.dtype if numbers and (got.dim() or not p.dim()) else dtype
+    return got.detach().to(device, dtype, copy=True)

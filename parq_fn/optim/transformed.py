@@ -107,6 +107,9 @@ class TransformOptimizer(Adapter):
                 "add_decayed_weights(...), or an optimizer with a weight decay"
             )
 
+    def _shown(self) -> dict[str, Any]:
+        return {"transformation": self.transformation}
+
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group; its parameters begin now, the others keep their state."""
         if not hasattr(self, "transformation"):  # called by Optimizer.__init__

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from parq_fn.foundation.tree import names_of, tree_leaves
-from parq_fn.optim.groups import digest
+from parq_fn.optim.digest import digest
 from parq_fn.optim.leafwise import Part, parts_of
 from parq_fn.optim.old_states import Kept
 from parq_fn.optim.owner import Place
@@ -50,15 +50,18 @@ class TreeOwner:
         self.params: dict[str, Tensor] = {}
 
     def check(self) -> None:
-        pass
+        for index, group in enumerate(self.optimizer.param_groups):
+            self.check_group(index, group)
 
     def kind(self, group: Group) -> dict[str, Any]:
         return {}
 
+    def compared(self, saved: Group) -> tuple[str, ...]:
+        return self.keys
+
     def begin(self, fresh: list[Place], places: list[Place]) -> dict[Tensor, Entries]:
         """Of all: masks and labels may go by what others there are."""
-        for index, group in enumerate(self.optimizer.param_groups):
-            self.check_group(index, group)
+        self.check()
         new, state = {place.p for place in fresh}, self.optimizer.state
         latents = {}
         for p, _, name, _ in places:

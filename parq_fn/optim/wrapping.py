@@ -14,13 +14,19 @@ from parq_fn.optim.adapter import Adapter
 from parq_fn.optim.base_optimizer import copied
 from parq_fn.optim.base_owner import BaseOwner
 from parq_fn.optim.state import BEYOND, unshared
+from parq_fn.transforms.prox_link import Prox
 
 
 class Wrapping(Adapter):
     """An adapter around a base optimizer, which moves latents."""
 
     base: Optimizer
+    prox: Prox | None
     _latents: dict[Tensor, Tensor]
+
+    def _shown(self) -> dict[str, Any]:
+        shown: dict[str, Any] = {"base": type(self.base).__name__}
+        return shown if self.prox is None else {**shown, "prox": self.prox}
 
     def train(self, mode: bool = True) -> None:
         """The base optimizer's `train()`, or `eval()` where mode is off, on latents and on the

@@ -221,7 +221,7 @@ FAULTS = [
     Fault(
         "a latent that is loaded is rounded to its parameter's dtype",
         "parq_fn/optim/state.py",
-        "    return got.detach().to(device, copy=True)\n",
+        "    return got.detach().to(device, dtype, copy=True)\n",
         "    return got.detach().to(device, p.dtype, copy=True)\n",
         ("tests/optim/test_checkpoint.py",),
         "without_a_group",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import parq_fn as pf
-from parq_fn.optim import TransformOptimizer, load_checkpoint, save_checkpoint
+from parq_fn.optim import QuantOptimizer, TransformOptimizer, load_checkpoint, save_checkpoint
 from tests.optim.adapters import ADAPTERS, LATE, ones_for, parameters, transformed
 
 FRACTIONS = [{"anneal_start": 0.1, "anneal_end": 9}, {"anneal_start": 0, "anneal_end": 0.9}]
@@ -158,3 +158,41 @@ def test_keys_of_quant_optimizer_are_refused_by_the_other_adapter(key: str) -> N
     group = {"params": [torch.nn.Parameter(torch.ones(2, 2))], key: 2}
     with pytest.raises(ValueError, match=f"group 0 has {key}, which are keys of QuantOptimizer"):
         TransformOptimizer([group], pf.sgd(0.1))
+
+
+@pytest.mark.parametrize(
+    ("key", "got"), [("prox", LATE), ("quant_bits", 2), ("quantizer", pf.lsbq(2)), ("prox_", 1)]
+)
+def test_keys_that_are_put_into_a_group_later_are_refused(key: str, got: Any) -> None:
+    """They would do nothing: what a group's levels follow is taken when it is added."""
+    a, b = parameters()
+    groups = [{"params": [a], "prox": LATE}, {"params": [b]}]
+    optimizer = QuantOptimizer(torch.optim.AdamW(groups, lr=0.05))
+    optimizer.param_groups[1][key] = got
+    ones_for(a, b)
+    with pytest.raises(ValueError, match=f"group 1 has {key}=.* and was built with None"):
+        optimizer.step()
+    del optimizer.param_groups[1][key]
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("key", "got"), [("prox", LATE), ("quant_bits", 2), ("weight_decay", 0.1)])
+def test_keys_that_are_put_into_a_group_of_transform_optimizer_later_are_refused(
+    key: str, got: Any
+) -> None:
+    (a,) = parameters(1)
+    optimizer = TransformOptimizer([a], pf.chain(pf.sgd(0.1), LATE))
+    optimizer.param_groups[0][key] = got
+    ones_for(a)
+    with pytest.raises(ValueError, match=f"group 0 has {key}"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_optimizer_prints_what_it_was_built_with(adapter: str) -> None:
+    optimizer = ADAPTERS[adapter](parameters(1), LATE)
+    lines = repr(optimizer).splitlines()
+    assert lines[0] == f"{adapter} ("
+    expected = {"QuantOptimizer": f"prox: {LATE}", "TransformOptimizer": "transformation: chain("}
+    assert any(line.startswith(expected[adapter]) for line in lines)
+    assert "Parameter Group 0" in lines

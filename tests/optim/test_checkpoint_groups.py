@@ -41,6 +41,9 @@ def saves(folder: str, split: bool, dtype: str) -> None:
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
     model, state = get_state_dict(net, plain, options=flat)
     dcp.save({"model": model, "optimizer": state}, checkpoint_id=Path(folder) / "flat")
+    for group in plain.param_groups:
+        group["quant_bits"] = 16
+    save_checkpoint(Path(folder) / "wrapped", net, QuantOptimizer(plain, SAVED))
 
 
 def starts(folder: str, split: bool, dtype: str) -> None:
@@ -49,7 +52,7 @@ def starts(folder: str, split: bool, dtype: str) -> None:
     base = torch.optim.AdamW(_groups(straight), lr=0.02)
     train(straight, base, 3)
     again = QuantOptimizer(base, SAVED)
-    for name in ("ours", "torchs", "flat"):
+    for name in ("ours", "torchs", "flat", "wrapped"):
         net = Net(getattr(torch, dtype))
         with torch.no_grad():
             for p in net.parameters():

@@ -141,8 +141,17 @@ def test_a_state_saved_under_other_names_goes_by_position(adapter: str) -> None:
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_state_dicts_with_missing_or_complex_parts_raise(adapter: str) -> None:
     optimizer = ADAPTERS[adapter](parameters(1))
-    with pytest.raises(ValueError, match="loaded state dict has no param_groups and no state"):
-        optimizer.load_state_dict({})
+    for wrong, message in (
+        ({}, "has no param_groups and no state: it has nothing; expected what"),
+        ({"model": 1, "optimizer": 2}, "no state: it has model, optimizer; expected what"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(wrong)
+    for other in (None, [], optimizer):
+        with pytest.raises(
+            TypeError, match=f"{adapter}.load_state_dict: got {type(other).__name__}"
+        ):
+            optimizer.load_state_dict(other)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0]["latent"] = saved["state"][0]["latent"].to(torch.complex64)
     with pytest.raises(ValueError, match="latent is complex"):
@@ -163,3 +172,93 @@ def test_names_in_another_order_than_the_optimizer_s_are_refused(adapter: Any) -
     built("a", "b").load_state_dict(saved)
     with pytest.raises(ValueError, match="in another order: a, b, the optimizer b, a"):
         built("b", "a").load_state_dict(saved)
+
+
+def test_names_in_another_order_over_the_groups_are_refused() -> None:
+    def built(*names: str) -> QuantOptimizer:
+        groups = [{"params": [(name, nn.Parameter(torch.ones(2, 2)))]} for name in names]
+        for group in groups:
+            group["quant_bits"] = 1
+        return QuantOptimizer(torch.optim.SGD(groups, lr=0.1), LATE)
+
+    with pytest.raises(ValueError, match="group 0 in another order: a, the optimizer b"):
+        built("b", "a").load_state_dict(built("a", "b").state_dict())
+
+
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("first", ["module", "optimizer"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize(
+    ("saved", "now"), [(a, b) for a in DTYPES for b in DTYPES if a != b], ids=str
+)
+def test_a_state_goes_on_in_a_module_of_another_dtype(
+    adapter: str, saved: torch.dtype, now: torch.dtype, first: str
+) -> None:
+    """In mid-annealing: latents are those that were saved, in the dtype that they have now, and
+    training goes on with all else in that dtype too."""
+    nets = [nn.Linear(4, 4, bias=False, dtype=dtype) for dtype in (saved, now)]
+    one, two = (ADAPTERS[adapter]([net.weight]) for net in nets)
+    p, q = (net.weight for net in nets)
+    for i in range(3):
+        p.grad = torch.sin(torch.arange(16.0).view(4, 4) + i).to(saved)
+        one.step()
+    state, module = copy.deepcopy(one.state_dict()), copy.deepcopy(nets[0].state_dict())
+    if first == "module":
+        nets[1].load_state_dict(module)
+    two.load_state_dict(state)
+    if first == "optimizer":
+        nets[1].load_state_dict(module)
+    expected = state["state"][0].get("latent", p.detach()).to(wide_of(now))
+    assert torch.equal(two.state_dict()["state"][0].get("latent", q.detach()), expected)
+    for _ in range(4):
+        q.grad = torch.ones_like(q)
+        two.step()
+    entries = two.state[q].values()
+    numbers = [got for got in entries if got.is_floating_point() and got.dim()]
+    assert {got.dtype for got in numbers} == {wide_of(now)}
+    assert q.isfinite().all()
+    assert q.unique().numel() <= 4  # annealing ended
+
+
+@pytest.mark.parametrize("baseline", ["no link", "16 bits"])
+def test_a_baseline_s_state_starts_quantized_training(baseline: str) -> None:
+    """As one of the base optimizer alone does: its moments and count of steps are taken over."""
+
+    def base(p: nn.Parameter, **group: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([{"params": [p], **group}], lr=0.02)
+
+    (a,) = parameters(1)
+    more = {"quant_bits": 16, "quant_block_size": 2} if baseline == "16 bits" else {}
+    plain = QuantOptimizer(base(a, **more), LATE if more else None)
+    for _ in range(3):
+        ones_for(a)
+        plain.step()
+    (b,) = parameters(1)
+    optimizer = QuantOptimizer(base(b, quant_bits=2), LATE)
+    with torch.no_grad():
+        b.copy_(a)
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["quant_bits"] == 2
+    assert "quant_block_size" not in optimizer.param_groups[0]
+    for _ in range(3):  # not annealed yet: the same training
+        for p, one in ((a, plain), (b, optimizer)):
+            ones_for(p)
+            one.step()
+    assert torch.equal(a, b)
+    assert torch.equal(optimizer.state[b]["exp_avg"], plain.state[a]["exp_avg"])
+    assert int(optimizer.state[b]["updates"]) == 6
+
+
+def test_a_quantized_state_is_refused_where_the_group_is_not_quantized() -> None:
+    (a,) = parameters(1)
+    saved = QuantOptimizer(torch.optim.SGD([{"params": [a], "prox": LATE}], lr=0.1)).state_dict()
+    (b,) = parameters(1)
+    optimizer = QuantOptimizer(torch.optim.SGD([{"params": [b]}], lr=0.1))
+    with pytest.raises(ValueError, match="'0 of group 0': it was quantized and is not in this"):
+        optimizer.load_state_dict(saved)

@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer, load_checkpoint, save_checkpoint
-from parq_fn.optim.groups import digest
+from parq_fn.optim.digest import digest
 from parq_fn.transforms.prox_link import in_rows
 from tests.helpers import copies, equal
 
@@ -281,6 +282,73 @@ def test_the_same_link_in_another_process_has_the_same_digest() -> None:
 
     assert digest(link(0.123456)) == digest(link(0.123456))
     assert digest(link(0.123456)) != digest(link(0.1234567))
+
+
+def scheduled(schedule: Any, **options: Any) -> pf.Prox:
+    return pf.custom_prox(pf.lsbq(2), pf.proxmaps.soft, schedule, **options)
+
+
+def by(granularity: pf.quantizers.Granularity) -> pf.Prox:
+    return pf.hard_prox(pf.lsbq(2), granularity=granularity)
+
+
+def pulled(gamma: Any) -> pf.Prox:
+    return pf.hard_prox(pf.lsbq(2), normal_map=gamma)
+
+
+EQUAL = [
+    (scheduled(pf.schedules.linear(0, 1, 0, 5)), scheduled(pf.schedules.linear(0.0, 1.0, 0, 5.0))),
+    (pf.hard_prox(pf.lsbq(2), period=2), pf.hard_prox(pf.lsbq(2), period=np.int64(2))),
+    (pf.hard_prox(pf.lsbq(np.int64(2))), pf.hard_prox(pf.lsbq(2))),
+    (by(pf.per_channel((0,))), by(pf.per_channel())),
+    (scheduled(lambda t: 1 - 0.125 * t), scheduled(lambda count: 1 - count / 8)),
+    (pulled(torch.tensor(1.0)), pulled(1)),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), EQUAL)
+def test_links_of_equal_numbers_have_the_same_digest(one: pf.Prox, other: pf.Prox) -> None:
+    assert digest(one) == digest(other)
+
+
+def test_tensors_count_by_their_elements_however_they_print() -> None:
+    link = pulled(torch.tensor(1 / 3))
+    before = digest(link)
+    torch.set_printoptions(precision=1)
+    try:
+        assert digest(link) == before
+    finally:
+        torch.set_printoptions(profile="default")
+    assert digest(pulled(torch.tensor(0.3333))) != before
+
+
+OTHER = [
+    (scheduled(lambda t: 1 - 0.1 * t), scheduled(lambda t: 1 - 0.11 * t)),
+    (scheduled(lambda t: 1 - 0.1 * t), scheduled(lambda t: 1 - 0.1 * t.clamp(max=50))),
+    (scheduled(lambda t: 1.0), scheduled(pf.schedules.linear(0, 1, 0, 5))),
+    (pf.hard_prox(pf.lsbq(2), period=1), pf.hard_prox(pf.lsbq(2), period=2)),
+    (by(pf.per_channel()), by(pf.per_tensor())),
+    (pf.hard_prox(pf.uniform(2)), pf.hard_prox(pf.lsbq(2))),
+    (pf.hard_prox(pf.lsbq(2)), pulled(1.0)),
+    (pf.hard_prox(pf.lsbq(2)), pf.parq_prox(pf.lsbq(2), anneal_start=0, anneal_end=5)),
+    (pf.hard_prox(pf.codebook((0.0, 1.0))), pf.hard_prox(pf.codebook((0.0, 1.5)))),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), OTHER)
+def test_links_that_differ_have_digests_that_differ(one: pf.Prox, other: pf.Prox) -> None:
+    assert digest(one) != digest(other)
+
+
+def test_a_link_with_an_object_that_holds_itself_has_a_digest() -> None:
+    class Slope:
+        def __init__(self) -> None:
+            self.own = self
+
+        def __call__(self, count: Tensor) -> Tensor:
+            return 1.0 / (1 + count)
+
+    assert digest(scheduled(Slope())) == digest(scheduled(Slope()))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
