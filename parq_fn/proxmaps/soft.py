@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from parq_fn.foundation.checks import Interval
+from parq_fn.foundation.scalar import is_plain
 from parq_fn.proxmaps.clip import CLIP, clip, held
 from parq_fn.proxmaps.even import LEAST
 from parq_fn.proxmaps.hard import HARD, rounded
@@ -29,12 +30,20 @@ def _curved(u: Tensor, q: Levels, bound: Tensor | None, scale: Tensor, full: Ten
     del bound
     v = held(u, q)
     lo, hi = cell(v, q)
-    limits = torch.finfo(u.dtype)
-    half = (0.5 * hi - 0.5 * lo).clamp(min=limits.tiny * limits.eps)  # of the width
-    offset = (0.5 * v - 0.5 * lo) / half - 0.5
-    share = 0.5 * (tanh(scale * offset) / full)
+    v = _offset(v, lo, hi, scale)
+    share = 0.5 * (tanh(v) / full)
+    del v  # for what a map holds is counted
     # the ends and their midpoint are met exactly
     return between((0.5 - share) * lo + (0.5 + share) * hi, lo, hi)
+
+
+def _offset(v: Tensor, lo: Tensor, hi: Tensor, scale: Tensor) -> Tensor:
+    """scale times the place in the cell, from -1/2 to 1/2."""
+    limits = torch.finfo(v.dtype)
+    half = (0.5 * hi - 0.5 * lo).clamp(min=limits.tiny * limits.eps)  # of the width
+    if is_plain(v) and is_plain(lo):
+        return (0.5 * v).sub_(0.5 * lo).div_(half).sub_(0.5).mul_(scale)
+    return scale * ((0.5 * v - 0.5 * lo) / half - 0.5)
 
 
 def _any_curvature(t: Tensor) -> tuple[Tensor, ...]:

@@ -213,7 +213,6 @@ half_in_half.traits = QuantizerTraits(widens=True)
 @pytest.mark.parametrize(
     ("wrong", "name"),
     [
-        (levels_unsorted(), "levels_are_sorted"),
         (one_level_too_many(), "pure"),
         (batch_statistics(), "rows_alone"),
         (not_optimal(), "least_squares"),
@@ -225,6 +224,12 @@ half_in_half.traits = QuantizerTraits(widens=True)
 def test_wrong_quantizers(wrong: Any, name: str) -> None:
     with caught(name):
         check_quantizer(wrong, max_examples=40)
+
+
+def test_unsorted_levels_are_refused_by_the_fit() -> None:
+    """Whichever law is the first that fits."""
+    with pytest.raises(Violation, match=r"levels\(qparams\) are not sorted"):
+        check_quantizer(levels_unsorted(), max_examples=40)
 
 
 @pytest.mark.rare
