@@ -41,7 +41,7 @@ def _offset(v: Tensor, lo: Tensor, hi: Tensor, scale: Tensor) -> Tensor:
     """scale times the place in the cell, from -1/2 to 1/2."""
     limits = torch.finfo(v.dtype)
     half = (0.5 * hi - 0.5 * lo).clamp(min=limits.tiny * limits.eps)  # of the width
-    if is_plain(v) and is_plain(lo):
+    if all(map(is_plain, (v, lo, scale))):
         return (0.5 * v).sub_(0.5 * lo).div_(half).sub_(0.5).mul_(scale)
     return scale * ((0.5 * v - 0.5 * lo) / half - 0.5)
 
