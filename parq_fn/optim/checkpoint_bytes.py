@@ -13,6 +13,7 @@ import collections
 import datetime
 import io
 import pickle
+import pickletools
 import zipfile
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,24 @@ _ARRAYS = ("_reconstruct", "scalar", "_frombuffer", "ndarray", "dtype")
 _OF_NUMPY = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy._core.numeric")
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
+    """Base of those of checkpoints: of what is all in memory, or a file that can be read twice.
+
+    Raises pickle.UnpicklingError for a pickle that numbers a place of its memo beyond its bytes, as
+    one flipped bit does: Python makes room for all places before it, up to some 60 GB.
+    """
+
+    def __init__(self, file: Any, **options: Any) -> None:
+        start = file.tell()
+        content = file.read()
+        for operation, place, _ in pickletools.genops(content):
+            if operation.name.endswith("PUT") and int(str(place)) > len(content):
+                raise pickle.UnpicklingError(f"place {place} of the memo of {len(content)} bytes")
+        file.seek(start)
+        super().__init__(file, **options)
+
+
+class _Unpickler(Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         known = {**values_in_files(), **_KNOWN}
         if (module, name) in known:

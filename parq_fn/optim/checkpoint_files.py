@@ -30,6 +30,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan
 
+from parq_fn.optim.checkpoint_bytes import Unpickler
+
 INDEX = ".metadata"
 _DATA = re.compile(r"__(?P<id>[0-9a-f]{8})_\d+_\d+\.distcp")
 _DIGESTS = re.compile(r"\.metadata\.(?P<id>[0-9a-f]{8})\.sha256")
@@ -335,7 +337,7 @@ def _member(owner: Any, name: Any) -> Any:
     raise pickle.UnpicklingError(f"it holds {name!r} of {owner!r}, which torch does not write")
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(Unpickler):
     """Of what torch writes to `.metadata`, and of no other class or function."""
 
     def find_class(self, module: str, name: str) -> Any:

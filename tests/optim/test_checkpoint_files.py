@@ -230,6 +230,17 @@ def test_an_index_with_other_classes_than_torchs_is_refused(tmp_path: Path) -> N
     assert not (tmp_path / "made").exists()
 
 
+@QUIET
+def test_an_index_that_numbers_places_beyond_its_bytes_takes_no_memory(tmp_path: Path) -> None:
+    """Python's reader makes room for all of them: here two gigabytes, of one flipped bit 60."""
+    last, net, optimizer = tmp_path / "last", *trained("QuantOptimizer", 1)
+    save_checkpoint(last, net, optimizer)
+    place = (1 << 27).to_bytes(4, "little")
+    (last / ".metadata").write_bytes(b"\x80\x04Nr" + place + b".")
+    with pytest.raises(ValueError, match=r"\.metadata was damaged .*place 134217728 of the memo"):
+        load_checkpoint(last, net, optimizer)
+
+
 class Written(NamedTuple):
     """What is pickled as getattr(owner, name)."""
 

@@ -111,3 +111,18 @@ def test_programs_are_not_read() -> None:
         archive.writestr("program/constants.pkl", b"")
     with pytest.raises(ValueError, match="holds a program of TorchScript"):
         restricted(file, "the entry 'a'")
+
+
+def test_an_entry_that_numbers_places_beyond_its_bytes_takes_no_memory() -> None:
+    """Python's reader makes room for all of them."""
+    file = io.BytesIO()
+    torch.save({"lr": 0.1}, file)
+    crafted = io.BytesIO()
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(crafted, "w", zipfile.ZIP_STORED) as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("/data.pkl"):
+                content = b"\x80\x02Nr" + (1 << 27).to_bytes(4, "little") + b"."
+            new.writestr(name, content)
+    with pytest.raises(ValueError, match="place 134217728 of the memo"):
+        restricted(crafted, "the entry 'x'")
