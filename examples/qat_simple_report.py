@@ -256,9 +256,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     images = len(load_data(args.seed)[0].labels)
     if args.batch_size > images:
         parser.error(f"--batch-size must be at most {images}, got {args.batch_size}")
-    total, warmup = args.epochs * (images // args.batch_size), args.quant_warmup_steps
-    if warmup >= total:
-        parser.error(f"--quant-warmup-steps must be below {total}, got {warmup}")
+    last = args.epochs if args.quant_proxmap == "hard" else end
+    steps, warmup = last * (images // args.batch_size), args.quant_warmup_steps
+    if warmup >= steps:
+        what = "the run" if args.quant_proxmap == "hard" else "the annealing"
+        parser.error(
+            f"--quant-warmup-steps must be below {steps:g}, the end of {what}, got {warmup}"
+        )
     try:
         granularities(settings_of(args, None))["matrix"].shape(
             ResNet(torch.Generator()).head.weight

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from parq_fn.foundation.torch_private import BATCH_NORM
 from parq_fn.foundation.tree import matches
+from parq_fn.foundation.value import briefly
 
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (BATCH_NORM, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -38,7 +39,10 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
     (['bias', 'weight'], torch.Size([3, 1]))
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"functional: expected a torch.nn.Module, got {type(module).__name__}")
+        raise TypeError(
+            f"functional: expected a torch.nn.Module, got {briefly(module)}; it takes a module, "
+            "and gives apply, params"
+        )
     for name, part in module.named_modules():
         if any(kind.__name__ == "FSDPModule" for kind in type(part).__mro__):
             raise TypeError(
@@ -101,7 +105,7 @@ def weight_mask(
     ['0.weight']
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"weight_mask: expected a torch.nn.Module, got {type(module).__name__}")
+        raise TypeError(f"weight_mask: expected a torch.nn.Module, got {briefly(module)}")
     given: Any = exclude
     one = isinstance(given, str) or not isinstance(given, Iterable)
     patterns = (given,) if one else tuple(given)

@@ -7,7 +7,6 @@ Progress between two steps is x = (step - start) / (end - start), held to [0, 1]
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +20,8 @@ from parq_fn.foundation.checks import (
     SHARE,
     check_annealing,
     check_before,
+    check_boundaries,
+    check_kind,
     check_numbers,
     readable,
 )
@@ -205,7 +206,7 @@ class piecewise(Schedule):
     boundaries: Sequence[Number]
 
     def __post_init__(self) -> None:
-        _check_boundaries("values", len(self.values), self.boundaries)
+        check_boundaries("piecewise", "values", len(self.values), self.boundaries)
 
     def __call__(self, step: int | Tensor) -> Tensor:
         steps = _steps(step)
@@ -229,7 +230,9 @@ class join(Schedule):
     boundaries: Sequence[Number]
 
     def __post_init__(self) -> None:
-        _check_boundaries("schedules", len(self.schedules), self.boundaries)
+        check_boundaries("join", "schedules", len(self.schedules), self.boundaries)
+        for schedule in self.schedules:
+            check_kind("join", schedule, "schedules such as constant(0.1)", "__call__")
 
     def __call__(self, step: int | Tensor) -> Tensor:
         steps = _steps(step)
@@ -257,6 +260,7 @@ class warmup(Schedule):
     init: Number = 0.0
 
     def __post_init__(self) -> None:
+        check_kind("warmup", self.schedule, "a schedule such as constant(0.1)", "__call__")
         check_numbers("warmup", POSITIVE, steps=self.steps)
         check_numbers("warmup", init=self.init)
 
@@ -266,17 +270,6 @@ class warmup(Schedule):
         x = progress(step, 0, self.steps)
         rising = (1 - x) * self.init + x * peak
         return torch.where(steps < self.steps, rising, self.schedule(steps - self.steps))
-
-
-def _check_boundaries(what: str, count: int, boundaries: Sequence[Number]) -> None:
-    if count != len(boundaries) + 1:
-        raise ValueError(
-            f"expected one more of {what} than of boundaries, got {count} {what} and "
-            f"{len(boundaries)} boundaries"
-        )
-    known = [b for b in map(readable, boundaries) if b is not None]
-    if any(not a < b for a, b in itertools.pairwise(known)):
-        raise ValueError(f"boundaries must increase, got {tuple(boundaries)}")
 
 
 @value

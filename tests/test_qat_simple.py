@@ -138,7 +138,7 @@ def test_share_on_levels_looks_at_the_bits() -> None:
         ("--quant-block-size 0", "--quant-block-size: expected a whole number from 1 on, got '0'"),
         ("--quant-period 0", "--quant-period: expected a whole number from 1 on, got '0'"),
         ("--quant-warmup-steps -1", "--quant-warmup-steps"),
-        ("--quant-warmup-steps 5000", "--quant-warmup-steps must be below 1050, got 5000"),
+        ("--quant-warmup-steps 5000", "--quant-warmup-steps must be below 840, the end of"),
         ("--anneal-start 9 --anneal-end 9", "--anneal-start must be below --anneal-end, got 9"),
         ("--anneal-end 50", "--anneal-end must be below --epochs, got 50 and 50"),
         ("--anneal-steepness 0", "--anneal-steepness: expected a number"),

@@ -235,7 +235,7 @@ def test_value_and_grad_differentiates_at_the_weights() -> None:
         (lambda: pf.chain(pf.sgd), TypeError, r"link 0 is the class sgd; call it: sgd\(...\)"),
         (lambda: pf.chain(pf.clip(1.0), 3), TypeError, "link 1 is 3, expected a transformation"),
         (lambda: pf.named_chain(base=None), TypeError, "link base is None"),
-        (lambda: pf.masked(pf.lsbq(2), "*"), TypeError, "the inner transformation of masked"),
+        (lambda: pf.masked(pf.lsbq(2), "*"), TypeError, "the transformation of masked"),
         (lambda: pf.accumulate(pf.sgd(1.0), 0), ValueError, "steps must be 1 or more, got 0"),
         (lambda: pf.value_and_grad(lambda w: w, None), TypeError, "it lacks init, update"),
         (lambda: pf.trace(0.9, 0.1, nesterov=True), ValueError, "takes no dampening"),
@@ -259,7 +259,7 @@ def test_integer_leaves_are_named(link) -> None:
         link.init({"a": [torch.ones(1), torch.ones(1, dtype=torch.int64)]})
     with pytest.raises(TypeError, match="parameter 'b' is a float, expected a tensor"):
         link.init({"b": 1.0})
-    with pytest.raises(TypeError, match=r"is a Linear, expected a tensor; use functional\(module"):
+    with pytest.raises(TypeError, match=r"got a Linear, expected a tree .* use functional\(module"):
         link.init(torch.nn.Linear(2, 2))
 
 

@@ -69,7 +69,7 @@ VALUES = [
         pf.lsbq(2), anneal_start=100, anneal_end=20000, granularity=pf.per_channel(), steepness=20
     ),
     pf.soft_prox(pf.lsbq(2), anneal_start=1, anneal_end=2, power=2.0),
-    pf.binary_relax_prox(pf.lsbq(2), anneal_start=1, anneal_end=2, warmup=3),
+    pf.binary_relax_prox(pf.lsbq(2), anneal_start=1, anneal_end=5, warmup=3),
     pf.proxquant_prox(pf.lsbq(2), anneal_start=1, anneal_end=2, strength=0.1),
     pf.custom_prox(pf.lsbq(2), pf.proxmaps.hard, 0.0, start=5),
     pf.chain(pf.clip(1.0), pf.sgd(0.1)),

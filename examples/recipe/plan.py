@@ -14,7 +14,7 @@ from examples.recipe.flags import Flags, Recipe
 from examples.recipe.loading import Views, steps_of
 from examples.recipe.log import LOG
 from examples.recipe.parallel import World
-from examples.recipe.setup import images_of, rate_of, views_of
+from examples.recipe.setup import annealing_of, images_of, rate_of, views_of
 from examples.recipe.user_error import UserError
 from parq_fn.schedules import Schedule
 
@@ -96,10 +96,13 @@ def _check_steps(
             f"{source} was trained in {progress.steps} steps an epoch, and these {images:,} images "
             f"are {steps}; give it the images that it had"
         )
-    total, warmup = args.epochs * steps, args.quant_warmup_steps
-    if warmup >= total and not args.full_prec:
+    annealed = args.quant_proxmap != "hard"
+    last = annealing_of(args, steps)[1] if annealed else args.epochs * steps
+    if args.quant_warmup_steps >= last and not args.full_prec:
+        what = "until the annealing ends" if annealed else "of the run"
         raise UserError(
-            f"--quant-warmup-steps must be below the {total} steps of the run, got {warmup}"
+            f"--quant-warmup-steps must be below the {last} steps {what}, got "
+            f"{args.quant_warmup_steps}"
         )
 
 

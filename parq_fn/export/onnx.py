@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from parq_fn.export.grid import as_multiples, even_grid, shifted
 from parq_fn.export.layers import check_fit, names_of_tied
 from parq_fn.export.packing import Packed, unpack
+from parq_fn.foundation.value import check_flags
 
 _INT2_SINCE = 25  # the opset
 _FIRST = 21  # of 4-bit integers
@@ -50,6 +51,7 @@ def to_onnx(
     Raises ImportError without onnx and onnxscript; ValueError for an opset below 21, and as
     `load_into` does for names and shapes.
     """
+    check_flags("to_onnx", fuse=fuse)
     onnx = _onnx()
     if opset < _FIRST:
         raise ValueError(f"to_onnx: opset must be {_FIRST} or more, got {opset}")

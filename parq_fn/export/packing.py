@@ -18,7 +18,7 @@ from parq_fn.export.codes import decode, encode, num_bytes, width
 from parq_fn.export.grid import check_grid, grid_of, kept_grid, told
 from parq_fn.foundation.memory import in_order, order_of
 from parq_fn.foundation.tree import PyTree, names_of, tree_leaves
-from parq_fn.foundation.value import Value, show, value
+from parq_fn.foundation.value import Value, check_flags, show, value
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.transformed import TransformOptimizer
 from parq_fn.proxmaps.levels import nearest
@@ -309,6 +309,7 @@ def stream(
 
     Raises TypeError as `pack` does.
     """
+    check_flags("pack", snap=snap)
     if isinstance(params, nn.Module):
         if not isinstance(transformation, QuantOptimizer | TransformOptimizer):
             raise TypeError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from parq_fn.export.grid import Multiples, as_multiples, even_grid, halved, off_grid, shifted
 from parq_fn.export.layers import check_fit, holders_of
 from parq_fn.export.packing import Packed
+from parq_fn.foundation.value import check_flags
 
 
 def to_torchao(
@@ -42,6 +43,7 @@ def to_torchao(
     not evenly spaced, zero points beyond 8 bits, rows that cross output channels or run along
     another dimension than the inputs, and float64.
     """
+    check_flags("to_torchao", int8_activations=int8_activations, rounded=rounded)
     tensor_class, activation = _torchao()
     made = copy.deepcopy(module)
     check_fit(made, packed)

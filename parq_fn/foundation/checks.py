@@ -6,14 +6,16 @@ schedule, a tensor batched by `vmap` and one traced by a compiler pass.
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from parq_fn.foundation.scalar import concrete, is_number
-from parq_fn.foundation.value import Value, value
+from parq_fn.foundation.value import Value, briefly, value
 
 
 @value
@@ -69,7 +71,7 @@ def check_numbers(
             continue
         if not (is_number(got) or isinstance(got, Tensor)):
             allowed = "a number, a 0-d tensor" + (" or a schedule" if schedules else "")
-            raise TypeError(f"{who}: {name} must be {allowed}, got {got!r}")
+            raise TypeError(f"{who}: {name} must be {allowed}, got {briefly(got)}")
         if isinstance(got, Tensor) and got.dim() > 0:
             raise ValueError(
                 f"{who}: {name} must be a number or a 0-d tensor, got shape {tuple(got.shape)}; "
@@ -78,6 +80,19 @@ def check_numbers(
         number = readable(got)
         if number is not None and number not in within:
             raise ValueError(f"{who}: {name} must lie in {within}, got {number}")
+
+
+def check_kind(who: str, got: Any, expected: str, *names: str) -> None:
+    """Raises TypeError unless what was got has attributes of these names, and is no class.
+
+    >>> from parq_fn import lsbq
+    >>> check_kind("hard_prox", lsbq, "a quantizer such as lsbq(2)", "fit")
+    Traceback (most recent call last):
+    TypeError: hard_prox: expected a quantizer such as lsbq(2), got the class lsbq, which is to be
+    called: lsbq(...)
+    """
+    if isinstance(got, type) or not all(hasattr(got, name) for name in names):
+        raise TypeError(f"{who}: expected {expected}, got {briefly(got)}")
 
 
 def check_whole(who: str, low: int, high: float = math.inf, **fields: Any) -> None:
@@ -91,7 +106,7 @@ def check_whole(who: str, low: int, high: float = math.inf, **fields: Any) -> No
     for name, got in fields.items():
         whole = isinstance(got, numbers.Integral) and not isinstance(got, bool)
         if not (whole or isinstance(got, Tensor)):
-            raise TypeError(f"{who}: {name} must be a whole number, got {got!r}")
+            raise TypeError(f"{who}: {name} must be a whole number, got {briefly(got)}")
         number = readable(got)
         if number is not None and not low <= number <= high:
             bounds = f"lie in {low}..{high}" if high < math.inf else f"be {low} or more"
@@ -132,3 +147,21 @@ def check_annealing(who: str, **bounds: Any) -> None:
                 f"{who}: {name}={bound} is between 0 and 1, and bounds are steps, not fractions of "
                 f"the training; give {bound} times the number of steps"
             )
+
+
+def check_boundaries(who: str, what: str, count: int, boundaries: Sequence[Any]) -> None:
+    """Raises ValueError unless boundaries increase and are one less than what they part.
+
+    >>> check_boundaries("piecewise", "values", 2, (10, 20))
+    Traceback (most recent call last):
+    ValueError: piecewise: expected one more of values than of boundaries, got 2 values and 2
+    boundaries
+    """
+    if count != len(boundaries) + 1:
+        raise ValueError(
+            f"{who}: expected one more of {what} than of boundaries, got {count} {what} and "
+            f"{len(boundaries)} boundaries"
+        )
+    known = [b for b in map(readable, boundaries) if b is not None]
+    if any(not a < b for a, b in itertools.pairwise(known)):
+        raise ValueError(f"{who}: boundaries must increase, got {tuple(boundaries)}")

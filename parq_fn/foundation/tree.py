@@ -125,9 +125,20 @@ def select(condition: Tensor, new: PyTree, old: PyTree) -> PyTree:
     return tree_map(where, new, old)
 
 
+def check_tree(params: PyTree, what: str) -> None:
+    """Raises TypeError for a module, or an iterator of its parameters, in the place of a tree; does
+    not look at leaves."""
+    if isinstance(params, torch.nn.Module | Iterator):
+        raise TypeError(
+            f"{what}: got a {type(params).__name__}, expected a tree of tensors; use "
+            "functional(module): apply, params = functional(module)"
+        )
+
+
 def check_plain(params: PyTree, what: str) -> None:
     """Raises TypeError, with the leaf's name, for a module, nn.Parameters or an iterator of them in
     the place of params."""
+    check_tree(params, what)
     for i, leaf in enumerate(tree_leaves(params)):
         if isinstance(leaf, torch.nn.Module | Iterator):
             raise TypeError(
@@ -173,6 +184,8 @@ def check_match(updates: PyTree, params: PyTree, what: str) -> None:
     except ValueError:
         raise ValueError(_misfit(updates, params, what)) from None
     for i, (param, update) in enumerate(zip(leaves, given, strict=True)):
+        if not isinstance(param, Tensor):
+            check_plain(params, what)
         if update is None or not isinstance(param, Tensor):
             continue
         if not isinstance(update, Tensor):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -30,6 +31,8 @@ else:
 def value(cls: type[_T]) -> type[_T]:
     """Class decorator: a frozen dataclass that keeps the repr, eq and hash of `Value`.
 
+    Fields that are annotated as bool take True and False alone: "no" would count as True.
+
     Raises TypeError for a class without that base, whose instances would compare by identity.
 
     >>> @value
@@ -46,7 +49,31 @@ of Link, Quantizer, Granularity, Schedule in its place
             f"{cls.__name__}(Value{bases}), or one of Link, Quantizer, Granularity, Schedule in "
             "its place"
         )
+    flags = [name for name, kind in cls.__annotations__.items() if kind in ("bool", bool)]
+    if flags:
+        cls.__post_init__ = _checking(flags, getattr(cls, "__post_init__", None))  # type: ignore[attr-defined] # not the type's before
     return dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+
+
+def _checking(flags: list[str], others: Callable[[Any], None] | None) -> Callable[[Any], None]:
+    def __post_init__(self: Any) -> None:
+        check_flags(type(self).__name__, **{name: getattr(self, name) for name in flags})
+        if others is not None:
+            others(self)
+
+    return __post_init__
+
+
+def check_flags(who: str, **fields: Any) -> None:
+    """Raises TypeError unless every field is True or False.
+
+    >>> check_flags("sgd", nesterov="no")
+    Traceback (most recent call last):
+    TypeError: sgd: nesterov must be True or False, got 'no'
+    """
+    for name, got in fields.items():
+        if not isinstance(got, bool):
+            raise TypeError(f"{who}: {name} must be True or False, got {briefly(got)}")
 
 
 def _fields(self: Any) -> tuple[dataclasses.Field[Any], ...]:
@@ -178,6 +205,23 @@ def show(got: Any) -> str:
     if callable(got) and not isinstance(got, Value):
         return str(getattr(got, "__name__", repr(got)))
     return repr(got)
+
+
+def briefly(got: Any) -> str:
+    """What was got, for an error: as it shows, where that is short, else its class.
+
+    >>> from parq_fn import lsbq
+    >>> briefly(lsbq(2)), briefly(lsbq), briefly(iter([1]))
+    ('lsbq(2)', 'the class lsbq, which is to be called: lsbq(...)', 'list_iterator')
+    """
+    if isinstance(got, type):
+        return f"the class {got.__name__}, which is to be called: {got.__name__}(...)"
+    if isinstance(got, FunctionType) and got.__name__.isidentifier():
+        return f"the function {got.__name__}"
+    text = show(got)
+    if isinstance(got, Tensor) or len(text) > 200 or "\n" in text or text.startswith("<"):
+        return type(got).__name__
+    return text
 
 
 def same(a: Any, b: Any) -> bool:

@@ -22,6 +22,7 @@ from parq_fn.foundation.torch_private import (
     own_attributes,
     parts_copied,
 )
+from parq_fn.foundation.value import briefly
 from parq_fn.optim.adapter import Adapter
 from parq_fn.optim.state import Entries, Group
 from parq_fn.transforms.sharded import local
@@ -46,7 +47,8 @@ def check_base(base: Any) -> None:
     if not isinstance(base, Optimizer) or isinstance(base, (*_UNFIT, Adapter)):
         raise TypeError(
             "QuantOptimizer: expected a torch.optim optimizer other than LBFGS and SparseAdam, "
-            f"got {name}"
+            "such as torch.optim.AdamW(groups, lr=1e-3), got "
+            f"{name if isinstance(base, Optimizer) else briefly(base)}"
         )
     if any(isinstance(getattr(type(base), key, None), property) for key in _PLACES):
         raise TypeError(

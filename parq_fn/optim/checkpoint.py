@@ -77,8 +77,10 @@ def save_checkpoint(
     >>> progress
     {'epoch': 3}
     """
+    _check_arguments("save_checkpoint", folder, model, optimizer)
     _check_others(others)
     final = target_of(folder)
+    together(lambda: _check_own("save_checkpoint", model, optimizer))
     together(lambda: check_target(final))  # all have looked before one writes
     unfinished = unfinished_of(final)
     rank, world = rank_and_world()
@@ -131,9 +133,12 @@ def load_checkpoint(
     TransformOptimizer finds nothing that is its own; TypeError as `save_checkpoint`, and for an
     optimizer without its model.
     """
+    _check_arguments("load_checkpoint", folder, model, optimizer, optional=True)
     _check_others(others)
     if model is None and optimizer is not None:
         raise TypeError("got an optimizer without its model; its state is saved by their names")
+    if model is not None and optimizer is not None:
+        together(lambda: _check_own("load_checkpoint", model, optimizer))
     folder, (rank, world) = found(folder), rank_and_world()
     index = together(lambda: check_files(folder, rank, world))
     both = [name for name, got in (("model", model), ("optimizer", optimizer)) if got is not None]
@@ -186,6 +191,36 @@ def _with_all_keys(index: Metadata, others: dict[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(entry, {})
         inner.setdefault(path[-1], place_of(index.state_dict_metadata[key]))
     return filled
+
+
+def _check_arguments(
+    who: str, folder: Any, model: Any, optimizer: Any, optional: bool = False
+) -> None:
+    """Raises TypeError for arguments of other kinds, as in another order."""
+    kinds: dict[str, tuple[Any, Any, str]] = {
+        "folder": (folder, (str, bytes, os.PathLike), "a path"),
+        "model": (model, nn.Module, "a torch.nn.Module"),
+        "optimizer": (optimizer, Optimizer, "a torch.optim optimizer"),
+    }
+    for name, (got, kind, expected) in kinds.items():
+        if not (isinstance(got, kind) or (optional and got is None and name != "folder")):
+            raise TypeError(
+                f"{who}: expected {expected} for the {name}, got a {type(got).__name__}; the order "
+                f"is {who}(folder, model, optimizer)"
+            )
+
+
+def _check_own(who: str, model: nn.Module, optimizer: Optimizer) -> None:
+    """Raises ValueError unless the optimizer's parameters are the model's."""
+    own = set(model.parameters())
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    foreign = sum(p not in own for p in params)
+    if foreign:
+        raise ValueError(
+            f"{who}: {foreign} of the {len(params)} parameters of the optimizer are none of the "
+            "model's; give the model that the optimizer was built on, for a copy of it has "
+            "parameters of its own"
+        )
 
 
 def _check_others(others: dict[str, Any]) -> None:

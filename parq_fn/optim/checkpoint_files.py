@@ -224,7 +224,10 @@ def check_files(where: Path, rank: int, world: int) -> Metadata:
     Raises FileNotFoundError where there is no checkpoint, ValueError for one that was damaged.
     """
     if not where.is_dir():
-        raise FileNotFoundError(f"no checkpoint at {where}")
+        found = "is a file" if where.exists() else "is not there"
+        raise FileNotFoundError(
+            f"no checkpoint at {where}, which {found}; give the folder that save_checkpoint wrote"
+        )
     index = read_index(where)
     sizes = sizes_of(index, where)
     ids = {match["id"] for name in sizes if (match := _DATA.fullmatch(name))}

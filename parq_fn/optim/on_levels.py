@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from parq_fn.foundation.value import briefly
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.proxmaps.levels import nearest
 from parq_fn.transforms.prox_link import in_rows
@@ -30,7 +31,7 @@ def share_on_levels(optimizer: QuantOptimizer) -> float:
     0.75
     """
     if not isinstance(optimizer, QuantOptimizer):
-        raise TypeError(f"share_on_levels: expected a QuantOptimizer, got {optimizer!r}")
+        raise TypeError(f"share_on_levels: expected a QuantOptimizer, got {briefly(optimizer)}")
     on = total = 0
     for group in optimizer.param_groups:
         for p in group["params"]:

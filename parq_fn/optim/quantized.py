@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from parq_fn.foundation.checks import SHARE, check_numbers
 from parq_fn.foundation.scalar import as_scalar, concrete
 from parq_fn.foundation.torch_private import not_traced
+from parq_fn.foundation.value import briefly, check_flags
 from parq_fn.optim.base_optimizer import check_base, check_not_kept, steps_apart
 from parq_fn.optim.base_owner import OWN, BaseOwner, prox_state, scalars
 from parq_fn.optim.engine.chunks import chunks
@@ -109,11 +110,10 @@ class QuantOptimizer(Wrapping):
         if prox is not None and not isinstance(prox, Prox):
             raise TypeError(
                 "QuantOptimizer: expected a prox link such as parq_prox(lsbq(2), ...), got "
-                f"{prox!r}"
+                f"{briefly(prox)}"
             )
         check_numbers("QuantOptimizer", SHARE, anneal_weight_decay=anneal_weight_decay)
-        if not isinstance(compile, bool):
-            raise TypeError(f"QuantOptimizer: expected compile=True or False, got {compile!r}")
+        check_flags("QuantOptimizer", compile=compile)
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base, self.prox, self.compile = base_optimizer, prox, compile
         self.anneal_weight_decay = anneal_weight_decay
@@ -359,17 +359,17 @@ class QuantOptimizer(Wrapping):
         return Job(latent, qparams, part.granularity, local(p))
 
     def levels(self, p: Tensor) -> Tensor:
-        """The levels [..., k] of a quantized parameter, in its dtype; see `levels_of`.
-
-        Raises ValueError for a parameter that is not quantized by this optimizer.
-        """
+        """The levels [..., k] of a quantized parameter, in its dtype; see `levels_of`. Raises
+        ValueError for what this optimizer does not quantize."""
         self._store.sync()
         for group in self.param_groups:
             if is_quantized(group) and any(p is own for own in group["params"]):
                 return self.link(group).quantizer.levels_in(self.state[p]["qparams"], p.dtype)
+        shape = getattr(p, "shape", None)
+        got = briefly(p) if shape is None else f"a parameter of shape {tuple(shape)}"
         raise ValueError(
-            f"levels: a parameter of shape {tuple(p.shape)} is none that this optimizer "
-            "quantizes; give one of a group with quant_bits below 16"
+            f"levels: {got} is none that this optimizer quantizes; give a parameter, such as "
+            "net.weight, of a group with quant_bits below 16"
         )
 
     def _weight(self, group: Group, p: Tensor) -> Tensor:

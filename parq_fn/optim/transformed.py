@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parq_fn.foundation.scalar import is_number
-from parq_fn.foundation.torch_private import not_traced
+from parq_fn.foundation.torch_private import is_optimizer, not_traced
 from parq_fn.foundation.tree import names_of, tree_leaves
 from parq_fn.foundation.value import same
 from parq_fn.optim.adapter import Adapter
@@ -82,7 +82,9 @@ class TransformOptimizer(Adapter):
     def __init__(
         self, params: Iterable[Any] | dict[str, Any], transformation: Transformation
     ) -> None:
-        check_transformation(transformation, "the transformation of TransformOptimizer")
+        _check_params(params)
+        where = "the transformation of TransformOptimizer(params, transformation)"
+        check_transformation(transformation, where)
         rates = list(_fields(transformation, "learning_rate"))
         one = bool(rates) and all(is_number(rate) and rate == rates[0] for rate in rates)
         own = {"lr": rates[0]} if one else {}
@@ -256,3 +258,21 @@ def _fields(transformation: Any, name: str) -> Iterator[Any]:
 def _has(transformation: Any, kind: type) -> bool:
     """Whether a link of that kind is among those that a transformation is made of."""
     return any(isinstance(link, kind) for link in every_link(transformation))
+
+
+def _check_params(params: Any) -> None:
+    """Raises TypeError for what is often given in the place of parameters."""
+    remedy = ""
+    if isinstance(params, nn.Module):
+        remedy = "give module.named_parameters()"
+    elif isinstance(params, dict):
+        remedy = "give a list of groups, or of (name, parameter) pairs"
+    elif is_optimizer(params):
+        remedy = "give its param_groups, or put a prox link behind it by QuantOptimizer"
+    elif hasattr(params, "init") and hasattr(params, "update"):
+        remedy = "the order is TransformOptimizer(params, transformation)"
+    if remedy:
+        raise TypeError(
+            "TransformOptimizer: expected parameters such as module.named_parameters(), got a "
+            f"{type(params).__name__}; {remedy}"
+        )

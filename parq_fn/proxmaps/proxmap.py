@@ -25,7 +25,8 @@ from torch import Tensor
 
 from parq_fn.foundation.scalar import is_plain
 from parq_fn.foundation.traits import Penalty, ProxTraits, unchanged
-from parq_fn.foundation.value import Value, show, value
+from parq_fn.foundation.value import Value, briefly, show, value
+from parq_fn.proxmaps.even import Even
 from parq_fn.proxmaps.levels import Levels, prepare, wide
 
 # Formulas. At the ends of annealing a map is `clip` or `hard`; in between a specialised formula is
@@ -129,6 +130,11 @@ class ProxMap(Value):
         vars(self).update(own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not all(isinstance(got, Tensor | Even) for got in args[:2]):
+            raise TypeError(
+                f"{show(self)} takes (weights [r, n], levels [r, k]) as tensors, got "
+                f"{' and '.join(map(briefly, args[:2]))}"
+            )
         return self.function(*args, **kwargs)
 
     def formula(self, coefficient: float | None) -> Formula:

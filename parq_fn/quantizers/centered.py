@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from parq_fn.foundation.checks import check_kind
 from parq_fn.foundation.traits import QuantizerTraits
 from parq_fn.foundation.value import value
 from parq_fn.quantizers.base import Quantizer
@@ -43,6 +44,7 @@ class centered(Quantizer):
     quantizer: Quantizer
 
     def __post_init__(self) -> None:
+        check_kind("centered", self.quantizer, "a quantizer such as uniform(4)", "fit")
         if self.quantizer.num_whole:
             raise ValueError(
                 f"centered: {self.quantizer!r} has qparams of the whole tensor, which rows less "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parq_fn.foundation.traits import QuantizerTraits
-from parq_fn.foundation.value import value
+from parq_fn.foundation.value import briefly, value
 from parq_fn.quantizers.base import Grid, Quantizer
 from parq_fn.quantizers.centered import centered
 from parq_fn.quantizers.rounding import to_e8m0, to_format
@@ -51,7 +51,7 @@ class stored(Quantizer):
     def __post_init__(self) -> None:
         own: Any = self.quantizer
         if not isinstance(own, Quantizer):
-            raise TypeError(f"stored: expected a quantizer such as uniform(4), got {own!r}")
+            raise TypeError(f"stored: expected a quantizer such as uniform(4), got {briefly(own)}")
         if self.dtype not in (torch.float16, torch.bfloat16, "e8m0"):
             raise ValueError(
                 f"stored: dtype must be torch.float16, torch.bfloat16 or 'e8m0', got {self.dtype!r}"

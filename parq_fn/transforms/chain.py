@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from parq_fn.foundation.traits import TransformationTraits, shared, traits_of
-from parq_fn.foundation.tree import PyTree, check_match, check_plain
+from parq_fn.foundation.tree import PyTree, check_match, check_plain, check_tree
 from parq_fn.foundation.value import changed, value
 from parq_fn.transforms.transformation import (
     NO_RATE,
@@ -186,7 +186,8 @@ class Chain(Link):
         return updates, self._pack(states)
 
     def weights(self, state: PyTree, params: PyTree) -> PyTree:
-        """Every link's weights in turn."""
+        """Every link's weights in turn. Raises TypeError for a module in the place of params."""
+        check_tree(params, self.built_by)
         for link, own in zip(self.links, self._states(state), strict=True):
             made = link.weights(own, params)
             if made is None and params is not None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from parq_fn.foundation.traits import TransformationTraits, shared
 from parq_fn.foundation.tree import (
     ByName,
@@ -59,7 +61,12 @@ class masked(Link):
     mask: Mask
 
     def __post_init__(self) -> None:
-        check_transformation(self.inner, "the inner transformation of masked")
+        check_transformation(self.inner, "the transformation of masked(transformation, mask)")
+        if isinstance(self.mask, torch.nn.Module):
+            raise TypeError(
+                f"masked: got the module {type(self.mask).__name__} for the mask; "
+                "weight_mask(module) is the mask of what is to be quantized in it"
+            )
 
     @property
     def traits(self) -> TransformationTraits:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from parq_fn.foundation.traits import TransformationTraits, shared
 from parq_fn.foundation.tree import (
     ByName,
@@ -66,7 +68,13 @@ class partition(Link):
                 f'{{"train": sgd(0.1), "stop": freeze()}}, got a {name_of(self.transforms)}'
             )
         for label, link in self.transforms.items():
-            check_transformation(link, f"the transformation of label {label!r}")
+            where = "in partition(transforms, labels) the transformation of label"
+            check_transformation(link, f"{where} {label!r}")
+        if isinstance(self.labels, torch.nn.Module):
+            raise TypeError(
+                f"partition: got the module {type(self.labels).__name__} for the labels, expected "
+                '{pattern: label} such as {"*.weight": "quantized", "*": "rest"}'
+            )
 
     @property
     def traits(self) -> TransformationTraits:

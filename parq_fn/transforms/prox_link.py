@@ -25,7 +25,14 @@ import optree
 import torch
 from torch import Tensor
 
-from parq_fn.foundation.checks import NOT_NEGATIVE, POSITIVE, check_numbers, check_whole, readable
+from parq_fn.foundation.checks import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    check_kind,
+    check_numbers,
+    check_whole,
+    readable,
+)
 from parq_fn.foundation.scalar import Scalar, as_scalar, concrete, new_count, to_device
 from parq_fn.foundation.traits import TransformationTraits, traits_of
 from parq_fn.foundation.tree import PyTree, check_floating, names_of, tree_leaves, tree_map
@@ -110,26 +117,17 @@ class Prox(Link):
 
     def __post_init__(self) -> None:
         who = type(self).__name__
-        for name in ("fit", "levels_in", "num_levels", "num_qparams"):
-            if isinstance(self.quantizer, type) or not hasattr(self.quantizer, name):
-                raise TypeError(
-                    f"{who}: expected a quantizer such as lsbq(2), got {self.quantizer!r}"
-                )
-        if not hasattr(self.granularity, "rows") or isinstance(self.granularity, type):
-            raise TypeError(
-                f"{who}: expected a granularity such as per_channel(), got {self.granularity!r}"
-            )
+        made = ("fit", "levels_in", "num_levels", "num_qparams")
+        check_kind(who, self.quantizer, "a quantizer such as lsbq(2)", *made)
+        check_kind(who, self.granularity, "a granularity such as per_channel()", "rows")
         check_whole(who, 1, period=self.period)
         check_whole(who, 0, warmup=self.warmup)
         if self.learning_rate is not None:
             check_numbers(who, NOT_NEGATIVE, schedules=True, learning_rate=self.learning_rate)
         if self.normal_map is not None:
             check_numbers(who, POSITIVE, normal_map=self.normal_map)
-        if isinstance(self.gradient, type) or not callable(self.gradient):
-            raise TypeError(
-                f"{who}: expected an estimator such as gradient=estimators.inside(), got "
-                f"{self.gradient!r}"
-            )
+        expected = "an estimator such as gradient=estimators.inside()"
+        check_kind(who, self.gradient, expected, "__call__")
 
     @property
     def traits(self) -> TransformationTraits:

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from parq_fn import proxmaps, schedules
-from parq_fn.foundation.checks import NOT_NEGATIVE, POSITIVE, check_annealing, check_numbers
+from parq_fn.foundation.checks import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    check_annealing,
+    check_numbers,
+    readable,
+)
 from parq_fn.foundation.scalar import Scalar, at
 from parq_fn.foundation.value import value
 from parq_fn.transforms.prox_link import Prox
@@ -52,6 +58,12 @@ class _Annealed(Prox):
         super().__post_init__()
         who = type(self).__name__
         check_annealing(who, anneal_start=self.anneal_start, anneal_end=self.anneal_end)
+        warmup, end = readable(self.warmup), readable(self.anneal_end)
+        if warmup and end is not None and warmup >= end:
+            raise ValueError(
+                f"{who}: warmup must end before anneal_end, or nothing is annealed, got "
+                f"warmup={warmup}, anneal_end={end}"
+            )
 
     @property
     def begins(self) -> float | Tensor:

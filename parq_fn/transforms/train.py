@@ -9,8 +9,8 @@ import optree
 import torch
 from torch import Tensor
 
-from parq_fn.foundation.tree import PyTree, check_match, check_plain, columns_of
-from parq_fn.foundation.value import Value, show, value
+from parq_fn.foundation.tree import PyTree, check_match, check_plain, check_tree, columns_of
+from parq_fn.foundation.value import Value, briefly, value
 from parq_fn.transforms.transformation import Transformation, check_transformation
 
 
@@ -32,6 +32,8 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
             check_match(updates, params, "apply_updates")
         return (param + update).to(param.dtype)
 
+    for tree in (params, updates):
+        check_tree(tree, "apply_updates")
     pair = type(updates) is tuple and len(updates) == 2
     if pair and not isinstance(params, tuple | list):
         raise TypeError(
@@ -83,7 +85,8 @@ class value_and_grad(Value):
         check_transformation(self.transform, "the transformation of value_and_grad(loss, ...)")
         if not callable(loss):
             raise TypeError(
-                f"value_and_grad: expected a loss, a function of (weights, *args), got {show(loss)}"
+                "value_and_grad: expected a loss, a function of (weights, *args), got "
+                f"{briefly(loss)}"
             )
 
     def __call__(self, params: PyTree, state: PyTree, /, *args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ from parq_fn.foundation.reading import check_nodes
 from parq_fn.foundation.torch_private import is_optimizer
 from parq_fn.foundation.traits import PER_LEAF, TransformationTraits, traits_of
 from parq_fn.foundation.tree import PyTree, check_plain, tree_map
-from parq_fn.foundation.value import Value, show, state_class, value
+from parq_fn.foundation.value import Value, briefly, state_class, value
 
 
 @runtime_checkable
@@ -376,7 +376,7 @@ def check_transformation(link: Any, where: str) -> None:
     missing = [m for m in ("init", "update", "weights") if not callable(getattr(link, m, None))]
     if missing:
         raise TypeError(
-            f"{where} is {_briefly(link)}, expected a transformation; it lacks "
+            f"{where} is {briefly(link)}, expected a transformation; it lacks "
             f"{', '.join(missing)}{_remedy(link, missing)}"
         )
 
@@ -390,8 +390,3 @@ def _remedy(link: Any, missing: list[str]) -> str:
     if hasattr(link, "num_levels"):
         return "; a quantizer belongs into a prox link: hard_prox(quantizer)"
     return ""
-
-
-def _briefly(got: Any) -> str:
-    text = show(got)
-    return text if len(text) <= 200 else f"a {type(got).__name__}"

@@ -15,7 +15,7 @@ from tests.optim.adapters import LATE, SOON, ones_for, parameters, quantized
 
 def test_bases_that_cannot_be_wrapped_are_refused() -> None:
     (a,) = parameters(1)
-    with pytest.raises(TypeError, match="other than LBFGS and SparseAdam, got SparseAdam"):
+    with pytest.raises(TypeError, match=r"other than LBFGS and SparseAdam, .*got SparseAdam"):
         QuantOptimizer(torch.optim.SparseAdam([a]), SOON)
     with pytest.raises(TypeError, match="got QuantOptimizer"):
         QuantOptimizer(quantized([a]), SOON)

@@ -590,5 +590,5 @@ def test_parameters_of_fsdp1_are_refused() -> None:
 
 def test_compile_is_a_choice_of_two() -> None:
     base = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(2, 2))], "quant_bits": 2}], lr=0.1)
-    with pytest.raises(TypeError, match="expected compile=True or False, got 'max-autotune'"):
+    with pytest.raises(TypeError, match="compile must be True or False, got 'max-autotune'"):
         QuantOptimizer(base, pf.hard_prox(pf.lsbq(2)), compile="max-autotune")
