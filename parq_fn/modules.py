@@ -3,32 +3,64 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
-from parq_fn.foundation.torch_private import BATCH_NORM
+from parq_fn.foundation.torch_private import BATCH_NORM, no_recomputing, writes_to
 from parq_fn.foundation.tree import matches
 from parq_fn.foundation.value import briefly
 
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (BATCH_NORM, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+#: In the names of matrices that are no weights of a layer.
+_TABLES = re.compile("bias|embed|token|pos")
+#: {class: why its modules cannot be called with other weights}.
+_WRAPPERS = {
+    "FSDPModule": "is sharded by fully_shard, which would ignore the weights it is called with; "
+    "train it with a torch.optim adapter",
+    "FullyShardedDataParallel": "is sharded by FSDP1, which flattens weights; shard it by "
+    "torch.distributed.fsdp.fully_shard and train it with a torch.optim adapter",
+    "DistributedDataParallel": "averages gradients of its own weights alone; give functional its "
+    ".module, and average the gradients of the functional loop",
+    "DataParallel": "calls copies with its own weights; give functional its .module",
+    "ScriptModule": "is a TorchScript program; give functional the module that it was made of",
+}
+_RECOMPUTING = (
+    "functional: forward has its backward pass compute anew (torch.utils.checkpoint) or move what "
+    "it saved, which would be with the module's own weights; turn that off in the module, and do "
+    "so with the whole call: checkpoint(apply, weights, inputs, use_reentrant=False)"
+)
+
+Parts = list[tuple[str, nn.Module]]
 
 
 def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]]:
     """(apply, params): apply(weights, *inputs) calls the module with those weights.
 
     params is a dict by name of detached copies, so that training them leaves the module alone;
-    apply takes a dict with the same names, in the module's train or eval mode. Buffers and frozen
-    parameters (requires_grad=False), which are not among params, are the module's own. Tied
-    parameters appear once, and so do those of a submodule with several names. apply raises
-    ValueError for missing or unknown names, and for running statistics in train mode, which would
-    change in place.
+    apply takes a dict with the same names, in the module's train or eval mode. Frozen parameters
+    (requires_grad=False), which are not among params, are the module's own; of its buffers forward
+    sees copies. Tied parameters appear once, and so do those of a submodule with several names.
+    Calls from several threads wait for each other.
 
-    Raises TypeError for what is no module, and for one under FSDP2, which ignores tensors it is
-    given in this way; ValueError for a module that has parameters and all of them frozen.
+    apply raises ValueError for missing or unknown names, and where forward writes a parameter or a
+    buffer, such as running statistics in train mode: what it wrote would be lost. Compiled, it
+    finds those that are assigned and running statistics, and loses other writes to buffers. Other
+    attributes that forward sets are the module's own. apply raises RuntimeError where forward is
+    computed anew in the backward pass, by torch.utils.checkpoint, which would be with the module's
+    own weights; checkpoint the whole call.
+
+    Raises TypeError for what is no module, and for those whose forward does not call their own
+    parts: under FSDP, DistributedDataParallel, DataParallel, TorchScript; ValueError for a lazy
+    module that has seen no input, and for one that has parameters and all of them frozen.
 
     A mask made for the whole module names frozen parameters too: take what params has,
     {name: weight_mask(module)[name] for name in params}.
@@ -38,18 +70,13 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
     >>> sorted(params), apply(params, torch.zeros(3, 2)).shape
     (['bias', 'weight'], torch.Size([3, 1]))
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(
-            f"functional: expected a torch.nn.Module, got {briefly(module)}; it takes a module, "
-            "and gives apply, params"
-        )
+    _check_module("functional", module, "apply, params")
     for name, part in module.named_modules():
-        if any(kind.__name__ == "FSDPModule" for kind in type(part).__mro__):
-            raise TypeError(
-                f"functional: module {name or 'itself'!r} is sharded by fully_shard, which would "
-                "ignore the weights it is called with; train it with a torch.optim adapter"
-            )
-
+        for kind in type(part).__mro__:
+            if kind.__name__ in _WRAPPERS:
+                raise TypeError(
+                    f"functional: module {name or 'itself'!r} {_WRAPPERS[kind.__name__]}"
+                )
     own = dict(module.named_parameters())
     names = {name for name, p in own.items() if p.requires_grad}
     if own and not names:
@@ -66,6 +93,7 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
         for local, p in part.named_parameters(recurse=False, remove_duplicate=False)
         if p.requires_grad
     }
+    call = _Call(module)
 
     def apply(weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         if weights.keys() != names:
@@ -74,17 +102,113 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
                 f"functional: weights without {missing or 'none'} of the module's parameters, "
                 f"with {unknown or 'none'} unknown to it or frozen"
             )
-        for name, part in module.named_modules():
+        parts = list(call.module.named_modules())
+        for name, part in parts:
             if part.training and getattr(part, "running_mean", None) is not None:
                 raise ValueError(
                     f"functional: {name!r} ({type(part).__name__}) would change its running "
                     "statistics in place; call eval() on it, use a norm without them, or see "
                     "torch.func.replace_all_batch_norm_modules_"
                 )
-        given = {place: weights[name] for place, name in places.items()}
-        return torch.func.functional_call(module, given, args, kwargs, tie_weights=False)
+        with _alone(parts):
+            given = {place: weights[name] for place, name in places.items()} | _copies(parts)
+            given = {f"module.{place}": got for place, got in given.items()}
+            return torch.func.functional_call(call, given, (args, kwargs), tie_weights=False)
 
     return apply, {name: own[name].detach().clone() for name in own if name in names}
+
+
+class _Call(nn.Module):
+    """The module, and after its call a look at what forward wrote."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        parts = list(self.module.named_modules())
+        held = _held(parts)  # while it is, no other tensor has the id of one of these
+        before = _writes(held)
+        found = self.module(*args, **kwargs)
+        after = _writes(_held(parts))
+        written = [place for place in {**before, **after} if before.get(place) != after.get(place)]
+        if written:
+            raise ValueError(
+                f"functional: forward writes {', '.join(map(repr, written))}, where a function of "
+                "weights writes nothing; call eval() on what does, or use a torch.optim adapter"
+            )
+        return found
+
+
+def _held(parts: Parts) -> dict[str, Tensor]:
+    """Parameters and buffers by their places."""
+    return {
+        f"{above}.{local}" if above else local: got
+        for above, part in parts
+        for found in (part.named_parameters, part.named_buffers)
+        for local, got in found(recurse=False, remove_duplicate=False)
+    }
+
+
+def _copies(parts: Parts) -> dict[str, Tensor]:
+    """Copies of the buffers by their places, one of a buffer that has several."""
+    made: dict[int, Tensor] = {}
+    found = {}
+    for above, part in parts:
+        for local, got in part.named_buffers(recurse=False, remove_duplicate=False):
+            if id(got) not in made:
+                made[id(got)] = got.clone()
+            found[f"{above}.{local}" if above else local] = made[id(got)]
+    return found
+
+
+def _writes(held: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """What tells that a tensor was written or exchanged; a compiler knows of exchanges alone."""
+    counted = not torch.compiler.is_compiling()
+    return {
+        place: (id(got), writes_to(got) if counted and not got.is_inference() else 0)
+        for place, got in held.items()
+    }
+
+
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def _alone(parts: Parts) -> Iterator[None]:
+    """Within it no other thread calls a module with other weights, and nothing is put off to the
+    backward pass; after it, what older parametrizations make a weight of is as it was."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with _LOCK, no_recomputing(_RECOMPUTING):
+        made = [(part, name, getattr(part, name)) for _, part in parts for name in _made(part)]
+        try:
+            yield
+        finally:
+            for part, name, got in made:
+                setattr(part, name, got)
+
+
+def _made(part: nn.Module) -> list[str]:
+    """The attributes that hooks of torch.nn.utils make of parameters at each call: "weight" of
+    "weight_g" and "weight_v" or of "weight_orig"."""
+    parameters = (name.rpartition("_") for name, _ in part.named_parameters(recurse=False))
+    return [name for name, _, end in parameters if end in ("v", "orig") and name in vars(part)]
+
+
+def _check_module(who: str, module: nn.Module, gives: str) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"{who}: expected a torch.nn.Module, got {briefly(module)}; it takes a module, and "
+            f"gives {gives}"
+        )
+    for name, p in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(p):
+            raise ValueError(
+                f"{who}: {name!r} has no shape yet, for its module is lazy; call the module on a "
+                "batch first"
+            )
 
 
 def weight_mask(
@@ -97,15 +221,18 @@ def weight_mask(
     tokens, position embeddings) are left alone, and so is what `exclude` names: patterns for
     names or their parents, such as "head", or compiled regular expressions.
 
-    Raises ValueError for a pattern that matches no parameter, TypeError for what is no module or no
-    pattern.
+    Warns of matrices that it leaves alone and that may be weights: those with other names, and
+    those that a parametrization, such as weight_norm, makes a weight of. mask[name] = True takes
+    one, and exclude=name leaves it without a warning.
+
+    Raises ValueError for a pattern that matches no parameter, and for a lazy module that has seen
+    no input; TypeError for what is no module or no pattern.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     >>> [name for name, quantized in weight_mask(net, exclude="3").items() if quantized]
     ['0.weight']
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"weight_mask: expected a torch.nn.Module, got {briefly(module)}")
+    _check_module("weight_mask", module, "a dict of names")
     given: Any = exclude
     one = isinstance(given, str) or not isinstance(given, Iterable)
     patterns = (given,) if one else tuple(given)
@@ -126,15 +253,31 @@ def weight_mask(
                 f"{', '.join(every)}"
             )
     looked_up = {id(p) for m in module.modules() if isinstance(m, _LOOKUPS) for p in m.parameters()}
-    mask = {}
+    mask, doubtful = {}, []
     for name, parameter in module.named_parameters():
-        parent, _, local = name.rpartition(".")
-        mask[name] = (
-            parameter.is_floating_point()
-            and parameter.dim() >= 2
-            and "weight" in local
-            and id(parameter) not in looked_up
-            and not isinstance(module.get_submodule(parent), _NORMS)
-            and not any(matches(p, tied) for p in patterns for tied in names[id(parameter)])
+        above, _, local = name.rpartition(".")
+        parent = module.get_submodule(above)
+        mask[name] = False
+        if (
+            not parameter.is_floating_point()
+            or parameter.dim() < 2
+            or id(parameter) in looked_up
+            or isinstance(parent, _NORMS)
+            or any(matches(p, tied) for p in patterns for tied in names[id(parameter)])
+        ):
+            continue
+        is_made_of = isinstance(parent, ParametrizationList) or local.rpartition("_")[0] in {
+            *_made(parent)
+        }
+        mask[name] = "weight" in local and not is_made_of
+        is_matrix = sum(size > 1 for size in parameter.shape) > 1
+        if not mask[name] and is_matrix and not _TABLES.search(local):
+            doubtful.append(name)
+    if doubtful:
+        warnings.warn(
+            f"weight_mask leaves alone {', '.join(map(repr, doubtful))}, which may be weights: "
+            "they have other names, or a parametrization makes a weight of them; set "
+            f"mask[{doubtful[0]!r}] = True to quantize one, or name it in exclude",
+            stacklevel=2,
         )
     return mask

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+from torch.utils.checkpoint import checkpoint
 
 import parq_fn as pf
 
@@ -44,6 +49,41 @@ def test_weight_mask_picks_matrices_and_kernels() -> None:
     assert set(pf.weight_mask(module)) == {name for name, _ in module.named_parameters()}
 
 
+class Named(nn.Module):
+    """Matrices under names of one's own, and what looks like one and is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 3, 4))
+        self.position_table = nn.Parameter(torch.randn(1, 5, 4))
+        self.gain = nn.Parameter(torch.ones(4, 1, 1))
+        self.body = nn.Linear(4, 3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (Named, ["experts"]),
+        (
+            lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4))),
+            ["0.parametrizations.weight.original1"],
+        ),
+        (lambda: weight_norm(nn.Linear(3, 4)), ["weight_v"]),
+        (lambda: spectral_norm(nn.Linear(3, 4)), ["weight_orig"]),
+    ],
+)
+def test_weight_mask_names_matrices_that_it_leaves_alone(
+    build: Callable[[], nn.Module], names: list[str]
+) -> None:
+    module = build()
+    quoted = ", ".join(map(repr, names))
+    with pytest.warns(UserWarning, match=f"leaves alone {quoted}, which may be weights"):
+        mask = pf.weight_mask(module)
+    assert quantized(mask) == (["body.weight"] if isinstance(module, Named) else [])
+    assert pf.weight_mask(module, exclude=names) == mask  # without a warning
+
+
 def test_weight_mask_refuses_names_that_are_none() -> None:
     with pytest.raises(ValueError, match="exclude pattern 'heads' matches no parameter"):
         pf.weight_mask(Small(), "heads")
@@ -71,6 +111,138 @@ def test_functional_is_the_module_and_leaves_it_alone() -> None:
     assert torch.equal(weights["0.bias"], params["0.bias"])
     assert all(torch.equal(v, before[k]) for k, v in module.named_parameters())
     assert not any(p.requires_grad for p in params.values())
+
+
+class Writes(nn.Module):
+    """Does something to itself in its forward."""
+
+    def __init__(self, act: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.register_buffer("average", torch.zeros(3))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.act = act
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.act(self)
+        return self.frozen(self.linear(x)) + self.average
+
+
+WRITES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "buffer": (lambda: Writes(lambda its: its.average.mul_(0.9).add_(1.0)), "'average'"),
+    "counter": (lambda: Writes(lambda its: its.calls.add_(1)), "'calls'"),
+    "assigned": (lambda: Writes(lambda its: setattr(its, "average", torch.ones(3))), "'average'"),
+    "new": (lambda: Writes(lambda its: its.register_buffer("new", torch.ones(3))), "'new'"),
+    "frozen": (lambda: Writes(lambda its: its.frozen.weight.mul_(0.9)), r"'frozen\.weight'"),
+    "weight": (lambda: Writes(lambda its: its.linear.weight.mul_(0.9)), r"'linear\.weight'"),
+    "spectral_norm": (lambda: parametrizations.spectral_norm(nn.Linear(3, 3)), "_u'"),
+    "its_older_form": (lambda: spectral_norm(nn.Linear(3, 3)), "'weight_u', 'weight_v'"),
+}
+
+
+@pytest.mark.parametrize("writes", WRITES)
+def test_a_forward_that_writes_parameters_or_buffers_is_refused(writes: str) -> None:
+    torch.manual_seed(0)
+    build, named = WRITES[writes]
+    module, x = build(), torch.randn(4, 3)
+    apply, params = pf.functional(module)
+    before = {name: (got, got.clone()) for name, got in module.state_dict(keep_vars=True).items()}
+    with pytest.raises(ValueError, match=f"forward writes .*{named}"):
+        apply(params, x)
+    if writes in ("weight", "frozen"):
+        return  # before it is found
+    with pytest.raises(ValueError, match=f"forward writes .*{named}"):
+        torch.func.grad(lambda w: apply(w, x).sum())(params)
+    for name, (got, values) in before.items():
+        assert module.state_dict(keep_vars=True)[name] is got
+        assert torch.equal(got, values)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_weights_that_hooks_make_at_each_call_are_put_back() -> None:
+    module, x = weight_norm(nn.Linear(3, 3)), torch.randn(4, 3)
+    made, expected = module.weight, module(x)
+    made = module.weight
+    apply, params = pf.functional(module)
+    assert torch.equal(apply(params, x), expected)
+    torch.func.grad(lambda w: apply(w, x).sum())(params)
+    assert module.weight is made
+
+
+def test_calls_from_several_threads_see_the_weights_they_gave() -> None:
+    module, x = nn.Sequential(*[nn.Linear(4, 4) for _ in range(20)]), torch.ones(1, 4)
+    before = list(module.parameters())
+    apply, params = pf.functional(module)
+    runs = [{name: scale * w for name, w in params.items()} for scale in (0.5, 1.0, 2.0)]
+    expected, wrong = [apply(weights, x) for weights in runs], []
+
+    def work(weights: dict[str, Tensor], result: Tensor) -> None:
+        for _ in range(30):
+            if not torch.equal(apply(weights, x), result):
+                wrong.append(weights)
+
+    threads = [
+        threading.Thread(target=work, args=each) for each in zip(runs, expected, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert all(p is was for p, was in zip(module.parameters(), before, strict=True))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+        self.checkpoints = True
+
+    def forward(self, x):
+        return checkpoint(self.parts, x, use_reentrant=False) if self.checkpoints else self.parts(x)
+
+
+def test_what_would_be_computed_anew_with_other_weights_is_refused() -> None:
+    """It gave wrong gradients: those at the module's own weights."""
+    module, x = Checkpointed(), torch.randn(4, 3)
+    apply, params = pf.functional(module)
+    weights = {name: (2 * w).requires_grad_() for name, w in params.items()}
+    with pytest.raises(RuntimeError, match="with the module's own weights; turn that off"):
+        apply(weights, x)
+    with torch.no_grad():
+        apply(weights, x)  # nothing is computed anew
+    module.checkpoints = False
+    grads = []
+    for called in (apply, lambda *got: checkpoint(apply, *got, use_reentrant=False)):
+        loss = called(weights, x).square().sum()
+        grads.append(torch.autograd.grad(loss, list(weights.values())))
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize(
+    ("build", "advice"),
+    [
+        (lambda net: nn.DataParallel(net), r"'itself' calls copies .* its \.module"),
+        (lambda net: type("ScriptModule", (nn.Sequential,), {})(net), "that it was made of"),
+        (lambda net: type("DistributedDataParallel", (nn.Sequential,), {})(net), "average the gra"),
+    ],
+)
+def test_modules_that_would_not_be_called_with_the_weights_are_refused(
+    build: Callable[[nn.Module], nn.Module], advice: str
+) -> None:
+    with pytest.raises(TypeError, match=advice):
+        pf.functional(build(nn.Linear(3, 3)))
+
+
+def test_lazy_modules_are_refused_until_they_have_seen_a_batch() -> None:
+    module = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    for act in (pf.functional, pf.weight_mask):
+        with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet, .* is lazy; call"):
+            act(module)
+    module.eval()(torch.ones(2, 4))
+    assert list(pf.functional(module)[1]) == [name for name, got in pf.weight_mask(module).items()]
 
 
 class Twice(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any, ParamSpec, TypeVar
 
@@ -75,6 +75,15 @@ BATCH_NORM = nn.modules.batchnorm._NormBase
 def is_flat(p: Tensor) -> bool:
     """Whether a parameter is one of FSDP1's, flattened with others."""
     return bool(getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False))
+
+
+def no_recomputing(message: str) -> AbstractContextManager[None]:
+    """Within it what is saved for the backward pass is saved as it is, and hooks that would do
+    otherwise raise RuntimeError with the message; none where there are such hooks already, or where
+    nothing is saved."""
+    if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True):
+        return nullcontext()
+    return torch.autograd.graph.disable_saved_tensors_hooks(message)
 
 
 # Optimizers
