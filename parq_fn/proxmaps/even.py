@@ -19,6 +19,9 @@ from torch import Tensor
 
 from parq_fn.foundation.scalar import concrete, is_plain
 
+#: As tensors, for a number is made one at each operation.
+_HALF, _ONE = torch.tensor(0.5, device="cpu"), torch.tensor(1.0, device="cpu")
+
 #: Of fewer levels there are no cells to be found.
 LEAST = 3
 #: Up to so many levels, counting the bounds below a weight is faster than a rounding.
@@ -34,7 +37,9 @@ class Even(NamedTuple):
     first: Tensor | float  # [r, 1] where rows differ in it, then whole numbers; else whole or half
     num_levels: int  # k
     dtype: torch.dtype
-    room: Tensor | None = None  # [r, n], in dtype: where nearest levels may be put; steps are plain
+    #: Three [r, n] in dtype, which whoever gives them for plain weights and steps lends: the first
+    #: for nearest levels, the others, good until the next call, for what is made on the way.
+    room: tuple[Tensor, Tensor, Tensor] | None = None
     bound: Tensor | None = None  # [r, k - 1]: of levels of a table; where the nearest are counted
 
     def rows(self, s: slice) -> Even:
@@ -59,12 +64,12 @@ class Even(NamedTuple):
 
         The lowest cell takes in what lies below it, the highest what lies above. NaN gives NaN.
         """
-        if self._in_place(x):
-            hi, lo = x.new_empty(2, *x.shape)
+        if (room := self._memory(x)) is not None:
+            _, hi, lo = room
             inner = self._inner(torch.mul(x, self.inverse, out=lo), True)
             torch.gt(x, torch.mul(inner, self.step, out=hi), out=hi)  # as floats, not slow bools
             torch.mul(inner.add_(hi), self.step, out=hi)
-            return inner.sub_(1.0).mul_(self.step), hi
+            return inner.sub_(_ONE).mul_(self.step), hi
         inner = self._inner(x.detach() * self.inverse, False)
         upper = torch.where(x > self.level(inner), inner + 1, inner)
         return self.level(upper - 1), self.level(upper)
@@ -72,14 +77,13 @@ class Even(NamedTuple):
     def closest(self, x: Tensor) -> Tensor:
         """The nearest level, the lower one in a tie; NaN for NaN."""
         # the midpoint is lo / 2 + hi / 2, for no level is near an end of the dtypes
-        if self._in_place(x):
-            lower, hi = x.new_empty(2, *x.shape)
-            lo, half = torch.empty_like(x) if self.room is None else self.room, 0.5 * self.step
+        if (room := self._memory(x)) is not None:
+            (lo, lower, hi), half = room, _HALF * self.step
             if self.bound is not None:
                 return torch.mul(self._counted(x, self.bound, lower, hi), self.step, out=lo)
             lower = self._lower(torch.mul(x, self.inverse, out=lower), True)
             torch.mul(lower, half, out=lo)
-            middle = torch.add(lower, 1.0, out=hi).mul_(half).add_(lo)
+            middle = torch.add(lower, _ONE, out=hi).mul_(half).add_(lo)
             lower.add_(torch.gt(x, middle, out=middle))
             return torch.mul(lower, self.step, out=lo)
         lower = self._lower(x.detach() * self.inverse, False)
@@ -88,12 +92,12 @@ class Even(NamedTuple):
 
     def _inner(self, t: Tensor, in_place: bool) -> Tensor:
         """The multiple next to t of a level that is no outermost one. Takes the memory of t."""
-        t = t.floor_().add_(0.5) if self._halves else t.round_()
+        t = t.floor_().add_(_HALF if in_place else 0.5) if self._halves else t.round_()
         return _held(t, self.first + 1, self.last - 1, in_place)
 
     def _lower(self, t: Tensor, in_place: bool) -> Tensor:
         """The multiple next below the midpoint next to t. Takes the memory of t."""
-        t = t.round_().sub_(0.5) if self._halves else t.floor_()
+        t = t.round_().sub_(_HALF if in_place else 0.5) if self._halves else t.floor_()
         return _held(t, self.first, self.last - 1, in_place)
 
     def _counted(self, x: Tensor, bound: Tensor, out: Tensor, above: Tensor) -> Tensor:
@@ -104,16 +108,18 @@ class Even(NamedTuple):
             out.add_(torch.gt(x, bound[..., i : i + 1], out=above))
         return out
 
-    def _in_place(self, x: Tensor) -> bool:
-        """Whether products with the step are the levels, and memory is written to by nobody else.
+    def _memory(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What `room` is, where products with the step are the levels and nobody else looks on.
 
-        Then it is taken at once, for several pieces of memory are given back to the system and
-        taken again each time.
+        Taken at once, for several pieces of memory are given back to the system and taken again
+        each time.
         """
-        dtypes = {x.dtype, self.step.dtype, self.dtype, self.inverse.dtype}
-        if len(dtypes) > 1 or not is_plain(x):
-            return False
-        return self.room is not None or is_plain(self.step)  # who gives room has plain steps
+        if not x.dtype == self.step.dtype == self.dtype == self.inverse.dtype:
+            return None
+        if self.room is None and is_plain(x) and is_plain(self.step):
+            one, other = x.new_empty(2, *x.shape)
+            return torch.empty_like(x), one, other
+        return self.room
 
     @property
     def _halves(self) -> bool:

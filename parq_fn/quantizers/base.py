@@ -235,7 +235,8 @@ class Quantizer(Value):
             return rows.new_zeros((*rows.shape[:-1], self.num_qparams), dtype=dtype)
         # laid out in one way, for the order of a sum follows memory
         x = rows.to(dtype).contiguous()
-        qparams = torch.cat([self._fit(piece) for piece in pieces(x, 0, self.rows_at_once)])
+        found = [self._fit(piece) for piece in pieces(x, 0, self.rows_at_once)]
+        qparams = found[0] if len(found) == 1 else torch.cat(found)
         if self.num_whole:
             common = (self.whole(x) if whole is None else whole).expand(len(x), -1)
             qparams = torch.cat([qparams, nan_rows(common, qparams)], -1)

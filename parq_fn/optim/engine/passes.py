@@ -20,11 +20,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parq_fn.foundation.scalar import concrete
+from parq_fn.foundation.scalar import concrete, is_plain
 from parq_fn.foundation.torch_private import copy_each, in_dispatch_mode
 from parq_fn.optim.engine.chunks import chunks
 from parq_fn.optim.engine.programs import Programs
-from parq_fn.optim.engine.rows import Maps, Rows, in_columns, of_other_rows, some_rows
+from parq_fn.optim.engine.rows import (
+    Maps,
+    Rows,
+    Spare,
+    in_columns,
+    of_other_rows,
+    some_rows,
+    with_even,
+)
 from parq_fn.quantizers.granularity import Granularity, per_channel
 from parq_fn.transforms.prox_link import Prox, ProxState, in_rows
 from parq_fn.transforms.sharded import gathered, is_dtensor
@@ -149,14 +157,22 @@ class Pass:
         if compiled:
             self._programs(maps, wholes)
             return
-        for whole in wholes:
+        spare = _spare(wholes)
+        for whole in with_even(maps, wholes):
             how, (r, n) = maps.of(whole), whole.latent.shape
-            whole = how.with_even(whole)
             few = r == 1 or n > _PIECE or n >= _FEW_LEVELS * how.quantizer.num_levels
             if whole.even is None and few:  # else as many as weights, and made for each piece
                 whole = how.with_levels(whole)
             for piece in _pieces(whole) if maps.link.elementwise else [whole]:
-                how.write(piece)
+                how.write(piece, spare)
+
+
+def _spare(wholes: Sequence[Rows]) -> Spare | None:
+    """Memory for their largest piece, of the first one's dtype; None where others look on, or on a
+    device that has no cache to keep it in."""
+    if not wholes or not is_plain(first := wholes[0].weight.detach()):
+        return None
+    return Spare(first, min(_PIECE, max(whole.latent.numel() for whole in wholes)))
 
 
 def _on_cpu(tensor: Tensor) -> bool:

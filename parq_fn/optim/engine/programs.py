@@ -20,7 +20,17 @@ import torch
 from torch import Tensor
 
 from parq_fn.foundation.torch_private import compiled, compiler_options, mark_constant
-from parq_fn.optim.engine.rows import Map, Maps, Rows, in_columns, some_rows, write
+from parq_fn.optim.engine.rows import (
+    Map,
+    Maps,
+    Rows,
+    in_columns,
+    of_a_kind,
+    sizes_of,
+    some_rows,
+    tables,
+    write,
+)
 from parq_fn.proxmaps.levels import BOUNDS_MIN, bounds
 from parq_fn.proxmaps.proxmap import Formula
 from parq_fn.quantizers import Quantizer
@@ -79,19 +89,19 @@ def _with_levels(maps: Maps, wholes: list[Rows]) -> list[Rows]:
     together, for one at a time they cost as much as a call of a program.
     """
     wholes = list(wholes)
-    for places in _of_a_kind(wholes):
+    for places in of_a_kind(wholes):
         parts = [wholes[i] for i in places]
-        inverse = maps.of(parts[0]).inverse_steps(_tables(parts), parts[0].weight.dtype)
+        inverse = maps.of(parts[0]).inverse_steps(tables(parts), parts[0].weight.dtype)
         if inverse is not None:
-            for i, own in zip(places, _apart(inverse, _sizes(parts)), strict=True):
+            for i, own in zip(places, _apart(inverse, sizes_of(parts)), strict=True):
                 wholes[i] = wholes[i]._replace(inverse=own)
-    for places in _of_a_kind(wholes):
+    for places in of_a_kind(wholes):
         places = [i for i in places if wholes[i].latent.shape[1] >= _LONG]
         parts = [wholes[i] for i in places]
         if not parts or parts[0].inverse is not None:
             continue
-        one, how, sizes = parts[0], maps.of(parts[0]), _sizes(parts)
-        levels = how.quantizer.levels_in(_tables(parts), one.weight.dtype)
+        one, how, sizes = parts[0], maps.of(parts[0]), sizes_of(parts)
+        levels = how.quantizer.levels_in(tables(parts), one.weight.dtype)
         bound: Sequence[Tensor | None] = [None] * len(sizes)
         if how.uses_bounds and _on_cpu(one):
             bound = _apart(bounds(levels.to(how.dtype)), sizes)  # a GPU has time for them
@@ -104,21 +114,6 @@ def _apart(table: Tensor, sizes: list[int]) -> list[Tensor]:
     """Parts of a table, each at the start of its own memory: a compiler tells a tensor that begins
     there from one that begins further on, and would make a program for either."""
     return [part.clone() if part.storage_offset() else part for part in torch.split(table, sizes)]
-
-
-def _of_a_kind(wholes: list[Rows]) -> Iterable[list[int]]:
-    found: dict[Any, list[int]] = {}
-    for i, whole in enumerate(wholes):
-        found.setdefault(whole.kind, []).append(i)
-    return found.values()
-
-
-def _tables(parts: list[Rows]) -> Tensor:
-    return parts[0].table if len(parts) == 1 else torch.cat([part.table for part in parts])
-
-
-def _sizes(parts: list[Rows]) -> list[int]:
-    return [len(part.table) for part in parts]
 
 
 def _calls(wholes: list[Rows], *, cut: bool) -> tuple[list[list[Rows]], list[Rows]]:

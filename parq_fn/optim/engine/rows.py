@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from parq_fn.foundation.scalar import is_number, to_device
+from parq_fn.optim.engine.chunks import chunks
 from parq_fn.proxmaps.even import COUNTED_MAX, Even
 from parq_fn.proxmaps.levels import Levels, bounds, prepare
 from parq_fn.proxmaps.proxmap import Formula
 from parq_fn.quantizers import Quantizer
 from parq_fn.transforms.prox_link import Prox, ProxState, shrunk
+
+_AT_ONCE = 1 << 16  # rows whose levels are made together
 
 
 class Rows(NamedTuple):
@@ -41,6 +45,24 @@ class Rows(NamedTuple):
         return self.latent.device, *made, self.table.shape[-1], *(t.dtype for t in tensors)
 
 
+class Spare:
+    """Memory for what a map makes on the way, lent to one piece of rows after another."""
+
+    def __init__(self, like: Tensor, size: int):
+        self._memory = torch.empty(2, size, dtype=like.dtype, device=like.device)
+        self._found: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+
+    def of(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Two tensors of this one's shape; None where there is none of its dtype and size."""
+        one, other = self._memory
+        if x.dtype != one.dtype or x.numel() > len(one):
+            return None
+        if x.shape not in self._found:
+            size = x.numel()
+            self._found[x.shape] = one[:size].view(x.shape), other[:size].view(x.shape)
+        return self._found[x.shape]
+
+
 class Map(NamedTuple):
     """What maps the rows of one latent's and weight's dtypes, on one device."""
 
@@ -50,9 +72,9 @@ class Map(NamedTuple):
     divisor: Tensor | None  # []
     dtype: torch.dtype  # that is computed in
 
-    def write(self, rows: Rows) -> None:
+    def write(self, rows: Rows, spare: Spare | None = None) -> None:
         """The rows' weights, from their latents and qparams."""
-        write(self.quantizer, self.formula, rows, self.scalars, self.divisor)
+        write(self.quantizer, self.formula, rows, self.scalars, self.divisor, spare)
 
     def inverse_steps(self, qparams: Tensor, dtype: torch.dtype) -> Tensor | None:
         """By which the formula finds the levels of these qparams, if by rounding."""
@@ -67,16 +89,16 @@ class Map(NamedTuple):
         bound = bounds(levels.to(self.dtype)) if self.uses_bounds else None
         return rows._replace(qparams=None, levels=levels, bound=bound)
 
-    def with_even(self, rows: Rows) -> Rows:
-        """The rows with `Even` levels, where a rounding finds these."""
-        inverse = self.inverse_steps(rows.table, rows.weight.dtype)
-        if inverse is None:
-            return rows
-        even = self.quantizer.even(rows.table, inverse, rows.weight.dtype)
+    def even(self, rows: Sequence[Rows]) -> Even | None:
+        """The levels of all these rows, of one kind, where a rounding finds each of them."""
+        table, dtype = tables(rows), rows[0].weight.dtype
+        if (inverse := self.inverse_steps(table, dtype)) is None:
+            return None
+        even = self.quantizer.even(table, inverse, dtype)
         if self.uses_bounds and even.num_levels <= COUNTED_MAX and is_number(even.first):
-            levels = self.quantizer.levels_in(rows.table, rows.weight.dtype)
+            levels = self.quantizer.levels_in(table, dtype)
             even = even._replace(bound=bounds(levels.to(self.dtype)))
-        return rows._replace(even=even)
+        return even
 
     @property
     def uses_bounds(self) -> bool:
@@ -107,12 +129,51 @@ class Maps:
         return self._found[key]
 
 
+def of_a_kind(wholes: Sequence[Rows]) -> Iterable[list[int]]:
+    """Places of those that are mapped alike."""
+    found: dict[Any, list[int]] = {}
+    for i, whole in enumerate(wholes):
+        found.setdefault(whole.kind, []).append(i)
+    return found.values()
+
+
+def tables(parts: Sequence[Rows]) -> Tensor:
+    """Their qparams or levels, one after another."""
+    return parts[0].table if len(parts) == 1 else torch.cat([part.table for part in parts])
+
+
+def sizes_of(parts: Sequence[Rows]) -> list[int]:
+    """How many rows each has."""
+    return [len(part.table) for part in parts]
+
+
+def with_even(maps: Maps, wholes: Sequence[Rows]) -> list[Rows]:
+    """The same, with `Even` levels where roundings find these: asked for many at once, and one by
+    one where rows among them are to be searched."""
+    wholes = list(wholes)
+    for places in of_a_kind(wholes):
+        sizes = dict(zip(places, sizes_of([wholes[i] for i in places]), strict=True))
+        todo = chunks(sizes, _AT_ONCE)
+        while todo:
+            chunk = todo.pop()
+            parts = [wholes[i] for i in chunk]
+            even, start = maps.of(parts[0]).even(parts), 0
+            if even is None:
+                todo += [[i] for i in chunk] if len(chunk) > 1 else []
+                continue
+            for i in chunk:
+                own = even.rows(slice(start, start + sizes[i])) if len(chunk) > 1 else even
+                wholes[i], start = wholes[i]._replace(even=own), start + sizes[i]
+    return wholes
+
+
 def write(
     quantizer: Quantizer,
     formula: Formula,
     rows: Rows,
     scalars: tuple[Tensor, ...],
     divisor: Tensor | None,
+    spare: Spare | None = None,
 ) -> None:
     """`Map.write`, of what a compiler is given and of what it is not."""
     u = shrunk(rows.latent, divisor)
@@ -121,8 +182,8 @@ def write(
         levels = quantizer.even(rows.table, rows.inverse, rows.weight.dtype)
     elif levels is None:
         levels = quantizer.levels_in(rows.table, rows.weight.dtype)
-    if isinstance(levels, Even):
-        levels = levels._replace(room=rows.weight)
+    if spare is not None and isinstance(levels, Even) and (own := spare.of(rows.weight)):
+        levels = levels._replace(room=(rows.weight, *own))
     if formula.prepared:
         u, levels = prepare(u, levels)
     rows.weight.copy_(formula.weight(u, levels, rows.bound, *scalars))
