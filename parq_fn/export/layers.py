@@ -14,7 +14,7 @@ from parq_fn.export.codes import decode, fill_bytes
 from parq_fn.export.file import load
 from parq_fn.export.packing import Packed, decoded, unpack
 from parq_fn.export.read_only import ReadOnly
-from parq_fn.foundation.torch_private import in_dispatch_mode, is_wrapped
+from parq_fn.foundation.torch_private import in_tracer, sizes
 from parq_fn.quantizers.granularity import Granularity
 
 
@@ -68,8 +68,13 @@ def check_fit(module: nn.Module, packed: Mapping[str, Packed | Tensor]) -> None:
 
 _LOST = (
     "the weight of a packed layer is decoded at each use, so that what is written to it would be "
-    "lost; parq_fn.export.dequantized(module) gives layers with plain weights"
+    "lost; parq_fn.export.dequantized(module) gives layers with plain weights, weight.clone() a "
+    "plain tensor"
 )
+
+
+class _Decoded(ReadOnly):
+    why = _LOST
 
 
 class PackedLayer(nn.Module):
@@ -91,10 +96,12 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight, read-only; while a tracer or vmap runs, a plain tensor."""
+        """The decoded weight, read-only (see `ReadOnly`); a plain tensor where torch.export or
+        make_fx traces."""
         weight = self.decoded()
-        traced = torch.compiler.is_compiling() or in_dispatch_mode() or is_wrapped(weight)
-        return weight if traced else ReadOnly.of(weight, _LOST)
+        if not torch.compiler.is_dynamo_compiling() and in_tracer():
+            return weight
+        return _Decoded.of(weight)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -128,7 +135,7 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # we
     it where rows of levels run across them. Indexes are those that nn.Embedding takes."""
 
     def forward(self, input: Tensor) -> Tensor:
-        (count, size), (r, k) = self.packed_shape, self.levels.shape
+        (count, size), (r, k) = self.packed_shape, sizes(self.levels)
         whole = self.packed_cut is None and (r == 1 or r % count == 0)
         if not (fill_bytes(size, k) and whole):
             return functional.embedding(input, self.decoded())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from parq_fn.export.codes import decode, encode, num_bytes, width
 from parq_fn.export.grid import check_grid, grid_of, kept_grid, told
 from parq_fn.foundation.memory import in_order, order_of
+from parq_fn.foundation.torch_private import sizes
 from parq_fn.foundation.tree import PyTree, names_of, tree_leaves
 from parq_fn.foundation.value import Value, check_flags, show, value
 from parq_fn.optim.quantized import QuantOptimizer
@@ -108,8 +109,9 @@ def decoded(
     codes: Tensor, levels: Tensor, shape: tuple[int, ...], cut: Granularity | None = None
 ) -> Tensor:
     """The weight that codes [bytes] and levels [r, k] stand for; rows are cut as in `Packed`."""
-    whole = decode(codes, torch.Size(shape).numel(), levels.shape[1]).reshape(shape)
-    rows = _rows(whole, len(levels), cut)
+    r, k = sizes(levels)
+    whole = decode(codes, torch.Size(shape).numel(), k).reshape(shape)
+    rows = _rows(whole, r, cut)
     return _restored(levels.gather(1, rows.to(torch.int64)), whole, cut)
 
 
@@ -122,7 +124,11 @@ def _empty(shape: tuple[int, ...]) -> Tensor:
 
 
 def _rows(whole: Tensor, r: int, cut: Granularity | None) -> Tensor:
-    return whole.reshape(r, whole.numel() // max(r, 1)) if cut is None else cut.rows(whole)
+    return (
+        whole.reshape(r, torch.Size(sizes(whole)).numel() // max(r, 1))
+        if cut is None
+        else cut.rows(whole)
+    )
 
 
 def _restored(rows: Tensor, like: Tensor, cut: Granularity | None) -> Tensor:

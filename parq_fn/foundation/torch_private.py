@@ -6,6 +6,7 @@ Another version may name or do these things otherwise: this file is the place to
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch._weights_only_unpickler import _get_allowed_globals, _get_user_allowed_globals
 from torch.optim import Optimizer, optimizer
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode,
+    _get_current_dispatch_mode_stack,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,12 +30,56 @@ T = TypeVar("T")
 
 def in_dispatch_mode() -> bool:
     """Whether a dispatch mode, such as a tracer's, sees the operations."""
-    return _get_current_dispatch_mode() is not None
+    return _get_current_dispatch_mode() is not None or bool(
+        torch._ops._len_torch_dispatch_stack_pre_dispatch()
+    )
+
+
+def in_tracer() -> bool:
+    """Whether one of torch's own dispatch modes, by which it traces, sees the operations."""
+    return in_dispatch_mode() and (
+        any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+        or bool(torch._ops._len_torch_dispatch_stack_pre_dispatch())
+    )
 
 
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether it stands for others in vmap, grad or another transformation of torch.func."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def memory_of(tensor: Tensor) -> int | None:
+    """A number that tensors have in common where they share memory, wrapped ones too; None of a
+    tensor without memory of its own, such as a sparse one."""
+    with as_plain_tensors():
+        while is_wrapped(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        try:
+            return int(tensor.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):
+            return None
+
+
+def subclass_of(kind: type[T], tensor: Tensor) -> T:
+    """The tensor as one of a subclass, which is no view of it and shares its memory."""
+    found: Any = Tensor._make_subclass
+    made: T = found(kind, tensor)
+    return made
+
+
+def sizes(tensor: Tensor) -> tuple[int, ...]:
+    """A tensor's sizes as numbers; where torch.jit.trace records, they are tensors otherwise."""
+    if not torch.jit.is_tracing():
+        return tuple(tensor.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are taken for constants
+        return tuple(int(size) for size in tensor.shape)
+
+
+def counted_writes(tensor: Tensor) -> int:
+    """As of `writes_to`, -1 of a tensor that counts none, as those of inference mode."""
+    with as_plain_tensors():
+        return -1 if tensor.is_inference() else tensor._version
 
 
 def is_functional(tensor: Tensor) -> bool:

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 import parq_fn as pf
 from parq_fn import export
@@ -30,6 +33,11 @@ def net(packed_file: Path) -> Net:
     return export.quantized(Net().eval(), packed_file)
 
 
+def counted(layer: Any) -> None:
+    with FlopCounterMode(display=False):
+        layer.weight.add_(1)
+
+
 WRITES: dict[str, Any] = {
     "data +=": lambda layer: layer.weight.data.__iadd__(1),
     "data =": lambda layer: setattr(layer.weight, "data", torch.zeros_like(layer.weight)),
@@ -43,6 +51,25 @@ WRITES: dict[str, Any] = {
     "many": lambda layer: torch._foreach_add_([layer.weight], 1.0),
     "init": lambda layer: nn.init.normal_(layer.weight),
     "numpy": lambda layer: layer.weight.numpy().fill(1),
+    "inplace=True": lambda layer: functional.relu(layer.weight, inplace=True),
+    "in place by position": lambda layer: functional.threshold(layer.weight, 9.0, 1.0, True),
+    "a module in place": lambda layer: nn.Hardtanh(-0.1, 0.1, inplace=True)(layer.weight[0]),
+    "max_norm": lambda layer: functional.embedding(
+        torch.tensor([0]), layer.weight.flatten(1), max_norm=1e-3
+    ),
+    "an overload": lambda layer: torch.ops.aten.add_.Scalar(layer.weight, 1),
+    "set_": lambda layer: layer.weight.set_(torch.zeros(1)),
+    "resize_": lambda layer: layer.weight.resize_(1),
+    "dlpack": lambda layer: torch.from_dlpack(layer.weight).zero_(),
+    "under grad": lambda layer: torch.func.grad(lambda x: (layer.weight.add_(1) * x).sum())(
+        torch.tensor(1.0)
+    ),
+    "under vmap": lambda layer: torch.vmap(lambda x: layer.weight[0].mul_(2) * x)(torch.ones(2)),
+    "counted flops": counted,
+    "compiled": lambda layer: torch.compile(lambda: layer.weight.add_(1), backend="eager")(),
+    "given to compiled": lambda layer: torch.compile(lambda w: w.add_(1), backend="eager")(
+        layer.weight
+    ),
     "assigned": lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(1))),
 }
 
@@ -150,14 +177,35 @@ def test_a_packed_embedding_takes_the_indexes_that_torch_takes(name: str) -> Non
             packed(index)
 
 
-def test_a_packed_weight_that_is_read_compiles_and_is_batched(net: Net) -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_packed_weight_that_is_read_compiles_and_is_traced(net: Net) -> None:
     """As of a tied head, h @ embedding.weight.T."""
     layer = next(module for module in net.modules() if isinstance(module, PackedLinear))
-    x = torch.randn(5, layer.weight.shape[1])
 
-    def read(x: Tensor) -> Tensor:
-        return x @ layer.weight.T
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
 
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) @ self.layer.weight
+
+    x, read = torch.randn(5, layer.weight.shape[1]), Reads()
+    expected = read(x)
     torch.compiler.reset()
-    assert torch.equal(torch.compile(read, fullgraph=True, backend="eager")(x), read(x))
+    for run in (
+        torch.compile(read, fullgraph=True, backend="eager"),
+        torch.export.export(read, (x,), strict=True).module(),
+        torch.export.export(read, (x,), strict=False).module(),
+        torch.fx.symbolic_trace(read),
+        torch.jit.trace(read, (x[:2],)),
+        make_fx(read)(x),
+        make_fx(read, pre_dispatch=True)(x),
+        torch.vmap(read),
+    ):
+        assert torch.equal(run(x), expected)
+    given = torch.compile(lambda w, x: x @ w.T, fullgraph=True, backend="eager")
+    assert torch.equal(given(layer.weight, x), x @ layer.weight.T)
     assert torch.equal(torch.vmap(lambda row: layer.weight * row)(x)[0], layer.weight * x[0])
+    gradient = torch.func.grad(lambda w: (x @ w.T).square().sum())(layer.weight)
+    assert torch.equal(gradient, 2 * (x @ layer.weight.T).T @ x)
