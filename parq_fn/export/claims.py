@@ -12,13 +12,22 @@ import torch
 from torch import Tensor
 
 from parq_fn.export.codes import highest_code
+from parq_fn.export.cuts import cut_from_json
+from parq_fn.export.few_numbers import MOST, Table, levels_from
 from parq_fn.export.packing import Packed
 from parq_fn.foundation.memory import in_order
 from parq_fn.quantizers.base import Grid
-from parq_fn.quantizers.granularity import Granularity, per_block, per_channel
 
 #: Weights of one level take no bytes, so that a file could claim any number of them.
 MOST_OF_ONE_LEVEL = 1 << 24
+#: What a file may hold in the place of levels.
+PARTS = (["step", "first"], ["scale", "numbers"], ["scale", "numbers", "shift"], ["half"])
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 #: What reading a header that was made up can end in.
 WRONG = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError)
 
@@ -41,9 +50,10 @@ def believed(own: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Packe
             made[name] = in_order(tensors[name], order)
             left.remove(name)
             continue
-        made[name] = entry = _packed(name, packed[name], tensors, order)
-        for part in ("codes", "levels", *(() if entry.grid is None else ("step", "first"))):
+        entry, parts = _packed(name, packed[name], tensors, order)
+        for part in ("codes", *parts):
             left.remove(f"{name}.{part}")
+        made[name] = entry
         if entry.levels.shape[1] == 1:
             constants += torch.Size(entry.shape).numel()
     if left:
@@ -58,28 +68,57 @@ def believed(own: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Packe
 
 def _packed(
     name: str, about: dict[str, Any], tensors: dict[str, Tensor], order: tuple[int, ...] | None
-) -> Packed:
-    codes, levels = tensors[f"{name}.codes"], tensors[f"{name}.levels"]
+) -> tuple[Packed, set[str]]:
+    """The weight, and which tensors beside its codes it is made of."""
+    codes = tensors[f"{name}.codes"]
     shape, texts = about["shape"], (about["quantizer"], about["granularity"])
     if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
         raise ValueError(f"{name!r} has the shape {shape!r}, expected a list of whole numbers")
     if not all(isinstance(text, str) and is_text(text) for text in texts):
         raise ValueError(f"{name!r} has {texts!r} for its quantizer and granularity")
+    count = torch.Size(shape).numel()
+    parts, levels = _levels(name, about, tensors, count)
     if levels.dim() != 2 or not levels.is_floating_point() or not 1 <= levels.shape[1] <= 256:
         raise ValueError(f"{name!r} has levels {tuple(levels.shape)}, {levels.dtype}")
     cut = about.get("cut")
     cut = None if cut is None else cut_from_json(cut)
-    grid = None
+    grid = table = None
     if "grid" in about:
         if about["grid"] is not True:
             raise ValueError(f"{name!r} has the grid {about['grid']!r}, expected true")
-        step, first = tensors[f"{name}.step"], tensors[f"{name}.first"]
-        grid = Grid(step, first, first + (levels.shape[1] - 1))
-    entry = Packed(codes, levels, tuple(shape), *texts, cut, order, grid)
-    highest = highest_code(codes, torch.Size(shape).numel(), levels.shape[1])
+        parts |= {part: tensors[f"{name}.{part}"] for part in ("step", "first")}
+        grid = Grid(parts["step"], parts["first"], parts["first"] + (levels.shape[1] - 1))
+    if "scale" in parts:
+        table = Table(parts["scale"], parts["numbers"], parts.get("shift"))
+    entry = Packed(codes, levels, tuple(shape), *texts, cut, order, grid, table)
+    highest = highest_code(codes, count, levels.shape[1])
     if highest >= levels.shape[1]:
         raise ValueError(f"{name!r} has the code {highest} of {levels.shape[1]} levels")
-    return entry
+    return entry, set(parts)
+
+
+def _levels(
+    name: str, about: dict[str, Any], tensors: dict[str, Tensor], count: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors that levels are made of, by the last part of their names, and the levels."""
+    if "from" not in about:
+        levels = tensors[f"{name}.levels"]
+        return {"levels": levels}, levels
+    k, kind, names = (about["from"][what] for what in ("levels", "dtype", "parts"))
+    if type(k) is not int or not 1 <= k <= 256 or kind not in FLOATS or names not in PARTS:
+        raise ValueError(f"{name!r} has levels from {about['from']!r}")
+    parts = {part: tensors[f"{name}.{part}"] for part in names}
+    dtype = FLOATS[kind]
+    wide, r = torch.promote_types(dtype, torch.float32), len(parts[names[0]])
+    if r * k > MOST * count:
+        raise ValueError(f"{name!r} has {r} rows of {k} levels for {count} weights")
+    columns = {"numbers": k, "half": k - k // 2}
+    for part, tensor in parts.items():
+        rows = [1] if part == "numbers" else [1, r] if part == "first" else [r]
+        held = tensor.dim() == 2 and len(tensor) in rows and tensor.shape[1] == columns.get(part, 1)
+        if not held or tensor.dtype != (dtype if part == "half" else wide):
+            raise ValueError(f"{name!r} has {part} {tuple(tensor.shape)}, {tensor.dtype}")
+    return parts, levels_from(parts, k, dtype)
 
 
 def _order(name: str, given: Any) -> tuple[int, ...]:
@@ -95,23 +134,3 @@ def is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def cut_as_json(cut: Granularity) -> dict[str, Any]:
-    """The fields of a `Packed.cut`, by name, for JSON.
-
-    >>> cut_as_json(per_channel((0, 2))), cut_as_json(per_block(32, along=0))
-    ({'axis': [0, 2]}, {'size': 32, 'along': 0})
-    """
-    return {k: list(got) if isinstance(got, tuple) else int(got) for k, got in vars(cut).items()}
-
-
-def cut_from_json(fields: dict[str, Any]) -> Granularity:
-    """What `cut_as_json` gave, read again.
-
-    Raises ValueError or TypeError for anything else.
-    """
-    own: dict[str, Any] = {
-        k: tuple(got) if isinstance(got, list) else got for k, got in fields.items()
-    }
-    return per_channel(**own) if own.keys() == {"axis"} else per_block(**own)

@@ -5,12 +5,17 @@ belongs to it is JSON under the one key "parq_fn" of the metadata (of several ke
 not be fixed), with the format's version and a SHA-256 of the file with zeros in its own place, so
 that a change of any byte is noticed.
 
+Version 3 has "from", {"levels": ..., "dtype": ..., "parts": [...]}, the number and the dtype of
+levels that follow from fewer numbers, and what these are, which stand in the levels' place:
+NAME.step and NAME.first, or NAME.scale, NAME.numbers and where there is one NAME.shift, or
+NAME.half, the upper half of symmetric levels (see `few_numbers`).
+
 Version 2 has "grid", true, where a packed weight is four tensors, NAME.step and NAME.first too: the
 step and first multiple of evenly spaced levels, where these do not say them. It has "cut", {"axis":
 ...} or {"size": ..., "along": ...}, as of per_channel and per_block, where rows are not runs of a
 weight's logical order, and "orders", the order of dimensions in memory of tensors that are not
-contiguous, such as [0, 2, 3, 1] for channels_last. Files without any of them are of version 1,
-which older releases read.
+contiguous, such as [0, 2, 3, 1] for channels_last. Files without any of them are of version 1. A
+file is of the first version that has what it needs, so that older releases read it.
 
 What a file claims is checked before it is believed, for a checksum shows that nothing was changed
 by accident, not who wrote it: see `load`.
@@ -38,15 +43,16 @@ from parq_fn.export.claims import (
     MOST_OF_ONE_LEVEL,
     WRONG,
     believed,
-    cut_as_json,
     is_text,
 )
 from parq_fn.export.codes import num_bytes
+from parq_fn.export.cuts import cut_as_json
+from parq_fn.export.few_numbers import parts_of
 from parq_fn.export.packing import Entry, Packed
 from parq_fn.foundation.memory import order_of
 from parq_fn.transforms.sharded import is_dtensor
 
-VERSION = 2
+VERSION = 3
 _BLANK = "0" * 64
 _KEY = "parq_fn"
 _OURS = re.compile(rb'"__metadata__"\s*:\s*\{\s*"parq_fn"\s*:\s*"')  # which no name can hold
@@ -120,7 +126,6 @@ def _parts(packed: Mapping[str, Packed | Tensor] | list[Entry]) -> list[_Part]:
             tensor = entry.source if isinstance(entry, Entry) else entry
             own = [_Part(name, tensor.dtype, shape, partial(_made, entry))]
         else:
-            dtype = entry.source.dtype if isinstance(entry, Entry) else levels.dtype
             constants += torch.Size(shape).numel() if levels.shape[1] == 1 else 0
             if constants > MOST_OF_ONE_LEVEL:
                 raise ValueError(
@@ -129,16 +134,11 @@ def _parts(packed: Mapping[str, Packed | Tensor] | list[Entry]) -> list[_Part]:
                     "they are"
                 )
             size = (num_bytes(torch.Size(shape).numel(), levels.shape[1]),)
-            kept = partial(levels.detach().to, dtype)
-            own = [
-                _Part(f"{name}.codes", torch.uint8, size, partial(_made, entry)),
-                _Part(f"{name}.levels", dtype, tuple(levels.shape), kept),
+            own = [_Part(f"{name}.codes", torch.uint8, size, partial(_made, entry))]
+            own += [
+                _Part(f"{name}.{what}", part.dtype, tuple(part.shape), partial(_itself, part))
+                for what, part in _levels_of(entry).items()
             ]
-            if entry.grid is not None:
-                own += [
-                    _Part(f"{name}.{what}", part.dtype, tuple(part.shape), partial(_itself, part))
-                    for what, part in zip(("step", "first"), entry.grid, strict=False)
-                ]
         for part in own:
             if part.name in parts:
                 raise ValueError(f"two tensors of the file would be named {part.name!r}")
@@ -152,6 +152,13 @@ def _entries(packed: Mapping[str, Any] | list[Entry]) -> list[tuple[str, Any]]:
     if isinstance(packed, Mapping):
         return list(packed.items())
     return [(entry.name, entry) for entry in packed]
+
+
+def _levels_of(entry: Any) -> dict[str, Tensor]:
+    """What a file holds of a packed weight's levels."""
+    shape = entry.source.shape if isinstance(entry, Entry) else torch.Size(entry.shape)
+    levels = entry.levels.detach()
+    return parts_of(levels, entry.grid, entry.table, shape.numel())
 
 
 def _itself(tensor: Tensor) -> Tensor:
@@ -172,7 +179,7 @@ def _header_of(packed: Mapping[str, Any] | list[Entry], parts: list[_Part]) -> b
         tensor = entry.source if isinstance(entry, Entry) else entry
         order = tensor.order if isinstance(tensor, Packed) else order_of(tensor)
         if order is not None:
-            orders[name], version = list(order), 2
+            orders[name], version = list(order), max(version, 2)
         if isinstance(entry, Packed) or (isinstance(entry, Entry) and entry.levels is not None):
             about[name] = {
                 "shape": list(entry.source.shape if isinstance(entry, Entry) else entry.shape),
@@ -181,9 +188,15 @@ def _header_of(packed: Mapping[str, Any] | list[Entry], parts: list[_Part]) -> b
             }
             cut = entry.cut
             if cut is not None:
-                about[name]["cut"], version = cut_as_json(cut), 2
+                about[name]["cut"], version = cut_as_json(cut), max(version, 2)
             if entry.grid is not None:
-                about[name]["grid"], version = True, 2
+                about[name]["grid"], version = True, max(version, 2)
+            held = _levels_of(entry)
+            if "levels" not in held:
+                levels: Any = entry.levels
+                k, dtype = levels.shape[1], _NAMES[levels.dtype]
+                about[name]["from"] = {"levels": k, "dtype": dtype, "parts": list(held)}
+                version = 3
     names = [name for name, _ in _entries(packed)]
     own = {"names": names, "packed": about, "sha256": _BLANK, "version": version}
     if orders:

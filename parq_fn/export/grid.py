@@ -36,7 +36,7 @@ def told(levels: Tensor) -> Grid | None:
     >>> told(torch.tensor([[-3.0, -1.0, 1.0, 3.0]]))
     Grid(step=tensor([[2.]]), first=tensor([[-1.5000]]), last=tensor([[1.5000]]))
     """
-    wide = levels.detach().to(_wide(levels))
+    wide = levels.detach().to(wider(levels))
     if not wide.numel():
         return None
     magnitude = wide.abs()
@@ -68,7 +68,7 @@ def kept_grid(grid: Grid | None, levels: Tensor) -> Grid | None:
 
 def check_grid(grid: Grid, levels: Tensor) -> None:
     """Raises ValueError unless a grid, as `kept_grid` gives it, is one of levels [r, k]."""
-    dtype, r = _wide(levels), len(levels)
+    dtype, r = wider(levels), len(levels)
     for what, part, rows in (("step", grid.step, [r]), ("first multiple", grid.first, [r, 1])):
         if not isinstance(part, Tensor) or part.dtype != dtype or part.dim() != 2:
             raise ValueError(
@@ -88,13 +88,14 @@ def _gives(grid: Grid, levels: Tensor) -> bool:
     return torch.equal(grid.levels(levels.shape[1]).to(levels.dtype), levels)
 
 
-def _wide(levels: Tensor) -> torch.dtype:
+def wider(levels: Tensor) -> torch.dtype:
+    """The dtype of what levels follow from."""
     return torch.promote_types(levels.dtype, torch.float32)
 
 
 def _tensors(step: Tensor, first: Tensor | float, levels: Tensor) -> Grid:
     """A grid with first [r, 1], or [1, 1] where all rows agree in it."""
-    dtype, (r, k) = _wide(levels), levels.shape
+    dtype, (r, k) = wider(levels), levels.shape
     step = step.detach().to(dtype).reshape(r, 1).contiguous()
     first = torch.as_tensor(first, dtype=dtype, device=step.device).detach().reshape(-1, 1)
     if len(first) > 1 and bool((first == first[:1]).all()):

@@ -21,8 +21,8 @@ except ImportError:
         "parq_fn.export.hugging_face needs transformers: pip install transformers"
     ) from None
 
-from parq_fn.export.claims import cut_as_json, cut_from_json
 from parq_fn.export.codes import num_bytes
+from parq_fn.export.cuts import cut_as_json, cut_from_json
 from parq_fn.export.layers import PackedLayer, pack_layer, packs, quantized
 
 METHOD = "parq_fn"

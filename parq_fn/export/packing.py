@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from parq_fn.export.codes import decode, encode, num_bytes, width
+from parq_fn.export.cuts import cut_of, empty_of, restored_of, rows_of
+from parq_fn.export.few_numbers import Table, check_table, kept_table, parts_of
 from parq_fn.export.grid import check_grid, grid_of, kept_grid, told
 from parq_fn.foundation.memory import in_order, order_of
 from parq_fn.foundation.torch_private import sizes
@@ -24,7 +26,7 @@ from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.transformed import TransformOptimizer
 from parq_fn.proxmaps.levels import nearest
 from parq_fn.quantizers.base import Grid
-from parq_fn.quantizers.granularity import Granularity, per_block, per_channel
+from parq_fn.quantizers.granularity import Granularity
 from parq_fn.transforms.levels_of import prox_states
 from parq_fn.transforms.prox_link import Prox, in_rows
 from parq_fn.transforms.sharded import gathered
@@ -46,6 +48,7 @@ class Packed(Value):
     grid: the step [r, 1] and the first multiple [r, 1], or [1, 1] where rows agree, of evenly
         spaced levels, which are their products, rounded; in float32, of float64 levels in float64.
         None where levels are not evenly spaced, or say it themselves: see `even`.
+    table: what other levels are multiples of, where files hold that in their place; else None.
     """
 
     codes: Tensor
@@ -56,6 +59,7 @@ class Packed(Value):
     cut: Granularity | None = None
     order: tuple[int, ...] | None = None
     grid: Grid | None = None
+    table: Table | None = None
 
     def __post_init__(self) -> None:
         count, (r, k) = torch.Size(self.shape).numel(), self.levels.shape
@@ -66,12 +70,14 @@ class Packed(Value):
             )
         if count % r if r else count:
             raise ValueError(f"shape {self.shape} is not {r} rows of one length")
-        if self.cut is not None and self.cut.shape(_empty(self.shape))[0] != r:
+        if self.cut is not None and self.cut.shape(empty_of(self.shape))[0] != r:
             raise ValueError(f"shape {self.shape} has other rows of {self.cut!r} than {r}")
         if self.order is not None and sorted(self.order) != list(range(len(self.shape))):
             raise ValueError(f"{self.order} is no order of the dimensions of shape {self.shape}")
         if self.grid is not None:
             check_grid(self.grid, self.levels)
+        if self.table is not None:
+            check_table(self.table, self.levels)
 
     @property
     def bits(self) -> float:
@@ -81,9 +87,10 @@ class Packed(Value):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of codes, levels and grid together."""
-        kept = self.codes, self.levels, *(self.grid or ())[:2]
-        return sum(part.nbytes for part in kept if isinstance(part, Tensor))
+        """Bytes of codes and of what a file holds of levels."""
+        count = torch.Size(self.shape).numel()
+        kept = parts_of(self.levels, self.grid, self.table, count)
+        return self.codes.nbytes + sum(part.nbytes for part in kept.values())
 
     @property
     def even(self) -> Grid | None:
@@ -98,11 +105,11 @@ class Packed(Value):
     def indices(self) -> Tensor:
         """Which level of its row each element is: [r, n], int64."""
         whole = decode(self.codes, torch.Size(self.shape).numel(), self.levels.shape[1])
-        return _rows(whole.reshape(self.shape), len(self.levels), self.cut).to(torch.int64)
+        return rows_of(whole.reshape(self.shape), len(self.levels), self.cut).to(torch.int64)
 
     def restored(self, rows: Tensor) -> Tensor:
         """Rows [r, n] in the weight's shape, contiguous."""
-        return _restored(rows, _empty(self.shape), self.cut)
+        return restored_of(rows, empty_of(self.shape), self.cut)
 
 
 def decoded(
@@ -111,47 +118,8 @@ def decoded(
     """The weight that codes [bytes] and levels [r, k] stand for; rows are cut as in `Packed`."""
     r, k = sizes(levels)
     whole = decode(codes, torch.Size(shape).numel(), k).reshape(shape)
-    rows = _rows(whole, r, cut)
-    return _restored(levels.gather(1, rows.to(torch.int64)), whole, cut)
-
-
-def _empty(shape: tuple[int, ...]) -> Tensor:
-    """A weight of a shape, without its numbers."""
-    try:
-        return torch.empty(shape, device="meta")
-    except RuntimeError as error:  # negative, or too large to count
-        raise ValueError(f"no weight has shape {shape}: {error}") from None
-
-
-def _rows(whole: Tensor, r: int, cut: Granularity | None) -> Tensor:
-    return (
-        whole.reshape(r, torch.Size(sizes(whole)).numel() // max(r, 1))
-        if cut is None
-        else cut.rows(whole)
-    )
-
-
-def _restored(rows: Tensor, like: Tensor, cut: Granularity | None) -> Tensor:
-    return rows.reshape(like.shape) if cut is None else cut.restore(rows, like)
-
-
-def cut_of(granularity: Any, weight: Tensor) -> Granularity | None:
-    """How a weight is cut into its rows, as `Packed` keeps it: None where they are runs of its
-    logical order, or one row, whose order is none.
-
-    Raises ValueError for rows in an order that neither per_channel nor per_block makes.
-    """
-    own = getattr(type(granularity), "rows", None) is Granularity.rows
-    if own and (granularity.order(weight) is None or granularity.shape(weight)[0] == 1):
-        return None
-    if own and isinstance(granularity, per_channel):
-        return per_channel(granularity.axis)
-    if own and isinstance(granularity, per_block):
-        return per_block(granularity.size, granularity.along)
-    raise ValueError(
-        f"{granularity!r} makes rows in a way of its own, which packed weights do not hold; "
-        "per_tensor, per_channel, per_block and granularities that give a shape alone are held"
-    )
+    rows = rows_of(whole, r, cut)
+    return restored_of(levels.gather(1, rows.to(torch.int64)), whole, cut)
 
 
 def pack_weight(
@@ -163,6 +131,7 @@ def pack_weight(
     quantizer: str = "",
     granularity: str | Granularity = "",
     grid: Grid | None = None,
+    table: Table | None = None,
 ) -> Packed:
     """A weight of r rows, each of whose elements is a level of its row [r, k].
 
@@ -171,6 +140,7 @@ def pack_weight(
     granularity: how the weight is cut into rows; without one, or with its name alone, rows stand
     one after another.
     grid: `quantizer.grid(qparams)` of evenly spaced levels, which exporters take their scales from.
+    table: as `Packed` keeps it.
     Raises ValueError, with the name, for weights off their levels, with the share of them, and for
     levels that are all 0, with `snap` too, where weights are not; for levels that are not rows of 1
     to 256 sorted ones; for a shape that is not their rows; for a granularity that makes rows in a
@@ -183,7 +153,7 @@ def pack_weight(
     levels = levels.detach().to(weight.dtype).contiguous()
     cut = None if isinstance(granularity, str) else _named(name, granularity, weight)
     _check_levels(name, weight, levels, cut)
-    rows = _rows(weight.detach(), len(levels), cut)
+    rows = rows_of(weight.detach(), len(levels), cut)
     if bool(rows.any()) and not bool(levels.any()):
         raise ValueError(
             f"parameter {name!r}: its levels are all 0, as they are until a step past warmup fits "
@@ -200,12 +170,12 @@ def pack_weight(
             "their levels; train to the end of annealing (a parameter that is frozen, or gets no "
             "gradient, stays as it is), or round them with snap=True"
         )
-    packed = encode(_restored(codes, weight, cut).flatten(), levels.shape[1])
+    packed = encode(restored_of(codes, weight, cut).flatten(), levels.shape[1])
     text = granularity if isinstance(granularity, str) else repr(granularity)
     shape, order = tuple(weight.shape), order_of(weight)
     try:
         grid = kept_grid(grid, levels)
-        return Packed(packed, levels.clone(), shape, quantizer, text, cut, order, grid)
+        return Packed(packed, levels.clone(), shape, quantizer, text, cut, order, grid, table)
     except ValueError as error:
         raise ValueError(f"parameter {name!r}: {error}") from None
 
@@ -272,6 +242,7 @@ class Entry:
     levels: Tensor | None = None  # [r, k]; None where it is kept
     snap: bool = False
     grid: Grid | None = None  # as of `Packed`
+    table: Table | None = None  # as of `Packed`
 
     def make(self) -> Packed | Tensor:
         """The packed weight or the tensor, whole; a sharded one is gathered, so every rank calls
@@ -290,6 +261,7 @@ class Entry:
             quantizer=self.quantizer,
             granularity=self.link.granularity if self.link else "",
             grid=self.grid,
+            table=self.table,
         )
 
     @property
@@ -337,13 +309,15 @@ def stream(
         entries = zip(names_of(params), tree_leaves(weights), strict=True)
     made = []
     for name, entry in entries:
-        link = levels = grid = None
+        link = levels = grid = table = None
         if name in found:
             link, qparams = found[name]
             qparams = in_rows(qparams)
             levels = link.quantizer.levels_in(qparams, entry.dtype)
             grid = grid_of(link.quantizer, qparams, levels)
-        made.append(Entry(name, entry, link, levels, snap, grid))
+            if grid is None:
+                table = kept_table(link.quantizer, qparams, levels, entry.numel())
+        made.append(Entry(name, entry, link, levels, snap, grid, table))
     return made
 
 

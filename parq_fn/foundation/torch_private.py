@@ -30,17 +30,18 @@ T = TypeVar("T")
 
 def in_dispatch_mode() -> bool:
     """Whether a dispatch mode, such as a tracer's, sees the operations."""
-    return _get_current_dispatch_mode() is not None or bool(
-        torch._ops._len_torch_dispatch_stack_pre_dispatch()
-    )
+    return _get_current_dispatch_mode() is not None or _is_pre_dispatch()
+
+
+def _is_pre_dispatch() -> bool:
+    count: Any = torch._ops._len_torch_dispatch_stack_pre_dispatch
+    return bool(count())
 
 
 def in_tracer() -> bool:
     """Whether one of torch's own dispatch modes, by which it traces, sees the operations."""
-    return in_dispatch_mode() and (
-        any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
-        or bool(torch._ops._len_torch_dispatch_stack_pre_dispatch())
-    )
+    modes = _get_current_dispatch_mode_stack()
+    return any(mode.is_infra_mode() for mode in modes) or _is_pre_dispatch()
 
 
 def is_wrapped(tensor: Tensor) -> bool:
@@ -69,7 +70,8 @@ def subclass_of(kind: type[T], tensor: Tensor) -> T:
 
 def sizes(tensor: Tensor) -> tuple[int, ...]:
     """A tensor's sizes as numbers; where torch.jit.trace records, they are tensors otherwise."""
-    if not torch.jit.is_tracing():
+    jit: Any = torch.jit
+    if not jit.is_tracing():
         return tuple(tensor.shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that they are taken for constants

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import parq_fn as pf
 from parq_fn.export import Packed, load, load_into, pack, pack_weight, quantized, save, unpack
-from parq_fn.export.claims import cut_as_json, cut_from_json
+from parq_fn.export.cuts import cut_as_json, cut_from_json
 from parq_fn.export.file import _BLANK, _header, _write
 from parq_fn.export.layers import PackedLayer
 from parq_fn.optim import QuantOptimizer, TransformOptimizer

@@ -10,6 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,80 @@ def test_a_grid_of_other_levels_is_refused(tmp_path: Path) -> None:
             load(tmp_path / "crafted")
 
 
+def few(*parts: str) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+    """As of `good`, of weights [2, 4] in two rows whose levels follow from other numbers."""
+    own, tensors, numbers = good()
+    sizes = {"step": 1, "first": 1, "scale": 1, "shift": 1, "half": 2}
+    del tensors["w.levels"]
+    end, data = 8, numbers[16:24]
+    tensors["b"] = entry("F32", [2], 0, 8)
+    for part in parts:
+        columns, rows = sizes.get(part, 4), 1 if part == "numbers" else 2
+        start, end = end, end + 4 * rows * columns
+        tensors[f"w.{part}"] = entry("F32", [rows, columns], start, end)
+        data += torch.arange(1.0, 1 + rows * columns).numpy().tobytes()
+    tensors["w.codes"] = entry("U8", [2], end, end + 2)
+    own["packed"]["w"]["from"] = {"levels": 4, "dtype": "F32", "parts": list(parts)}
+    own["version"] = 3
+    return own, tensors, data + numbers[24:]
+
+
+FEW: list[tuple[str, ...]] = [
+    ("step", "first"),
+    ("scale", "numbers"),
+    ("scale", "numbers", "shift"),
+    ("half",),
+]
+CLAIMS: dict[str, Edit] = {
+    "too many levels": lambda own, _: own["packed"]["w"]["from"].update(levels=257),
+    "other levels": lambda own, _: own["packed"]["w"]["from"].update(levels=8),
+    "no levels": lambda own, _: own["packed"]["w"]["from"].update(levels=0),
+    "levels that are a truth value": lambda own, _: own["packed"]["w"]["from"].update(levels=True),
+    "levels without a number": lambda own, _: own["packed"]["w"]["from"].pop("levels"),
+    "whole numbers": lambda own, _: own["packed"]["w"]["from"].update(dtype="I32"),
+    "another dtype": lambda own, _: own["packed"]["w"]["from"].update(dtype="F64"),
+    "a dtype that is a list": lambda own, _: own["packed"]["w"]["from"].update(dtype=["F32"]),
+    "no parts": lambda own, _: own["packed"]["w"]["from"].update(parts=[]),
+    "parts of no kind": lambda own, _: own["packed"]["w"]["from"].update(parts=["codes"]),
+    "parts that are a dict": lambda own, _: own["packed"]["w"]["from"].update(parts={}),
+    "from nothing": lambda own, _: own["packed"]["w"].update({"from": None}),
+    "from what is left out": lambda own, _: own["packed"]["w"].pop("from"),
+    "a grid of other parts": lambda own, t: (
+        own["packed"]["w"].update(grid=True), t.pop("w.first", 0), t.pop("w.half", 0)
+    ),
+    "parts of one dimension": lambda _, t: [
+        one.update(shape=[one["shape"][0] * one["shape"][1]])
+        for name, one in t.items() if name[:2] == "w." and name != "w.codes"
+    ],
+    "parts in another dtype": lambda _, t: [
+        one.update(dtype="I32")
+        for name, one in t.items() if name[:2] == "w." and name != "w.codes"
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", FEW, ids=repr)
+def test_levels_from_few_numbers_are_checked(parts: tuple[str, ...], tmp_path: Path) -> None:
+    got = load(written(tmp_path / "right", *few(*parts)))
+    assert got["w"].levels.shape == (2, 4)  # type: ignore[union-attr] # it is packed
+    for claim, edit in CLAIMS.items():
+        own, tensors, data = few(*parts)
+        edit(own, tensors)
+        with pytest.raises(ValueError, match="crafted"):
+            print(claim, load(written(tmp_path / "crafted", own, tensors, data)))
+
+
+def test_few_numbers_claim_no_more_levels_than_weights_need(tmp_path: Path) -> None:
+    own, tensors, data = few("half")
+    own["packed"]["w"].update(shape=[2, 1])
+    own["packed"]["w"]["from"].update(levels=34)
+    tensors["w.half"] = entry("F32", [2, 17], 8, 144)
+    tensors["w.codes"] = entry("U8", [2], 144, 146)
+    data = data[:8] + bytes(136 + 2)
+    with pytest.raises(ValueError, match=r"crafted .*'w' has 2 rows of 34 levels for 2 weights"):
+        load(written(tmp_path / "crafted", own, tensors, data))
+
+
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_header_that_describes_no_model_is_refused(edit: str, tmp_path: Path) -> None:
     own, tensors, data = good()
@@ -215,7 +290,7 @@ def test_a_small_file_claims_no_large_weight(tmp_path: Path) -> None:
 
 @given(st.data())
 def test_a_byte_changed_with_a_right_checksum_loads_or_is_a_value_error(data) -> None:
-    own, tensors, numbers = good()
+    own, tensors, numbers = data.draw(st.sampled_from([good, *(partial(few, *p) for p in FEW)]))()
     text = json.dumps(
         {"__metadata__": {"parq_fn": json.dumps(own, separators=(",", ":"))}, **tensors}
     )

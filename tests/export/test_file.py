@@ -83,8 +83,8 @@ def test_cut_off_files_newer_versions_and_other_files_are_refused(written, tmp_p
         (tmp_path / "cut").write_bytes(whole[:size])
         with pytest.raises(ValueError, match="cut off"):
             load(tmp_path / "cut")
-    (tmp_path / "newer").write_bytes(whole.replace(rb"\"version\":1", rb"\"version\":3"))
-    with pytest.raises(ValueError, match="of format version 3, this release reads up to 2"):
+    (tmp_path / "newer").write_bytes(whole.replace(rb"\"version\":1", rb"\"version\":4"))
+    with pytest.raises(ValueError, match="of format version 4, this release reads up to 3"):
         load(tmp_path / "newer")
     import safetensors.torch
 
