@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, MutableMapping
+from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 
 from parq_fn.export.codes import decode, fill_bytes
 from parq_fn.export.file import load
 from parq_fn.export.packing import Packed, decoded, unpack
 from parq_fn.export.read_only import ReadOnly
+from parq_fn.foundation.memory import in_order, order_of
 from parq_fn.foundation.torch_private import in_tracer, sizes
 from parq_fn.quantizers.granularity import Granularity
 
@@ -51,7 +54,8 @@ def check_fit(module: nn.Module, packed: Mapping[str, Packed | Tensor]) -> None:
     if missing or unknown:
         raise ValueError(
             f"the packed model lacks {', '.join(missing) or 'nothing'} of the module, and has "
-            f"{', '.join(unknown) or 'nothing'} that the module has not"
+            f"{', '.join(unknown) or 'nothing'} that the module has not; names are those of the "
+            "module that was packed, of tied weights the first"
         )
     absent = [name for name in packed if own[name].is_meta]
     if absent:
@@ -73,6 +77,10 @@ _LOST = (
 )
 
 
+#: What codes and levels that several layers share were converted to, while one of them waits.
+_CONVERTED: MutableMapping[Tensor, ref[Tensor]] = WeakIdKeyDictionary()
+
+
 class _Decoded(ReadOnly):
     why = _LOST
 
@@ -89,10 +97,29 @@ class PackedLayer(nn.Module):
     levels: Tensor  # [r, k]
     packed_shape: tuple[int, ...]
     packed_cut: Granularity | None = None  # as `Packed.cut`
+    packed_order: tuple[int, ...] | None = None  # as `Packed.order`
 
     def decoded(self) -> Tensor:
         """The weight, in memory of its own."""
-        return decoded(self.codes, self.levels, self.packed_shape, self.packed_cut)
+        weight = decoded(self.codes, self.levels, self.packed_shape, self.packed_cut)
+        return weight if self.packed_order is None else in_order(weight, self.packed_order)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What converts the module converts the weight: codes stay codes, tied layers tied."""
+        before = self.codes, self.levels
+        probe = self.levels.new_empty((2,) * len(self.packed_shape))
+        self.packed_order = order_of(fn(in_order(probe, self.packed_order)))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch's
+        self.codes = self.codes.to(torch.uint8)
+        for name, old in zip(("codes", "levels"), before, strict=True):
+            made = getattr(self, name)
+            if made is not old:
+                known = _CONVERTED[old]() if old in _CONVERTED else None
+                if known is None or (known.dtype, known.device) != (made.dtype, made.device):
+                    _CONVERTED[old] = ref(made)
+                else:
+                    setattr(self, name, known)
+        return self
 
     @property
     def weight(self) -> Tensor:
@@ -185,14 +212,18 @@ def pack_layer(
     levels: Tensor,
     shape: tuple[int, ...],
     cut: Granularity | None = None,
+    order: tuple[int, ...] | None = None,
 ) -> None:
-    """Takes codes and levels for the layer's weight, in place; rows are cut as in `Packed`."""
+    """Takes codes and levels for the layer's weight, in place; rows are cut as in `Packed`. Without
+    an order its dimensions have that of the layer's weight before."""
+    order = order_of(cast(Tensor, layer.weight)) if order is None else order
     del layer.weight
     layer.__class__ = _PACKED[type(layer)]
     layer.register_buffer("codes", codes)
     layer.register_buffer("levels", levels)
     layer.packed_shape = shape  # type: ignore[assignment] # of a PackedLayer
     layer.packed_cut = cut  # type: ignore[assignment] # of a PackedLayer
+    layer.packed_order = order  # type: ignore[assignment] # of a PackedLayer
 
 
 def quantized(module: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
@@ -214,7 +245,7 @@ def quantized(module: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
                 device = own[name].device
                 codes, levels = entry.codes.to(device), entry.levels.to(own[name])
                 for layer in holders[name]:
-                    pack_layer(layer, codes, levels, tuple(entry.shape), entry.cut)
+                    pack_layer(layer, codes, levels, tuple(entry.shape), entry.cut, entry.order)
             else:
                 own[name].copy_(entry.unpack() if isinstance(entry, Packed) else entry)
     return module
@@ -241,7 +272,7 @@ def dequantized(module: nn.Module) -> nn.Module:
             key = id(layer.codes), id(layer.levels), layer.packed_shape
             if key not in weights:
                 weights[key] = nn.Parameter(layer.decoded())
-            del layer.codes, layer.levels, layer.packed_shape, layer.packed_cut
+            del layer.codes, layer.levels, layer.packed_shape, layer.packed_cut, layer.packed_order
             plain: nn.Module = layer
             plain.__class__ = _PLAIN[type(layer)]
             plain.weight = weights[key]
