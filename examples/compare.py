@@ -10,7 +10,6 @@ same command is given again. Prints a table in Markdown, and writes it to table.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 from collections.abc import Iterable, Sequence
@@ -18,10 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from examples.options import name_of_bits
-from examples.recipe.flags import OneLine, Recipe, parse
+from examples.recipe.flags import Recipe, parse
 from examples.recipe.log import LOG, read
 from examples.recipe.plan import WEIGHTS
-from examples.recipe.user_error import tell
+from parq_fn.foundation.command import Parser, UserError, command
 
 RECIPES = ("qat_resnet_cifar10", "qat_resnet_imagenet", "qat_vit_imagenet")
 NAMES = {"hard": "STE", "binaryrelax": "BinaryRelax", "parq": "PARQ", "soft": "soft"}
@@ -38,15 +37,13 @@ class Row(NamedTuple):
 
 
 def check(recipe: Recipe, rows: Iterable[Sequence[str]]) -> None:
-    """Parses the flags of every row, before one is trained; ends the program with one line for
-    what a comparison cannot take."""
+    """Parses the flags of every row, before one is trained. Raises UserError for what a comparison
+    cannot take."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        tell("rows are trained on one process; start without torchrun")
-        raise SystemExit(2)
+        raise UserError("rows are trained on one process; start without torchrun")
     parsed = [parse(recipe, flags) for flags in rows]
     if any(args.evaluate for args in parsed):
-        tell("--evaluate tests one checkpoint; a comparison trains")
-        raise SystemExit(2)
+        raise UserError("--evaluate tests one checkpoint; a comparison trains")
 
 
 def trained(program: str, name: str, folder: Path, flags: Sequence[str]) -> Row:
@@ -82,15 +79,13 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Trains every row, prints and writes the table."""
-    parser = OneLine(
-        "python -m examples.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("recipe", choices=RECIPES, help="what is trained")
-    maps = {"nargs": "+", "choices": tuple(NAMES), "default": ["hard", "binaryrelax", "parq"]}
-    parser.add_argument("--proxmaps", **maps, help="maps (default: hard binaryrelax parq)")
+    parser = Parser("examples.compare", __doc__)
+    text = f"what is trained: {', '.join(RECIPES)}"
+    parser.add_argument("recipe", choices=RECIPES, help=text, metavar="recipe")
+    default = ["hard", "binaryrelax", "parq"]
+    text = f"maps, of {', '.join(NAMES)} (default: {' '.join(default)})"
+    maps = {"nargs": "+", "choices": tuple(NAMES), "default": default, "metavar": "MAP"}
+    parser.add_argument("--proxmaps", **maps, help=text)
     bits = {"nargs": "+", "type": int, "choices": range(9), "default": [2], "metavar": "BITS"}
     parser.add_argument("--quant-bits", **bits, help="bits, 0 is ternary (default: 2)")
     folder = Path("runs/compare")
@@ -117,4 +112,4 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

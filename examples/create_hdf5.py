@@ -9,7 +9,6 @@ image is decoded too, and what cannot be is left out and counted.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from examples.recipe.datasets import ImageFolder, Unreadable, unfinished
-from examples.recipe.flags import OneLine
-from examples.recipe.user_error import UserError
+from parq_fn.foundation.command import Parser, UserError, command, output_folder
 
 
 def convert(images: ImageFolder, file: Path, check: bool) -> tuple[int, int]:
@@ -46,28 +44,22 @@ def convert(images: ImageFolder, file: Path, check: bool) -> tuple[int, int]:
     return len(labels), left_out
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = OneLine("python -m examples.create_hdf5", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser("examples.create_hdf5", __doc__)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of train and val")
     parser.add_argument("--save-dir", type=Path, help="folder of the files (default: --data-dir)")
     parser.add_argument("--check", action="store_true", help="decode every image, leave bad out")
     args = parser.parse_args(argv)
     folder = args.save_dir or args.data_dir
-    try:
-        both = {name: ImageFolder(args.data_dir, name == "train") for name in ("train", "val")}
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, images in both.items():
-            file = folder / f"{name}.hdf5"
-            count, left_out = convert(images, file, args.check)
-            if not count:
-                raise UserError(f"{file}: no image could be read")
-            print(f"{file}: {count} images" + (f", {left_out} left out" if left_out else ""))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    both = {name: ImageFolder(args.data_dir, name == "train") for name in ("train", "val")}
+    output_folder(folder)
+    for name, images in both.items():
+        file = folder / f"{name}.hdf5"
+        count, left_out = convert(images, file, args.check)
+        if not count:
+            raise UserError(f"{file}: no image could be read")
+        print(f"{file}: {count} images" + (f", {left_out} left out" if left_out else ""))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

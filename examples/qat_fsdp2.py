@@ -20,6 +20,7 @@ import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,8 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 import parq_fn as pq
+from examples.options import at_least
+from parq_fn.foundation.command import Parser, command, output_folder
 from parq_fn.optim import QuantOptimizer, load_checkpoint, save_checkpoint, share_on_levels
 
 # Text, as bytes.
@@ -135,24 +138,34 @@ def resume(net: nn.Module, optimizer: QuantOptimizer, folder: Path) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "torchrun --nproc-per-node 2 -m examples.qat_fsdp2",
-        description="Trains a small transformer, sharded and quantized, on Python's own sources.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--quant-bits", type=int, default=2, help="bits of a weight; 0 is ternary")
-    parser.add_argument("--steps", type=int, default=300, help="steps of the whole training")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences a process and step")
-    parser.add_argument("--context", type=int, default=64, help="bytes of a sequence")
-    parser.add_argument("--layers", type=int, default=2, help="blocks of the transformer")
-    parser.add_argument("--width", type=int, default=64, help="features of a byte")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of AdamW")
-    parser.add_argument("--seed", type=int, default=0, help="of the start and the batches")
-    parser.add_argument("--save-dir", type=Path, default=Path("runs/qat_fsdp2"), help="checkpoints")
-    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    about = """Trains a small transformer, sharded and quantized, on Python's own sources.
+
+    torchrun --nproc-per-node 2 -m examples.qat_fsdp2"""
+    parser = Parser("examples.qat_fsdp2", about)
+
+    def flag(name: str, default: Any, text: str, **options: Any) -> None:
+        parser.add_argument(name, default=default, help=f"{text} (default: {default})", **options)
+
+    count, whole = {"type": at_least(1, int)}, {"type": at_least(0, int)}
+    flag("--quant-bits", 2, "bits of a weight, 0 to 8; 0 is ternary", type=int, choices=range(9))
+    flag("--steps", 300, "steps of the whole training", type=at_least(5, int))
+    flag("--batch-size", 16, "sequences of a process and step", **count)
+    flag("--context", 64, "bytes of a sequence", **count)
+    flag("--layers", 2, "blocks of the transformer", **count)
+    flag("--width", 64, "features of a byte, a multiple of 16", type=at_least(16, int))
+    flag("--lr", 3e-3, "learning rate of AdamW", type=at_least(0))
+    flag("--seed", 0, "of the start and the batches", **whole)
+    flag("--save-dir", Path("runs/qat_fsdp2"), "folder of the checkpoints", type=Path)
+    flag("--save-every", 100, "steps between checkpoints", **count)
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
-    parser.add_argument("--stop-after", type=int, default=None, help="end the process early")
-    return parser.parse_args(argv)
+    parser.add_argument("--stop-after", type=at_least(0, int), help="end after so many steps")
+    args = parser.parse_args(argv)
+    if args.width % 16:
+        parser.error(f"--width must be a multiple of 16, got {args.width}")
+    if "RANK" not in os.environ:
+        parser.error("start it by torchrun --nproc-per-node 2 -m examples.qat_fsdp2")
+    output_folder(args.save_dir)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> float:
@@ -205,7 +218,12 @@ def main(argv: Sequence[str] | None = None) -> float:
     return bits
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The program: of several processes, which end at once."""
     main()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may abort a process that unwinds while they end
+
+
+if __name__ == "__main__":
+    command(run)

@@ -17,6 +17,7 @@ from examples.recipe.flags import Recipe
 from examples.recipe.resnet import STAGES, Residual, ResNet
 from examples.recipe.training import main as run
 from examples.recipe.transforms import IMAGENET
+from parq_fn.foundation.command import command
 
 
 def build(arch: str, classes: int, size: int) -> nn.Module:
@@ -59,4 +60,4 @@ RECIPE = Recipe(
 main = partial(run, RECIPE)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

@@ -136,7 +136,7 @@ def accuracy(net: nn.Module, weights: Params, test: Data) -> float:
 
 
 if __name__ == "__main__":
-    from examples.command import command
     from examples.qat_simple_report import main
+    from parq_fn.foundation.command import command
 
     command(main)

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import parq_fn as pq
-from examples.command import output_folder
 from examples.digits import ResNet, load_data
 from examples.options import METHODS, PROXES, at_least, name_of_bits
 from examples.qat_simple import Functional, Params, Settings, accuracy, granularities, train
 from parq_fn import export
+from parq_fn.foundation.command import Parser, UserError, output_file, output_folder
 
 Packed = Mapping[str, export.Packed | Tensor]  # by name, as of export.pack
 
@@ -133,7 +133,7 @@ def run(
 
         def watch(epoch: int, loss: float, engine: Any) -> None:
             if not math.isfinite(loss):
-                raise SystemExit(f"{name}: the loss is {loss} after epoch {epoch}; lower --lr")
+                raise UserError(f"{name}: the loss is {loss} after epoch {epoch}; lower --lr")
             progress.update()
             progress.set_postfix(loss=f"{loss:.3f}")
             if bits is not None and epoch in moments(args):
@@ -199,7 +199,7 @@ def draw(args: argparse.Namespace, name: str, kept: Sequence[Snapshot]) -> Figur
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     about = "Trains a small network on 8x8 digits, in full precision and quantized."
-    parser = argparse.ArgumentParser("python -m examples.qat_simple", description=about)
+    parser = Parser("examples.qat_simple", about)
 
     def flag(name: str, default: Any, text: str, shown: Any = None, **options: Any) -> None:
         if default is False:
@@ -306,12 +306,12 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         try:
             export.load_into(net, args.evaluate)
         except ValueError as error:
-            raise SystemExit(f"error: {error}") from None
+            raise UserError(str(error)) from None
         print(f"{args.evaluate}: {accuracy(net, dict(net.named_parameters()), test):.2f} %")
         return []
     output_folder(args.save_dir)
     if args.save is not None:
-        output_folder(args.save.parent)
+        output_file(args.save)
     widths = dict.fromkeys(args.quant_bits)
     results = {bits: run(args, bits) for bits in (None, *widths)}
     rows = [row for row, _, _ in results.values()]

@@ -38,9 +38,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import parq_fn as pq
-from examples.command import command, output_folder
 from examples.digits import Data, load_data
 from examples.options import at_least, name_of_bits
+from parq_fn.foundation.command import Parser, UserError, command, output_folder
 from parq_fn.foundation.tree import tree_map
 
 Params = dict[str, Tensor]
@@ -299,7 +299,7 @@ def positive(text: str) -> float:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     about = "Trains many settings of a small network on 8x8 digits in one compiled program."
-    parser = argparse.ArgumentParser("python -m examples.sweep", description=about)
+    parser = Parser("examples.sweep", about)
 
     def flag(name: str, default: Any, text: str, **options: Any) -> None:
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
@@ -347,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     dtype = getattr(torch, args.dtype)
     train, test = (Data(data.images.to(dtype), data.labels) for data in load_data(0))
     if args.batch_size > (most := len(train.labels)):
-        raise SystemExit(f"--batch-size: expected at most {most} images, got {args.batch_size}")
+        raise UserError(f"--batch-size: expected at most {most} images, got {args.batch_size}")
     settings = settings_of(args, args.steps)
     orders = order_of(settings.seed, args.steps, args.batch_size, len(train.labels))
     sweep = Sweep(args.model, args.quant_bits, round(0.1 * args.steps))

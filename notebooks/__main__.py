@@ -8,20 +8,20 @@ Warnings go to stderr, so none passes.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import nbformat
-from nbclient import NotebookClient
+from parq_fn.foundation.command import Parser, command
 
 HERE = Path(__file__).parent
 
 
 def run(path: Path) -> Any:
     """The notebook with the outputs of a run in a kernel of its own, in this folder."""
+    import nbformat
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
         notebook,
@@ -53,6 +53,8 @@ def joined(outputs: list[Any]) -> list[Any]:
 
 def check_kept(path: Path, notebook: Any) -> None:
     """Raises ValueError where a cell's kept outputs are not of the kinds that a run gives."""
+    import nbformat
+
     kept = nbformat.read(path, as_version=4)
     for old, new in zip(kept.cells, notebook.cells, strict=True):
         kinds = [
@@ -67,7 +69,7 @@ def check_kept(path: Path, notebook: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m notebooks", description=__doc__)
+    parser = Parser("notebooks", __doc__)
     parser.add_argument("names", nargs="*", help="of notebooks, or how they begin; all by default")
     parser.add_argument("--write", action="store_true", help="keep the outputs")
     chosen = parser.parse_args()
@@ -78,6 +80,8 @@ def main() -> None:
     ]
     if not found:
         parser.error(f"no notebook is named {' or '.join(chosen.names)}")
+    import nbformat
+
     for path in found:
         begin = time.perf_counter()
         notebook = run(path)
@@ -89,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

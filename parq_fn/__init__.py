@@ -1,5 +1,8 @@
 """Quantization-aware training as composable, pure gradient transformations for PyTorch."""
 
+from parq_fn.foundation import command as _command  # noqa: F401 # first: see its last lines
+
+# isort: split
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

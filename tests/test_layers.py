@@ -56,6 +56,7 @@ LONG: dict[str, str] = {}
 
 #: Private attributes of others that are read.
 PRIVATE = {
+    "foundation.command": {"_exit": "ends a program whose imports were stopped, with a status"},
     "export.hugging_face": {
         "_tied_weights_keys": "which of a transformers model's are tied",
         "_is_hf_initialized": "that transformers draws no weights for a layer",

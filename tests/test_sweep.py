@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from examples.sweep import Setting, draw, main
+from parq_fn.foundation.command import UserError
 
 SMALL = ["--steps", "24", "--lr", "0.01", "--anneal-end", "0.5", "--seeds", "2", "--no-progress"]
 
@@ -79,7 +80,7 @@ def test_flags_that_mean_nothing_are_refused(flags, message: str, capsys) -> Non
 
 
 def test_a_batch_is_no_larger_than_the_data(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="--batch-size: expected at most 1347 images, got 1348"):
+    with pytest.raises(UserError, match="--batch-size: expected at most 1347 images, got 1348"):
         main(["--batch-size", "1348", "--save-dir", str(tmp_path)])
 
 

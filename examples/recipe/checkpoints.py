@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from examples.recipe.flags import Flags
-from examples.recipe.user_error import UserError
+from parq_fn.foundation.command import UserError
 from parq_fn.optim import load_checkpoint, save_checkpoint
 
 LAST, BEST = "last", "best"

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from examples.recipe.user_error import UserError
+from parq_fn.foundation.command import UserError
 
 
 class Unreadable(Exception):

@@ -15,8 +15,8 @@ from examples.recipe.flags import Flags, Recipe
 from examples.recipe.loading import Views, batches, evaluation_keys
 from examples.recipe.parallel import World, agree_on_buffers, reshard, spread
 from examples.recipe.setup import images_of, network_of, views_of
-from examples.recipe.user_error import UserError
 from parq_fn import export
+from parq_fn.foundation.command import UserError
 
 
 class Score(NamedTuple):

@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from examples.options import METHODS, PROXES, at_least
 from examples.recipe.parallel import MODES
 from examples.recipe.transforms import Normal
-from examples.recipe.user_error import tell
+from parq_fn.foundation.command import Parser
 
 
 class Recipe(NamedTuple):
@@ -92,22 +92,9 @@ class Flags:
     no_progress: bool
 
 
-class OneLine(argparse.ArgumentParser):
-    """Tells what is wrong in one line; the flags are in --help."""
-
-    def error(self, message: str) -> NoReturn:
-        tell(f"{message} (see --help)")
-        raise SystemExit(2)
-
-
 def parse(recipe: Recipe, argv: Sequence[str] | None) -> Flags:
     """The flags, checked. What is wrong ends the program with one line."""
-    parser = OneLine(
-        f"python -m examples.{recipe.program}",
-        description=recipe.about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(f"examples.{recipe.program}", recipe.about)
     group: Any = parser
 
     def flag(name: str, default: Any, text: str, shown: str | None = None, **options: Any) -> None:
@@ -214,7 +201,7 @@ def parse(recipe: Recipe, argv: Sequence[str] | None) -> Flags:
     return Flags(**vars(args))
 
 
-def _check(parser: OneLine, recipe: Recipe, args: argparse.Namespace) -> None:
+def _check(parser: Parser, recipe: Recipe, args: argparse.Namespace) -> None:
     """Fills in what follows from other flags, and refuses what does not go together."""
     if args.hdf5_data and recipe.data != "imagenet":
         parser.error("--hdf5-data is for ImageNet; CIFAR-10 comes as python batches")

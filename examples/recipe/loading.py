@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.recipe.datasets import DataSet, Unreadable
 from examples.recipe.transforms import Transform, drawing, mixed
-from examples.recipe.user_error import UserError
+from parq_fn.foundation.command import UserError
 
 
 class Key(NamedTuple):

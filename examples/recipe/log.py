@@ -21,8 +21,8 @@ from tqdm import tqdm
 import parq_fn as pq
 from examples.recipe.datasets import unfinished
 from examples.recipe.parallel import World, whole
-from examples.recipe.user_error import UserError
 from parq_fn import plot
+from parq_fn.foundation.command import UserError
 from parq_fn.optim import QuantOptimizer
 
 LOG = "log.jsonl"

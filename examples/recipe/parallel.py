@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from examples.recipe.user_error import UserError, tell
+from parq_fn.foundation.command import UserError, tell
 
 Made = TypeVar("Made")
 

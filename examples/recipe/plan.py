@@ -15,7 +15,7 @@ from examples.recipe.loading import Views, steps_of
 from examples.recipe.log import LOG
 from examples.recipe.parallel import World
 from examples.recipe.setup import annealing_of, images_of, rate_of, views_of
-from examples.recipe.user_error import UserError
+from parq_fn.foundation.command import UserError
 from parq_fn.schedules import Schedule
 
 WEIGHTS = "quantized.safetensors"

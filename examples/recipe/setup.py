@@ -14,7 +14,7 @@ from examples.recipe.datasets import Cifar10, DataSet, Hdf5, ImageFolder, Shapes
 from examples.recipe.flags import Flags, Recipe
 from examples.recipe.loading import Views
 from examples.recipe.transforms import Evaluation, Training, Transform, seed_of
-from examples.recipe.user_error import UserError
+from parq_fn.foundation.command import UserError
 from parq_fn.optim import QuantOptimizer
 
 

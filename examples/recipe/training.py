@@ -29,8 +29,8 @@ from examples.recipe.parallel import World, agree_on_buffers, leave, quiet, spre
 from examples.recipe.plan import WEIGHTS, Plan, fixed_flags, plan_of
 from examples.recipe.setup import network_of, optimizer_of
 from examples.recipe.transforms import seed_of
-from examples.recipe.user_error import UserError, tell
 from parq_fn import export
+from parq_fn.foundation.command import UserError, tell
 from parq_fn.optim import QuantOptimizer, share_on_levels
 
 STOPPED_FILE = "stopped"  # a file that says that the run was told to stop

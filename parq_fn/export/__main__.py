@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 from parq_fn.export import load, table
+from parq_fn.foundation.command import Parser, UserError, command
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser("python -m parq_fn.export", description=__doc__)
-    parser.add_argument("file", type=Path, help="a packed file")
+def main() -> None:
+    parser = Parser("parq_fn.export", "Verifies a packed file and prints what is in it.")
+    parser.add_argument("file", type=Path, help="a packed file, as parq_fn.export.save writes it")
     file = parser.parse_args().file
     try:
         packed = load(file)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    except ValueError as error:
+        raise UserError(str(error)) from None
     print(table(packed))
     print(f"{file.stat().st_size:,} bytes in the file, every one as it was written")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -11,6 +11,7 @@ import torch
 
 import parq_fn as pq
 from parq_fn import proxmaps, schedules
+from parq_fn.foundation.command import Parser, command
 from parq_fn.foundation.value import show
 from parq_fn.testing import laws
 from parq_fn.testing.law import Law
@@ -104,5 +105,11 @@ def _held_to(law: Law) -> str:
     return f"To {law.tolerance:g}: {law.reason}." if law.tolerance else ""
 
 
-if __name__ == "__main__":
+def main() -> None:
+    about = "Prints which operator declares which law, as Markdown."
+    Parser("parq_fn.testing.table", about).parse_args()
     print(document())
+
+
+if __name__ == "__main__":
+    command(main)

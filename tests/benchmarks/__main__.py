@@ -18,7 +18,6 @@ counts only where no round was better; a hundred times in all.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import logging
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 
 from examples.options import at_least
+from parq_fn.foundation.command import Parser, command, output_file
 from tests.benchmarks import fits, gpu, peer, prox_pass, refits, steps, sweep
 from tests.benchmarks.measure import CORES
 from tests.benchmarks.report import Found, combined, overall, show
@@ -59,12 +59,8 @@ def machine() -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m tests.benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python -m tests.benchmarks [group ...] [options]",
-    )
+    usage = "python -m tests.benchmarks [group ...] [options]"
+    parser = Parser("tests.benchmarks", __doc__, usage=usage)
     parser.add_argument("groups", nargs="*", help="all by default", metavar="group")
     text = (
         "small inputs, to see in a minute or two that all runs: nothing is compiled but sweeps, or "
@@ -80,10 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--patience", type=at_least(0, int), default=3, help=text)
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args(argv)
-    if args.json is not None and not args.json.parent.is_dir():
-        parser.error(f"--json: no folder {args.json.parent}")
-    if args.json is not None and args.json.is_dir():
-        parser.error(f"--json: {args.json} is a folder")
+    if args.json is not None:
+        output_file(args.json)
     unknown = set(args.groups) - set(GROUPS)
     if unknown:
         parser.error(f"no such group: {', '.join(sorted(unknown))}; they are {', '.join(GROUPS)}")
@@ -142,4 +136,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

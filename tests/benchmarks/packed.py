@@ -5,7 +5,6 @@ python -m tests.benchmarks.packed [--width 1024] [--layers 4] [--repeats 9]
 
 from __future__ import annotations
 
-import argparse
 import copy
 import tempfile
 from functools import partial
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 import parq_fn as pf
 from examples.options import at_least
 from parq_fn.export import pack_weight, quantized, save
+from parq_fn.foundation.command import Parser, command
 from tests.benchmarks.measure import ratio, seconds, table
 
 QUANTIZERS = {
@@ -58,7 +58,7 @@ def on_levels(net: nn.Module, quantizer: pf.Quantizer, file: Path) -> nn.Module:
 
 def main() -> None:
     about, _ = __doc__.split("\n", 1)
-    parser = argparse.ArgumentParser("python -m tests.benchmarks.packed", description=about)
+    parser = Parser("tests.benchmarks.packed", about)
     whole = at_least(1, int)
     text = "of a block, whose inner width is four times that (default: 1024)"
     parser.add_argument("--width", type=whole, default=1024, help=text)
@@ -93,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -10,7 +10,6 @@ with 1 where trajectories differ, and names them.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -108,25 +107,27 @@ def dumped(root: Path, compiled: bool) -> dict[str, list[Tensor]]:
     """The trajectories of a checkout, from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trajectories.pt"
-        own = [sys.executable, __file__, str(root), "--into", str(file)]
-        command = [*own, "--compile"] if compiled else own
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(root)})
+        child = [sys.executable, __file__, str(root), str(file), *["--compile"] * compiled]
+        subprocess.run(child, check=True, env={**os.environ, "PYTHONPATH": str(root)})
         found: dict[str, list[Tensor]] = torch.load(file)
         return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("other", type=Path)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.into is not None:
-        import parq_fn
+def dump(root: str, file: str, *compiled: str) -> None:
+    """What the process of a checkout does, of whose package no more is known than its operators."""
+    import parq_fn
 
-        assert Path(parq_fn.__file__).is_relative_to(args.other.resolve()), parq_fn.__file__
-        torch.save(trajectories(args.compile), args.into)
-        return 0
+    assert Path(parq_fn.__file__).is_relative_to(root), parq_fn.__file__
+    torch.save(trajectories(bool(compiled)), file)
+
+
+def main() -> int:
+    from parq_fn.foundation.command import Parser
+
+    parser = Parser("tests.benchmarks.same_trajectories", __doc__)
+    parser.add_argument("other", type=Path, help="root of the other checkout")
+    parser.add_argument("--compile", action="store_true", help="with compile=True")
+    args = parser.parse_args()
     own = dumped(Path(__file__).resolve().parents[2], args.compile)
     other = dumped(args.other.resolve(), args.compile)
     assert own.keys() == other.keys()
@@ -137,5 +138,9 @@ def main() -> int:
     return 1 if differ else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__" and not __package__:
+    dump(*sys.argv[1:])
+elif __name__ == "__main__":
+    from parq_fn.foundation.command import command
+
+    command(main)

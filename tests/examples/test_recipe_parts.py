@@ -27,7 +27,7 @@ from examples.recipe.deit import DeiT, DropPath
 from examples.recipe.resnet import ResNet
 from examples.recipe.resnet_cifar import CifarResNet
 from examples.recipe.setup import annealing_of, optimizer_of, rate_of, views_of
-from examples.recipe.user_error import UserError
+from parq_fn.foundation.command import UserError
 from tests.examples.data_sets import cifar_batches, image_folders
 
 RECIPES = (qat_resnet_cifar10, qat_resnet_imagenet, qat_vit_imagenet)

@@ -15,7 +15,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.mutation import forked
 from tests.mutation.equivalent import EQUIVALENT
 from tests.mutation.mutants import Mutant, mutants
 from tests.mutation.selection import TESTS
@@ -25,12 +24,24 @@ COLUMNS = (
 )  # fmt: skip
 
 
+# Nothing of the package is imported here, nor by what is: a mutant takes the place of a module that
+# is imported first in a fork. So `command` is not used, but what it does is done at the end.
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
+    from tests.mutation import forked
+
+    parser = argparse.ArgumentParser(
+        "python -m tests.mutation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("modules", nargs="*", help=f"of {', '.join(TESTS)}; all by default")
     default = Path(tempfile.gettempdir()) / "parq_fn_mutation.json"
-    parser.add_argument("--results", type=Path, default=default)
-    parser.add_argument("--every", type=int, default=1, help="run each k-th mutant only")
+    text = f"file that keeps what was found (default: {default})"
+    parser.add_argument("--results", type=Path, default=default, help=text)
+    text = "run each k-th mutant only (default: 1)"
+    parser.add_argument("--every", type=int, default=1, help=text, metavar="K")
     parser.add_argument("--survivors", action="store_true", help="run again what survived")
     parser.add_argument("--first", action="store_true", help="run the most direct tests alone")
     parser.add_argument("--table", action="store_true", help="run nothing, show what is kept")
@@ -69,6 +80,8 @@ def _run(
     if not left:
         return
     stages = TESTS[module][: 1 if chosen.first else None]
+    from tests.mutation import forked
+
     untouched = forked.run(module, Path(module).read_text(), stages, [])
     if untouched["status"] != "survived":
         raise SystemExit(f"{module}: the tests fail without a mutant, at {untouched['by']}")
@@ -131,4 +144,10 @@ def _show(rows: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except (KeyboardInterrupt, Exception) as error:
+        from parq_fn.foundation.command import told
+
+        status = told(error)
+    sys.exit(status)

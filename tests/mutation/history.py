@@ -15,7 +15,6 @@ a test that noticed a fault also fails without it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import re
@@ -30,6 +29,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from parq_fn.foundation.command import Parser, command, output_folder
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 1500.0  # for the tests of one fault
@@ -794,11 +795,7 @@ def chosen(words: Sequence[str]) -> list[Fault]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TEST_SEED", "0")  # the check at the end takes the same cases
-    parser = argparse.ArgumentParser(
-        "python -m tests.mutation.history",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("tests.mutation.history", __doc__)
     parser.add_argument("faults", nargs="*", help="numbers or parts of names; all by default")
     text = "run the tests that noticed a fault before first, and the files only if these do not"
     parser.add_argument("--quick", action="store_true", help=text)
@@ -818,7 +815,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{FAULTS.index(fault) + 1:>3}  {fault.fix}  {fault.file}: {fault.name}")
         return int(bool(unfit))
     if args.outputs is not None:
-        args.outputs.mkdir(parents=True, exist_ok=True)
+        output_folder(args.outputs)
     results = []
     with tempfile.TemporaryDirectory(prefix="parq_fn-history-") as temporary:
         folder = Path(temporary).resolve()
@@ -841,4 +838,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

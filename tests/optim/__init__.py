@@ -27,3 +27,5 @@ Tests name these demands by number, `test_r5_...`:
 | R21 | The functional loop refuses a module that is sharded |
 | R22 | A compiled step has no graph break and is not compiled again from step to step |
 """
+
+import parq_fn.foundation.command  # noqa: F401 # while a program is imported, too, it ends in a line

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parq_fn.foundation.command import Parser, command
 from parq_fn.optim import load_checkpoint, save_checkpoint
 from tests.optim.helpers import scheduled, state_of, train
 
@@ -117,5 +118,15 @@ def main(base: Path, adapter: str, first: int, every: int) -> None:
     print(json.dumps({"last": moment - every, "wrong": wrong}))
 
 
+def program() -> None:
+    parser = Parser("tests.optim.killed", __doc__)
+    parser.add_argument("folder", type=Path, help="for checkpoints; it is emptied")
+    parser.add_argument("adapter", help="such as QuantOptimizer")
+    parser.add_argument("first", type=int, help="the first moment")
+    parser.add_argument("every", type=int, help="moments from one to the next")
+    args = parser.parse_args()
+    main(args.folder, args.adapter, args.first, args.every)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    command(program)
