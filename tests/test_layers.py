@@ -43,6 +43,7 @@ TABLE: dict[str, tuple[str, ...]] = {
         "export",
         "optim",
     ),  # packs what an optimizer trained
+    "export.sources": (*_FUNCTIONAL, "optim"),  # of what an optimizer trained
     "show": _FUNCTIONAL,
     "testing": (*_FUNCTIONAL, "parq_fn"),  # whose operators are all that the package exports
     "moved": (),  # imports by name what is asked for
@@ -50,7 +51,7 @@ TABLE: dict[str, tuple[str, ...]] = {
 }
 
 #: What may import torch.optim: adapters, and what they are exported with.
-KNOW_OPTIMIZERS = ("foundation.torch_private", "optim", "export.packing")
+KNOW_OPTIMIZERS = ("foundation.torch_private", "optim", "export.packing", "export.sources")
 
 LONG: dict[str, str] = {}
 

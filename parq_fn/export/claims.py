@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parq_fn.export.codes import highest_code
 from parq_fn.export.cuts import cut_from_json
-from parq_fn.export.few_numbers import MOST, Table, levels_from
+from parq_fn.export.few_numbers import FLOATS, MOST, Table, levels_from
 from parq_fn.export.packing import Packed
 from parq_fn.foundation.memory import in_order
 from parq_fn.quantizers.base import Grid
@@ -22,12 +22,6 @@ from parq_fn.quantizers.base import Grid
 MOST_OF_ONE_LEVEL = 1 << 24
 #: What a file may hold in the place of levels.
 PARTS = (["step", "first"], ["scale", "numbers"], ["scale", "numbers", "shift"], ["half"])
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 #: What reading a header that was made up can end in.
 WRONG = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError)
 

@@ -16,6 +16,10 @@ from torch import Tensor
 from parq_fn.export.grid import told, wider
 from parq_fn.quantizers.base import Grid, Quantizer
 
+#: The dtypes of levels, by their names in files.
+FLOATS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
 #: Bytes that are to be won: fewer are not worth a file that older releases do not read.
 LEAST = 1024
 #: At most so many levels for each weight are made of few numbers, or a file would be a small part

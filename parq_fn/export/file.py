@@ -48,6 +48,7 @@ from parq_fn.export.claims import (
 from parq_fn.export.codes import num_bytes
 from parq_fn.export.cuts import cut_as_json
 from parq_fn.export.few_numbers import parts_of
+from parq_fn.export.given import check_beginning, check_ending, check_file, check_packed
 from parq_fn.export.packing import Entry, Packed
 from parq_fn.foundation.memory import order_of
 from parq_fn.transforms.sharded import is_dtensor
@@ -75,16 +76,16 @@ def save(packed: Mapping[str, Packed | Tensor] | list[Entry], file: str | os.Pat
     A file that is a symbolic link stays one: what it leads to is replaced.
 
     The same model gives the same bytes, sharded or not. Raises TypeError for what is not packed
-    and for a dtype that files have no name for; ValueError for names that would collide or that
-    are no text, for weights of one level that are more than 16 Mi together, and as `pack` does;
+    and for a dtype that files have no name for; ValueError for a file that is named as another
+    format's, such as net.gguf, with what writes that, for names that would collide or that are no
+    text, for weights of one level that are more than 16 Mi together, and as `pack` does;
     and OSError, on every rank, where the file cannot be written.
     """
-    if not isinstance(packed, Mapping | list):
-        raise TypeError(
-            f"save takes (packed, file), got a {type(packed).__name__} for the packed model; give "
-            "pack(module, optimizer)"
-        )
+    if not (isinstance(packed, list) and all(isinstance(entry, Entry) for entry in packed)):
+        check_packed("save", packed)
+    check_file("save", file)
     path = file_of(file)
+    check_ending(path)
     parts = _parts(packed)
     sharded = any(isinstance(e, Entry) and is_dtensor(e.source) for _, e in _entries(packed))
     _in_ranks(path, parts, _header_of(packed, parts), sharded)
@@ -257,6 +258,7 @@ def load(file: str | os.PathLike[str]) -> dict[str, Packed | Tensor]:
         import safetensors.torch
     except ImportError:
         raise ImportError("files need safetensors: pip install 'parq_fn[export]'") from None
+    check_file("load", file)
     if not os.fspath(file):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(file))
     path = Path(file)
@@ -305,6 +307,7 @@ def _place_of_hash(data: bytearray) -> int:
 
 def _check(path: Path, data: bytearray) -> dict[str, Any]:
     """Our part of the header. Raises ValueError unless every byte is as it was written."""
+    check_beginning(path, data)
     if len(data) < 8 or len(data) < _end_of_header(data):
         raise ValueError(f"{path} is cut off: {len(data)} bytes are less than its header")
     try:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parq_fn.export.given import check_packed
 from parq_fn.export.grid import as_multiples, even_grid, off_grid
 from parq_fn.export.packing import Packed
 from parq_fn.foundation.tree import matches
@@ -52,6 +53,7 @@ def to_gguf(
     if ternary not in ("TQ1_0", "TQ2_0"):
         raise ValueError(f"to_gguf: ternary must be 'TQ1_0' or 'TQ2_0', got {ternary!r}")
     check_flags("to_gguf", rounded=rounded)
+    check_packed("to_gguf", packed)
     gguf = _gguf()
     patterns = [in_full] if isinstance(in_full, str) else list(in_full)
     kinds: dict[str, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, MutableMapping
 from typing import Any, cast
 from weakref import ref
@@ -14,27 +15,39 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from parq_fn.export.codes import decode, fill_bytes
 from parq_fn.export.file import load
+from parq_fn.export.given import check_file, check_packed
 from parq_fn.export.packing import Packed, decoded, unpack
 from parq_fn.export.read_only import ReadOnly
 from parq_fn.foundation.memory import in_order, order_of
 from parq_fn.foundation.torch_private import in_tracer, sizes
+from parq_fn.foundation.value import briefly
 from parq_fn.quantizers.granularity import Granularity
 
 
-def load_into(module: nn.Module, file: str | os.PathLike[str]) -> None:
-    """Unpacks a file into a plain module with the same names, in the module's dtypes.
+def load_into(module: nn.Module, file: str | os.PathLike[str] | Mapping[str, Any]) -> None:
+    """Unpacks a file, or a packed model, into a plain module with the same names, in its dtypes.
 
     Raises ValueError, and changes nothing, for names that are missing or unknown, other shapes,
     a module on the meta device, and as `load` does.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"load_into takes (module, file), got a {type(module).__name__}")
-    packed = load(file)
+    packed = _given("load_into", module, file)
     check_fit(module, packed)
     own = module.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, weight in unpack(packed).items():
             own[name].copy_(weight)
+
+
+def _given(who: str, module: Any, file: Any) -> dict[str, Packed | Tensor]:
+    """The packed model that a file is, or holds. Raises TypeError for what is neither, or no
+    module."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{who} takes (module, file), got {briefly(module)} for the module")
+    if not isinstance(file, Mapping):
+        check_file(who, file)
+        return load(file)
+    check_packed(who, file)
+    return dict(file)
 
 
 def names_of_tied(module: nn.Module) -> dict[str, list[str]]:
@@ -226,17 +239,18 @@ def pack_layer(
     layer.packed_order = order  # type: ignore[assignment] # of a PackedLayer
 
 
-def quantized(module: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
-    """The module with packed layers where the file has packed weights, the rest loaded into it.
+def quantized(module: nn.Module, file: str | os.PathLike[str] | Mapping[str, Any]) -> nn.Module:
+    """The module with packed layers where the file, or the packed model, has packed weights, the
+    rest loaded into it.
 
     The module is changed in place and returned: nn.Linear, nn.Conv2d and nn.Embedding, of exactly
     those classes, become PackedLinear, PackedConv2d and PackedEmbedding; packed weights of other
-    layers are unpacked into them. Tied layers share codes and levels. Decoding is made of plain
-    tensor operations: torch.compile(module) fuses it.
+    layers are unpacked into them, with a warning that names them. Tied layers share codes and
+    levels. Decoding is made of plain tensor operations: torch.compile(module) fuses it.
 
     Raises ValueError, and changes nothing, as `load_into` does.
     """
-    packed = load(file)
+    packed = _given("quantized", module, file)
     check_fit(module, packed)
     own, holders = module.state_dict(keep_vars=True), holders_of(module)
     with torch.no_grad():
@@ -248,6 +262,14 @@ def quantized(module: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
                     pack_layer(layer, codes, levels, tuple(entry.shape), entry.cut, entry.order)
             else:
                 own[name].copy_(entry.unpack() if isinstance(entry, Packed) else entry)
+    plain = {k: e for k, e in packed.items() if isinstance(e, Packed) and k not in holders}
+    if plain:
+        count = sum(torch.Size(entry.shape).numel() for entry in plain.values())
+        warnings.warn(
+            f"quantized: {', '.join(plain)} are unpacked, {count:,} weights, for packed layers are "
+            "torch's own Linear, Conv2d and Embedding (without max_norm), and no class of these",
+            stacklevel=2,
+        )
     return module
 
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from parq_fn.export.given import check_packed
 from parq_fn.export.packing import Packed
 
 
 def table(packed: Mapping[str, Packed | Tensor]) -> str:
-    """Layer, shape, bits, granularity, bytes and compression against float32, as text.
+    """Layer, shape, bits, granularity, bytes and compression against float32, as text. Raises
+    TypeError for what is no packed model.
 
     >>> from parq_fn.export import pack_weight
     >>> print(table({"w": pack_weight(torch.ones(4, 8), torch.tensor([[-1.0, 1.0]]))}))
@@ -19,6 +21,7 @@ def table(packed: Mapping[str, Packed | Tensor]) -> str:
     w      [4, 8]  float32     1                  12        9.4%
     all                                           12        9.4%
     """
+    check_packed("table", packed)
     rows = [("layer", "shape", "dtype", "bits", "granularity", "bytes", "of float32")]
     total = full = 0
     for name, entry in packed.items():

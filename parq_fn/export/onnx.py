@@ -13,6 +13,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from parq_fn.export.given import check_packed
 from parq_fn.export.grid import as_multiples, even_grid, shifted
 from parq_fn.export.layers import check_fit, names_of_tied
 from parq_fn.export.packing import Packed, unpack
@@ -52,6 +53,7 @@ def to_onnx(
     `load_into` does for names and shapes.
     """
     check_flags("to_onnx", fuse=fuse)
+    check_packed("to_onnx", packed)
     onnx = _onnx()
     if opset < _FIRST:
         raise ValueError(f"to_onnx: opset must be {_FIRST} or more, got {opset}")

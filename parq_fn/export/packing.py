@@ -7,7 +7,6 @@ that the way back needs; rows along other dimensions are kept as the granularity
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +15,22 @@ from torch import Tensor, nn
 
 from parq_fn.export.codes import decode, encode, num_bytes, width
 from parq_fn.export.cuts import cut_of, empty_of, restored_of, rows_of
-from parq_fn.export.few_numbers import Table, check_table, kept_table, parts_of
+from parq_fn.export.few_numbers import FLOATS, Table, check_table, kept_table, parts_of
+from parq_fn.export.given import check_packed
 from parq_fn.export.grid import check_grid, grid_of, kept_grid, told
+from parq_fn.export.sources import check_some, of_module, of_optimizer, of_transformation
 from parq_fn.foundation.memory import in_order, order_of
-from parq_fn.foundation.torch_private import sizes
+from parq_fn.foundation.torch_private import is_optimizer, sizes
 from parq_fn.foundation.tree import PyTree, names_of, tree_leaves
-from parq_fn.foundation.value import Value, check_flags, show, value
+from parq_fn.foundation.value import Value, check_flags, value
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.transformed import TransformOptimizer
 from parq_fn.proxmaps.levels import nearest
 from parq_fn.quantizers.base import Grid
 from parq_fn.quantizers.granularity import Granularity
-from parq_fn.transforms.levels_of import prox_states
 from parq_fn.transforms.prox_link import Prox, in_rows
 from parq_fn.transforms.sharded import gathered
-from parq_fn.transforms.transformation import Transformation
+from parq_fn.transforms.transformation import Transformation, check_transformation
 
 
 @value
@@ -144,12 +144,15 @@ def pack_weight(
     Raises ValueError, with the name, for weights off their levels, with the share of them, and for
     levels that are all 0, with `snap` too, where weights are not; for levels that are not rows of 1
     to 256 sorted ones; for a shape that is not their rows; for a granularity that makes rows in a
-    way of its own; and for a grid of other levels.
+    way of its own; and for a grid of other levels. Raises TypeError for what is no dense tensor of
+    float64, float32, float16 or bfloat16.
 
     >>> packed = pack_weight(torch.tensor([[1.0, -1.0, 1.0]]), torch.tensor([[-1.0, 1.0]]))
     >>> packed.codes, packed.unpack()
     (tensor([5], dtype=torch.uint8), tensor([[ 1., -1.,  1.]]))
     """
+    _check_weight(name, weight, levels)
+    check_flags("pack_weight", snap=snap)
     levels = levels.detach().to(weight.dtype).contiguous()
     cut = None if isinstance(granularity, str) else _named(name, granularity, weight)
     _check_levels(name, weight, levels, cut)
@@ -187,6 +190,21 @@ def _named(name: str, granularity: Any, weight: Tensor) -> Granularity | None:
         raise ValueError(f"parameter {name!r}: {error}") from None
 
 
+def _check_weight(name: str, weight: Any, levels: Any) -> None:
+    for what, given in (("it", weight), ("its levels", levels)):
+        kind = f"{type(given).__name__}"
+        if isinstance(given, Tensor):
+            kind = f"{given.dtype}, {given.layout}, on {given.device}"
+            if given.is_meta:
+                raise ValueError(f"parameter {name!r}: {what} holds nothing, on the meta device")
+            if given.dtype in FLOATS.values() and given.layout == torch.strided:
+                continue
+        raise TypeError(
+            f"parameter {name!r}: expected dense tensors of a floating dtype of 16 bits or more, "
+            f"got {kind} for {what}"
+        )
+
+
 def _check_levels(name: str, weight: Tensor, levels: Tensor, cut: Granularity | None) -> None:
     shape = tuple(levels.shape)
     some = weight.numel() > 0
@@ -197,8 +215,9 @@ def _check_levels(name: str, weight: Tensor, levels: Tensor, cut: Granularity | 
         raise ValueError(
             f"parameter {name!r}: shape {tuple(weight.shape)} is not {shape[0]} rows of one length"
         )
-    if bool((levels.diff() < 0).any()):
-        raise ValueError(f"parameter {name!r}: its levels are not sorted")
+    if bool((levels.diff() < 0).any()) or bool(levels.isnan().any()):
+        what = "not numbers" if bool(levels.isnan().any()) else "not sorted"
+        raise ValueError(f"parameter {name!r}: its levels are {what}")
     if bool(weight.isnan().any()):
         raise ValueError(f"parameter {name!r}: some of its weights are not numbers")
 
@@ -288,26 +307,31 @@ def stream(
     Raises TypeError as `pack` does.
     """
     check_flags("pack", snap=snap)
+    adapters = QuantOptimizer | TransformOptimizer
     if isinstance(params, nn.Module):
-        if not isinstance(transformation, QuantOptimizer | TransformOptimizer):
+        if not isinstance(transformation, adapters) or state is not None:
             raise TypeError(
                 "pack(module, optimizer) takes a QuantOptimizer or TransformOptimizer, got "
-                f"{type(transformation).__name__}"
+                f"{type(transformation).__name__}{'' if state is None else ', and a state'}"
             )
-        entries, found = _of_module(params), _of_optimizer(params, transformation)
-        if isinstance(transformation, TransformOptimizer):
-            _check_some(found, transformation.transformation)
-        if not found.keys() & dict(params.named_parameters()).keys():
-            raise ValueError(
-                "pack: the module has none of the parameters that the optimizer quantizes; a copy "
-                "of the module has parameters of its own"
-            )
+        entries, found = list(of_module(params)), of_optimizer(params, transformation)
     else:
-        found = _of_transformation(transformation, state)
-        _check_some(found, transformation)
+        if isinstance(transformation, adapters) or is_optimizer(params):
+            raise TypeError(
+                f"pack: expected (module, optimizer), got a {type(params).__name__} and a "
+                f"{type(transformation).__name__}; with an optimizer give the module itself, first"
+            )
+        check_transformation(transformation, "pack(params, transformation, state): the second")
+        found = of_transformation(transformation, state)
+        check_some(found, transformation)
         weights = transformation.weights(state, params)
-        entries = zip(names_of(params), tree_leaves(weights), strict=True)
+        entries = list(zip(names_of(params), tree_leaves(weights), strict=True))
     made = []
+    lost = found.keys() - {name for name, _ in entries}
+    if lost:
+        raise ValueError(
+            f"pack: the state dict of the module lacks {sorted(lost)[0]!r}, which is quantized"
+        )
     for name, entry in entries:
         link = levels = grid = table = None
         if name in found:
@@ -321,50 +345,8 @@ def stream(
     return made
 
 
-def _check_some(found: dict[str, Any], transformation: Any) -> None:
-    if not found:
-        raise ValueError(
-            f"pack: packs nothing: no prox link quantizes a parameter in {show(transformation)}; "
-            "put one behind the optimizer, such as chain(adamw(1e-3), parq_prox(...)), or save the "
-            "state dict of weights that are not quantized"
-        )
-
-
 def unpack(packed: dict[str, Packed | Tensor]) -> dict[str, Tensor]:
-    """The weights by name, as they were before `pack`, bit for bit."""
+    """The weights by name, as they were before `pack`, bit for bit. Raises TypeError for what is no
+    packed model."""
+    check_packed("unpack", packed)
     return {k: p.unpack() if isinstance(p, Packed) else p.clone() for k, p in packed.items()}
-
-
-def _of_module(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and kept buffers by name, tied ones once."""
-    kept, seen = module.state_dict(keep_vars=True), set()
-    for name, entry in kept.items():
-        if isinstance(entry, Tensor) and id(entry) not in seen:
-            seen.add(id(entry))
-            yield name, entry
-
-
-def _of_optimizer(
-    module: nn.Module, optimizer: QuantOptimizer | TransformOptimizer
-) -> dict[str, tuple[Prox, Tensor]]:
-    """(link, qparams) of the quantized parameters, by their names in the module."""
-    names = {id(p): name for name, p in module.named_parameters()}
-    if isinstance(optimizer, QuantOptimizer):
-        own = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-        return {
-            names[id(p)]: (optimizer.link(group), optimizer.state[p]["qparams"])
-            for p, group in own
-            if "qparams" in optimizer.state[p] and id(p) in names
-        }
-    inner = {given: names.get(id(p), given) for given, p in optimizer.named_parameters()}
-    state = optimizer.transformation_state
-    found = _of_transformation(optimizer.transformation, state)
-    return {inner[given]: pair for given, pair in found.items()}
-
-
-def _of_transformation(transformation: Any, state: Any) -> dict[str, tuple[Prox, Tensor]]:
-    found = {}
-    for link, own in prox_states(transformation, state):
-        for name, qparams in zip(names_of(own.qparams), tree_leaves(own.qparams), strict=True):
-            found[name] = link, qparams
-    return found

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parq_fn.export.given import check_packed
 from parq_fn.export.grid import Multiples, as_multiples, even_grid, halved, off_grid, shifted
 from parq_fn.export.layers import check_fit, holders_of
 from parq_fn.export.packing import Packed
@@ -44,6 +45,7 @@ def to_torchao(
     another dimension than the inputs, and float64.
     """
     check_flags("to_torchao", int8_activations=int8_activations, rounded=rounded)
+    check_packed("to_torchao", packed)
     tensor_class, activation = _torchao()
     made = copy.deepcopy(module)
     check_fit(made, packed)

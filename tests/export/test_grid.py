@@ -143,13 +143,18 @@ def test_files_keep_steps_that_levels_do_not_say(quantizer, dtype, tmp_path) -> 
         assert again.even is not None
         assert torch.equal(again.even.step, packed.even.step)
         about = _header((tmp_path / "file").read_bytes())
-        assert about["packed"]["w"].get("grid", False) is (packed.grid is not None)
-        assert (about["version"] == 1) is (packed.grid is packed.cut is None)
+        own = about["packed"]["w"]
+        assert own.get("grid", False) is (packed.grid is not None)
+        plain = packed.grid is packed.cut is None and "from" not in own
+        assert (about["version"] == 1) is plain
         if dtype.itemsize >= 4:  # asymmetric's multiples may be without 1 and -1
             assert packed.grid is None or isinstance(quantizer, pf.asymmetric)
         else:
-            size = packed.num_bytes - len(packed.codes) - packed.levels.nbytes
-            assert size == sum(part.nbytes for part in (packed.grid or ())[:2])
+            size = packed.num_bytes - len(packed.codes)
+            held = packed.even if "from" in own else packed.grid
+            assert size == sum(part.nbytes for part in (held or ())[:2]) + (
+                0 if "from" in own else packed.levels.nbytes
+            )
 
 
 def test_a_step_is_told_by_float32_levels_alone() -> None:
