@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -79,7 +80,7 @@ class Violation(AssertionError):
         law = self.law
         who = _name(self.operator) if self.operator is not None else "it"
         head = f"{who} breaks the law {law.name!r}"
-        sides = _sides(Claim(self.left, self.relation, self.right), law.tolerance)
+        sides = _sides(Claim(self.left, self.relation, self.right), law.tolerance, self.inputs)
         if self.error is not None:
             raised = f"{type(self.error).__name__}: {self.error}"
             where = raised_at(self.error)
@@ -92,9 +93,11 @@ class Violation(AssertionError):
             f"    (held to {law.tolerance:g}: {law.reason})",
             "",
             "counterexample",
-            *(f"    {name} = {show_tree(got)}" for name, got in self.inputs.items()),
+            *(f"    {name} = {show_tree(got, _SHOWN)}" for name, got in self.inputs.items()),
             *sides,
         ]
+        if any("... " in line for line in lines):
+            lines += ["", "numbers that are left out stand in the attribute `inputs` of this error"]
         if self.others:
             lines += ["", f"also broken: {', '.join(self.others)}"]
         return "\n".join(lines)
@@ -225,9 +228,9 @@ def _tensors_hold(left: Tensor, relation: str, right: Tensor, tolerance: float) 
     return bool((same | (near & finite)).all())
 
 
-def _sides(claim: Claim, tolerance: float) -> list[str]:
+def _sides(claim: Claim, tolerance: float, inputs: Mapping[str, Any]) -> list[str]:
     """Both sides and their difference: of long tensors the entry, of trees the leaf, that
-    breaks the claim most."""
+    breaks the claim most; with that entry of the inputs that have it."""
     left, relation, right, _ = claim
     where = ""
     if _is_tree(left) and _is_tree(right):
@@ -238,36 +241,50 @@ def _sides(claim: Claim, tolerance: float) -> list[str]:
                 if not holds(Claim(x, relation, y), tolerance):
                     left, right, where = x, y, f" of leaf {'.'.join(map(str, name))}"
                     break
-    gap = None
+    gap, lines = None, []
     if isinstance(left, Tensor) and isinstance(right, Tensor) and left.shape == right.shape:
         if left.numel() > 6 and left.dtype == right.dtype:
             slots = zip(left.flatten(), right.flatten(), strict=True)
             bad = [not holds(Claim(x, relation, y), tolerance) for x, y in slots]
             index = torch.tensor(bad).reshape(left.shape).nonzero()[0].tolist()
+            alike = {k: x for k, x in inputs.items() if getattr(x, "shape", None) == left.shape}
             left, right = left[tuple(index)], right[tuple(index)]
             where += f" at {index}"
+            lines = [f"    {k} at {index} = {show_tree(x[tuple(index)])}" for k, x in alike.items()]
         gap = left.double() - right.double()
     elif isinstance(left, float) and isinstance(right, float):
         gap = torch.tensor(left - right)
-    lines = [f"    left side{where}  = {show_tree(left)}"]
-    lines.append(f"    right side{where} = {show_tree(right)}")
-    return lines if gap is None else [*lines, f"    difference = {show_tree(gap)}"]
+    lines.append(f"    left side{where}  = {show_tree(left, _SHOWN)}")
+    lines.append(f"    right side{where} = {show_tree(right, _SHOWN)}")
+    return lines if gap is None else [*lines, f"    difference = {show_tree(gap, _SHOWN)}"]
 
 
-def show_tree(got: Any) -> str:
+#: Of a row's numbers, how many a violation shows.
+_SHOWN = 8
+
+
+def show_tree(got: Any, most: int | None = None) -> str:
     """A tensor as nested lists with all its digits, and its dtype unless float64.
+
+    most: of a longer row so many numbers, and how many more there are.
 
     >>> show_tree({"w": torch.tensor([1.0, 0.5])})
     "{'w': [1.0, 0.5] (float32)}"
+    >>> show_tree(torch.arange(9), 2)
+    '[0, 1, ... 7 more]'
     """
     if isinstance(got, Tensor):
+        told = repr(got.tolist())
+        if most is not None and got.dim() and got.shape[-1] > most:
+            more = f", ... {got.shape[-1] - most} more]"
+            told = re.sub(r"(?<=[^\]])\]", more, repr(got[..., :most].tolist()))
         if got.dtype in (torch.float64, torch.int64, torch.bool):
-            return repr(got.tolist())
-        return f"{got.tolist()!r} ({str(got.dtype).removeprefix('torch.')})"
+            return told
+        return f"{told} ({str(got.dtype).removeprefix('torch.')})"
     if isinstance(got, dict):
-        return "{" + ", ".join(f"{k!r}: {show_tree(v)}" for k, v in got.items()) + "}"
+        return "{" + ", ".join(f"{k!r}: {show_tree(v, most)}" for k, v in got.items()) + "}"
     if isinstance(got, list | tuple):
-        inner = ", ".join(map(show_tree, got))
+        inner = ", ".join(show_tree(x, most) for x in got)
         if hasattr(got, "_fields"):
             return f"{type(got).__name__}({inner})"
         return f"[{inner}]" if isinstance(got, list) else f"({inner})"

@@ -204,13 +204,18 @@ def _in_interval(domain: Interval, extreme: bool) -> Strategy[float]:
     low = domain.low if math.isfinite(domain.low) else min(-1000.0, domain.high - 1000.0)
     high = domain.high if math.isfinite(domain.high) else max(1000.0, domain.low + 1000.0)
     margin = min(1e-3, (high - low) / 4)
+    nearer: list[float] = []
     if extreme:  # at both ends, geometrically
-        powers = (1e-12, 1e-9, 1e-7, 1e-5, 1e-4)
-        beside = [low + p * margin for p in powers] + [high - p * margin for p in powers]
-        beside += [1e6] * math.isinf(domain.high) + [-1e6] * math.isinf(domain.low)
-        ends += [x for x in beside if x in domain]
+        beside = [
+            x
+            for p in (1e-12, 1e-9, 1e-7, 1e-5, 1e-4, 0.03, 0.3, 0.9)
+            for x in (low + p * margin, high - p * margin)
+            if x in domain
+        ]
+        far = [1e6] * math.isinf(domain.high) + [-1e6] * math.isinf(domain.low)
+        ends, nearer = ends + beside[:10] + far, beside[10:]
     inside = numbers(max(low + margin, low), min(high - margin, high))
-    return st.one_of(inside, st.sampled_from(ends)) if ends else inside
+    return st.one_of(inside, *(st.sampled_from(some) for some in (ends, nearer) if some))
 
 
 _SLOPE_STEP = st.one_of(st.just(0.0), numbers(0.0, 2.0))

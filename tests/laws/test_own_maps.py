@@ -76,6 +76,28 @@ def largest_kept(u: Tensor, levels: Tensor) -> Tensor:
     return torch.zeros_like(u).scatter(-1, top, u.gather(-1, top))
 
 
+def isotonic(u: Tensor, levels: Tensor) -> Tensor:
+    """The projection onto ascending rows: max over a <= i of min over b >= i of mean(u[a..b])."""
+    n = u.shape[-1]
+    if n == 0:
+        return u + 0.0
+    sums = torch.nn.functional.pad(u.double().cumsum(-1), (1, 0))
+    i = torch.arange(n)
+    size = i - i[:, None] + 1
+    means = (sums[..., None, 1:] - sums[..., :-1, None]) / size.clamp(min=1)
+    least = means.masked_fill(size < 1, torch.inf).flip(-1).cummin(-1).values.flip(-1)
+    return least.masked_fill(size < 1, -torch.inf).amax(-2).to(u.dtype)
+
+
+def in_l1_ball(u: Tensor, levels: Tensor) -> Tensor:
+    """The projection onto rows with |w_1| + ... + |w_n| <= 1."""
+    size = u.double().abs()
+    above = (torch.nn.functional.pad(size, (0, 1)).sort(-1, descending=True).values).cumsum(-1) - 1
+    count = torch.arange(1, above.shape[-1] + 1)
+    threshold = (above / count).amax(-1, keepdim=True).clamp(min=0)
+    return (u.sign() * (size - threshold).clamp(min=0)).to(u.dtype)
+
+
 def claiming(f: Any, **traits: Any) -> Any:
     """The function as a map with the traits of a convex prox and these."""
 
@@ -94,7 +116,9 @@ def claiming(f: Any, **traits: Any) -> Any:
         claiming(
             block_soft_threshold, elementwise=False, regularizer=of_rows, convex_function=of_rows
         ),
-        claiming(mean_removed, coefficients=None, elementwise=False, idempotent=False),
+        claiming(mean_removed, coefficients=None, elementwise=False, idempotent=True),
+        claiming(isotonic, coefficients=None, elementwise=False, idempotent=True),
+        claiming(in_l1_ball, coefficients=None, elementwise=False, idempotent=True),
         claiming(
             largest_kept,
             coefficients=None,
@@ -105,7 +129,15 @@ def claiming(f: Any, **traits: Any) -> Any:
             idempotent=True,
         ),
     ],
-    ids=["soft_threshold", "ridge", "block_soft_threshold", "mean_removed", "largest_kept"],
+    ids=[
+        "soft_threshold",
+        "ridge",
+        "block_soft_threshold",
+        "mean_removed",
+        "isotonic",
+        "in_l1_ball",
+        "largest_kept",
+    ],
 )
 def test_textbook_proxes_pass(right: Any) -> None:
     check_proxmap(right, max_examples=40)
@@ -133,10 +165,44 @@ def block_too_far(u: Tensor, levels: Tensor, c: float) -> Tensor:
     return block_soft_threshold(u, levels, c + 1e-3)
 
 
+def wrong_below_a_thousandth(u: Tensor, levels: Tensor, c: float) -> Tensor:
+    return soft_threshold(u, levels, c if c >= 1e-3 else 0.0)
+
+
+def falls_in_a_narrow_interval(u: Tensor, levels: Tensor, c: float) -> Tensor:
+    return torch.where((u > 0.5) & (u < 0.501), ridge(u, levels, c) - 0.01, ridge(u, levels, c))
+
+
+def falls_in_a_narrow_shell(u: Tensor, levels: Tensor, c: float) -> Tensor:
+    norm = u.norm(dim=-1, keepdim=True)
+    return torch.where((norm > 1) & (norm < 1.01), -u, u)
+
+
+def only_in(dtype: torch.dtype, right: Any, wrong: Any) -> Any:
+    """The one map in that dtype and the other elsewhere."""
+    return lambda u, q, *c: (wrong if u.dtype == dtype else right)(u, q, *c)
+
+
+MONOTONE = {"growth": None, "firmly_nonexpansive": False, "lipschitz": None, "continuous": False}
+
+
 @pytest.mark.rare
 @pytest.mark.parametrize(
     ("wrong", "name"),
     [
+        (claiming(wrong_below_a_thousandth, regularizer=penalty), "is_prox"),
+        (claiming(falls_in_a_narrow_interval, **MONOTONE), "monotone"),
+        (claiming(falls_in_a_narrow_shell, **MONOTONE, elementwise=False), "monotone"),
+        (claiming(only_in(torch.bfloat16, soft_threshold, ridge)), "narrow"),
+        (claiming(only_in(torch.float32, soft_threshold, ridge)), "narrow"),
+        (
+            claiming(
+                only_in(torch.bfloat16, mean_removed, lambda u, q: u + 0.0),
+                coefficients=None,
+                elementwise=False,
+            ),
+            "narrow",
+        ),
         (claiming(too_far, regularizer=penalty), "is_prox"),
         (claiming(too_far, convex_function=penalty), "is_convex_prox"),
         (claiming(too_far, convex_function=penalty), "moreau"),
@@ -251,6 +317,24 @@ def test_firmness_comes_before_its_consequences() -> None:
     names = [law.name for law in laws.for_proxmap(maps.par)]
     for later in ("monotone", "continuous", "lipschitz"):
         assert names.index("firmly_nonexpansive") < names.index(later)
+
+
+def test_coupled_weights_are_told_first_where_a_map_declares_elementwise() -> None:
+    with pytest.raises(Violation) as info:
+        check_proxmap(claiming(block_soft_threshold, regularizer=of_rows), max_examples=40)
+    assert info.value.law.name == "elementwise"
+
+
+def test_a_violation_of_long_rows_shows_a_few_numbers_and_the_entry() -> None:
+    law = laws.named("proxmap", "fixes_levels")
+    q = torch.arange(100.0).double().reshape(2, 50)
+    with pytest.raises(Violation) as info:
+        law.check(lambda u, q, c: u + (u == 70), any_levels=q, any_c=None, dtype=torch.float64)
+    lines = str(info.value).splitlines()
+    assert max(map(len, lines)) < 200
+    assert "    any_levels at [1, 20] = 70.0" in lines
+    assert any("7.0, ... 42 more], [50.0," in line for line in lines)
+    assert any("attribute `inputs`" in line for line in lines)
 
 
 def test_a_violation_shows_the_weight_and_the_better_one() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from parq_fn.foundation.traits import Coefficient, ProxTraits
 from parq_fn.testing.law import Claim, at_most, equal
-from parq_fn.testing.laws.proxmaps import ROUNDING, Map, inner, law, midpoints
+from parq_fn.testing.laws.proxmaps import ROUNDING, Map, inner, law, midpoints, way
 
 
 def steepest(
@@ -29,12 +29,11 @@ def steepest(
             most = f(at, levels, c).diff(dim=-1).abs().argmax(-1, keepdim=True)
             low, high = at.gather(-1, most), at.gather(-1, most + 1)
         return low, high
-    low, high = u, v
+    low, high, each = u, v, torch.arange(len(u))
     for _ in range(8):
-        rows = torch.stack([low + (high - low) * part for part in share])
-        w = torch.stack([f(x, levels, c) for x in rows])
-        most, each = w.diff(dim=0).square().sum(-1).argmax(0), torch.arange(u.shape[0])
-        low, high = rows[most, each], rows[most + 1, each]
+        rows, w = way(f, low, high, levels, c, share)
+        most = w.diff(dim=1).square().sum(-1).argmax(-1)
+        low, high = rows[each, most], rows[each, most + 1]
     return low, high
 
 
@@ -81,7 +80,8 @@ def lipschitz(
     f: Map, u: Tensor, v: Tensor, levels: Tensor, c: Coefficient, traits: ProxTraits
 ) -> Iterator[Claim]:
     assert traits.lipschitz is not None
-    pairs = [(u, v), (u, u + 1e-6)]
+    size = 1 if traits.elementwise else u.abs().amax(-1, keepdim=True).clamp(min=1)
+    pairs = [(u, v), (u, u + 1e-6 * size)]  # sums over a row are rounded
     if traits.elementwise:
         pairs.append((midpoints(levels), midpoints(levels) + 1e-6))
     for at, other in pairs:

@@ -92,21 +92,21 @@ def beaten_by_none(
     reason="float64 rounding of J, relative to its size",
 )
 def is_prox(
-    f: Map, u: Tensor, v: Tensor, levels: Tensor, c: Coefficient, traits: ProxTraits
+    f: Map, u: Tensor, v: Tensor, levels: Tensor, any_c: Coefficient, traits: ProxTraits
 ) -> Iterator[Claim]:
     assert traits.regularizer is not None
-    growth = traits.growth(c) if traits.growth else 0.0
+    growth = traits.growth(any_c) if traits.growth else 0.0
     # where it moves most a threshold shows
-    latents = [u, *steepest(f, u, v, levels, c, traits)]
+    latents = [u, *steepest(f, u, v, levels, any_c, traits)]
     if traits.elementwise:
         latents = [torch.cat(latents, -1)]
-    weights = [f(x, levels, c) for x in latents]
+    weights = [f(x, levels, any_c) for x in latents]
     others = torch.cat([u, v, *weights], -1)
     if traits.elementwise:
         others = torch.cat([few(others), latents[0][..., -2:], weights[0][..., -2:]], -1)
     for x, w in zip(latents, weights, strict=True):
         z = candidates(w, others, levels, traits)
-        claim = beaten_by_none(w, x, traits.regularizer, z, levels, c, growth, traits)
+        claim = beaten_by_none(w, x, traits.regularizer, z, levels, any_c, growth, traits)
         yield claim._replace(inputs={"u": x, "f(u)": w, **claim.inputs})
 
 
@@ -118,12 +118,12 @@ def is_prox(
     reason="float64 rounding of the objective, relative to its size",
 )
 def is_convex_prox(
-    f: Map, u: Tensor, v: Tensor, levels: Tensor, c: Coefficient, traits: ProxTraits
+    f: Map, u: Tensor, v: Tensor, levels: Tensor, any_c: Coefficient, traits: ProxTraits
 ) -> Claim:
     assert traits.convex_function is not None
-    a, w = traits.convex_argument(u, c), f(u, levels, c)
+    a, w = traits.convex_argument(u, any_c), f(u, levels, any_c)
     z = candidates(w, few(v) if traits.elementwise else v, levels, traits)
-    return beaten_by_none(w, a, traits.convex_function, z, levels, c, 0.5, traits)
+    return beaten_by_none(w, a, traits.convex_function, z, levels, any_c, 0.5, traits)
 
 
 @law(

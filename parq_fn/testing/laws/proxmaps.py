@@ -71,6 +71,17 @@ def of_row(c: Coefficient, i: int) -> Coefficient:
     return c[i : i + 1] if isinstance(c, Tensor) and c.dim() else c
 
 
+def way(
+    f: Map, u: Tensor, v: Tensor, levels: Tensor, c: Coefficient, share: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows on the way from u to v [r, n], a share [m] of it each, and their weights: [r, m, n]."""
+    m = len(share)
+    rows = u.unsqueeze(1) + share[:, None] * (v - u).unsqueeze(1)
+    c = c.repeat_interleave(m, 0) if isinstance(c, Tensor) and c.dim() else c
+    w = f(rows.flatten(0, 1), levels.repeat_interleave(m, 0), c)
+    return rows, w.reshape(rows.shape)
+
+
 def in_dtype(u: Tensor, dtype: torch.dtype) -> Tensor:
     """u rounded to the dtype, held to half of its largest number."""
     end = torch.finfo(dtype).max / 2
@@ -97,8 +108,27 @@ def finite(
     f: Map, u: Tensor, any_levels: Tensor, any_c: Coefficient, dtype: torch.dtype
 ) -> Iterator[Claim]:
     for kind in (u.dtype, dtype):
-        w = f(in_dtype(u, kind), any_levels.to(kind), any_c)
-        yield equal(w.isfinite(), torch.ones_like(w, dtype=torch.bool))
+        x, q = in_dtype(u, kind), any_levels.to(kind)
+        w = f(x, q, any_c)
+        yield equal(w.isfinite(), torch.ones_like(w, dtype=torch.bool), u=x, any_levels=q)
+
+
+@law(
+    "Every weight is mapped alike, wherever it stands: order, splitting and strides are nothing.",
+    "f(P u) = P f(u),  f((u, v)) = (f(u), f(v))",
+    applies=lambda t: t.elementwise,
+    tolerance=1e-12,
+    reason="vectorised and scalar code of exp and tanh differ in the last bits",
+)
+def elementwise(
+    f: Map, u: Tensor, v: Tensor, any_levels: Tensor, any_c: Coefficient
+) -> Iterator[Claim]:
+    q, order = any_levels, v[0].argsort()
+    w = f(u, q, any_c)
+    yield equal(f(u[..., order], q, any_c), w[..., order])
+    yield equal(f(torch.cat([u, v], -1), q, any_c), torch.cat([w, f(v, q, any_c)], -1))
+    yield equal(f(u.t().contiguous().t(), q, any_c), w)
+    yield equal(f(u[..., :4], q, any_c), w[..., :4])
 
 
 @law(
@@ -136,17 +166,37 @@ def cocoercive(
     "<f(u) - f(v), u - v> >= 0",
     applies=lambda t: t.monotone,
     tolerance=1e-12,
-    reason="float64 rounding of a value up to 20",
+    reason="float64 rounding of a value up to 20, of rows relative to their norms",
 )
 def monotone(
     f: Map, u: Tensor, v: Tensor, any_levels: Tensor, any_c: Coefficient, traits: ProxTraits
-) -> Claim:
+) -> Iterator[Claim]:
+    q = any_levels
     if not traits.elementwise:
-        moved = f(u, any_levels, any_c) - f(v, any_levels, any_c)
+        moved = f(u, q, any_c) - f(v, q, any_c)
         product = inner(moved * (u - v), traits)
-        return at_most(torch.zeros_like(product), product)
-    w = f(torch.cat([u, v], -1).sort(-1).values, any_levels, any_c)
-    return at_most(w[..., :-1], w[..., 1:])
+        yield at_most(torch.zeros_like(product), product)
+    # where it falls may be narrow: pairs 1e-5 apart, at places that differ between examples
+    first = ((u.sum() + v.sum()) * 0.618034).frac().abs()
+    shares = (torch.arange(512, dtype=u.dtype) + first) / 512
+    if traits.elementwise:
+        at = q[..., :1] - 1 + (q[..., -1:] - q[..., :1] + 2) * shares
+        x = torch.cat([u, v, at, at + 1e-5], -1).sort(-1).values
+        w = f(x, q, any_c)
+        least = w.diff(dim=-1).argmin(-1, keepdim=True)
+        x, w = (y.gather(-1, torch.cat([least, least + 1], -1)) for y in (x, w))
+        yield Claim(w[..., :1], "<=", w[..., 1:], {"u": x, "f(u)": w})
+        return
+    shares = torch.cat([shares[::16], shares[::16] + 1e-5]).sort().values
+    size, each = 1 + torch.maximum(u.norm(dim=-1), v.norm(dim=-1)), torch.arange(len(u))
+    for low, high in ((u, v), (0.0 * u, 4 * u / size[:, None])):
+        x, w = way(f, low, high, q, any_c, shares)
+        apart = x.diff(dim=1)
+        product = (apart * w.diff(dim=1)).sum(-1) / (1 + apart.norm(dim=-1)) / size[:, None]
+        i = product.argmin(-1)
+        pair = {"u": x[each, i], "v": x[each, i + 1], "f(u)": w[each, i], "f(v)": w[each, i + 1]}
+        least = product.amin(-1)
+        yield Claim(torch.zeros_like(least), "<=", least, pair)
 
 
 @law("dtype, shape and device of the weights are the latent's.", "like(f(u)) = like(u)")
@@ -182,24 +232,6 @@ def nan_gives_nan(
             yield equal(got, expected, u=spoilt)
 
 
-@law(
-    "Every weight is mapped alike, wherever it stands: order, splitting and strides are nothing.",
-    "f(P u) = P f(u),  f((u, v)) = (f(u), f(v))",
-    applies=lambda t: t.elementwise,
-    tolerance=1e-12,
-    reason="vectorised and scalar code of exp and tanh differ in the last bits",
-)
-def elementwise(
-    f: Map, u: Tensor, v: Tensor, any_levels: Tensor, any_c: Coefficient
-) -> Iterator[Claim]:
-    q, order = any_levels, v[0].argsort()
-    w = f(u, q, any_c)
-    yield equal(f(u[..., order], q, any_c), w[..., order])
-    yield equal(f(torch.cat([u, v], -1), q, any_c), torch.cat([w, f(v, q, any_c)], -1))
-    yield equal(f(u.t().contiguous().t(), q, any_c), w)
-    yield equal(f(u[..., :4], q, any_c), w[..., :4])
-
-
 @law("Row i of a batch is the map of row i alone.", "f(u; Q)_i = f(u_i; Q_i)")
 def rows_alone(f: Map, u: Tensor, any_levels: Tensor, any_c: Coefficient) -> Claim:
     q = any_levels
@@ -228,6 +260,29 @@ def widens(f: Map, u: Tensor, levels: Tensor, c: Coefficient) -> Iterator[Claim]
     for dtype in (torch.bfloat16, torch.float16):
         x, q = u.to(dtype), levels.to(dtype)
         yield equal(f(x, q, c), f(x.float(), q.float(), c).to(dtype))
+
+
+@law(
+    "In a narrow dtype the map is what it is in float64, of a latent that is a few roundings away.",
+    "f(u - d) - d <= round(f)(u) <= f(u + d) + d,  d = 2 eps (|u| + max|Q|)",
+    applies=lambda t: t.monotone and (t.elementwise or t.firmly_nonexpansive),
+    tolerance=1e-12,
+    reason="float64 rounding",
+)
+def narrow(
+    f: Map, u: Tensor, levels: Tensor, c: Coefficient, dtype: torch.dtype, traits: ProxTraits
+) -> Iterator[Claim]:
+    u = u.clamp(-1e3, 1e3).to(dtype)  # whose squares and sums are in range
+    x, q = u.double(), levels.to(dtype).double()
+    w = f(u, levels.to(dtype), c).double()
+    info = torch.finfo(dtype)
+    d = 2 * info.eps * (x.abs() + q.abs().amax(-1, keepdim=True) + info.tiny)
+    if traits.elementwise:
+        yield at_most(f(x - d, q, c) - d, w, u=u)
+        yield at_most(w, f(x + d, q, c) + d, u=u)
+    else:
+        off = (w - f(x, q, c)).norm(dim=-1)
+        yield at_most(off, 2 * d.norm(dim=-1), u=u)
 
 
 # Where weights lie
@@ -260,10 +315,10 @@ def in_range(
 def onto_levels(
     f: Map, u: Tensor, any_levels: Tensor, any_c: Coefficient, dtype: torch.dtype
 ) -> Claim:
-    q = any_levels.to(dtype)
-    w = f(u.to(dtype), q, any_c)
+    x, q = in_dtype(u, dtype), any_levels.to(dtype)
+    w = f(x, q, any_c)
     closest = q.gather(-1, (w.unsqueeze(-1) - q.unsqueeze(-2)).abs().float().argmin(-1))
-    return equal(w, closest)
+    return equal(w, closest, u=x, any_levels=q)
 
 
 @law("A level stays where it is.", "f(q_i) = q_i", applies=lambda t: t.fixes_levels)
@@ -285,13 +340,21 @@ def fixes_midpoints(f: Map, levels: Tensor, c: Coefficient) -> Claim:
 
 
 @law(
-    "Mapping a second time changes nothing.",
+    "Mapping a second time changes nothing: single weights bit for bit, rows but for rounding.",
     "f(f(u)) = f(u)",
     applies=lambda t: t.idempotent,
+    tolerance=1e-12,
+    reason="a sum over a row is rounded, relative to its largest number",
 )
-def idempotent(f: Map, u: Tensor, any_levels: Tensor, any_c: Coefficient) -> Claim:
+def idempotent(
+    f: Map, u: Tensor, any_levels: Tensor, any_c: Coefficient, traits: ProxTraits
+) -> Iterator[Claim]:
     w = f(u, any_levels, any_c)
-    return equal(f(w, any_levels, any_c), w)
+    twice = f(w, any_levels, any_c)
+    if traits.elementwise:
+        yield equal(twice == w, torch.ones_like(w, dtype=torch.bool))
+    size = w.abs().amax(-1, keepdim=True).clamp(min=1)
+    yield equal(twice / size, w / size)
 
 
 @law(
