@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import parq_fn as pf
 from parq_fn import formulas, proxmaps
 from parq_fn import levels as lv
+from parq_fn.optim import QuantOptimizer
+from parq_fn.testing.table import OPERATORS
 
 
 def slow_search(boundaries: Tensor, x: Tensor) -> Tensor:
@@ -113,10 +117,56 @@ def test_the_highest_level_reached_is_the_closest(case) -> None:
         assert torch.equal(lv.closest(x.requires_grad_(), levels), found)
 
 
-def test_a_zero_keeps_the_sign_of_its_level() -> None:
-    levels = torch.tensor([[-2.0, -1.0, -0.0, 1.0, 2.0]])  # of fewer it may not
-    got = lv.nearest(torch.tensor([[0.1, -0.1]]), levels)
-    assert bool(got.signbit().all())
+def is_a_level(w: Tensor, levels: Tensor) -> bool:
+    """Whether each weight is one of its row's levels, the sign of a zero included."""
+    w, q = w.unsqueeze(-1), levels.unsqueeze(-2)
+    return bool(((w == q) & (w.signbit() == q.signbit())).any(-1).all())
+
+
+SHARPEST = [
+    (proxmaps.hard, 0.0),
+    (proxmaps.parq, 0.0),
+    (proxmaps.soft, math.inf),
+    (proxmaps.binary_relax, 1.0),
+    (proxmaps.proxquant, math.inf),
+]
+
+
+@pytest.mark.parametrize(("map_", "sharpest"), SHARPEST, ids=lambda x: getattr(x, "__name__", ""))
+def test_a_zero_keeps_the_sign_of_its_level(map_, sharpest: float) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda u, q: map_(u, q, sharpest), backend="eager", dynamic=True)
+    dtypes = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    for k, dtype in itertools.product((1, 2, 3, 4, 5, 17, 40), dtypes):
+        levels = (torch.arange(float(k)) - torch.tensor([[0], [k // 2], [k - 1]])).to(dtype)
+        levels = torch.where(levels == 0, -0.0, levels)
+        zeros = torch.tensor([0.0, -0.0], dtype=dtype).expand(3, 2)
+        u = torch.cat([levels, levels + 0.25, levels - 0.25, zeros], -1)
+        assert is_a_level(map_(u, levels, sharpest), levels)
+        batched = torch.vmap(map_, (None, None, 0))(u, levels, torch.full((1,), sharpest))
+        assert is_a_level(batched[0], levels)
+        if k in (3, 17) and dtype == torch.float32:
+            assert is_a_level(compiled(u, levels), levels)
+            assert is_a_level(torch.vmap(lambda u, q: map_(u, q, sharpest))(u, levels), levels)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.usefixtures("graphs_alone")
+def test_quantized_weights_have_the_bits_of_their_levels(compile: bool) -> None:
+    """Of rows of zeros of either sign, and of weights that a mask has made -0.0."""
+    torch.compiler.reset()
+    w = torch.randn(6, 32) * (torch.rand(6, 32) > 0.5)
+    w[1], w[2] = 0.0, -0.0
+    w[3] = w[3].abs()
+    chosen = (pf.lsbq(0), pf.integer(3)) if compile else OPERATORS["quantizer"]
+    for quantizer in (*chosen, pf.lloyd_max(1, symmetric=False)):
+        prox = pf.hard_prox(quantizer, granularity=pf.per_channel(), period=1)
+        net = torch.nn.ParameterDict({"w": torch.nn.Parameter(w.clone())})
+        group = {"params": [net["w"]], "prox": prox}
+        optimizer = QuantOptimizer(torch.optim.SGD([group], lr=0.0), compile=compile)
+        net["w"].grad = torch.zeros_like(w)
+        optimizer.step()
+        assert is_a_level(net["w"].detach(), optimizer.levels(net["w"])), quantizer
 
 
 CHOOSERS = {

@@ -31,8 +31,8 @@ def _from_latent(u: Tensor, q: Levels, bound: Tensor | None, theta: Tensor, keep
 def _from_level(u: Tensor, q: Levels, bound: Tensor | None, theta: Tensor, keep: Tensor) -> Tensor:
     """binary_relax for 1/2 <= theta < 1."""
     near = closest(u, q, bound)
-    gap = u - near
-    return _or_sum(near + keep * gap, gap, u, near, theta, keep)
+    gap = near - u
+    return _or_sum(near - keep * gap, gap, u, near, theta, keep)  # -0.0 - 0.0 is -0.0
 
 
 def _or_sum(w: Tensor, gap: Tensor, u: Tensor, near: Tensor, theta: Tensor, keep: Tensor) -> Tensor:

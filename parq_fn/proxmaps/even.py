@@ -71,7 +71,7 @@ class Even(NamedTuple):
             torch.mul(inner.add_(hi), self.step, out=hi)
             return inner.sub_(_ONE).mul_(self.step), hi
         inner = self._inner(x.detach() * self.inverse, False)
-        upper = torch.where(x > self.level(inner), inner + 1, inner)
+        upper = inner + (x > self.level(inner)).to(inner.dtype)  # a sum that is 0 is not -0.0
         return self.level(upper - 1), self.level(upper)
 
     def closest(self, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Even(NamedTuple):
             return torch.mul(lower, self.step, out=lo)
         lower = self._lower(x.detach() * self.inverse, False)
         middle = (self.level(lower) + self.level(lower + 1)) * 0.5
-        return self.level(torch.where(x > middle, lower + 1, lower))
+        return self.level(lower + (x > middle).to(lower.dtype))  # a sum that is 0 is not -0.0
 
     def _inner(self, t: Tensor, in_place: bool) -> Tensor:
         """The multiple next to t of a level that is no outermost one. Takes the memory of t."""

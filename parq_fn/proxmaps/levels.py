@@ -208,15 +208,27 @@ def closest(
             return nan_with(x, level) if keep_nan else level
         bound = bounds(levels)
     few = 2 <= levels.shape[-1] <= _REACHED and is_plain(x) and is_plain(levels)
-    if few and float((levels[..., -1] - levels[..., 0]).amax()) < torch.inf:
+    if few and levels.numel() and _reachable(levels):
         return _highest_reached(x, levels, bound)
     (level,) = lookup(x, bound, levels)
     return nan_with(x, level) if keep_nan else level
 
 
+def _reachable(levels: Tensor) -> bool:
+    """Whether `_highest_reached` gives these levels: differences are finite, and a row that holds
+    -0.0 holds 0.0 too."""
+    if not float((levels[..., -1] - levels[..., 0]).amax()) < torch.inf:
+        return False
+    bits = levels.view(torch.int32 if levels.dtype == torch.float32 else torch.int64)
+    negative_zero = torch.iinfo(bits.dtype).min
+    if int(bits.amin()) > negative_zero:
+        return True
+    return bool(((bits == 0).any(-1) | (bits != negative_zero).all(-1)).all())
+
+
 def _highest_reached(x: Tensor, levels: Tensor, bound: Tensor) -> Tensor:
-    """`closest` of two levels or more whose differences are finite: from the lowest on, the next
-    where its bound is below x. NaN gives NaN, a level -0.0 gives 0.0. In memory of its own."""
+    """`closest` of two `_reachable` levels or more: from the lowest on, the next where its bound
+    is below x. NaN gives NaN, a level -0.0 gives 0.0. In memory of its own."""
     level = x.clamp(0.0, 0.0).add_(levels[..., :1])
     above = torch.empty_like(level)
     for i in range(bound.shape[-1]):
@@ -229,8 +241,8 @@ def nan_with(x: Tensor, level: Tensor) -> Tensor:
     """The level, but NaN where x is; with a derivative of 0 in x."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return torch.where(x == x, level, x.detach())
-    # torch.where is slow on CPUs; subtracting 0 keeps the sign of zero
-    return torch.sub(level, x.clamp(0.0, 0.0), alpha=0.0)
+    # torch.where is slow on CPUs; subtracting 0 times 1 keeps the sign of zero, 0 times -0 does not
+    return torch.sub(level, x.clamp(1.0, 1.0), alpha=0.0)
 
 
 def nearest(rows: Tensor, levels: Tensor) -> Tensor:

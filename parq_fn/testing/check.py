@@ -99,7 +99,7 @@ def violations(
 
 def shrunk(violation: Violation, inputs: Inputs, max_examples: int | None = None) -> Violation:
     """A small violation of the same law by the same operator, where it is found once more."""
-    more = 10 * (max_examples or settings.default.max_examples)  # inputs are drawn anew
+    more = 10 * (max_examples or settings().max_examples)  # inputs are drawn anew
     alone = find_violation([violation.law], violation.operator, inputs, more, shrink=True)
     return alone or violation
 
