@@ -23,6 +23,7 @@ from parq_fn.foundation.traits import (
 from parq_fn.foundation.value import show
 from parq_fn.schedules import Schedule
 from parq_fn.testing.law import Law
+from parq_fn.testing.laws import levels as _levels
 from parq_fn.testing.laws import motion as _motion
 from parq_fn.testing.laws import prox_links as _prox_links
 from parq_fn.testing.laws import proximal as _proximal
@@ -31,7 +32,7 @@ from parq_fn.testing.laws import pullback as _pullback
 from parq_fn.testing.laws import qparams as _qparams
 
 # imported for the laws that they add
-del _motion, _proximal, _prox_links, _pullback, _qparams
+del _levels, _motion, _proximal, _prox_links, _pullback, _qparams
 
 #: All laws, by kind.
 ALL: dict[str, tuple[Law, ...]] = {
