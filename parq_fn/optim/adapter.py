@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from parq_fn.foundation.torch_private import not_traced
 from parq_fn.optim.latents import LatentStore
 from parq_fn.optim.state import unshared
 
@@ -20,12 +21,20 @@ class Adapter(Optimizer):
     _store: LatentStore
 
     def sync(self) -> None:
-        """Makes edits of parameters by other code those of their latents.
+        """Makes edits of parameters by other code those of their latents, and gives parameters the
+        weights of latents that it has edited in the state.
 
         All other methods do so too, but where torch counted no write: through `p.data`, or by
         torch.distributed.checkpoint.load into a sharded module's state dict. Call it after those.
         """
         self._store.sync("all")
+
+    @not_traced
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of every torch.optim optimizer; parameters hold the weights of edited latents then."""
+        if self._store.has_edits():
+            self._store.sync()
+        super().zero_grad(set_to_none)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, parameter) in the order of the groups; without names "0.2", the third of the
@@ -63,7 +72,7 @@ class Adapter(Optimizer):
         self._store.matched(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._store.sync("sharded")
+        self._store.sync("sharded", write=False)  # a copy of the module may have been made before
         names = ("defaults", "state", "param_groups", "_store", *self._copied)
         return {name: self.__dict__[name] for name in names}
 

@@ -17,12 +17,15 @@ from parq_fn.optim.digest import digest
 from parq_fn.optim.groups import KEYS, is_ours, is_quantized
 from parq_fn.optim.old_states import Kept, with_qparams
 from parq_fn.optim.owner import Place
-from parq_fn.optim.state import Entries, Group, check_keys, wide
+from parq_fn.optim.state import FOREIGN, Entries, Group, check_keys, wide
 from parq_fn.transforms.prox_link import Prox, ProxState
+from parq_fn.transforms.sharded import local
 
 #: The entries of a parameter's state that are ours; the others are the base optimizer's.
 QUANTIZED = ("latent", "qparams", "count", "slope", "lr_sum", "link")
 OWN = ("updates", *QUANTIZED)
+#: Those that weights follow from.
+_WEIGH = tuple(key for key in QUANTIZED if key != "link")
 
 
 class BaseOwner:
@@ -36,6 +39,7 @@ class BaseOwner:
     who = "QuantOptimizer"
     keys: tuple[str, ...] = KEYS
     widens = False
+    needs = frozenset({"updates"})
 
     def __init__(
         self,
@@ -117,8 +121,22 @@ class BaseOwner:
         self.base.state.pop(p, None)
         self.base.state.pop(self.latents.pop(p, p), None)
 
+    def is_attached(self, p: Tensor, entries: Entries) -> bool:
+        """Whether the base moves this latent, and has these entries."""
+        latent = self.latents[p]
+        own = entries.get("latent", latent)
+        if own is not latent and local(own).data_ptr() != local(latent).data_ptr():
+            return False
+        return not self.trained(entries) or self.base.state.get(latent) is entries
+
+    def watched(self, entries: Entries) -> Iterable[str]:
+        return _WEIGH if "qparams" in entries else ()
+
+    def weighs(self, key: str) -> bool:
+        return key in _WEIGH
+
     def trained(self, entries: Entries) -> bool:
-        return bool(int(entries["updates"]))
+        return bool(int(entries.get("updates", 0)))
 
     def shared(self) -> set[str]:
         return set()
@@ -215,7 +233,8 @@ class BaseOwner:
 
     def _check_keys(self, p: Tensor, needed: Iterable[str], saved: Entries, label: str) -> None:
         varies = self.varies(p)
-        check_keys([key for key in needed if key in saved or not varies(key)], saved, label)
+        needed = [key for key in needed if key in saved or not varies(key)]
+        check_keys(needed, saved, f"loaded state dict, parameter {label!r}", FOREIGN)
 
     def resume(self) -> None:
         """Makes entries of those that versions without a store have pickled."""

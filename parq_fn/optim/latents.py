@@ -1,46 +1,38 @@
 """One store of latents under both torch adapters.
 
 Between steps a parameter holds the weights of its latent, and the optimizer's state the latent.
-Other code may edit the parameter, put another in its place or in another order, move it, convert
-it. Every public method of an adapter begins with `LatentStore.sync`, which finds what was done.
+Other code may edit either, and put another parameter in one's place. Every public method of an
+adapter begins with `LatentStore.sync`, which finds what was done.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from parq_fn.optim.marks import BEHIND, COPIED, LOADED, WRITTEN, Compare, Mark
+from parq_fn.optim.marks import AHEAD, BEHIND, BOTH, COPIED, LOADED, TAKEN, WRITTEN, Compare, seen
 from parq_fn.optim.old_states import Kept, like_saved, with_qparams
-from parq_fn.optim.owner import Owner, Place
+from parq_fn.optim.places import Places
 from parq_fn.optim.state import (
     Entries,
     after_load,
     before_load,
-    beside,
-    check_dtype,
     check_entries,
     check_state_dict,
     loaded,
     loaded_groups,
     matched,
-    name_of,
-    refuse_flat,
-    refuse_meta,
-    refuse_reshaped,
     taken_over,
-    versions,
     wide,
 )
 from parq_fn.transforms.sharded import is_dtensor, local
 
 
-class LatentStore:
-    """The parameters of an optimizer by identity: their entries in its state, "latent" among them,
-    and what they held when the optimizer last wrote them.
+class LatentStore(Places):
+    """The parameters of an optimizer, and the latents in its state, of which they hold the weights.
 
     An edit is told by the count of writes that torch keeps of a tensor, and of a sharded one's
     local tensor. Some writes raise neither: those through `p.data`, and to sharded parameters those
@@ -49,190 +41,28 @@ class LatentStore:
     saved or loaded; `sync("all")` compares those of all.
     """
 
-    def __init__(self, optimizer: Optimizer, owner: Owner) -> None:
-        self.optimizer, self.owner = optimizer, owner
-        self._order: list[list[Tensor]] = []
-        self._kinds: list[dict[str, Any]] = []
-        self._names: dict[Tensor, tuple[str, str]] = {}
-        self._marks: dict[Tensor, Mark] = {}
-
-    def places(self) -> list[Place]:
-        """All parameters, in the order of the groups."""
-        groups = self.optimizer.param_groups
-        return [Place(p, group, *self._names[p]) for group in groups for p in group["params"]]
-
-    # Groups and their parameters.
-
-    def add(self, begin: bool = True) -> None:
-        """Entries for all parameters of the groups that are new, or an error and none.
-
-        begin: off where the state has them already.
-        Raises TypeError for parameters of FSDP1; ValueError for two of one name, and as the owner.
-        """
-        groups, first = self.optimizer.param_groups, len(self._order)
-        names = dict(self._names)
-        taken = {name for name, _ in names.values()}
-        for index, group in enumerate(groups[first:], first):
-            for i, p in enumerate(group["params"]):
-                label = name_of(group, index, i)
-                refuse_flat(self.owner.who, p, label)
-                if begin:
-                    refuse_meta(self.owner.who, p, label)
-                name = label if group.get("param_names") else f"{index}.{i}"
-                if name in taken:
-                    raise ValueError(
-                        f"{self.owner.who}: two parameters are named {name!r}; groups of several "
-                        'modules need names apart, such as ("generator." + name, p)'
-                    )
-                taken.add(name)
-                names[p] = name, label
-        fresh = {*names} - {*self._names}
-        if begin:
-            self._begin(fresh, names, {})
-            for p in fresh:
-                self._mark(p, COPIED)
-        self._names = names
-        self._order += [list(group["params"]) for group in groups[first:]]
-        self._kinds += [self.owner.kind(group) for group in groups[first:]]
-
-    def _begin(
-        self,
-        fresh: set[Tensor],
-        names: dict[Tensor, tuple[str, str]],
-        kept: dict[Tensor, Entries],
-    ) -> None:
-        """Entries for parameters, under their new names: what was kept for them, or as at the
-        start; what all have in common stays."""
-        before, self._names = self._names, names
-        try:
-            places = self.places()
-            made = self.owner.begin([place for place in places if place.p in fresh], places)
-        except Exception:
-            self._names = before
-            raise
-        shared, state = self.owner.shared(), self.optimizer.state
-        known: Entries = next((state[p] for order in self._order for p in order), {})
-        common = {key: got for key, got in known.items() if key in shared}
-        for p, entries in made.items():
-            own = kept.get(p, {}) if p in fresh else state[p]
-            self._adopt(p, {**entries, **common, **own})
-
-    def _adopt(self, p: Tensor, entries: Entries) -> None:
-        self.optimizer.state[p] = entries
-        self.owner.adopted(p, entries)
-
     # What other code did.
 
-    def sync(self, compare: Compare = "none") -> None:
-        """Follows parameters that were exchanged, put in another order or moved, and makes edits
-        of parameters those of their latents.
+    def sync(self, compare: Compare = "none", write: bool = True) -> None:
+        """Follows parameters that were exchanged, put in another order or moved, makes edits of
+        parameters those of their latents, and writes the weights of latents that were edited.
 
         compare: whose values are compared too, for writes that torch does not count.
+        write: off where weights are written later.
         Raises ValueError for what cannot be followed.
         """
         self._follow()
         with torch.no_grad():
-            self._take([p for p in self._with_latents() if self._is_suspect(p, compare)])
+            params = self._with_latents()
+            self._check_both([p for p in params if p in self._marks and self._held(p) == BOTH])
+            self._take([p for p in params if self._is_suspect(p, compare)])
+            if write:
+                self._write_back([p for p in params if self._held(p) in (AHEAD, LOADED)])
 
-    def _follow(self) -> None:
-        """Follows parameters by identity, others by position; to other devices too."""
-        self.owner.check()
-        self._check_groups()
-        groups = self.optimizer.param_groups
-        orders = [list(group["params"]) for group in groups]
-        if any(
-            p is not known
-            for order, before in zip(orders, self._order, strict=True)
-            for p, known in zip(order, before, strict=True)
-        ):
-            self._exchange(orders)
-        for p, _, _, label in self.places():
-            entries = self.optimizer.state[p]
-            latent = entries.get("latent", p if self.owner.widens else None)
-            if latent is not None:
-                check_dtype(self.owner.who, p, latent, label)
-                refuse_reshaped(self.owner.who, tuple(latent.shape), p, label)
-            moved = beside(p, entries)
-            if moved:
-                entries.update(moved)
-                self.owner.adopted(p, entries)
-
-    def _check_groups(self) -> None:
-        who, groups = self.owner.who, self.optimizer.param_groups
-        if len(groups) != len(self._order):
-            raise ValueError(
-                f"{who}: had {len(self._order)} groups and has {len(groups)}; add groups with its "
-                "own add_param_group"
-            )
-        for index, group in enumerate(groups):
-            known, kind = self._order[index], self._kinds[index]
-            if len(known) != len(group["params"]):
-                raise ValueError(
-                    f"{who}: group {index} had {len(known)} parameters and has "
-                    f"{len(group['params'])}; add parameters with add_param_group"
-                )
-            for key, now in self.owner.kind(group).items():
-                if now != kind.get(key):
-                    raise ValueError(
-                        f"{who}: group {index} has {key}={now} and was built with {kind.get(key)}, "
-                        "which its levels are of; build another optimizer to change it"
-                    )
-
-    def _exchange(self, orders: list[list[Tensor]]) -> None:
-        """State stays with the parameters that are still there; new ones have, in their order, the
-        places of those of their group that are gone."""
-        who, state, names = self.owner.who, self.optimizer.state, dict(self._names)
-        pairs = self._pairs(orders)
-        kept: dict[Tensor, Entries] = {}
-        for old, new in pairs:
-            names[new] = names.pop(old)
-            label = names[new][1]
-            refuse_flat(who, new, label)
-            refuse_reshaped(who, tuple(old.shape), new, label)
-            if _are_alike(old, new):
-                kept[new] = state[old]
-            elif self.owner.trained(state[old]):
-                raise ValueError(
-                    f"{who}: parameter {label!r} was exchanged for a {type(new).__name__} of "
-                    f"shape {tuple(new.shape)} and {new.dtype} after it was trained, which its "
-                    "state does not fit; shard the module before training, or load a checkpoint"
-                )
-        if pairs:
-            self._begin({new for _, new in pairs}, names, kept)
-        for old, new in pairs:
-            del state[old]
-            self._marks.pop(old, None)
-            self.owner.dropped(old)
-            if new not in kept:
-                self._mark(new, COPIED)
-        self._order = orders
-        for group in self.optimizer.param_groups:
-            if group.get("param_names"):
-                group["param_names"] = [self._names[p][0] for p in group["params"]]
-
-    def _pairs(self, orders: list[list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """(parameter that is gone, the one that took its place); raises ValueError for others."""
-        who, names = self.owner.who, self._names
-        pairs: list[tuple[Tensor, Tensor]] = []
-        here = {p for order in orders for p in order}
-        kinds = {p: kind for kind, own in zip(self._kinds, self._order, strict=True) for p in own}
-        for index, (order, before) in enumerate(zip(orders, self._order, strict=True)):
-            gone = [p for p in before if p not in here]
-            new = [p for p in order if p not in names]
-            if len(gone) != len(new) or len({*order}) != len(order):
-                raise ValueError(
-                    f"{who}: group {index} lacks {[names[p][1] for p in gone]} and has {len(new)} "
-                    "new parameters; exchange parameters one for one, each in its group"
-                )
-            pairs += zip(gone, new, strict=True)
-            kind = self._kinds[index]
-            moved = [names[p][1] for p in order if kinds.get(p, kind) != kind]
-            if moved:
-                raise ValueError(
-                    f"{who}: parameter {moved[0]!r} was moved to group {index}, which is quantized "
-                    "otherwise than its own; build another optimizer"
-                )
-        return pairs
+    def has_edits(self) -> bool:
+        """Whether parameters may be without the weights of latents that were edited or loaded."""
+        held = (mark.held for mark in self._marks.values())
+        return any(one in (AHEAD, LOADED) for one in held) or bool(self._edited_in_state())
 
     def rewrite(self) -> None:
         """Parameters hold the weights of their latents, which have moved outside of a step."""
@@ -246,7 +76,7 @@ class LatentStore:
                 self._mark(p, COPIED)
 
     def _is_copy(self, p: Tensor) -> bool:
-        return p in self._marks and self._marks[p].held == COPIED
+        return p in self._marks and self._held(p) == COPIED
 
     def wrote(self, p: Tensor) -> None:
         """The parameter holds the weights of its latent."""
@@ -255,26 +85,36 @@ class LatentStore:
     def left(self, p: Tensor) -> None:
         """The step has left the parameter alone, and moved what it shares with others."""
         mark = self._marks.get(p)
-        if mark is not None and mark.held == WRITTEN:
-            self._marks[p] = mark._replace(held=BEHIND)
+        if mark is not None:
+            held = BEHIND if mark.held == WRITTEN else mark.held
+            self._marks[p] = self._marked(p, mark.versions, held)
 
-    def _mark(self, p: Tensor, held: str) -> None:
-        self._marks[p] = Mark(versions(p), held)
+    def shared(self, common: Entries) -> None:
+        """The step has given all parameters these entries."""
+        now = seen(common, common)
+        for mark in self._marks.values():
+            mark.seen.update(now)
+
+    def stopped(self, moved: Sequence[Tensor] = ()) -> None:
+        """A step was stopped by an error: latents that it has moved, these and others, are what
+        counts, and not what parameters hold."""
+        state, before = self.optimizer.state, {*moved}
+        for p in self._with_latents():
+            if p in before or self._is_written(p) or self._marks[p].changed(state[p]):
+                self._mark(p, AHEAD)
+
+    def _held(self, p: Tensor) -> str:
+        return self._marks[p].held
 
     def _with_latents(self) -> list[Tensor]:
         state = self.optimizer.state
         return [p for p in self._names if "latent" in state[p] and not p.is_meta]
 
-    def _is_written(self, p: Tensor) -> bool:
-        """Whether torch counted a write since the mark was made; True where there is none."""
-        mark = self._marks.get(p)
-        return mark is None or mark.versions != versions(p)
-
     def _is_suspect(self, p: Tensor, compare: Compare) -> bool:
         """Whether a parameter may hold what its latent does not know of."""
         if self._is_written(p):
             return True
-        held, sharded = self._marks[p].held, is_dtensor(p)
+        held, sharded = self._held(p), is_dtensor(p)
         if held == COPIED:
             return sharded or compare == "all"
         return held == WRITTEN and (compare == "all" or (compare == "sharded" and sharded))
@@ -283,8 +123,7 @@ class LatentStore:
         """Elements that are not, to rounding, what was written become those of the latents."""
         state, compared = self.optimizer.state, []
         for p in suspects:
-            mark = self._marks.get(p)
-            if mark is not None and mark.held == COPIED:
+            if self._is_copy(p):
                 state[p]["latent"].copy_(p)
                 self._mark(p, COPIED)
             else:
@@ -293,13 +132,40 @@ class LatentStore:
             latent, mine, behind = local(state[p]["latent"]), local(p), self._is_behind(p)
             if mine.numel():
                 latent.copy_(taken_over(latent, mine, weight, between=behind))
-            self._mark(p, BEHIND if behind else LOADED)
+            self._mark(p, BEHIND if behind else TAKEN)
 
     def _is_behind(self, p: Tensor) -> bool:
         """Whether it may hold the weights of an earlier step: what it shares has moved since."""
-        mark = self._marks.get(p)
-        behind = not p.requires_grad or (mark is not None and mark.held == BEHIND)
+        behind = not p.requires_grad or (p in self._marks and self._held(p) == BEHIND)
         return behind and bool(self.owner.shared())
+
+    def _check_both(self, params: list[Tensor]) -> None:
+        """Raises ValueError for parameters that are neither what their latents are nor have the
+        weights of these, where other code has written both."""
+        for p, weight in self.owner.weights(params):
+            latent, mine = local(self.optimizer.state[p]["latent"]), local(p)
+            if not (mine.equal(latent.to(mine.dtype)) or _are_of(mine, latent, weight)):
+                raise ValueError(
+                    f"{self.owner.who}: parameter {self._names[p][1]!r} and its latent in the "
+                    "optimizer's state were both written since its last method was called, and "
+                    "differ; call optimizer.sync() between the two, or copy one into the other"
+                )
+        for p in params:
+            self._mark(p, TAKEN)
+
+    def _write_back(self, params: list[Tensor]) -> None:
+        """Weights of latents that were edited or loaded, where parameters do not have them."""
+        state = self.optimizer.state
+        for p, weight in self.owner.weights(params):
+            latent, mine, behind = local(state[p]["latent"]), local(p), self._is_behind(p)
+            if self._held(p) == LOADED and _are_of(mine, latent, weight):
+                self._mark(p, WRITTEN)
+            elif self._held(p) == LOADED and behind:
+                self._mark(p, BEHIND)
+            else:
+                if not mine.equal(weight):
+                    mine.copy_(weight)
+                self._mark(p, WRITTEN)
 
     # Saving and loading.
 
@@ -320,7 +186,7 @@ class LatentStore:
         be loaded first; what another one holds does not count.
         """
         check_state_dict(self.owner.who, state_dict)
-        self._follow()
+        self._follow(mend=True)
         state = self.optimizer.state
         edited = self._edited()  # before anything is loaded, perhaps from the state's own memory
         state_dict = before_load(self.optimizer, state_dict)
@@ -343,11 +209,16 @@ class LatentStore:
             new = {**state[p], **common} if entries is None else entries
             if "latent" in state[p] and not kept:
                 new["latent"] = p.detach().to(wide(p), copy=True)
+            before, weigh = state[p], filter(self.owner.weighs, new)
+            same = all(_is_same(before.get(key), new[key]) for key in weigh)
             self._adopt(p, new)
             if kept and p in edited:
-                self._marks.pop(p, None)
+                self._marks[p] = self._marked(p, (), LOADED)
+            elif kept and same:
+                self._see(p)
             else:
-                self._mark(p, LOADED if kept else COPIED)
+                behind = not p.requires_grad and bool(shared)
+                self._mark(p, (BEHIND if behind else LOADED) if kept else COPIED)
         after_load(self.optimizer)
 
     def _fitted(
@@ -357,7 +228,8 @@ class LatentStore:
         saved = with_qparams(saved, kept)
         saved = {key: got for key, got in saved.items() if key != "latent" or key in mine}
         entries = self.owner.fits(p, mine, saved, label)
-        check_entries(like_saved(mine, entries, kept), entries, label, self.owner.varies(p))
+        like, where = like_saved(mine, entries, kept), f"loaded state dict, parameter {label!r}"
+        check_entries(like, entries, where, self.owner.varies(p))
         return {key: loaded(got, mine.get(key), p) for key, got in entries.items()}
 
     def _edited(self) -> set[Tensor]:
@@ -385,13 +257,23 @@ class LatentStore:
     def copied(self) -> None:
         """After the optimizer was copied: parameters hold what those that they are copies of did,
         and latents share memory again with what does in the optimizer."""
+        for p, entries in self.optimizer.state.items():
+            self.owner.adopted(p, entries)
         held: dict[Tensor, Any] = self._marks
         self._marks = {}
         for p, what in held.items():
             self._mark(p, what)
-        for p, entries in self.optimizer.state.items():
-            self.owner.adopted(p, entries)
 
 
-def _are_alike(old: Tensor, new: Tensor) -> bool:
-    return type(old) is type(new) and old.shape == new.shape and wide(old) == wide(new)
+def _are_of(mine: Tensor, latent: Tensor, weight: Tensor) -> bool:
+    """Whether a parameter holds, to rounding, the weights of its latent."""
+    return not mine.numel() or latent.equal(taken_over(latent, mine, weight))
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether both are tensors of equal elements."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
+    one, other = local(one), local(other)
+    alike = one.dtype == other.dtype and one.device == other.device
+    return alike and bool(one.equal(other))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -26,6 +26,7 @@ class Owner(Protocol):
     who: str  # the adapter, in messages
     keys: tuple[str, ...]  # of groups, that no loaded state changes
     widens: bool  # whether a narrow parameter always has a latent
+    needs: frozenset[str]  # the keys of entries that every parameter has
 
     def check(self) -> None:
         """Raises ValueError where groups were changed in a way of which nothing can be made."""
@@ -44,6 +45,15 @@ class Owner(Protocol):
 
     def dropped(self, p: Tensor) -> None:
         """The parameter is no longer one of the optimizer's."""
+
+    def is_attached(self, p: Tensor, entries: Entries) -> bool:
+        """Whether the next step is one of these entries; else they are to be adopted."""
+
+    def watched(self, entries: Entries) -> Iterable[str]:
+        """The keys of entries that other code may replace by such as fit alone."""
+
+    def weighs(self, key: str) -> bool:
+        """Whether weights follow from the entry."""
 
     def trained(self, entries: Entries) -> bool:
         """Whether a step was taken with these entries."""

@@ -15,8 +15,7 @@ leaves a latent in the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,24 +23,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from parq_fn.foundation.checks import SHARE, check_numbers
-from parq_fn.foundation.scalar import as_scalar, concrete
+from parq_fn.foundation.scalar import concrete
 from parq_fn.foundation.torch_private import not_traced
 from parq_fn.foundation.value import briefly, check_flags
-from parq_fn.optim.base_optimizer import check_base, check_not_kept, steps_apart
-from parq_fn.optim.base_owner import OWN, BaseOwner, prox_state, scalars
-from parq_fn.optim.engine.chunks import chunks
+from parq_fn.optim.base_optimizer import check_base, check_not_kept
+from parq_fn.optim.base_owner import BaseOwner, prox_state, scalars
 from parq_fn.optim.engine.passes import Job, Pass, refit
 from parq_fn.optim.groups import KEYS, check_group, is_quantized, link_of
 from parq_fn.optim.latents import LatentStore
-from parq_fn.optim.state import Group, value_of, wide
-from parq_fn.optim.wrapping import Wrapping
-from parq_fn.transforms.links import times
+from parq_fn.optim.moving import Moving, rate_of
+from parq_fn.optim.state import Group, value_of
 from parq_fn.transforms.prox_link import Prox, ProxState, in_rows
 from parq_fn.transforms.prox_links import parq_prox
 from parq_fn.transforms.sharded import local, part_of
 
+#: What a group shows of its last step.
+_SHOWN = ("inverse_slope", "lr_sum")
+#: (entries or group, what stood there) of each that a step changes.
+Before = list[tuple[dict[str, Any], dict[str, Any]]]
 
-class QuantOptimizer(Wrapping):
+
+class QuantOptimizer(Moving):
     """A torch.optim optimizer whose quantized parameters hold map(latent, levels, coefficient).
 
     base_optimizer: any that moves the parameters of its groups by itself, without a closure, but
@@ -204,133 +206,31 @@ class QuantOptimizer(Wrapping):
         """One step of the base optimizer on the latents, then the map onto the parameters.
 
         The closure, if any, runs first, at the weights; its value is returned.
+
+        Where the map, its quantizer or its schedule raises, the base's step is done: the latents
+        have moved. Counts of prox links, levels and all else are as before, and parameters get the
+        weights of the moved latents when the next method is called. The next step goes on from
+        there, at that count.
         """
         loss = value_of(closure)
         self._store.sync()
-        with torch.no_grad():
-            self._move()
-            for group in self.param_groups:
-                if is_quantized(group):
-                    self._map_group(group)
+        before: Before = []
+        try:
+            with torch.no_grad():
+                self._move()
+                for group in self.param_groups:
+                    if is_quantized(group):
+                        self._map_group(group, before)
+        except BaseException:
+            for values, old in reversed(before):
+                values.update(old)
+            self._store.stopped()
+            raise
         return loss
 
-    def _move(self) -> None:
-        """The base optimizer's step with latents for parameters, and the normal map's pull.
-
-        Parameters that need a tensor of their own size for it, a gradient of its own or the pull
-        from before the step, are moved a few at a time by torch's own optimizers: no more
-        elements together than the largest parameter has. Other optimizers, and those with hooks,
-        step once, for they may keep account of their steps.
-        """
-        groups = {p: group for group in self.param_groups for p in group["params"]}
-        pulled = {
-            p
-            for group in self.param_groups
-            if is_quantized(group) and self.link(group).normal_map is not None
-            for p in group["params"]
-        }
-        moved = [p for p in groups if p.grad is not None and self._is_trained(p)]
-        needy = [p for p in moved if self._has_own_gradient(p, groups[p]) or p in pulled]
-        alone = set(needy)
-        rest = [p for p in moved if p not in alone]
-        runs = [moved]
-        if needy and steps_apart(self.base):
-            runs = chunks({p: p.numel() for p in needy}) + ([rest] if rest else [])
-        for chunk in runs:
-            pulls = {p: self._pull(p, groups[p]) for p in chunk if p in pulled}
-            self._step_base(chunk, groups)
-            for p, pull in pulls.items():
-                latent = local(self._latents[p])
-                latent.sub_(pull.to(latent.dtype))
-
-    def _is_trained(self, p: Tensor) -> bool:
-        """Not frozen; a parameter of the base alone is moved wherever the base moves it."""
-        return p.requires_grad or self._latents[p] is p
-
-    def _pull(self, p: Tensor, group: Group) -> Tensor:
-        gamma: Any = self.link(group).normal_map
-        return times(local(self._latents[p]) - local(p), _rate(group) / as_scalar(gamma))
-
-    def _has_own_gradient(self, p: Tensor, group: Group) -> bool:
-        return p.dtype != wide(p) or (is_quantized(group) and self.link(group).pulls_back)
-
-    def _gradient(self, p: Tensor, group: Group) -> Tensor:
-        """That of the latent, from that of the parameter."""
-        latent, state = self._latents[p], prox_state(self.state[p])
-        grads = [p.grad.to(latent.dtype)]  # type: ignore[union-attr] # it has one
-        own = self.link(group).pullback(grads, state, [latent.detach()], weights=[p.detach()])
-        found: Tensor = own[0][0]
-        return found
-
-    def _step_base(self, chunk: list[Tensor], groups: dict[Tensor, Group]) -> None:
-        for p in chunk:
-            latent = self._latents[p]
-            if latent is not p:
-                latent.grad = self._gradient(p, groups[p])
-        try:
-            with self._latents_in_groups(set(chunk)):
-                self.base.step()
-        finally:
-            for p in chunk:
-                if self._latents[p] is not p:
-                    self._latents[p].grad = None
-        moved = set(chunk)
-        for p, latent in self._latents.items():
-            own = self.base.state.get(latent)
-            if p in moved or (own and own is not self.state[p]):
-                self._merge(p)
-
-    @contextmanager
-    def _latents_in_groups(self, chosen: set[Tensor]) -> Iterator[None]:
-        """The chosen parameters' latents in the base's groups, each with its own weight decay; the
-        others' too where the base may look at all of them, as alone."""
-        groups, apart = list(self.param_groups), steps_apart(self.base)
-        kept = [(group["params"], group.get("weight_decay")) for group in groups]
-        try:
-            for group, (params, decay) in zip(groups, kept, strict=True):
-                decays = {p: self._decay(group, p) for p in params if p in chosen}
-                own: dict[Any, list[Tensor]] = {}
-                other = next(iter(decays.values()), decay)
-                for p in params if not apart else decays:
-                    own.setdefault(decays.get(p, other), []).append(self._latents[p])
-                first, *others = own.items() or [(decay, [])]
-                group["params"] = first[1]
-                if decay is not None:
-                    group["weight_decay"] = first[0]
-                for annealed, latents in others:  # frozen for a while, some have other slopes
-                    self.param_groups.append({**group, "params": latents, "weight_decay": annealed})
-            yield
-        finally:
-            self.param_groups[:] = groups
-            for group, (params, decay) in zip(groups, kept, strict=True):
-                group["params"] = params
-                if decay is not None:
-                    group["weight_decay"] = decay
-
-    def _decay(self, group: Group, p: Tensor) -> Any:
-        """The group's weight decay, annealed by the slope that the parameter's last step left."""
-        decay, f = group.get("weight_decay"), self.anneal_weight_decay
-        if not (f and decay and is_quantized(group)):
-            return decay
-        return decay * (f * float(self.state[p]["slope"]) + 1 - f)
-
-    def _merge(self, p: Tensor) -> None:
-        """One dict for a parameter's state, the base optimizer's and ours.
-
-        Until its first step the base has none, so that it begins as it would alone; what stands
-        in ours before that are placeholders.
-        """
-        latent, entries = self._latents[p], self.state[p]
-        entries["updates"] = entries["updates"] + 1
-        if latent is not p:
-            entries["latent"] = latent.detach()  # the base may have given it other memory
-        own = self.base.state.get(latent, {})
-        if own is not entries:
-            merged = {**own, **{key: entries[key] for key in OWN if key in entries}}
-            self.state[p] = self.base.state[latent] = merged
-
-    def _map_group(self, group: Group) -> None:
-        link, rate = self.link(group), _rate(group)
+    def _map_group(self, group: Group, before: Before) -> None:
+        """before: gets (entries or group, what stood there) of all that it changes."""
+        link, rate = self.link(group), rate_of(group)
         by_state: dict[tuple[int, float], list[Tensor]] = {}
         for p in group["params"]:  # those that were never frozen share theirs
             if p.requires_grad:
@@ -343,13 +243,16 @@ class QuantOptimizer(Wrapping):
                 entries = [self.state[p] for p in params]
                 columns = ([one[key] for one in entries] for key in ("latent", "qparams"))
                 for one, qparams in zip(entries, refit(link, state, *columns), strict=True):
+                    before.append((one, {"qparams": one["qparams"]}))
                     one["qparams"] = qparams
             self._pass(link, state, [self._job(link, p) for p in params])
             for p in params:
+                before.append((self.state[p], scalars(prox_state(self.state[p]))))
                 self.state[p].update(scalars(state))
                 self._store.wrote(p)
         if by_state:
             longest = by_state[max(by_state)][0]
+            before.append((group, {key: group[key] for key in _SHOWN}))
             _show(group, prox_state(self.state[longest]))
 
     def _job(self, link: Prox, p: Tensor) -> Job:
@@ -389,11 +292,6 @@ class QuantOptimizer(Wrapping):
         self._store = LatentStore(self, owner)
         self._store.add(begin=False)
         owner.resume()
-
-
-def _rate(group: Group) -> Tensor:
-    rate = group["lr"]
-    return as_scalar(rate).detach().to(device="cpu", dtype=torch.float64)
 
 
 def _show(group: Group, state: ProxState) -> None:

@@ -149,22 +149,25 @@ def _plain(got: Any) -> Any:
     return tuple(got) if isinstance(got, list) else got
 
 
-def check_keys(needed: Iterable[str], saved: Entries, name: str) -> None:
-    """Raises ValueError for entries that are missing."""
-    missing = sorted(set(needed) - saved.keys())
+#: Of entries that are missing.
+FOREIGN = (
+    "it was saved by another optimizer, or changed since; load what this one's state_dict() gave"
+)
+
+
+def check_keys(needed: Iterable[str], entries: Entries, where: str, what: str) -> None:
+    """Raises ValueError for entries that are missing. where, and what to do, begin and end what it
+    says."""
+    missing = sorted(set(needed) - entries.keys())
     if missing:
-        raise ValueError(
-            f"loaded state dict, parameter {name!r}: {', '.join(missing)} missing; it was saved by "
-            "another optimizer"
-        )
+        raise ValueError(f"{where}: {', '.join(missing)} missing; {what}")
 
 
-def check_entries(mine: Entries, saved: Entries, name: str, varies: Callable[[str], bool]) -> None:
+def check_entries(mine: Entries, saved: Entries, where: str, varies: Callable[[str], bool]) -> None:
     """Raises ValueError unless saved entries are tensors or numbers, and of the shape of mine.
 
-    varies: whether an entry that differs may be of any shape.
+    where: begins what it says; varies: whether an entry that differs may be of any shape.
     """
-    where = f"loaded state dict, parameter {name!r}"
     for key, got in saved.items():
         own = mine.get(key)
         if not isinstance(own, Tensor):
@@ -180,12 +183,22 @@ def check_entries(mine: Entries, saved: Entries, name: str, varies: Callable[[st
             )
         if isinstance(got, Tensor) and got.is_complex() and not own.is_complex():
             raise ValueError(f"{where}: {key} is complex, expected {own.dtype}")
+        if not (own.is_floating_point() or own.is_complex()) and not _is_whole(got):
+            found = f"of {got.dtype}" if isinstance(got, Tensor) and got.dim() else repr(got)
+            raise ValueError(f"{where}: {key} is {found}, expected a whole number, {own.dtype}")
         if isinstance(got, Tensor) and is_dtensor(own) != is_dtensor(got):
             raise ValueError(
                 f"{where}: {key} is a {type(got).__name__}, expected a {type(own).__name__}; "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict shards a whole "
                 "state"
             )
+
+
+def _is_whole(got: Any) -> bool:
+    """Whether it is a whole number, or a tensor of a dtype for such; what cannot be read may be."""
+    if isinstance(got, Tensor) and (got.dim() or got.is_meta or not got.is_floating_point()):
+        return got.is_meta or not got.is_floating_point()
+    return float(got).is_integer()
 
 
 def versions(p: Tensor) -> tuple[int, ...]:
@@ -299,4 +312,5 @@ def loaded(got: Any, mine: Any, p: Tensor) -> Any:
     if isinstance(mine, Tensor) and not is_composed(local(mine)):
         numbers = got.is_floating_point() and mine.is_floating_point()
         dtype = mine.dtype if numbers and (got.dim() or not p.dim()) else dtype
+        dtype = dtype if mine.is_floating_point() else mine.dtype
     return got.detach().to(device, dtype, copy=True)

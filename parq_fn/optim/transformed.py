@@ -142,6 +142,10 @@ class TransformOptimizer(Adapter):
 
         The closure, if any, runs first, at the weights; its value is returned. Within a function
         that torch.compile traces it runs uncompiled.
+
+        Where a link, a map or a quantizer raises, the parameters that were updated before, if any,
+        keep their new latents and what is theirs alone in the state; all others, counts and what
+        else is common to all are as before. The next step goes on from there, at that count.
         """
         loss = value_of(closure)
         self._store.sync()
@@ -162,9 +166,16 @@ class TransformOptimizer(Adapter):
             extra, parts = {"learning_rate": rates}, self._whole()
         if any(decay is not None for decay in decays.values()):
             extra["weight_decay"] = decays
-        for part in parts:
-            common |= self._update_part(part, extra)
+        done: list[str] = []
+        try:
+            for part in parts:
+                common |= self._update_part(part, extra)
+                done += part.names
+        except BaseException:
+            self._store.stopped([self._tree.params[name] for name in done])
+            raise
         self._tree.share(common)
+        self._store.shared(common)
 
     def _update_part(self, part: Part, extra: Entries) -> Entries:
         """The step of a part's parameters; returns the entries that it shares with the others,

@@ -3,7 +3,7 @@ parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from parq_fn.optim.digest import digest
 from parq_fn.optim.leafwise import Part, parts_of
 from parq_fn.optim.old_states import Kept
 from parq_fn.optim.owner import Place
-from parq_fn.optim.state import Entries, Group, check_keys, wide
+from parq_fn.optim.state import FOREIGN, Entries, Group, check_keys, wide
 from parq_fn.transforms.levels_of import prox_states
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.sharded import local
@@ -37,6 +37,7 @@ class TreeOwner:
     who = "TransformOptimizer"
     keys: tuple[str, ...] = ()
     widens = True
+    needs: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -48,6 +49,8 @@ class TreeOwner:
         self.check_group = check_group
         self.parts: list[Part] = []
         self.params: dict[str, Tensor] = {}
+        self._known: set[str] = set()  # the keys of entries, and those that weights follow from
+        self._weigh: set[str] = set()
 
     def check(self) -> None:
         for index, group in enumerate(self.optimizer.param_groups):
@@ -76,18 +79,22 @@ class TreeOwner:
         params: dict[str, Tensor] = {place.name: place.p for place in places}
         common: Entries = {}
         links: dict[str, list[Prox]] = {}
+        known, weigh = {"latent"}, {"latent"}
         for part in parts:
             initial = part.transformation.init(select(part, latents))
             for owner, key, leaf in part.take_apart(initial):
                 (common if owner is None else made[params[owner]])[key] = leaf
+            keys = {id(leaf): key for _, key, leaf in part.take_apart(initial)}
+            known.update(keys.values())
             for link, own in prox_states(part.transformation, initial):
+                weigh.update(keys[id(leaf)] for leaf in tree_leaves(own))
                 for name in names_of(own.qparams):
                     links.setdefault(name, []).append(replace(link, learning_rate=None))
         for name, seen in links.items():
             made[params[name]][DIGEST] = digest(*seen)
         for entries in made.values():
             entries.update(common)
-        self.parts, self.params = parts, params
+        self.parts, self.params, self._known, self._weigh = parts, params, known, weigh
         return made
 
     def adopted(self, p: Tensor, entries: Entries) -> None:
@@ -95,6 +102,15 @@ class TreeOwner:
 
     def dropped(self, p: Tensor) -> None:
         pass
+
+    def is_attached(self, p: Tensor, entries: Entries) -> bool:
+        return True
+
+    def watched(self, entries: Entries) -> Iterable[str]:
+        return [key for key in entries if key in self._known]
+
+    def weighs(self, key: str) -> bool:
+        return key in self._weigh
 
     def trained(self, entries: Entries) -> bool:
         counts = (got for key, got in entries.items() if key != DIGEST and _is_count(got))
@@ -143,7 +159,8 @@ class TreeOwner:
 
     def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
         del p
-        check_keys(mine.keys() - {"latent", DIGEST}, saved, label)
+        where = f"loaded state dict, parameter {label!r}"
+        check_keys(mine.keys() - {"latent", DIGEST}, saved, where, FOREIGN)
         if DIGEST in mine and saved.setdefault(DIGEST, mine[DIGEST]) != mine[DIGEST]:
             raise ValueError(
                 f"loaded state dict, parameter {label!r}: it was trained with other prox links "

@@ -137,7 +137,7 @@ FAULTS = [
     # Memory
     Fault(
         "the normal map's pull is held for all parameters at once",
-        "parq_fn/optim/quantized.py",
+        "parq_fn/optim/moving.py",
         "        if needy and steps_apart(self.base):\n",
         "        if needy and False:\n",
         ("tests/optim/test_memory.py",),
@@ -156,7 +156,7 @@ FAULTS = [
     # Several processes
     Fault(
         "TransformOptimizer keeps whole state for parameters that were sharded since",
-        "parq_fn/optim/latents.py",
+        "parq_fn/optim/places.py",
         "            if _are_alike(old, new):\n",
         "            if True:\n",
         ("tests/optim/test_sharded.py",),
@@ -435,7 +435,7 @@ FAULTS = [
     ),
     Fault(
         "state stays behind where parameters are exchanged for some on another device",
-        "parq_fn/optim/latents.py",
+        "parq_fn/optim/places.py",
         "                entries.update(moved)\n",
         "                pass\n",
         ("tests/optim/test_changed_parameters.py",),

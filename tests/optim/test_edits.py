@@ -68,13 +68,54 @@ def tensors(net: nn.Module, optimizer: Any) -> list[Tensor]:
     return [*net.parameters(), *(one[key] for one in entries for key in sorted(one))]
 
 
-def edit(net: nn.Module) -> None:
+def edit(net: nn.Module, _: Any = None) -> None:
     """Some rows of one matrix, all of another, a vector."""
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
         net[0].weight[2:5] = torch.randn(3, 6, generator=draw)
         net[2].weight.copy_(torch.randn(3, 8, generator=draw))
         net[2].bias.add_(1.0)
+
+
+def entry(net: nn.Module, optimizer: Any, name: str) -> tuple[dict[str, Tensor], str]:
+    """The entries of the first matrix, and the key of one of them."""
+    entries = optimizer.state[net[0].weight]
+    return entries, next(key for key in entries if key.rpartition(".")[2] == name)
+
+
+def put(net: nn.Module, optimizer: Any) -> None:
+    entries, key = entry(net, optimizer, "latent")
+    entries[key] = torch.randn(8, 6, generator=torch.Generator().manual_seed(5))
+
+
+def written(net: nn.Module, optimizer: Any) -> None:
+    entries, key = entry(net, optimizer, "latent")
+    entries[key].copy_(torch.randn(8, 6, generator=torch.Generator().manual_seed(5)))
+
+
+def some_rows(net: nn.Module, optimizer: Any) -> None:
+    entries, key = entry(net, optimizer, "latent")
+    entries[key][2:5].mul_(-0.5)
+
+
+def other_levels(net: nn.Module, optimizer: Any) -> None:
+    entries, key = entry(net, optimizer, "qparams")
+    entries[key] = entries[key] + 0.25
+
+
+def begun_anew(net: nn.Module, optimizer: Any) -> None:
+    entries, key = entry(net, optimizer, "count")
+    entries[key].zero_()
+
+
+EDITS: dict[str, Callable[[Any, Any], None]] = {
+    "weights": edit,
+    "a latent put into the state": put,
+    "a latent written": written,
+    "rows of a latent": some_rows,
+    "qparams": other_levels,
+    "a count": begun_anew,
+}
 
 
 # Ways out and in
@@ -158,17 +199,18 @@ WAYS = {
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-@pytest.mark.parametrize("steps", [0, 1, 5, 11])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_a1_edited_weights_saved_and_loaded_go_on_as_uninterrupted(
-    adapter: str, way: str, steps: int, tmp_path: Path
+@pytest.mark.parametrize(
+    ("way", "steps", "edited", "adapter"),
+    pairwise(list(WAYS), [0, 1, 5, 11], list(EDITS), list(ADAPTERS)),
+)
+def test_a1_what_was_edited_is_saved_and_loaded_and_goes_on_as_uninterrupted(
+    adapter: str, way: str, steps: int, edited: str, tmp_path: Path
 ) -> None:
     straight, net = network(), network()
     its, optimizer = ADAPTERS[adapter](straight), ADAPTERS[adapter](net)
     for one, two in ((straight, its), (net, optimizer)):
         train(one, two, steps)
-        edit(one)
+        EDITS[edited](one, two)
     net, optimizer = WAYS[way](net, optimizer, ADAPTERS[adapter], tmp_path)
     for _ in range(4):
         train(straight, its, 1)
