@@ -151,7 +151,8 @@ def varying(base: Optimizer, group: Group, p: Tensor, like: Tensor) -> Callable[
                 except Exception:  # of the user's class; then nothing is known to vary
                     seen.append({})
         shapes = {_shape(entries.get(key)) for entries in seen}
-        return len(shapes) > 1
+        foreign = any(seen) and all(key not in entries for entries in seen)  # kept since a loading
+        return foreign or len(shapes) > 1
 
     return varies
 

@@ -17,7 +17,8 @@ from parq_fn.optim.digest import digest
 from parq_fn.optim.groups import KEYS, is_ours, is_quantized
 from parq_fn.optim.old_states import Kept, with_qparams
 from parq_fn.optim.owner import Place
-from parq_fn.optim.state import FOREIGN, Entries, Group, check_keys, wide
+from parq_fn.optim.saved import FOREIGN, check_keys
+from parq_fn.optim.state import Entries, Group, wide
 from parq_fn.transforms.prox_link import Prox, ProxState
 from parq_fn.transforms.sharded import local
 
@@ -218,7 +219,8 @@ class BaseOwner:
             )
         if "updates" in saved and (quantized or "qparams" not in mine):
             self._check_keys(p, mine.keys() - {"latent", "link"}, saved, label)
-            if "link" in mine and saved.setdefault("link", mine["link"]) != mine["link"]:
+            saved = {**{key: mine[key] for key in ("link",) if key in mine}, **saved}
+            if "link" in mine and int(saved["link"]) != int(mine["link"]):
                 raise ValueError(
                     f"loaded state dict, parameter {label!r}: it was trained with another prox "
                     f"link than {self._link_of(p)!r}; build the optimizer with that one, or delete "

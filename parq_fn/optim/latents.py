@@ -16,15 +16,13 @@ from torch import Tensor
 from parq_fn.optim.marks import AHEAD, BEHIND, BOTH, COPIED, LOADED, TAKEN, WRITTEN, Compare, seen
 from parq_fn.optim.old_states import Kept, like_saved, with_qparams
 from parq_fn.optim.places import Places
+from parq_fn.optim.saved import check_entries, check_state_dict, matched
 from parq_fn.optim.state import (
     Entries,
     after_load,
     before_load,
-    check_entries,
-    check_state_dict,
     loaded,
     loaded_groups,
-    matched,
     taken_over,
     wide,
 )
@@ -227,9 +225,9 @@ class LatentStore(Places):
         """Copies of saved entries; raises ValueError where they do not fit."""
         saved = with_qparams(saved, kept)
         saved = {key: got for key, got in saved.items() if key != "latent" or key in mine}
+        like, where = like_saved(mine, saved, kept), f"loaded state dict, parameter {label!r}"
+        check_entries(like, saved, where, self.owner.varies(p))
         entries = self.owner.fits(p, mine, saved, label)
-        like, where = like_saved(mine, entries, kept), f"loaded state dict, parameter {label!r}"
-        check_entries(like, entries, where, self.owner.varies(p))
         return {key: loaded(got, mine.get(key), p) for key, got in entries.items()}
 
     def _edited(self) -> set[Tensor]:

@@ -14,12 +14,11 @@ from torch.optim import Optimizer
 
 from parq_fn.optim.marks import AHEAD, BOTH, COPIED, Mark, seen
 from parq_fn.optim.owner import Owner, Place
+from parq_fn.optim.saved import check_entries, check_keys
 from parq_fn.optim.state import (
     Entries,
     beside,
     check_dtype,
-    check_entries,
-    check_keys,
     loaded,
     name_of,
     refuse_flat,

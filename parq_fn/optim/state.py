@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from parq_fn.foundation.torch_private import (
     parts_copied,
     writes_to,
 )
-from parq_fn.transforms.sharded import is_dtensor, local
+from parq_fn.transforms.sharded import local
 
 Group = dict[str, Any]
 Entries = dict[str, Any]
@@ -84,121 +84,6 @@ def refuse_reshaped(who: str, shape: tuple[int, ...], p: Tensor, name: str) -> N
             "lost what its rows are, as flattening does (ZeRO of DeepSpeed); exchange it for one "
             "of as many dimensions, or shard with torch.distributed.fsdp.fully_shard"
         )
-
-
-def check_state_dict(who: str, state_dict: Any) -> None:
-    """Raises TypeError for what is no dict, ValueError for one that is of no optimizer."""
-    expected = f"expected what {who}.state_dict() gives, with state and param_groups"
-    if not isinstance(state_dict, dict):
-        raise TypeError(f"{who}.load_state_dict: got {type(state_dict).__name__}, {expected}")
-    lacking = sorted({"state", "param_groups"} - state_dict.keys())
-    if lacking:
-        has = ", ".join(map(str, [*state_dict][:5])) or "nothing"
-        raise ValueError(
-            f"loaded state dict has no {' and no '.join(lacking)}: it has {has}"
-            f"{', ...' if len(state_dict) > 5 else ''}; {expected}"
-        )
-
-
-def matched(
-    optimizer: Optimizer, state_dict: dict[str, Any], same: Callable[[Group], tuple[str, ...]]
-) -> list[tuple[Tensor, Entries | None]]:
-    """(parameter, its saved state or None), matched by position.
-
-    same: the entries of a saved group that are to be those of the optimizer's.
-    Raises ValueError where the groups do not fit, differ in those entries, or have the same names
-    in another order.
-    """
-    saved, groups = state_dict["param_groups"], optimizer.param_groups
-    if len(saved) != len(groups):
-        raise ValueError(
-            f"loaded state dict has {len(saved)} parameter groups, the optimizer {len(groups)}"
-        )
-    found = []
-    for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
-        if len(group["params"]) != len(other["params"]):
-            raise ValueError(
-                f"loaded state dict has {len(other['params'])} parameters in group {index}, "
-                f"the optimizer {len(group['params'])}"
-            )
-        own, names = (list(one.get("param_names") or ()) for one in (group, other))
-        if own != names and _all_names(groups) == _all_names(saved):
-            raise ValueError(
-                f"loaded state dict has the parameters of group {index} in another order: "
-                f"{', '.join(names)}, the optimizer {', '.join(own)}; they are matched by "
-                "position: build the optimizer with its parameters in that order"
-            )
-        for key in same(other):
-            if key in other and _plain(other[key]) != _plain(group.get(key)):
-                # a plain optimizer has none
-                raise ValueError(
-                    f"loaded state dict has {key}={other.get(key)} in group {index}, the "
-                    f"optimizer {group.get(key)}"
-                )
-        for p, name in zip(group["params"], other["params"], strict=True):
-            found.append((p, state_dict["state"].get(name)))
-    return found
-
-
-def _all_names(groups: list[Group]) -> list[str]:
-    """The names of all parameters of all groups, sorted."""
-    return sorted(str(name) for group in groups for name in group.get("param_names") or ())
-
-
-def _plain(got: Any) -> Any:
-    return tuple(got) if isinstance(got, list) else got
-
-
-#: Of entries that are missing.
-FOREIGN = (
-    "it was saved by another optimizer, or changed since; load what this one's state_dict() gave"
-)
-
-
-def check_keys(needed: Iterable[str], entries: Entries, where: str, what: str) -> None:
-    """Raises ValueError for entries that are missing. where, and what to do, begin and end what it
-    says."""
-    missing = sorted(set(needed) - entries.keys())
-    if missing:
-        raise ValueError(f"{where}: {', '.join(missing)} missing; {what}")
-
-
-def check_entries(mine: Entries, saved: Entries, where: str, varies: Callable[[str], bool]) -> None:
-    """Raises ValueError unless saved entries are tensors or numbers, and of the shape of mine.
-
-    where: begins what it says; varies: whether an entry that differs may be of any shape.
-    """
-    for key, got in saved.items():
-        own = mine.get(key)
-        if not isinstance(own, Tensor):
-            continue
-        alike = isinstance(got, Tensor) and own.shape == got.shape
-        if not alike and (isinstance(got, Tensor) or own.dim()) and varies(key):
-            continue
-        if not isinstance(got, Tensor | int | float) or (own.dim() and not isinstance(got, Tensor)):
-            raise ValueError(f"{where}: {key} is a {type(got).__name__}, expected a tensor")
-        if isinstance(got, Tensor) and own.shape != got.shape:
-            raise ValueError(
-                f"{where}: {key} has shape {tuple(got.shape)}, expected {tuple(own.shape)}"
-            )
-        if isinstance(got, Tensor) and got.is_complex() and not own.is_complex():
-            raise ValueError(f"{where}: {key} is complex, expected {own.dtype}")
-        if not (own.is_floating_point() or own.is_complex()) and not _is_whole(got):
-            found = f"of {got.dtype}" if isinstance(got, Tensor) and got.dim() else repr(got)
-            raise ValueError(f"{where}: {key} is {found}, expected a whole number, {own.dtype}")
-        if isinstance(got, Tensor) and is_dtensor(own) != is_dtensor(got):
-            raise ValueError(
-                f"{where}: {key} is a {type(got).__name__}, expected a {type(own).__name__}; "
-                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict shards a whole "
-                "state"
-            )
-
-
-def _is_whole(got: Any) -> bool:
-    """Whether it is a whole number, or a tensor of a dtype for such; what cannot be read may be."""
-    if isinstance(got, Tensor) and (got.dim() or got.is_meta or not got.is_floating_point()):
-        return got.is_meta or not got.is_floating_point()
-    return float(got).is_integer()
 
 
 def versions(p: Tensor) -> tuple[int, ...]:

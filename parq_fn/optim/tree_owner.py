@@ -16,7 +16,8 @@ from parq_fn.optim.digest import digest
 from parq_fn.optim.leafwise import Part, parts_of
 from parq_fn.optim.old_states import Kept
 from parq_fn.optim.owner import Place
-from parq_fn.optim.state import FOREIGN, Entries, Group, check_keys, wide
+from parq_fn.optim.saved import FOREIGN, check_keys
+from parq_fn.optim.state import Entries, Group, wide
 from parq_fn.transforms.levels_of import prox_states
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.sharded import local
@@ -161,7 +162,8 @@ class TreeOwner:
         del p
         where = f"loaded state dict, parameter {label!r}"
         check_keys(mine.keys() - {"latent", DIGEST}, saved, where, FOREIGN)
-        if DIGEST in mine and saved.setdefault(DIGEST, mine[DIGEST]) != mine[DIGEST]:
+        saved = {**{key: mine[key] for key in (DIGEST,) if key in mine}, **saved}
+        if DIGEST in mine and int(saved[DIGEST]) != int(mine[DIGEST]):
             raise ValueError(
                 f"loaded state dict, parameter {label!r}: it was trained with other prox links "
                 "than the transformation has; build the optimizer with those, or delete the "
