@@ -107,8 +107,10 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
             if part.training and getattr(part, "running_mean", None) is not None:
                 raise ValueError(
                     f"functional: {name!r} ({type(part).__name__}) would change its running "
-                    "statistics in place; call eval() on it, use a norm without them, or see "
-                    "torch.func.replace_all_batch_norm_modules_"
+                    "statistics in place; call eval() on it to keep them as they are, carry them "
+                    "(torch.func.functional_call(module, (weights, buffers), x) with buffers that "
+                    "the loss copies and returns), or train with QuantOptimizer or "
+                    "TransformOptimizer; the page on the functional loop shows it"
                 )
         with _alone(parts):
             given = {place: weights[name] for place, name in places.items()} | _copies(parts)
