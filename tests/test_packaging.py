@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,10 +17,29 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_version_stands_in_one_place() -> None:
     project = (ROOT / "pyproject.toml").read_text()
-    assert 'dynamic = ["version"]' in project
+    assert re.search(r'^dynamic = \["version"', project, re.M)
     assert 'version = {attr = "parq_fn.__version__"}' in project
     assert re.fullmatch(r"\d+\.\d+\.\d+", parq_fn.__version__)
     assert not re.search(r"^version", (ROOT / "CITATION.cff").read_text(), re.M)
+
+
+def _description(address: str | None) -> str:
+    code: dict[str, Any] = {"__name__": "setup", "__file__": str(ROOT / "setup.py")}
+    exec((ROOT / "setup.py").read_text(), code)
+    return str(code["description"]((ROOT / "README.md").read_text(), address))
+
+
+def test_an_index_shows_no_link_or_picture_that_leads_nowhere() -> None:
+    """setup.py: absolute where the repository has an address, text where it has none."""
+    targets = re.compile(r'\]\(([^)]+)\)|src="([^"]+)"')
+    with_paths = ["".join(t) for t in targets.findall((ROOT / "README.md").read_text())]
+    for address in ("https://host.example/parq_fn", None):
+        shown = ["".join(t) for t in targets.findall(_description(address))]
+        assert all(target.startswith("https://") for target in shown)
+        assert (len(shown) == len(with_paths)) is (address is not None)
+    assert 'src="https://host.example/parq_fn/raw/main/notebooks/figures/training.png"' in (
+        _description("https://host.example/parq_fn")
+    )
 
 
 def test_a_source_distribution_leaves_tests_out_altogether() -> None:
