@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
@@ -11,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.helpers import python_blocks
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -66,6 +69,48 @@ def test_every_public_name_is_on_an_api_page(name: str) -> None:
         assert any(one is other for other in shown), (
             f"{name}.{short} is on no page of notebooks/api"
         )
+
+
+def test_every_name_that_the_pages_import_is_on_an_api_page() -> None:
+    absent = tuple(module for module, needed in NEEDS.items() if find_spec(needed) is None)
+    shown = [_shown(x) for x in IDENTIFIERS if not absent or not x.startswith(absent)]
+    for path in (ROOT / "README.md", *NOTEBOOKS.rglob("*.md")):
+        for block in python_blocks(path.read_text()):
+            for node in ast.walk(ast.parse(block)):
+                module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+                if not module.startswith("parq_fn") or (absent and module.startswith(absent)):
+                    continue
+                for alias in node.names:
+                    if hasattr(importlib.import_module(module), alias.name):
+                        one = _shown(f"{module}.{alias.name}")
+                        known = isinstance(one, ModuleType) or any(one is x for x in shown)
+                        assert known, f"{path.name}: {module}.{alias.name} is on no API page"
+
+
+def test_every_name_of_an_api_page_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table at the head of an API page, which is made as the pages are built."""
+    monkeypatch.chdir(ROOT)
+    hooks: dict[str, Any] = {}
+    code = (NOTEBOOKS / "_pages" / "hooks.py").read_text()
+    exec(code.replace("from latex2mathml.converter import convert", ""), hooks)
+    for text in API.values():
+        names = re.findall(r"^::: (\S+)$", text, re.M)
+        rows = re.findall(
+            r"^\| \[`(\w+)`\]\(#(\S+)\) \| \S.* \|$", hooks["_with_summary"](text), re.M
+        )
+        assert rows == [(name.rpartition(".")[2], name) for name in names]
+
+
+def test_every_term_that_a_page_sets_in_bold_is_in_the_glossary() -> None:
+    """Where a term is said for the first time it is bold, in the README and the first pages."""
+    glossary = (NOTEBOOKS / "glossary.md").read_text()
+    entries = {
+        term for row in re.findall(r"^\| ([^|]+) \|", glossary, re.M) for term in row.split(", ")
+    }
+    pages = ["../README", "index", "concepts", "choosing", "howto/torch_loop", "howto/sharded"]
+    for page in pages:
+        for term in re.findall(r"\*\*([^*]+)\*\*", (NOTEBOOKS / f"{page}.md").read_text()):
+            assert {term.lower(), term.lower().removesuffix("s")} & entries, (page, term)
 
 
 def test_the_index_names_what_the_pages_show() -> None:

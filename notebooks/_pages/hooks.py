@@ -1,7 +1,9 @@
-"""What the pages need beside plugins: formulas without a script, and nothing fetched."""
+"""What the pages need beside plugins: formulas without a script, a table of names at the head of
+each API page, and nothing fetched."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ _UNESCAPED = {"&lt;": "<", "&gt;": ">", "&amp;": "&", "&quot;": '"', "&#39;": "'
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     """Formulas become MathML before Markdown sees their backslashes."""
-    del page, kwargs
+    del kwargs
+    if page.file.src_path.startswith("api/"):
+        markdown = _with_summary(markdown)
     return _outside_code(markdown, re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL))
 
 
@@ -44,6 +48,54 @@ def on_post_build(config: Any, **kwargs: Any) -> None:
     for path in sorted(Path(config["site_dir"]).rglob("*.html")):
         if found := asked.search(path.read_text()):
             raise ValueError(f"{path.name} fetches from elsewhere: {found[0]}")
+
+
+def _with_summary(markdown: str) -> str:
+    """An API page with a table before the first name: every name, and what its docstring says
+    first."""
+    names = re.findall(r"^::: (\S+)$", markdown, re.MULTILINE)
+    if not names:
+        return markdown
+    lines = ["| name | what it is |", "|---|---|"]
+    for name in names:
+        lines.append(f"| [`{name.rpartition('.')[2]}`](#{name}) | {_first_sentence(name)} |")
+    first = re.search(r"^(## |::: )", markdown, re.MULTILINE)
+    assert first is not None
+    table = "\n".join(lines)
+    return f"{markdown[: first.start()]}{table}\n\n{markdown[first.start() :]}"
+
+
+def _first_sentence(name: str) -> str:
+    """Of the docstring of a name, or of the `#:` comment above it, as the text of a table.
+
+    Raises ValueError for a name that its module does not define, or that says nothing of itself.
+    """
+    folder, _, short = name.rpartition(".")
+    path = Path(*folder.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    own = Path(*name.split(".")).with_suffix(".py")
+    if path.name == "__init__.py" and own.exists():
+        path, short = own, ""  # the name is a module
+    text = path.read_text()
+    module = ast.parse(text)
+    said = ast.get_docstring(module) if not short else None
+    for node in module.body if short else ():
+        if getattr(node, "name", None) == short:
+            assert isinstance(node, ast.ClassDef | ast.FunctionDef)
+            said = ast.get_docstring(node)
+    if said is None and (comment := re.search(rf"((?:^#: .*\n)+){short}\b", text, re.MULTILINE)):
+        said = comment[1].replace("#: ", "")
+    for node in module.body if not said else ():  # defined elsewhere
+        if isinstance(node, ast.ImportFrom) and any(a.name == short for a in node.names):
+            return _first_sentence(f"{node.module}.{short}")
+    if not said:
+        raise ValueError(
+            f"{name} has no docstring in {path}, and no comment that begins with '#: '"
+        )
+    sentence = re.split(r"(?<=[.:])\s+(?=[A-Z])", " ".join(said.split("\n\n")[0].split()))[0]
+    parts = sentence.rstrip(":").split("`")  # code between
+    parts[::2] = [re.sub(r"([*_<\[\]])", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts).replace("|", "\\|")
 
 
 def _outside_code(text: str, code: re.Pattern[str]) -> str:

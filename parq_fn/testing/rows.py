@@ -18,7 +18,9 @@ from parq_fn.foundation.traits import Slopes
 Strategy = st.SearchStrategy
 Draw = st.DrawFn
 
+#: The dtypes that operators are checked in.
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: The least distance between neighbouring levels that are drawn.
 MIN_GAP = 1e-3
 
 
@@ -82,6 +84,7 @@ def rows(
     return torch.tensor(made, dtype=torch.float64).reshape(len(made), n + more).to(dtype)
 
 
+#: The kinds of levels that are drawn.
 LEVEL_KINDS = ("irregular", "symmetric", "single")
 
 

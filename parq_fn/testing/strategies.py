@@ -82,6 +82,7 @@ def quantizers() -> Strategy[pq.Quantizer]:
     )
 
 
+#: All maps of the library.
 MAPS = maps.MAPS
 
 
@@ -111,6 +112,7 @@ def schedules(draw: Draw) -> sched.Schedule:
     )
 
 
+#: Estimators that prox links are drawn with.
 ESTIMATORS = (
     pq.estimators.straight_through(),
     pq.estimators.inside(),
