@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -96,13 +97,17 @@ def save_checkpoint(
     except (Exception, CheckpointException) as error:  # the latter is none of the former
         if rank == 0:
             give_up(final)
-        raise (_os_error_of(error) or error) from None
+        raise _cause_of(error, final) from None
 
 
-def _os_error_of(error: BaseException) -> OSError | None:
-    """What the system said to a rank, of what torch made of it."""
-    failures = error.failures.values() if isinstance(error, CheckpointException) else ()
-    return next((cause for cause, _ in failures if isinstance(cause, OSError)), None)
+def _cause_of(error: BaseException, final: Path) -> BaseException:
+    """What the system said to a rank, of what torch made of it, or all that was said."""
+    if not isinstance(error, CheckpointException):
+        return error
+    causes = [cause for cause, _ in error.failures.values()]
+    said = "; ".join(sorted({str(cause) for cause in causes}))
+    failed = ValueError(f"checkpoint {final} cannot be written: {said}")
+    return next((cause for cause in causes if isinstance(cause, OSError)), failed)
 
 
 def load_checkpoint(
@@ -120,12 +125,14 @@ def load_checkpoint(
     starts: QuantOptimizer takes moments and steps of its base from it, and latents are the loaded
     parameters.
 
-    Before anything is changed, digests are compared, of which each rank reads its share of the
+    Before anything is changed, digests are compared, for which each rank reads its share of the
     files; folders that torch.distributed.checkpoint or an earlier version wrote have none, so that
-    of them only what was cut off is found. Digests are against accidents: load no checkpoint that
-    you do not trust. `.metadata` is a pickle, of which no other classes are taken than torch
-    writes; whatever is no tensor is pickled too, and of it values alone are taken, as of
-    torch.load(weights_only=True), and what torch.serialization.add_safe_globals allows.
+    torch's checksums are. Both are against accidents: load no checkpoint that you do not trust.
+    `.metadata` is a pickle, of which no other classes are taken than torch writes; whatever is no
+    tensor is pickled too, and of it values alone are taken, as of torch.load(weights_only=True),
+    and what torch.serialization.add_safe_globals allows.
+
+    Warns of what was saved of a model and is in no rank's.
 
     Raises FileNotFoundError where there is no checkpoint; ValueError, and changes nothing, where a
     part of it is missing, of another shape, damaged, cut off or more than values, for groups that
@@ -146,7 +153,7 @@ def load_checkpoint(
         together(lambda: check_values(folder, index, [*both, *others]))
     saved: dict[str, Any] = {**others}
     groups: Any = None
-    with _quiet(), _thawed(model) if model is not None else nullcontext():
+    with _quiet(), _thawed(model, load=True) if model is not None else nullcontext():
         if model is not None and optimizer is not None:
             saved["model"], own = get_state_dict(model, optimizer)
             together(lambda: fit(folder, index, optimizer, own))
@@ -154,6 +161,7 @@ def load_checkpoint(
             saved["optimizer"] = own
         elif model is not None:
             saved["model"] = get_model_state_dict(model)
+        left = _left_out(index, saved.get("model"))
         saved |= _with_all_keys(index, others)
         read(folder, saved, no_dist=not many())
         if model is not None:
@@ -163,6 +171,21 @@ def load_checkpoint(
             other.update(saved[name])
     if isinstance(optimizer, Adapter):
         optimizer.sync()  # while it is known which parameters are frozen
+    if left and rank == 0:
+        warnings.warn(
+            f"checkpoint {folder} holds {', '.join(left[:5])}{', ...' if left[5:] else ''} of "
+            f"another model, which has {len(left)} entries more; they are left out",
+            stacklevel=2,
+        )
+
+
+def _left_out(index: Metadata, own: dict[str, Any] | None) -> list[str]:
+    """What was saved of a model that no rank's has."""
+    if own is None:
+        return []
+    names = {name for each in gathered([*own]) for name in each}
+    stored = {key: path for key, path in (index.planner_data or {}).items() if path[0] == "model"}
+    return sorted(key.removeprefix("model.") for key, path in stored.items() if not names & {*path})
 
 
 def _hand_over(
@@ -196,7 +219,8 @@ def _with_all_keys(index: Metadata, others: dict[str, Any]) -> dict[str, Any]:
 def _check_arguments(
     who: str, folder: Any, model: Any, optimizer: Any, optional: bool = False
 ) -> None:
-    """Raises TypeError for arguments of other kinds, as in another order."""
+    """Raises TypeError for arguments of other kinds, as in another order; ValueError for a model
+    that has no memory."""
     kinds: dict[str, tuple[Any, Any, str]] = {
         "folder": (folder, (str, bytes, os.PathLike), "a path"),
         "model": (model, nn.Module, "a torch.nn.Module"),
@@ -208,6 +232,12 @@ def _check_arguments(
                 f"{who}: expected {expected} for the {name}, got a {type(got).__name__}; the order "
                 f"is {who}(folder, model, optimizer)"
             )
+    meta = [name for name, p in model.named_parameters() if p.is_meta] if model is not None else []
+    if meta:
+        raise ValueError(
+            f"{who}: parameter {meta[0]!r} of the model is on the meta device, which holds no "
+            "weights; call module.to_empty(device=...) first"
+        )
 
 
 def _check_own(who: str, model: nn.Module, optimizer: Optimizer) -> None:
@@ -230,17 +260,39 @@ def _check_others(others: dict[str, Any]) -> None:
                 f"{name} is a {type(other).__name__}, expected something with a state_dict, or a "
                 f'dict: {name}={{"value": ...}}'
             )
+        if isinstance(other, dict):
+            _check_keys(name, other)
+
+
+def _check_keys(name: str, got: dict[Any, Any]) -> None:
+    """Raises TypeError for keys that would come back as strings."""
+    for key, inner in got.items():
+        if not isinstance(key, str):
+            raise TypeError(
+                f"{name} has the key {key!r}, expected strings, for entries of a checkpoint have "
+                f"names; write {str(key)!r}, or a list of pairs"
+            )
+        if isinstance(inner, dict):
+            _check_keys(f"{name}[{key!r}]", inner)
 
 
 @contextmanager
-def _thawed(model: nn.Module) -> Iterator[None]:
-    """All parameters as if trained: torch saves the state of frozen ones but does not load it."""
+def _thawed(model: nn.Module, load: bool = False) -> Iterator[None]:
+    """All parameters as if trained: torch saves the state of frozen ones but does not load it.
+
+    load: and without gradients, where torch loads nothing into an optimizer that has no state yet.
+    """
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    grads = [(p, p.grad) for p in model.parameters() if load and p.grad is not None]
     for p in frozen:
         p.requires_grad_(True)
+    for p, _ in grads:
+        p.grad = None
     try:
         yield
     finally:
+        for p, grad in grads:
+            p.grad = grad
         for p in frozen:
             p.requires_grad_(False)
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import os
 import pickle
 import re
 import secrets
 import shutil
+import zipfile
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan
@@ -160,10 +163,15 @@ def start(final: Path) -> Path:
 def take_place(final: Path, digests: dict[str, str]) -> None:
     """What was written becomes the checkpoint: by one rename, of the folder where there was none,
     of `.metadata` where there was. Of the old one the files are removed, and nothing else is
-    touched."""
+    touched. Raises FileNotFoundError where another save has written there too."""
     unfinished = unfinished_of(final)
-    own = next(match["id"] for name in digests if (match := _DATA.fullmatch(name)))
-    listed = f"{INDEX}.{own}.sha256"
+    ids = {match["id"] for name in digests if (match := _DATA.fullmatch(name))}
+    if len(ids) != 1 or INDEX not in digests:
+        raise FileNotFoundError(
+            f"{unfinished} does not hold what was written to it, but {sorted(digests)}; another "
+            "save to the same folder runs at the same time"
+        )
+    listed = f"{INDEX}.{ids.pop()}.sha256"
     with (unfinished / listed).open("w", newline="\n") as file:
         file.writelines(f"{digests[name]}  {name}\n" for name in sorted(digests))
         file.flush()
@@ -219,7 +227,7 @@ def _is_digests(name: str) -> bool:
 
 def check_files(where: Path, rank: int, world: int) -> Metadata:
     """The index of a checkpoint whose files are as they were written; of their contents each rank
-    reads its share, and of those that were written without digests none.
+    reads its share: for digests, or where there are none for the checksums of torch's own.
 
     Raises FileNotFoundError where there is no checkpoint, ValueError for one that was damaged.
     """
@@ -249,6 +257,9 @@ def check_files(where: Path, rank: int, world: int) -> Metadata:
             raise ValueError(
                 f"checkpoint {where}: {name} was cut off; it has {size} bytes, expected {end}"
             )
+    if not listed:
+        for key in list(index.storage_data)[rank::world]:
+            _check_part(where, index, key)
     for name in sorted(listed)[rank::world]:
         if _digest(where / name) != listed[name]:
             raise ValueError(
@@ -256,6 +267,33 @@ def check_files(where: Path, rank: int, world: int) -> Metadata:
                 "digests"
             )
     return index
+
+
+def _check_part(where: Path, index: Metadata, key: MetadataIndex) -> None:
+    """Raises ValueError unless a part of a file is what torch.save writes, with the checksums
+    (CRC-32) of its contents, and the tensor that the index says."""
+    part, stored = index.storage_data[key], index.state_dict_metadata[key.fqn]
+    if part.transform_descriptors:  # it is compressed
+        return
+    with (where / part.relative_path).open("rb") as file:
+        file.seek(part.offset)
+        content = io.BytesIO(file.read(part.length))
+    try:
+        archive = zipfile.ZipFile(content)
+        for entry in archive.infolist():
+            if entry.CRC:  # or torch.serialization.set_crc32_options(False) was called
+                archive.read(entry)
+        if isinstance(stored, TensorStorageMetadata):
+            content.seek(0)
+            found = torch.load(content, map_location="cpu", weights_only=True)
+            sizes = [chunk.sizes for chunk in stored.chunks if chunk.offsets == key.offset]
+            if found.dtype != stored.properties.dtype or found.shape not in sizes:
+                raise ValueError(f"a tensor {tuple(found.shape)} of {found.dtype}")
+    except Exception as error:  # a damaged archive may do anything
+        raise ValueError(
+            f"checkpoint {where}: {key.fqn!r} in {part.relative_path} was damaged or cut off "
+            f"({error})"
+        ) from None
 
 
 def _listed(where: Path, name: str) -> dict[str, str]:

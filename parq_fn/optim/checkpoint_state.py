@@ -39,6 +39,8 @@ from parq_fn.optim.tree_owner import DIGEST
 _NAMES = ("params", "param_names")
 #: What groups show of their last step; parameters need not agree in it.
 _SHOWN = ("inverse_slope", "lr_sum")
+#: Entries that tell prox links apart.
+_LINKS = ("link", DIGEST)
 _GROUPS, _STATE = "optimizer.param_groups.", "optimizer.state."
 
 
@@ -223,6 +225,11 @@ def fit(folder: Path, index: Metadata, optimizer: Optimizer, state: dict[str, An
     entries: dict[str, Entries] = state["state"]
     named = {f"{_STATE}{name}.{key}": key for name, own in entries.items() for key in own}
     if isinstance(optimizer, QuantOptimizer):
+        if any(f"{_STATE}{name}.{DIGEST}" in stored for name in entries):
+            raise ValueError(
+                f"checkpoint {folder} does not fit: it is of a TransformOptimizer; load the model "
+                "alone, load_checkpoint(folder, model), whose weights become the latents"
+            )
         if "optimizer" in stored and not any(
             key in stored for key, last in named.items() if last == "updates"
         ):
@@ -237,9 +244,28 @@ def fit(folder: Path, index: Metadata, optimizer: Optimizer, state: dict[str, An
             "become the latents"
         )
     for name, own in entries.items():
-        for key in ("link", DIGEST):
+        for key in _LINKS:
             if f"{_STATE}{name}.{key}" not in stored:
                 own.pop(key, None)
+    _check_links(folder, index, entries)
+
+
+def _check_links(folder: Path, index: Metadata, entries: dict[str, Entries]) -> None:
+    """Raises ValueError where parameters were trained with other prox links."""
+    known = {
+        f"{_STATE}{name}.{key}": (name, own[key])
+        for name, own in entries.items()
+        for key in _LINKS
+        if key in own
+    }
+    for key, got in _read(folder, index, known).items():
+        name, own = known[key]
+        if got != own:
+            raise ValueError(
+                f"checkpoint {folder}: parameter {name!r} was trained with another prox link than "
+                "the optimizer has; build the optimizer with that one, or load the model alone, "
+                "load_checkpoint(folder, model), and begin with its weights as latents"
+            )
 
 
 def _make_places(index: Metadata, optimizer: QuantOptimizer, state: dict[str, Any]) -> None:

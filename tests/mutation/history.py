@@ -231,7 +231,7 @@ FAULTS = [
     Fault(
         "the state of frozen parameters is saved and not loaded",
         "parq_fn/optim/checkpoint.py",
-        "    with _quiet(), _thawed(model) if model is not None else nullcontext():\n",
+        "    with _quiet(), _thawed(model, load=True) if model is not None else nullcontext():\n",
         "    with _quiet():\n",
         ("tests/optim/test_frozen.py",),
         "frozen_parameters_is_restored",

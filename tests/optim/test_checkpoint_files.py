@@ -11,7 +11,7 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +23,9 @@ from torch import nn
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from parq_fn.optim import load_checkpoint, save_checkpoint
+from parq_fn.optim import checkpoint, load_checkpoint, save_checkpoint
 from parq_fn.optim.checkpoint_files import read_index
-from tests.helpers import copies
+from tests.helpers import copies, pairwise
 from tests.optim.adapters import saved_with_a_frozen_layer
 from tests.optim.helpers import ADAPTERS, begin, check_same, state_of, train
 from tests.plugin import seed
@@ -171,19 +171,32 @@ def test_a_flipped_bit_is_found_on_all_of_2_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @QUIET
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_damage_of_an_index_without_digests_is_a_value_error(adapter: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "file"), pairwise(list(ADAPTERS), [".metadata", "__0_0.distcp"])
+)
+def test_damage_where_nobody_has_written_digests_changes_nothing(
+    adapter: str, file: str, tmp_path: Path
+) -> None:
     by_torch(tmp_path / "last", *trained(adapter, 2))
-    index, draw = tmp_path / "last" / ".metadata", random.Random(seed())
-    full = index.read_bytes()
+    damaged, draw = tmp_path / "last" / file, random.Random(seed())
+    full = damaged.read_bytes()
     net, optimizer = trained(adapter, 0)
-    load_checkpoint(tmp_path / "last", net, optimizer)  # nobody has written digests
+    load_checkpoint(tmp_path / "last", net, optimizer)
     check_same(*trained(adapter, 2), net, optimizer, "torch's own")
+    net, optimizer = trained(adapter, 1)
+    before = copies(state_of(net, optimizer))
+    found = 0
     for _ in range(40):
-        index.write_bytes(full)
-        flipped(index, draw.randrange(1 << 30))
-        with suppress(ValueError):  # or the bit says nothing
-            load_checkpoint(tmp_path / "last", net, optimizer)
+        damaged.write_bytes(full)
+        flipped(damaged, draw.randrange(1 << 30))
+        try:
+            load_checkpoint(tmp_path / "last", net, optimizer)  # the bit says nothing
+        except ValueError:
+            found += 1
+            assert all(map(torch.equal, state_of(net, optimizer), before))
+        else:
+            net, optimizer = trained(adapter, 1)
+    assert found
 
 
 @QUIET
@@ -328,6 +341,50 @@ def test_a_failure_as_it_takes_its_place_leaves_the_old_one(
         with pytest.raises(OSError, match="No space left"):
             save_checkpoint(last, net, optimizer)
     assert {path.name for path in last.iterdir()} == before
+    load_checkpoint(last, *trained("QuantOptimizer", 0))
+
+
+@QUIET
+@pytest.mark.parametrize("when", ["start", "save", "digests_of"])
+@pytest.mark.parametrize("old", [False, True])
+def test_of_two_saves_at_once_one_is_whole_and_the_other_an_os_error(
+    old: bool, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other begins and ends within the first; both raise nothing where they do not meet."""
+    last, first, other = tmp_path / "last", *(trained("QuantOptimizer", n) for n in (2, 3))
+    if old:
+        save_checkpoint(last, *first)
+    step = getattr(checkpoint, when)
+
+    def both(*args: Any, **options: Any) -> Any:
+        got = step(*args, **options)
+        monkeypatch.setattr(checkpoint, when, step)
+        save_checkpoint(last, *other)
+        return got
+
+    monkeypatch.setattr(checkpoint, when, both)
+    try:
+        save_checkpoint(last, *first)
+        expected = first
+    except OSError:
+        expected = other
+    net, optimizer = trained("QuantOptimizer", 0)
+    load_checkpoint(last, net, optimizer)
+    check_same(*expected, net, optimizer, when)
+    assert len([*last.iterdir()]) == 3
+    assert [path.name for path in tmp_path.glob("*last*")] == ["last"]
+
+
+@QUIET
+def test_what_two_saves_wrote_into_one_folder_does_not_take_the_place(tmp_path: Path) -> None:
+    last = tmp_path / "last"
+    save_checkpoint(last, *trained("QuantOptimizer", 1))
+    unfinished = checkpoint.start(last)
+    for name in ("__01234567_0_0.distcp", "__89abcdef_0_0.distcp", ".metadata"):
+        (unfinished / name).touch()
+    for names in ([".metadata"], [path.name for path in unfinished.iterdir()]):
+        with pytest.raises(FileNotFoundError, match="another save to the same folder"):
+            checkpoint.take_place(last, dict.fromkeys(names, ""))
     load_checkpoint(last, *trained("QuantOptimizer", 0))
 
 

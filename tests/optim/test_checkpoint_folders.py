@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from parq_fn.optim import QuantOptimizer, load_checkpoint, save_checkpoint
+import parq_fn as pf
+from parq_fn.optim import QuantOptimizer, TransformOptimizer, load_checkpoint, save_checkpoint
+from tests.helpers import copies
 from tests.optim.adapters import SOON, saved_with_a_frozen_layer
+from tests.optim.helpers import state_of
 
 
 def test_nothing_but_a_checkpoint_is_replaced(tmp_path: Path) -> None:
@@ -71,6 +76,78 @@ def test_a_checkpoint_quantized_otherwise_is_refused_and_changes_nothing(tmp_pat
     with pytest.raises(ValueError, match="has quant_bits=1 in group 1, the optimizer 2"):
         load_checkpoint(tmp_path / "last", net, optimizer)
     assert all(torch.equal(got, before[name]) for name, got in net.state_dict().items())
+
+
+def build(adapter: str, prox: pf.Prox = SOON) -> tuple[nn.Module, Any]:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    if adapter == "QuantOptimizer":
+        groups = [{"params": list(net.named_parameters()), "quant_bits": 1}]
+        return net, QuantOptimizer(torch.optim.SGD(groups, lr=0.1), prox)
+    return net, TransformOptimizer(net.named_parameters(), pf.chain(pf.sgd(0.1), prox))
+
+
+@pytest.mark.parametrize("adapter", ["QuantOptimizer", "TransformOptimizer"])
+def test_a_checkpoint_of_another_prox_link_changes_nothing(adapter: str, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "last", *build(adapter))
+    net, optimizer = build(adapter, dataclasses.replace(SOON, anneal_end=99))
+    before = copies(state_of(net, optimizer))
+    with pytest.raises(ValueError, match=r"'0\.weight' was trained with another prox link"):
+        load_checkpoint(tmp_path / "last", net, optimizer)
+    assert all(map(torch.equal, state_of(net, optimizer), before))
+
+
+def test_a_transform_optimizers_checkpoint_is_none_of_a_base_alone(tmp_path: Path) -> None:
+    """Its latents were left out, and its quantized weights trained."""
+    save_checkpoint(tmp_path / "last", *build("TransformOptimizer"))
+    net, optimizer = build("QuantOptimizer")
+    before = copies(state_of(net, optimizer))
+    with pytest.raises(ValueError, match="it is of a TransformOptimizer; load the model alone"):
+        load_checkpoint(tmp_path / "last", net, optimizer)
+    assert all(map(torch.equal, state_of(net, optimizer), before))
+
+
+def test_what_a_smaller_model_leaves_out_is_named(tmp_path: Path) -> None:
+    net, optimizer = build("QuantOptimizer")
+    save_checkpoint(tmp_path / "last", net, optimizer)
+    small = net[:1]
+    groups = [{"params": small.parameters(), "quant_bits": 1}]
+    with pytest.warns(UserWarning, match=r"holds 1\.bias, 1\.weight of another .* 2 entries more"):
+        load_checkpoint(
+            tmp_path / "last", small, QuantOptimizer(torch.optim.SGD(groups, lr=0.1), SOON)
+        )
+    load_checkpoint(tmp_path / "last", net)  # without a warning
+
+
+def test_gradients_that_are_there_keep_no_moments_from_being_loaded(tmp_path: Path) -> None:
+    """torch makes no state of an optimizer then, and loads into what there is."""
+    net = nn.Linear(3, 2)
+    plain = torch.optim.AdamW(net.parameters(), lr=0.1)
+    net(torch.ones(1, 3)).sum().backward()
+    plain.step()
+    save_checkpoint(tmp_path / "last", net, plain)
+    other = nn.Linear(3, 2)
+    again = torch.optim.AdamW(other.parameters(), lr=0.2)
+    other(torch.ones(1, 3)).sum().backward()
+    grad = other.weight.grad
+    load_checkpoint(tmp_path / "last", other, again)
+    assert torch.equal(again.state[other.weight]["exp_avg"], plain.state[net.weight]["exp_avg"])
+    assert other.weight.grad is grad
+
+
+def test_a_model_on_the_meta_device_is_refused(tmp_path: Path) -> None:
+    net, optimizer = build("QuantOptimizer")
+    save_checkpoint(tmp_path / "last", net, optimizer)
+    with pytest.raises(ValueError, match=r"'0\.weight' of the model is on the meta .*to_empty"):
+        load_checkpoint(tmp_path / "last", net.to("meta"))
+
+
+def test_entries_that_a_checkpoint_does_not_give_back_are_refused(tmp_path: Path) -> None:
+    net, optimizer = build("QuantOptimizer")
+    with pytest.raises(TypeError, match=r"progress\['loss'\] has the key 1, expected strings"):
+        save_checkpoint(tmp_path / "last", net, optimizer, progress={"loss": {1: 0.5}})
+    with pytest.raises(ValueError, match="last cannot be written: Can't pickle"):
+        save_checkpoint(tmp_path / "last", net, optimizer, progress={"of": lambda: 1})
+    assert not [*tmp_path.iterdir()]
 
 
 def test_others_are_filled_with_all_that_was_saved(tmp_path: Path) -> None:
