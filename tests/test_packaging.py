@@ -53,45 +53,12 @@ def test_an_editable_install_is_a_path() -> None:
     assert 'package-dir = {"" = "."}' in (ROOT / "pyproject.toml").read_text()
 
 
-PROGRAM = """
-import torch
-import parq_fn as pf
-
-params = {"w": torch.ones(2, 2)}
-transform = pf.chain(pf.sgd(0.1), pf.parq_prox(pf.lsbq(2), anneal_start=0, anneal_end=5))
-state = transform.init(params)
-step = pf.value_and_grad(lambda w: w["w"].sum(), transform)
-loss, grads = step(params, state)
-updates, state = transform.update(grads, state, params)
-params = pf.apply_updates(params, updates)
-slope = pf.read(state, "slope")
-optimizer = pf.optim.QuantOptimizer(
-    torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(2, 2))], "quant_bits": 2}], lr=0.1),
-    pf.hard_prox(pf.uniform(2), granularity=pf.per_channel()),
-)
-optimizer.step()
-"""
-
-#: The package is checked with torch's types by CI; all of them again would take half a minute.
-SETTINGS = """
-[mypy]
-[mypy-torch.*]
-follow_imports = skip
-[mypy-parq_fn.*]
-ignore_errors = True
-"""
-
-
-@pytest.mark.slow
-def test_a_user_s_program_passes_a_strict_checker(tmp_path: Path) -> None:
-    pytest.importorskip("mypy", reason="needs mypy: pip install 'parq_fn[dev]'")
-    (tmp_path / "program.py").write_text(PROGRAM)
-    (tmp_path / "mypy.ini").write_text(SETTINGS)
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "program.py"],
-        cwd=tmp_path,
-        env={"MYPYPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.slow  # a checker reads torch's types
+def test_a_user_s_program_passes_checkers_of_types() -> None:
+    """mypy checks it with the package, in .ci/run lint; pyright is quick."""
+    project = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^files = \["parq_fn", "tests/typed_program.py"\]$', project, re.M)
+    pytest.importorskip("pyright", reason="needs pyright: pip install 'parq_fn[dev]'")
+    ran = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
+    done = subprocess.run(ran, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

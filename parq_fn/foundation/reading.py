@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import optree
 from torch import Tensor
@@ -12,6 +12,10 @@ from torch import Tensor
 from parq_fn.foundation.value import Value
 
 
+@overload
+def read(state: Any, name: Literal["count", "step", "slope", "lr_sum"]) -> Tensor: ...
+@overload
+def read(state: Any, name: str) -> Any: ...
 def read(state: Any, name: str) -> Any:
     """The one field of that name in a nested state.
 

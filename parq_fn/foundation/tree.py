@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import optree
 import torch
@@ -20,6 +20,9 @@ from parq_fn.foundation.reading import read as read  # a name of this module
 from parq_fn.foundation.torch_private import constant_result
 
 PyTree = Any
+#: Of functions that give trees of the type that they take.
+Params = TypeVar("Params")
+Updates = TypeVar("Updates")
 #: What picks leaves: a name pattern or several, a predicate of (name, leaf), or a tree of bools.
 Mask = str | re.Pattern[str] | Sequence[str] | Callable[[str, Any], bool] | PyTree
 #: What labels leaves: {pattern: label}, a function of (name, leaf), or a tree of labels.

@@ -9,7 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from parq_fn.foundation.traits import TransformationTraits, shared, traits_of
-from parq_fn.foundation.tree import PyTree, check_match, check_plain, check_tree
+from parq_fn.foundation.tree import (
+    Params,
+    PyTree,
+    Updates,
+    check_match,
+    check_plain,
+    check_tree,
+)
 from parq_fn.foundation.value import changed, value
 from parq_fn.transforms.transformation import (
     NO_RATE,
@@ -152,13 +159,13 @@ class Chain(Link):
 
     def update(
         self,
-        updates: PyTree,
+        updates: Updates,
         state: PyTree,
         params: PyTree,
         *,
         pulled: PyTree | None = None,
         **extra: Any,
-    ) -> tuple[PyTree, PyTree]:
+    ) -> tuple[Updates, PyTree]:
         """Every link's update in turn, each seeing the updates of the one before it, the first
         those of `pullback`.
 
@@ -185,7 +192,7 @@ class Chain(Link):
                 )
         return updates, self._pack(states)
 
-    def weights(self, state: PyTree, params: PyTree) -> PyTree:
+    def weights(self, state: PyTree, params: Params) -> Params:
         """Every link's weights in turn. Raises TypeError for a module in the place of params."""
         check_tree(params, self.built_by)
         for link, own in zip(self.links, self._states(state), strict=True):
@@ -280,12 +287,12 @@ class Composite(Link):
         return self.expand().init(params)
 
     def update(
-        self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
-    ) -> tuple[PyTree, PyTree]:
+        self, updates: Updates, state: PyTree, params: PyTree, **extra: Any
+    ) -> tuple[Updates, PyTree]:
         """The update of the chain."""
         return self.expand().update(updates, state, params, **extra)
 
-    def weights(self, state: PyTree, params: PyTree) -> PyTree:
+    def weights(self, state: PyTree, params: Params) -> Params:
         """The weights of the chain."""
         return self.expand().weights(state, params)
 

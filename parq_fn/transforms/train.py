@@ -9,12 +9,12 @@ import optree
 import torch
 from torch import Tensor
 
-from parq_fn.foundation.tree import PyTree, check_match, check_plain, check_tree, columns_of
+from parq_fn.foundation.tree import Params, PyTree, check_match, check_plain, check_tree, columns_of
 from parq_fn.foundation.value import Value, briefly, value
 from parq_fn.transforms.transformation import Transformation, check_transformation
 
 
-def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
+def apply_updates(params: Params, updates: PyTree) -> Params:
     """params + updates, leaf by leaf, in each parameter's dtype; None leaves it as it is.
 
     Raises ValueError for updates of another structure or shape, and for an update where params has
@@ -49,7 +49,8 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
                 "is apply_updates(params, updates)"
             )
     added = [None if p is None else add(p, u) for p, u in zip(leaves, given, strict=True)]
-    return optree.tree_unflatten(spec, added)
+    made: Any = optree.tree_unflatten(spec, added)
+    return made  # type: ignore[no-any-return] # of the structure of params
 
 
 @value
@@ -89,14 +90,16 @@ class value_and_grad(Value):
                 f"{briefly(loss)}"
             )
 
-    def __call__(self, params: PyTree, state: PyTree, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, params: Params, state: PyTree, /, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Params]:
         """((loss or (loss, aux)), grads); grads in the structure of params.
 
         Raises TypeError for an nn.Parameter among the params, whose graph would grow, and for a
         module in their place.
         """
         check_plain(params, "value_and_grad")
-        weights = self.transform.weights(state, params)
+        weights: Any = self.transform.weights(state, params)
         leaves, spec = optree.tree_flatten(weights)
         moves = [isinstance(w, Tensor) and w.is_floating_point() for w in leaves]
 
@@ -108,4 +111,5 @@ class value_and_grad(Value):
         chosen = [w for m, w in zip(moves, leaves, strict=True) if m]
         grads, out = torch.func.grad_and_value(of_leaves, has_aux=self.has_aux)(chosen)
         rest = iter(grads)
-        return out, optree.tree_unflatten(spec, [next(rest) if m else None for m in moves])
+        made: Any = optree.tree_unflatten(spec, [next(rest) if m else None for m in moves])
+        return out, made

@@ -30,7 +30,7 @@ import torch
 from parq_fn.foundation.reading import check_nodes
 from parq_fn.foundation.torch_private import is_optimizer
 from parq_fn.foundation.traits import PER_LEAF, TransformationTraits, traits_of
-from parq_fn.foundation.tree import PyTree, check_plain, tree_map
+from parq_fn.foundation.tree import Params, PyTree, Updates, check_plain, tree_map
 from parq_fn.foundation.value import Value, briefly, state_class, value
 
 
@@ -42,11 +42,11 @@ class Transformation(Protocol):
         """The state before the first update."""
 
     def update(
-        self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
-    ) -> tuple[PyTree, PyTree]:
+        self, updates: Updates, state: PyTree, params: PyTree, **extra: Any
+    ) -> tuple[Updates, PyTree]:
         """The transformed updates and the next state."""
 
-    def weights(self, state: PyTree, params: PyTree) -> PyTree:
+    def weights(self, state: PyTree, params: Params) -> Params:
         """The weights that the model computes with."""
 
 
@@ -95,13 +95,13 @@ class Link(Value):
         return EmptyState()
 
     def update(
-        self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
-    ) -> tuple[PyTree, PyTree]:
+        self, updates: Updates, state: PyTree, params: PyTree, **extra: Any
+    ) -> tuple[Updates, PyTree]:
         """(updates, state) after this link; of the base as they came."""
         del params, extra
         return updates, state
 
-    def weights(self, state: PyTree, params: PyTree) -> PyTree:
+    def weights(self, state: PyTree, params: Params) -> Params:
         """The weights the model computes with; of the base the params."""
         del state
         return params
@@ -299,8 +299,8 @@ class freeze(Link):
     rates = (-math.inf, math.inf)  # what came before is nothing now
 
     def update(
-        self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
-    ) -> tuple[PyTree, PyTree]:
+        self, updates: Updates, state: PyTree, params: PyTree, **extra: Any
+    ) -> tuple[Updates, PyTree]:
         del params, extra
         check_state(self, state, EmptyState)
         return tree_map(torch.zeros_like, updates), state
@@ -320,8 +320,8 @@ class stateless(Link):
     traits = TransformationTraits(plain_weights=True)
 
     def update(
-        self, updates: PyTree, state: PyTree, params: PyTree, **extra: Any
-    ) -> tuple[PyTree, PyTree]:
+        self, updates: Updates, state: PyTree, params: PyTree, **extra: Any
+    ) -> tuple[Updates, PyTree]:
         del extra
         check_state(self, state, EmptyState)
         return self.function(updates, params), state
