@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import parq_fn as pf
-from parq_fn.foundation.value import value
 from parq_fn.quantizers import reductions
 from parq_fn.quantizers.base import power_of_two
 from parq_fn.quantizers.lsbq import _codes, greedy
@@ -731,26 +730,3 @@ def test_levels_that_are_neighbouring_floats_are_fixed_points() -> None:
     levels = torch.stack([low, low.nextafter(torch.tensor(2.0))])[None]
     for w in (pf.proxmaps.hard, lambda u, q: pf.proxmaps.parq(u, q, 0.0)):
         assert torch.equal(w(levels, levels), levels)
-
-
-@value
-class unsorted_levels(pf.Quantizer):
-    """Levels of a user's own, in descending order."""
-
-    num_levels = 2
-    num_qparams = 1
-
-    def qparams(self, x: torch.Tensor) -> torch.Tensor:
-        return x.abs().amax(-1, keepdim=True)
-
-    def levels(self, qparams: torch.Tensor) -> torch.Tensor:
-        return torch.cat([qparams, -qparams], -1)
-
-
-@pytest.mark.parametrize("around", [lambda q: q, lambda q: pf.stored(q, torch.bfloat16)])
-def test_unsorted_levels_of_one_s_own_are_refused_where_they_are_fitted(around) -> None:
-    """Every map searches in sorted levels: in others weights would come to one value."""
-    with pytest.raises(
-        ValueError, match=r"not sorted in 1 row\(s\), such as row 1: \[2\.0, -2\.0\]"
-    ):
-        around(unsorted_levels()).fit(torch.tensor([[0.0, 0.0], [1.0, 2.0]]))

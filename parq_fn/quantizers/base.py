@@ -12,10 +12,17 @@ from parq_fn.foundation.traits import QuantizerTraits
 from parq_fn.foundation.value import Value, value
 from parq_fn.proxmaps.even import Even, inverse_of
 from parq_fn.proxmaps.levels import nearest
+from parq_fn.quantizers.own import (
+    check_counts,
+    check_finite,
+    check_grid,
+    check_levels,
+    check_tensor,
+    is_own,
+)
 from parq_fn.quantizers.reductions import largest, pieces, sorted_columns
 
 _FAR = 2.0**32  # up to here, and down to its inverse, squares and sums are in range
-_PACKAGE = __name__.partition(".")[0] + "."
 _TELLS = 2.0**8  # by how much the first qparam and the largest magnitude of a row may differ
 
 
@@ -54,7 +61,9 @@ class Quantizer(Value):
     above 0 so many qparams, the last, are of the whole tensor that the rows are of, `whole(x)`, and
     the same in each of them. `qparams(x)` gives the others; `fit` puts them together.
 
-    Raises TypeError, when the class is defined, for one that defines levels and no qparams.
+    Raises TypeError, when the class is defined, for one that defines levels and no qparams. `fit`
+    raises TypeError or ValueError, with the quantizer's name, where what a class of one's own gives
+    is no tensor of that shape, of a narrower dtype, not finite, or where levels are not sorted.
 
     >>> import torch
     >>> from parq_fn.quantizers import Quantizer
@@ -240,21 +249,10 @@ class Quantizer(Value):
         if self.num_whole:
             common = (self.whole(x) if whole is None else whole).expand(len(x), -1)
             qparams = torch.cat([qparams, nan_rows(common, qparams)], -1)
-        if _has_own_levels(self):
-            self._check_sorted(qparams)
+        if is_own(self):
+            check_grid(self, type(self).grid(self, qparams))
+            check_levels(self, qparams, self.levels(qparams))
         return qparams
-
-    def _check_sorted(self, qparams: Tensor) -> None:
-        """Raises ValueError where levels of a user's own are unsorted: every map searches them."""
-        levels = self.levels(qparams)
-        unsorted = (levels.diff() < 0).any(-1)
-        bad = concrete(unsorted.sum())
-        if bad:
-            row = int(unsorted.long().argmax())
-            raise ValueError(
-                f"{self!r}: levels(qparams) are not sorted in {bad} row(s), such as row {row}: "
-                f"{levels[row].tolist()}; return them in ascending order, as torch.sort gives them"
-            )
 
     def _fit(self, x: Tensor) -> Tensor:
         if self.telling and is_plain(x):
@@ -270,25 +268,23 @@ class Quantizer(Value):
             x, top = torch.where(finite, x, 0.0), torch.where(finite, top, 0.0)
         scale = power_of_two(top)
         if self.homogeneous and concrete(((top * _FAR > 1) & (top < _FAR)).all()):
-            qparams = self._qparams(x)
+            qparams = self._qparams(x, finite)
         else:
             one, end = torch.ones_like(scale), torch.finfo(x.dtype).max
             own = self.scales[: self.num_qparams - self.num_whole]
             factors = torch.cat([scale if scales else one for scales in own], -1)
-            qparams = (self._qparams(x / scale) * factors).clamp(-end, end)
+            qparams = (self._qparams(x / scale, finite) * factors).clamp(-end, end)
         return qparams if usable else torch.where(finite, qparams, torch.nan)
 
-    def _qparams(self, x: Tensor) -> Tensor:
+    def _qparams(self, x: Tensor, usable: Tensor | None = None) -> Tensor:
         m = self.num_qparams - self.num_whole
-        qparams, expected = self.qparams(x), (*x.shape[:-1], m)
-        if qparams.shape != expected:
-            what = "num_qparams" if self.num_qparams != self.num_levels else "num_levels"
-            what = "num_qparams - num_whole" if self.num_whole else what
-            raise ValueError(
-                f"{self!r}: qparams(x) has shape {tuple(qparams.shape)}, expected {expected}: "
-                f"[r, {what}]"
-            )
-        return qparams
+        what = "num_qparams" if self.num_qparams != self.num_levels else "num_levels"
+        what = "num_qparams - num_whole" if self.num_whole else what
+        qparams = self.qparams(x)
+        check_tensor(self, "qparams(x)", qparams, (*x.shape[:-1], (m, what)), x)
+        if usable is not None and is_own(self):
+            check_finite(self, qparams, usable)
+        return qparams.to(x.dtype)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Levels [r, k] of rows [r, n], in their dtype, sorted.
@@ -305,6 +301,7 @@ class Quantizer(Value):
                 f"{self!r} takes rows [r, n], got shape {tuple(rows.shape)}; "
                 "a granularity makes rows of a weight: per_channel().rows(weight)"
             )
+        check_counts(self)
         bad = concrete((~rows.isfinite()).any(-1).sum())
         if bad:
             raise ValueError(f"{self!r} takes finite rows, got NaN or infinity in {bad} row(s)")
@@ -315,11 +312,15 @@ class Quantizer(Value):
         return nearest(rows, levels)
 
 
-def _has_own_levels(quantizer: Any) -> bool:
-    """Whether the levels of a quantizer, or of one that it is around, are defined elsewhere."""
-    inner = getattr(quantizer, "quantizer", None)
-    elsewhere = not type(quantizer).levels.__module__.startswith(_PACKAGE)
-    return elsewhere or (isinstance(inner, Quantizer) and _has_own_levels(inner))
+def fitted(quantizer: Any, rows: Tensor) -> Tensor:
+    """Its qparams of the rows, checked as those of a subclass are where it is none."""
+    qparams: Tensor = quantizer.fit(rows)
+    if not isinstance(quantizer, Quantizer):
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        shape = (len(rows), (quantizer.num_qparams, "num_qparams"))
+        check_tensor(quantizer, "fit(rows)", qparams, shape, wide)
+        check_levels(quantizer, qparams, quantizer.levels_in(qparams, qparams.dtype))
+    return qparams
 
 
 def power_of_two(top: Tensor) -> Tensor:

@@ -39,7 +39,9 @@ from parq_fn.foundation.tree import PyTree, check_floating, names_of, tree_leave
 from parq_fn.foundation.value import show, state_class, value
 from parq_fn.proxmaps.proxmap import Formula, ProxMap, itself, known
 from parq_fn.quantizers import Quantizer
+from parq_fn.quantizers.base import fitted
 from parq_fn.quantizers.granularity import Granularity, per_tensor
+from parq_fn.quantizers.own import check_counts
 from parq_fn.transforms.estimators import straight_through
 from parq_fn.transforms.links import times
 from parq_fn.transforms.rate import rate_at
@@ -119,6 +121,7 @@ class Prox(Link):
         who = type(self).__name__
         made = ("fit", "levels_in", "num_levels", "num_qparams")
         check_kind(who, self.quantizer, "a quantizer such as lsbq(2)", *made)
+        check_counts(self.quantizer)
         check_kind(who, self.granularity, "a granularity such as per_channel()", "rows")
         check_whole(who, 1, period=self.period)
         check_whole(who, 0, warmup=self.warmup)
@@ -267,8 +270,7 @@ class Prox(Link):
 
         def fit(old: Tensor, latent: Tensor) -> Tensor:
             rows = self._rows(gathered(latent), state, self.granularity)
-            new = self.quantizer.fit(rows)
-            assert new.shape == (len(rows), m), f"{self.quantizer!r} fitted {tuple(new.shape)}"
+            new = fitted(self.quantizer, rows)
             new = new.reshape(*(shape := self.granularity.row_shape(latent)), m).to(old.dtype)
             if concrete(due) and concrete(new.sum().isfinite()):  # as then each of them is
                 return new
