@@ -4,9 +4,15 @@ nox                    the steps of .ci/run
 nox -s tests laws      these alone
 nox -s torch           the tests with every version of torch that is looked after (by hand)
 nox -s python          the tests with every version of Python (by hand)
+nox -s oldest          the tests with the lowest versions that pyproject.toml asks for (by hand)
+
+What is by hand takes words for pytest: nox -s torch -- -m "not slow"
 """
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import nox
 
@@ -27,9 +33,16 @@ for _name in STEPS:
     _step(_name)
 
 
-def _tests(session: nox.Session, version: str) -> None:
+def _lowest() -> list[str]:
+    """What the package itself needs, in the lowest versions: "optree==0.14", and so on."""
+    project = (Path(__file__).parent / "pyproject.toml").read_text()
+    (asked,) = re.findall(r"^dependencies = \[(.*)\]$", project, re.MULTILINE)
+    return [need.replace(">=", "==") for need in re.findall(r'"([^"]+)"', asked)]
+
+
+def _tests(session: nox.Session, version: str, *needs: str) -> None:
     session.run("python", ".ci/torch_on_cpu.py", version)
-    session.install("-e", ".[test]")
+    session.install("-e", ".[test]", *needs)
     session.run("python", "-m", "pytest", *session.posargs)
 
 
@@ -42,3 +55,8 @@ def torch(session: nox.Session, version: str) -> None:
 @nox.session(python=PYTHON)
 def python(session: nox.Session) -> None:
     _tests(session, TORCH[0])
+
+
+@nox.session(python=PYTHON[0])
+def oldest(session: nox.Session) -> None:
+    _tests(session, TORCH[0], *_lowest())

@@ -4,6 +4,7 @@ from parq_fn.foundation import command as _command  # noqa: F401 # first: see it
 
 # isort: split
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,8 +90,10 @@ if not TYPE_CHECKING:  # a checker would take every name for one of the package
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    def __dir__() -> list[str]:  # without testing, which needs hypothesis
-        return sorted({*globals(), *_LATER})
+    def __dir__() -> list[str]:  # what is completed, without what modules import for themselves
+        dunders = {name for name in globals() if name.startswith("__")}
+        testing = {"testing"} if find_spec("hypothesis") else set()  # which needs it
+        return sorted({*dunders, *__all__, *_LATER, *testing})
 
 
 @shown_by

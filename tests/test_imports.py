@@ -1,9 +1,12 @@
 """Importing the package takes little longer than importing torch."""
 
+import builtins
 import subprocess
 import sys
 
 import pytest
+
+import parq_fn
 
 #: What takes long to import, and few programs need: the compiler and sharded tensors.
 HEAVY = [
@@ -19,6 +22,18 @@ HEAVY = [
     "transformers",
 ]
 
+#: Modules that are imported when they are first asked for.
+LATER = ["convergence", "display", "export", "optim", "plot", "show", "testing"]
+
+
+def test_names_are_completed_and_star_gives_what_is_for_users() -> None:
+    assert {*parq_fn.__all__, *LATER, "__version__"} <= set(dir(parq_fn))
+    assert not {"torch", "Any", "import_module", "command"} & set(dir(parq_fn))
+    given: dict[str, object] = {}
+    exec("from parq_fn import *", given)
+    assert given.keys() - {"__builtins__"} == set(parq_fn.__all__)
+    assert not given.keys() & set(dir(builtins))
+
 
 @pytest.mark.slow
 def test_importing_loads_no_module_that_few_programs_need() -> None:
@@ -27,6 +42,8 @@ def test_importing_loads_no_module_that_few_programs_need() -> None:
         there = set(sys.modules)
         import parq_fn, parq_fn.optim, parq_fn.export
         print(*[m for m in {HEAVY} if m in set(sys.modules) - there])
+        for name in {LATER}:  # after `import parq_fn` alone
+            assert getattr(parq_fn, name).__name__ in sys.modules, name
     """
     ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert ran.stdout.split() == []

@@ -62,3 +62,16 @@ def test_a_user_s_program_passes_checkers_of_types() -> None:
     ran = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
     done = subprocess.run(ran, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_sessions_of_nox_are_the_steps_of_ci() -> None:
+    noxfile, ci = (ROOT / "noxfile.py").read_text(), (ROOT / ".ci" / "run").read_text()
+    (steps,) = re.findall(r"^STEPS = \[(.*)\]$", noxfile, re.M)
+    (run,) = re.findall(r"\|\| steps=\((.*)\)$", ci, re.M)
+    assert sorted(re.findall(r'"(\w+)"', steps)) == sorted(run.split())
+    (known,) = re.findall(r'^  case " (.*) " in$', ci, re.M)
+    assert set(known.split()) == {*run.split(), "full"}
+    assert set(known.split()) == set(re.findall(r"^(\w+)\(\) \{  #", ci, re.M)) - {"environment"}
+    (lowest,) = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    (versions,) = re.findall(r"^TORCH = \[(.*)\]$", noxfile, re.M)
+    assert versions.startswith(f'"{lowest}')

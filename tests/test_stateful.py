@@ -69,7 +69,7 @@ class Training(RuleBasedStateMachine):
             drifting(grid),
             anneal_start=start,
             anneal_end=start + length,
-            warmup=warmup,
+            warmup=min(warmup, start + length - 1),
             period=period,
             granularity=pf.per_channel(),
         )

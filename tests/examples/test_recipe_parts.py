@@ -110,7 +110,7 @@ def test_the_published_parts_stay_in_full_precision(module, full: set[str]) -> N
     recipe = module.RECIPE
     args = flags(recipe, "--arch", recipe.archs[0])
     net = recipe.build(args.arch, 10, args.image_size)
-    optimizer = optimizer_of(recipe, args, net, 10, begun=0)
+    optimizer = optimizer_of(recipe, args, net, 100, begun=0)
     names = {p: name for name, p in net.named_parameters()}
     by_bits: dict[bool, set[str]] = {True: set(), False: set()}
     for group in optimizer.param_groups:
