@@ -33,7 +33,7 @@ Number = float | Tensor
 
 
 def _steps(step: int | Tensor) -> Tensor:
-    return torch.as_tensor(step).to(torch.float64)
+    return as_scalar(step).to(torch.float64)
 
 
 def progress(step: int | Tensor, start: Number, end: Number) -> Tensor:

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from parq_fn.foundation.torch_private import not_traced
 from parq_fn.optim.latents import LatentStore
 from parq_fn.optim.state import unshared
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def settled(method: Callable[P, T]) -> Callable[P, T]:
+    """A method that makes tensors as it would without torch.inference_mode, whose tensors no later
+    step may write, and without meta for torch's default device, which holds no values."""
+
+    @wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        with ExitStack() as modes:
+            if torch.is_inference_mode_enabled():
+                modes.enter_context(torch.inference_mode(False))
+                modes.enter_context(torch.no_grad())
+            if torch.get_default_device().type == "meta":
+                modes.enter_context(torch.device("cpu"))
+            return method(*args, **kwargs)
+
+    return wrapped
 
 
 class Adapter(Optimizer):
@@ -20,6 +43,7 @@ class Adapter(Optimizer):
     _copied: ClassVar[tuple[str, ...]]
     _store: LatentStore
 
+    @settled
     def sync(self) -> None:
         """Makes edits of parameters by other code those of their latents, and gives parameters the
         weights of latents that it has edited in the state.
@@ -30,12 +54,14 @@ class Adapter(Optimizer):
         self._store.sync("all")
 
     @not_traced
+    @settled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of every torch.optim optimizer; parameters hold the weights of edited latents then."""
         if self._store.has_edits():
             self._store.sync()
         super().zero_grad(set_to_none)
 
+    @settled
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, parameter) in the order of the groups; without names "0.2", the third of the
         first group."""
@@ -50,11 +76,13 @@ class Adapter(Optimizer):
         """What it was built with, as it prints."""
         raise NotImplementedError(f"{type(self).__name__} must define _shown")
 
+    @settled
     def state_dict(self) -> dict[str, Any]:
         """As of every torch.optim optimizer, with the latents of what parameters hold now."""
         self._store.sync("sharded")
         return unshared(super().state_dict())
 
+    @settled
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state, tensors in the dtypes of the optimizer's own; entries that are not known
         are kept as they were saved.
@@ -71,11 +99,13 @@ class Adapter(Optimizer):
         alike."""
         self._store.matched(state_dict)
 
+    @settled
     def __getstate__(self) -> dict[str, Any]:
         self._store.sync("sharded", write=False)  # a copy of the module may have been made before
         names = ("defaults", "state", "param_groups", "_store", *self._copied)
         return {name: self.__dict__[name] for name in names}
 
+    @settled
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_store" not in state:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -104,7 +103,7 @@ class BaseOwner:
         return widened(dict(self.base.state.get(p) or {}), p, latent)
 
     def _updates(self, p: Tensor) -> Tensor:
-        return torch.ones((), dtype=torch.int64) if self.base.state.get(p) else new_count()
+        return new_count() + 1 if self.base.state.get(p) else new_count()
 
     def adopted(self, p: Tensor, entries: Entries) -> None:
         """The entries become the base's too, once it has taken a step with them: until then it has
@@ -231,7 +230,7 @@ class BaseOwner:
         self._check_keys(p, needed, saved, label)
         own = {key: mine[key] for key in QUANTIZED if key in mine and key != "latent"}
         moved = widened(saved, p, mine.get("latent", p))
-        return {"updates": torch.ones((), dtype=torch.int64), **own, **moved}
+        return {"updates": new_count() + 1, **own, **moved}
 
     def _check_keys(self, p: Tensor, needed: Iterable[str], saved: Entries, label: str) -> None:
         varies = self.varies(p)

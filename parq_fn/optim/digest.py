@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parq_fn.foundation.scalar import as_scalar
 from parq_fn.transforms.prox_link import Prox
 
 #: Counts at which functions are asked, up to some millions.
@@ -42,7 +43,7 @@ def digest(*links: Prox) -> Tensor:
         warnings.simplefilter("ignore")  # of functions, which are called where they are to be told
         text = "\n".join(_text(link, ()) for link in links)
     found = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
-    return torch.tensor(int.from_bytes(found[:8], "big", signed=True))
+    return torch.tensor(int.from_bytes(found[:8], "big", signed=True), device="cpu")
 
 
 def _text(got: Any, within: tuple[int, ...]) -> str:
@@ -85,7 +86,7 @@ def _values(function: Callable[..., Any]) -> list[str]:
     found = []
     for count in _COUNTS:
         try:
-            got = torch.as_tensor(function(torch.tensor(count))).double().flatten()
+            got = as_scalar(function(torch.tensor(count, device="cpu"))).double().flatten()
         except Exception:  # whatever it raises of what it does not take
             break
         found += [f"{one:.5g}" for one in got[:16].tolist()]

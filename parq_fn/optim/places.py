@@ -22,6 +22,7 @@ from parq_fn.optim.state import (
     loaded,
     name_of,
     refuse_flat,
+    refuse_inference,
     refuse_meta,
     refuse_reshaped,
     versions,
@@ -60,6 +61,7 @@ class Places:
             for i, p in enumerate(group["params"]):
                 label = name_of(group, index, i)
                 refuse_flat(self.owner.who, p, label)
+                refuse_inference(self.owner.who, p, label)
                 if begin:
                     refuse_meta(self.owner.who, p, label)
                 name = label if group.get("param_names") else f"{index}.{i}"
@@ -235,6 +237,7 @@ class Places:
             names[new] = names.pop(old)
             label = names[new][1]
             refuse_flat(who, new, label)
+            refuse_inference(who, new, label)
             refuse_reshaped(who, tuple(old.shape), new, label)
             if _are_alike(old, new):
                 kept[new] = state[old]

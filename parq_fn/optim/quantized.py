@@ -26,6 +26,7 @@ from parq_fn.foundation.checks import SHARE, check_numbers
 from parq_fn.foundation.scalar import concrete
 from parq_fn.foundation.torch_private import not_traced
 from parq_fn.foundation.value import briefly, check_flags
+from parq_fn.optim.adapter import settled
 from parq_fn.optim.base_optimizer import check_base, check_not_kept
 from parq_fn.optim.base_owner import BaseOwner, prox_state, scalars
 from parq_fn.optim.engine.passes import Job, Pass, refit
@@ -100,6 +101,7 @@ class QuantOptimizer(Moving):
 
     _copied = ("base", "prox", "anneal_weight_decay", "compile", "_latents", "_own")
 
+    @settled
     def __init__(
         self,
         base_optimizer: Optimizer,
@@ -137,6 +139,7 @@ class QuantOptimizer(Moving):
 
     # Groups and their parameters.
 
+    @settled
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group to the base optimizer, and its state."""
         if not hasattr(self, "base"):  # called by Optimizer.__init__
@@ -213,6 +216,11 @@ class QuantOptimizer(Moving):
         there, at that count.
         """
         loss = value_of(closure)
+        self._step()
+        return loss
+
+    @settled
+    def _step(self) -> None:
         self._store.sync()
         before: Before = []
         try:
@@ -226,7 +234,6 @@ class QuantOptimizer(Moving):
                 values.update(old)
             self._store.stopped()
             raise
-        return loss
 
     def _map_group(self, group: Group, before: Before) -> None:
         """before: gets (entries or group, what stood there) of all that it changes."""
@@ -261,6 +268,7 @@ class QuantOptimizer(Moving):
         latent, qparams = local(entries["latent"]), in_rows(entries["qparams"])[part.rows]
         return Job(latent, qparams, part.granularity, local(p))
 
+    @settled
     def levels(self, p: Tensor) -> Tensor:
         """The levels [..., k] of a quantized parameter, in its dtype; see `levels_of`. Raises
         ValueError for what this optimizer does not quantize."""

@@ -76,6 +76,15 @@ def refuse_meta(who: str, p: Tensor, name: str) -> None:
         )
 
 
+def refuse_inference(who: str, p: Tensor, name: str) -> None:
+    """Raises ValueError for a parameter that torch.inference_mode has made."""
+    if p.is_inference():
+        raise ValueError(
+            f"{who}: parameter {name!r} was made in torch.inference_mode(), of whose tensors torch "
+            "counts no writes and which no gradient reaches; make the module outside of it"
+        )
+
+
 def refuse_reshaped(who: str, shape: tuple[int, ...], p: Tensor, name: str) -> None:
     """Raises ValueError for a parameter that had this shape and has other dimensions now."""
     if len(shape) != p.dim():

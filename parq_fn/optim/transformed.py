@@ -13,7 +13,7 @@ from parq_fn.foundation.scalar import is_number
 from parq_fn.foundation.torch_private import is_optimizer, not_traced
 from parq_fn.foundation.tree import names_of, tree_leaves
 from parq_fn.foundation.value import same
-from parq_fn.optim.adapter import Adapter
+from parq_fn.optim.adapter import Adapter, settled
 from parq_fn.optim.groups import is_ours
 from parq_fn.optim.latents import LatentStore
 from parq_fn.optim.leafwise import Part, joined
@@ -79,6 +79,7 @@ class TransformOptimizer(Adapter):
 
     _copied = ("transformation", "_tree")
 
+    @settled
     def __init__(
         self, params: Iterable[Any] | dict[str, Any], transformation: Transformation
     ) -> None:
@@ -112,6 +113,7 @@ class TransformOptimizer(Adapter):
     def _shown(self) -> dict[str, Any]:
         return {"transformation": self.transformation}
 
+    @settled
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group; its parameters begin now, the others keep their state."""
         if not hasattr(self, "transformation"):  # called by Optimizer.__init__
@@ -148,12 +150,13 @@ class TransformOptimizer(Adapter):
         else is common to all are as before. The next step goes on from there, at that count.
         """
         loss = value_of(closure)
-        self._store.sync()
-        with torch.no_grad():
-            self._update()
+        self._update()
         return loss
 
+    @settled
+    @torch.no_grad()
     def _update(self) -> None:
+        self._store.sync()
         groups = {place.name: place.group for place in self._store.places()}
         common: Entries = {}
         rates = {name: group.get("lr") for name, group in groups.items()}
@@ -216,6 +219,7 @@ class TransformOptimizer(Adapter):
         self._store.sync()
         return self._joined()
 
+    @settled
     def levels(self, p: Tensor) -> Tensor:
         """The levels [..., k] of a quantized parameter, in its dtype; see `levels_of`.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from parq_fn.foundation.torch_private import own_attributes
-from parq_fn.optim.adapter import Adapter
+from parq_fn.optim.adapter import Adapter, settled
 from parq_fn.optim.base_optimizer import copied
 from parq_fn.optim.base_owner import BaseOwner
 from parq_fn.optim.state import BEYOND, unshared
@@ -28,6 +28,7 @@ class Wrapping(Adapter):
         shown: dict[str, Any] = {"base": type(self.base).__name__}
         return shown if self.prox is None else {**shown, "prox": self.prox}
 
+    @settled
     def train(self, mode: bool = True) -> None:
         """The base optimizer's `train()`, or `eval()` where mode is off, on latents and on the
         parameters that are its alone; quantized parameters hold the weights of their latents after
@@ -59,6 +60,7 @@ class Wrapping(Adapter):
         assert isinstance(owner, BaseOwner)
         return owner
 
+    @settled
     def state_dict(self) -> dict[str, Any]:
         """As of every torch.optim optimizer, with the latents of what parameters hold now; entries
         of the base in the form in which it saves them, and what it saves that is of no parameter
@@ -75,6 +77,7 @@ class Wrapping(Adapter):
         state = {i: shown[p] for i, p in enumerate(params) if shown[p]}
         return unshared({**state_dict, "state": state, "param_groups": kept})
 
+    @settled
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         if type(self.base).__getstate__ is Optimizer.__getstate__:

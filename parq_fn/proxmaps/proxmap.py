@@ -20,10 +20,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from parq_fn.foundation.scalar import is_plain
+from parq_fn.foundation.scalar import as_scalar, is_plain
 from parq_fn.foundation.traits import Penalty, ProxTraits, unchanged
 from parq_fn.foundation.value import Value, briefly, show, value
 from parq_fn.proxmaps.even import Even
@@ -84,10 +83,10 @@ Chooser = Callable[[float | None], Formula]
 def known(u: Tensor, levels: Levels, coefficient: float | Tensor) -> float | None:
     """The coefficient as the maps' dtype rounds it, None where it cannot be read or is
     differentiated."""
-    c = torch.as_tensor(coefficient)
+    c = as_scalar(coefficient)
     if not (is_plain(c) and c.numel() == 1):
         return None
-    return float(torch.as_tensor(coefficient, dtype=torch.float64).to(wide(u, levels)))
+    return float(c.to(wide(u, levels)))
 
 
 def computed(chooser: Chooser, u: Tensor, levels: Levels, coefficient: float | Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def global_norm(tree: PyTree) -> Tensor:
         for u in tree_leaves(tree)
     ]
     if not norms:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
     return total
 

@@ -228,7 +228,7 @@ class apply_if_finite(_Around):
             found, pulled = pull_back(self.inner, updates, state.inner, params)
             if handed(pulled):  # the inner transformation would do it; of others a chain has
                 updates = found
-        finite = torch.ones((), dtype=torch.bool)
+        finite = torch.ones((), dtype=torch.bool, device="cpu")
         for leaf in tree_leaves((updates, pulled)):
             finite = to_device(finite, leaf) & gathered(leaf.isfinite().all())
         out, inner = updated(self.inner, updates, state.inner, params, **handed(pulled), **extra)

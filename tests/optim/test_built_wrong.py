@@ -3,7 +3,9 @@ reason; and states of other links than the optimizer has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -196,3 +198,69 @@ def test_an_optimizer_prints_what_it_was_built_with(adapter: str) -> None:
     expected = {"QuantOptimizer": f"prox: {LATE}", "TransformOptimizer": "transformation: chain("}
     assert any(line.startswith(expected[adapter]) for line in lines)
     assert "Parameter Group 0" in lines
+
+
+# Modes of torch
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "enable_grad": torch.enable_grad,
+    "on meta": lambda: torch.device("meta"),
+    "float64": lambda: default_dtype(torch.float64),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_modes_of_torch_change_nothing(adapter: str, mode: str) -> None:
+    """In which it is built, stepped, saved and loaded, all of it or each by itself."""
+
+    def run(*inside: str) -> list[Any]:
+        def during(what: str) -> AbstractContextManager[Any]:
+            return MODES[mode]() if what in inside else nullcontext()
+
+        (p,) = parameters(1)
+        with during("build"):
+            optimizer = ADAPTERS[adapter]([p])
+        for i in range(4):
+            ones_for(p)
+            with during("step"):
+                optimizer.step()
+                optimizer.zero_grad()
+            if i == 2:
+                with during("save"):
+                    saved = copy.deepcopy(optimizer.state_dict())
+                with during("load"):
+                    optimizer.load_state_dict(saved)
+        entries = optimizer.state[p]
+        return [p.detach(), *(entries[key].double() for key in sorted(entries))]
+
+    alone, parts = run(), ("build", "step", "save", "load")
+    for inside in (*((part,) for part in parts), parts):
+        assert all(map(torch.equal, alone, run(*inside)))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_parameters_that_inference_made_are_refused(adapter: str) -> None:
+    with torch.inference_mode():
+        p = nn.Parameter(torch.ones(4, 4), requires_grad=False)
+    with pytest.raises(ValueError, match=r"'.*0.*' was made in torch.inference_mode\(\), of whose"):
+        ADAPTERS[adapter]([p])
+
+
+def test_counts_and_schedules_stay_where_they_are_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        slope = pf.schedules.inverse_slope(0, 5)(torch.zeros((), dtype=torch.int64, device="cpu"))
+    assert slope.device.type == "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -262,3 +263,116 @@ def test_a_quantized_state_is_refused_where_the_group_is_not_quantized() -> None
     optimizer = QuantOptimizer(torch.optim.SGD([{"params": [b]}], lr=0.1))
     with pytest.raises(ValueError, match="'0 of group 0': it was quantized and is not in this"):
         optimizer.load_state_dict(saved)
+
+
+def part_of(state: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        state = state[key]
+    return state
+
+
+MALFORMED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
+    "no state": (("state",), None, "has a NoneType for state and a list for param_groups"),
+    "one group": (("param_groups",), {}, "has a dict for state and a dict for param_groups"),
+    "a group that is none": (("param_groups", 0), None, "group 0 is a NoneType, expected a dict"),
+    "a group without params": (
+        ("param_groups", 0),
+        {"lr": 1.0},
+        "group 0 is a dict, expected a di",
+    ),
+    "a tensor for params": (
+        ("param_groups", 0, "params"),
+        torch.zeros(2),
+        "group 0 has params=tensor",
+    ),
+    "one parameter twice": (("param_groups", 0, "params"), [0, 0], "0 is in its groups 2 times"),
+    "a tensor for names": (
+        ("param_groups", 0, "param_names"),
+        torch.zeros(2),
+        r"group 0 has param_names=tensor\(\[0., 0.\]\), expected a name for each of 2",
+    ),
+    "few names": (("param_groups", 0, "param_names"), ["p0"], r"param_names=\['p0'\], expected a"),
+    "no rate": (("param_groups", 0, "lr"), None, "group 0: lr is None, expected a number"),
+    "a rate in words": (
+        ("param_groups", 0, "lr"),
+        "0.1",
+        "group 0: lr is '0.1', expected a number",
+    ),
+    "NaN for a rate": (
+        ("param_groups", 0, "lr"),
+        math.nan,
+        "group 0: lr is nan, expected a number",
+    ),
+    "a tensor for a parameter's state": (
+        ("state", 0),
+        torch.zeros(2),
+        "parameter 0 has a Tensor for its state, expected a dict",
+    ),
+    "state of no parameter": (("state", 7), {}, "state of parameter 7, which is in none of its gr"),
+    "a latent on meta": (
+        ("state", 0, "latent"),
+        torch.zeros(4, 4, device="meta"),
+        "parameter '.*0.*': latent is on the meta device",
+    ),
+    "a sparse latent": (
+        ("state", 0, "latent"),
+        torch.eye(4).to_sparse(),
+        "parameter '.*0.*': latent is of torch.sparse_coo, expected torch.strided",
+    ),
+    "a latent of whole numbers": (
+        ("state", 0, "latent"),
+        torch.ones(4, 4, dtype=torch.int64),
+        "parameter '.*0.*': latent is of torch.int64, expected torch.float32",
+    ),
+    "NaN for a count": (
+        ("state", 0, "count"),
+        math.nan,
+        "'.*0.*': .*count is nan, expected a whole",
+    ),
+    "a count below 0": (("state", 0, "count"), -1, "'.*0.*': .*count is -1, expected 0 or more"),
+    "a count beyond int64": (
+        ("state", 0, "count"),
+        2**70,
+        "'.*0.*': .*count is 1180.*, expected a",
+    ),
+    "NaN for a slope": (("state", 0, "slope"), math.nan, "'.*0.*': .*slope is nan, expected a fin"),
+    "a slope in words": (
+        ("state", 0, "slope"),
+        "1",
+        "'.*0.*': .*slope is a str, expected a tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_malformed_state_is_refused_by_name_and_changes_nothing(adapter: str, case: str) -> None:
+    params = parameters()
+    optimizer = ADAPTERS[adapter](params)
+    ones_for(*params)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(([*params], state, optimizer.param_groups))
+    (*path, last), wrong, message = MALFORMED[case]
+    place = part_of(state, tuple(path))
+    last = next((key for key in place if str(key).endswith(f".{last}")), last)
+    place[last] = wrong
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    now = ([*params], optimizer.state_dict(), optimizer.param_groups)
+    assert repr(now) == repr(before)  # to the digits that are shown
+    ones_for(*params)
+    optimizer.step()
+
+
+def test_what_a_state_holds_more_than_the_base_knows_does_not_bind_later_ones() -> None:
+    (p,) = parameters(1)
+    optimizer = quantized([p])
+    ones_for(p)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    more = copy.deepcopy(state)
+    more["state"][0]["of_tomorrow"] = torch.ones(4, 4)
+    optimizer.load_state_dict(more)
+    optimizer.load_state_dict(state)
+    assert "of_tomorrow" not in optimizer.state[p]
