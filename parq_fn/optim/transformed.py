@@ -203,7 +203,7 @@ class TransformOptimizer(Adapter):
                 p.copy_(weights[name])
                 self._store.wrote(p)
         for p, entries in frozen.items():
-            self.state[p].update(entries)
+            self.state[p].update(self._tree.with_first_fit(entries, self.state[p]))
             self._store.left(p)
         return common
 

@@ -198,6 +198,16 @@ class TreeOwner:
                 self.optimizer.state[self.params[name]][key] = leaf
         return common
 
+    def with_first_fit(self, entries: Entries, stepped: Entries) -> Entries:
+        """The entries of a parameter that is left alone in a step, with the step's qparams in the
+        rows that had none: the next fit may be far, and without levels all weights would be 0."""
+        new = dict(entries)
+        for key in self._weigh & entries.keys():
+            old, fitted = entries[key], stepped[key]
+            if key.rpartition(".")[2] == "qparams" and old.shape == fitted.shape:
+                new[key] = torch.where((old == 0).all(-1, keepdim=True), fitted, old)
+        return new
+
     def share(self, common: Entries) -> None:
         """Gives all parameters what they share."""
         for p in self.params.values():

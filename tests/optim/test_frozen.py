@@ -160,3 +160,18 @@ def test_a7_weight_decay_anneals_with_each_parameters_own_slope(
             assert [group["weight_decay"] for group in base.param_groups] == [0.5] * len(groups)
         runs.append([optimizer.state[p]["latent"] for p in params])
     assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_parameter_that_was_frozen_as_levels_were_first_fitted_has_levels(adapter: str) -> None:
+    """The counts of a transformation, by which fits are due, go on without it."""
+    params = parameters()
+    optimizer = ADAPTERS[adapter](params, pf.hard_prox(pf.lsbq(2), period=100))
+    before = params[0].detach().clone()
+    for t in range(3):
+        params[0].requires_grad_(t == 2)
+        ones_for(*params)
+        optimizer.step()
+        if t == 1:
+            assert torch.equal(params[0], before)
+    assert params[0].unique().numel() == 4
