@@ -94,7 +94,7 @@ def _first_sentence(name: str) -> str:
         )
     sentence = re.split(r"(?<=[.:])\s+(?=[A-Z])", " ".join(said.split("\n\n")[0].split()))[0]
     parts = sentence.rstrip(":").split("`")  # code between
-    parts[::2] = [re.sub(r"([*_<\[\]])", r"\\\1", part) for part in parts[::2]]
+    parts[::2] = [re.sub(r"([*_\[\]])", r"\\\1", p).replace("<", "&lt;") for p in parts[::2]]
     return "`".join(parts).replace("|", "\\|")
 
 
