@@ -103,7 +103,13 @@ class PackedLayer(nn.Module):
 
     Its outputs are those of the layer with the unpacked weight, bit for bit. `weight` is the
     decoded weight, which cannot be written to: a write raises RuntimeError, an assignment
-    AttributeError. `dequantized` gives the plain layer back.
+    AttributeError. `dequantized` gives the plain layer back. Conversions keep layers tied that
+    share codes, and dimensions in their order in memory.
+
+    What raises nothing and changes nothing are writes to the decoded memory itself, by
+    `untyped_storage()`, `data_ptr()`, `torch.utils.dlpack.to_dlpack` or `swap_tensors`; to what
+    torch.func hands on, as in vmap(lambda row: row.add_(1))(layer.weight); where torch.export or
+    make_fx traces; and, within compiled functions, to views of it, of which `weight.data` is one.
     """
 
     codes: Tensor  # [bytes], uint8
