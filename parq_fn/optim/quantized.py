@@ -75,6 +75,8 @@ class QuantOptimizer(Moving):
     moves are followed. All methods begin with it. torch does not count writes through `p.data`, nor
     those of torch.distributed.checkpoint.load into the state dict of a sharded module: the latter
     are found before the first step and where state is saved or loaded, and both by `sync()`.
+    Latents, qparams and counts that other code puts into the state, or writes there, count too:
+    parameters get their weights when the next method is called.
 
     State of a parameter, from construction on: the base's own entries; "updates" [], int64; and
     where quantized "latent" (float32 or better, like the parameter), "qparams" [..., m] in its

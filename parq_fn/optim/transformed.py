@@ -51,7 +51,9 @@ class TransformOptimizer(Adapter):
     another order or moves are followed. All methods begin with it. torch does not count writes
     through `p.data`, nor those of torch.distributed.checkpoint.load into the state dict of a
     sharded module: the latter are found before the first step and where state is saved or loaded,
-    and both by `sync()`. A parameter whose requires_grad is off is left alone.
+    and both by `sync()`. A parameter whose requires_grad is off is left alone. Latents, qparams and
+    counts that other code puts into the state, or writes there, count too: parameters get their
+    weights when the next method is called.
 
     A step makes new tensors for some parameters at a time, no more elements together than the
     largest has; for all where a link looks at several together or does not declare the trait

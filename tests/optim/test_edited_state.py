@@ -147,6 +147,52 @@ def test_entries_exchanged_for_others_are_those_that_the_base_goes_on_with(fresh
     torch.testing.assert_close(optimizer.state[p]["exp_avg"], torch.full((4, 4), 6.3))
 
 
+def other_parameter(p: Tensor, optimizer: Any) -> Callable[[], Any]:
+    params = optimizer.param_groups[0]["params"]
+    params[0] = nn.Parameter(torch.ones(3, 3))
+    return lambda: params.__setitem__(0, p)
+
+
+def other_bits(p: Tensor, optimizer: Any) -> Callable[[], Any]:
+    group = optimizer.param_groups[0]
+    before = {key: group.pop(key) for key in ("quant_bits",) if key in group}
+    group["quant_bits"] = 3
+    return lambda: (group.pop("quant_bits"), group.update(before))
+
+
+def converted(p: Tensor, optimizer: Any) -> Callable[[], Any]:
+    before = p.data
+    p.data = p.data.double()
+    return lambda: setattr(p, "data", before)
+
+
+def another_group(p: Tensor, optimizer: Any) -> Callable[[], Any]:
+    optimizer.param_groups.append({"params": []})
+    return optimizer.param_groups.pop
+
+
+def state_thrown_away(p: Tensor, optimizer: Any) -> Callable[[], Any]:
+    before = optimizer.state.pop(p)
+    return lambda: optimizer.state.update({p: before})
+
+
+@pytest.mark.parametrize(
+    "edit", [other_parameter, other_bits, converted, another_group, state_thrown_away]
+)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_refused_edit_that_is_undone_leaves_no_trace(adapter: str, edit: Any) -> None:
+    (p, optimizer), (q, other) = trained(adapter), trained(adapter)
+    undo = edit(p, optimizer)
+    for method in (optimizer.step, optimizer.state_dict, lambda: copy.deepcopy(optimizer)):
+        with pytest.raises(ValueError, match=adapter):
+            method()
+    undo()
+    for own, its in ((p, optimizer), (q, other)):
+        ones_for(own)
+        its.step()
+    assert same(copies(p, optimizer), copies(q, other))
+
+
 # Steps that an error stops
 
 
