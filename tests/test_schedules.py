@@ -136,3 +136,11 @@ def test_a_schedule_may_return_a_number() -> None:
 def test_small_exponential_paths_do_not_underflow_in_the_check() -> None:
     path = pf.schedules.exponential(1e-200, 1e-300, 0, 2)
     assert float(path(1)) == pytest.approx(1e-250)
+
+
+def test_a_step_that_is_a_python_float_is_not_rounded_to_float32() -> None:
+    """As torch.as_tensor rounds it: 0.1, and whole steps beyond 2^24."""
+    for step in (0.1, 2.0**24 + 1, 250_000_000_000.0):
+        for schedule in (sched.linear(1.0, 0.0, 0, 10**12), sched.inverse_slope(0, 10**12)):
+            want = schedule(torch.tensor(step, dtype=torch.float64))
+            assert torch.equal(schedule(step), want)

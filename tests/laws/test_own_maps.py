@@ -307,6 +307,38 @@ def test_a_single_step_of_a_schedule_is_looked_at(value: float, name: str) -> No
     assert info.value.law.name == name
 
 
+def down(step: Any) -> Tensor:
+    return 1 - (torch.as_tensor(step).double() / 10).clamp(0, 1)
+
+
+def between_steps(step: Any) -> Tensor:
+    t = torch.as_tensor(step).double()
+    return torch.where((t > 4.2) & (t < 4.4), 0.9, down(step))
+
+
+def of_python_floats(step: Any) -> Tensor:
+    return down(step) / 2 if isinstance(step, float) else down(step)
+
+
+def of_int32(step: Any) -> Tensor:
+    return down(step) / 2 if torch.as_tensor(step).dtype == torch.int32 else down(step)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        (between_steps, "monotone"),
+        (of_python_floats, "same_for_all_steps"),
+        (of_int32, "same_for_all_steps"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_steps_of_every_kind_and_between_whole_ones_are_looked_at(wrong: Any, name: str) -> None:
+    with pytest.raises(Violation) as info:
+        check_schedule(wrong, start=0, end=10, laws={name}, max_examples=60)
+    assert info.value.law.name == name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("center", [-3.0, -0.2, 1.3, 5.0])
 def test_an_inverse_slope_keeps_its_laws_with_a_center_outside(center: float) -> None:

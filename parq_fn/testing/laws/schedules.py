@@ -38,13 +38,18 @@ def finite(schedule: Any, whole: int, step: float, every: Tensor) -> Iterator[Cl
         yield equal(got.isfinite(), torch.ones_like(got, dtype=torch.bool))
 
 
-@law("Whole, tensor, batched and vmapped steps give the same values.", "s(t) = s([t])_0")
+@law(
+    "Numbers and tensors of any dtype, batched and vmapped give the same values.", "s(t) = s([t])_0"
+)
 def same_for_all_steps(schedule: Any, whole: int) -> Iterator[Claim]:
     alone = schedule(torch.tensor(whole))
     batch = torch.tensor([whole, 0, whole + 1])
     looped = torch.stack([schedule(t) for t in batch])
     yield equal(torch.as_tensor(schedule(whole)), alone)
+    yield equal(torch.as_tensor(schedule(float(whole))), alone)
     yield equal(alone, at(schedule, float(whole)))
+    for dtype in (torch.int32, torch.float32) if whole < 2**24 else ():
+        yield equal(schedule(torch.tensor(whole, dtype=dtype)), alone)
     yield Claim(schedule(batch).round(decimals=14), "==", looped.round(decimals=14))
     yield Claim(torch.vmap(schedule)(batch).round(decimals=14), "==", looped.round(decimals=14))
 
@@ -65,10 +70,12 @@ def pure(schedule: Any, whole: int) -> Iterator[Claim]:
     tolerance=1e-14,
     reason=ROUNDING,
 )
-def in_range(schedule: Any, step: float, every: Tensor, traits: ScheduleTraits) -> Iterator[Claim]:
+def in_range(
+    schedule: Any, step: float, every: Tensor, offset: float, traits: ScheduleTraits
+) -> Iterator[Claim]:
     assert traits.low is not None
     assert traits.high is not None
-    for value in (at(schedule, step), schedule(every)):
+    for value in (at(schedule, step), schedule(every), schedule(every + offset)):
         yield at_most(number(traits.low).expand_as(value), value)
         yield at_most(value, number(traits.high).expand_as(value))
 
@@ -119,9 +126,14 @@ def lands(schedule: Any, start: float, end: float, traits: ScheduleTraits) -> Cl
     reason=ROUNDING,
 )
 def monotone(
-    schedule: Any, step: float, later: float, every: Tensor, traits: ScheduleTraits
+    schedule: Any,
+    step: float,
+    later: float,
+    every: Tensor,
+    offset: float,
+    traits: ScheduleTraits,
 ) -> Iterator[Claim]:
-    values = schedule(every)
+    values = schedule(torch.cat([every.double(), every + offset]).sort().values)
     for sides in ((at(schedule, step), at(schedule, later)), (values[:-1], values[1:])):
         yield at_most(*(sides if traits.monotone == "nondecreasing" else reversed(sides)))
 
