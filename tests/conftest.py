@@ -15,7 +15,7 @@ from parq_fn.foundation.value import Value
 
 #: Programs of their own and oracles: no tests are there, nor doctests, for which pytest would
 #: import them.
-collect_ignore = ["benchmarks", "mutation", "twins"]
+collect_ignore = ["benchmarks", "mutation", "twins", "typed_program.py"]
 
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("quick", derandomize=True, max_examples=15, **COMMON)

@@ -32,7 +32,7 @@ def test_names_are_completed_and_star_gives_what_is_for_users() -> None:
     given: dict[str, object] = {}
     exec("from parq_fn import *", given)
     assert given.keys() - {"__builtins__"} == set(parq_fn.__all__)
-    assert not given.keys() & set(dir(builtins))
+    assert not set(parq_fn.__all__) & set(dir(builtins))
 
 
 @pytest.mark.slow

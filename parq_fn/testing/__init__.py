@@ -13,7 +13,7 @@ declare say `help(ProxTraits)`, `help(QuantizerTraits)`, `help(ScheduleTraits)` 
 >>> from parq_fn import proxmaps
 >>> check_proxmap(proxmaps.parq, laws={"cocoercive", "share"}, max_examples=5)
 >>> [law.name for law in laws.for_proxmap(proxmaps.hard)][:3]
-['pure', 'finite', 'monotone']
+['pure', 'finite', 'elementwise']
 
 A law of your own
 -----------------
