@@ -48,8 +48,9 @@ class Adapter(Optimizer):
         """Makes edits of parameters by other code those of their latents, and gives parameters the
         weights of latents that it has edited in the state.
 
-        All other methods do so too, but where torch counted no write: through `p.data`, or by
-        torch.distributed.checkpoint.load into a sharded module's state dict. Call it after those.
+        All other methods do so too, but where torch counted no write: through `p.data`, and to
+        sharded parameters by torch._foreach operations (other optimizers use them) and by
+        torch.distributed.checkpoint.load into a state dict. Call it after those.
         """
         self._store.sync("all")
 

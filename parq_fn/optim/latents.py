@@ -34,9 +34,9 @@ class LatentStore(Places):
 
     An edit is told by the count of writes that torch keeps of a tensor, and of a sharded one's
     local tensor. Some writes raise neither: those through `p.data`, and to sharded parameters those
-    of torch.distributed.checkpoint.load into the tensors of a state dict. So the values of sharded
-    parameters themselves are compared with their weights before the first step, and where state is
-    saved or loaded; `sync("all")` compares those of all.
+    of torch._foreach operations and of torch.distributed.checkpoint.load into a state dict. So the
+    values of sharded parameters themselves are compared with their weights before the first step,
+    and where state is saved or loaded; `sync("all")` compares those of all.
     """
 
     # What other code did.
