@@ -48,7 +48,8 @@ def to_gguf(
     seventh of the largest, and warn of the error; without it such levels are refused.
 
     Raises ImportError without gguf; ValueError, with the parameter's name, for levels that no
-    block holds exactly, and for last dimensions that are not whole blocks.
+    block holds exactly, for last dimensions that are not whole blocks, and for names of more than
+    63 bytes or tensors of more than 4 dimensions, which readers refuse.
     """
     if ternary not in ("TQ1_0", "TQ2_0"):
         raise ValueError(f"to_gguf: ternary must be 'TQ1_0' or 'TQ2_0', got {ternary!r}")
@@ -59,6 +60,11 @@ def to_gguf(
     kinds: dict[str, str] = {}
     tensors: list[tuple[str, np.ndarray, Any]] = []
     for name, entry in packed.items():
+        if len(name.encode()) > 63 or len(entry.shape) > 4:
+            raise ValueError(
+                f"parameter {name!r}, shape {tuple(entry.shape)}: readers of GGUF take names of up "
+                "to 63 bytes and 4 dimensions; rename or reshape it in the packed model"
+            )
         if not isinstance(entry, Packed) or any(matches(p, name) for p in patterns):
             full = entry.unpack() if isinstance(entry, Packed) else entry
             wide = full.float() if full.dtype == torch.bfloat16 else full

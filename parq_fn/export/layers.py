@@ -62,6 +62,11 @@ def names_of_tied(module: nn.Module) -> dict[str, list[str]]:
 
 def check_fit(module: nn.Module, packed: Mapping[str, Packed | Tensor]) -> None:
     """Raises ValueError unless a packed model has the module's names and shapes."""
+    if any(isinstance(layer, PackedLayer) for layer in module.modules()):
+        raise ValueError(
+            "the module has packed layers already; give parq_fn.export.dequantized(module), or one "
+            "that was made anew"
+        )
     own, names = module.state_dict(keep_vars=True), names_of_tied(module)
     missing, unknown = sorted(names.keys() - packed.keys()), sorted(packed.keys() - names.keys())
     if missing or unknown:

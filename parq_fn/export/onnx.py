@@ -76,8 +76,8 @@ def to_onnx(
     nodes: list[Any] = []
     for name, entry in packed.items():
         found = [alias for alias in tied[name] if alias in initializers]
-        if not isinstance(entry, Packed) or not found:
-            continue  # which the module does not use
+        if not isinstance(entry, Packed) or not found or not own[name].numel():
+            continue  # which the module does not use, or which is empty
         alias = found[0]
         graph.initializer.remove(initializers[alias])
         constants, inner, kinds[name] = _standing_for(onnx, alias, entry, opset, fuse)

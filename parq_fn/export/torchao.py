@@ -52,7 +52,7 @@ def to_torchao(
     own, holders = made.state_dict(keep_vars=True), holders_of(made)
     with torch.no_grad():
         for name, entry in packed.items():
-            if not (isinstance(entry, Packed) and name in holders):
+            if not (isinstance(entry, Packed) and name in holders and own[name].numel()):
                 own[name].copy_(entry.unpack() if isinstance(entry, Packed) else entry)
                 continue
             codes, scale, zero, bits = _affine(name, entry, rounded)

@@ -71,6 +71,9 @@ def test_packed_models_are_loaded_without_a_file() -> None:
         assert torch.equal(fresh(tokens), net(tokens))
         with pytest.raises(TypeError, match="got None for the module"):
             put(None, packed)
+        if put is export.quantized:
+            with pytest.raises(ValueError, match=r"has packed layers already; .*dequantized"):
+                put(fresh, packed)
 
 
 def test_pack_is_told_from_what_it_takes() -> None:

@@ -117,6 +117,13 @@ def test_shapes_are_kept_and_a_pattern_may_stand_alone(tmp_path: Path) -> None:
         to_gguf({"mask": torch.ones(2, dtype=torch.bool)}, tmp_path / "x.gguf")
 
 
+def test_names_and_dimensions_that_readers_refuse_are_refused_by_name(tmp_path: Path) -> None:
+    for name, shape in (("n" * 64, (2,)), ("deep", (1, 1, 1, 1, 2))):
+        with pytest.raises(ValueError, match=rf"parameter '{name}', .* up to 63 bytes and 4"):
+            to_gguf({name: torch.ones(shape)}, tmp_path / "x.gguf")
+    to_gguf({"n" * 63: torch.ones(1, 1, 1, 2)}, tmp_path / "x.gguf")
+
+
 def scales_of(data: Any, kind: str) -> Tensor:
     """The scale of each block, as its bytes say it."""
     size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]

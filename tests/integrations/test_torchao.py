@@ -172,6 +172,14 @@ def test_the_page_s_way_from_training_to_integers(
     assert str(names["integers"][0].weight.target_dtype) == "torch.int4"
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_empty_weights_are_kept_plain(shape: tuple[int, int]) -> None:
+    net = nn.Sequential(nn.Linear(*reversed(shape), bias=False))
+    packed = {"0.weight": pf.export.pack_weight(torch.zeros(shape), torch.ones(1, 1))}
+    assert to_torchao(net, packed)[0].weight.shape == shape
+
+
 def test_rows_that_torchao_has_no_scales_for_are_refused() -> None:
     net = nn.Sequential(nn.Linear(6, 4, bias=False))
     levels = torch.tensor([[-1.0, 1.0]]).repeat(2, 1)
