@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from examples import compare
+from parq_fn.foundation.command import command
 
 
 @pytest.mark.rare
@@ -29,7 +30,7 @@ def test_rows_of_a_comparison(tmp_path: Path, capsys) -> None:
         (["--anneal-wd-frac", "0.5"], "hard has none"),
     ):
         with pytest.raises(SystemExit):
-            compare.main([*flags, *more])
+            command(lambda more=more: compare.main([*flags, *more]))
         assert message in capsys.readouterr().err
 
 
