@@ -272,13 +272,14 @@ def check_files(where: Path, rank: int, world: int) -> Metadata:
 def _check_part(where: Path, index: Metadata, key: MetadataIndex) -> None:
     """Raises ValueError unless a part of a file is what torch.save writes, with the checksums
     (CRC-32) of its contents, and the tensor that the index says."""
-    part, stored = index.storage_data[key], index.state_dict_metadata[key.fqn]
-    if part.transform_descriptors:  # it is compressed
-        return
-    with (where / part.relative_path).open("rb") as file:
-        file.seek(part.offset)
-        content = io.BytesIO(file.read(part.length))
+    name: Any = getattr(key, "fqn", key)  # of a damaged index anything
     try:
+        part, stored = index.storage_data[key], index.state_dict_metadata[name]
+        if part.transform_descriptors:  # it is compressed
+            return
+        with (where / part.relative_path).open("rb") as file:
+            file.seek(part.offset)
+            content = io.BytesIO(file.read(part.length))
         archive = zipfile.ZipFile(content)
         for entry in archive.infolist():
             if entry.CRC:  # or torch.serialization.set_crc32_options(False) was called
@@ -289,10 +290,12 @@ def _check_part(where: Path, index: Metadata, key: MetadataIndex) -> None:
             sizes = [chunk.sizes for chunk in stored.chunks if chunk.offsets == key.offset]
             if found.dtype != stored.properties.dtype or found.shape not in sizes:
                 raise ValueError(f"a tensor {tuple(found.shape)} of {found.dtype}")
-    except Exception as error:  # a damaged archive may do anything
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive or index may do anything
         raise ValueError(
-            f"checkpoint {where}: {key.fqn!r} in {part.relative_path} was damaged or cut off "
-            f"({error})"
+            f"checkpoint {where}: {name!r}, or what {INDEX} says of it, was damaged or cut off "
+            f"({error!r})"
         ) from None
 
 

@@ -108,6 +108,7 @@ class ProxMap(Value):
     formulas: for a known coefficient the formula that gives the same weights with less work;
         None where there is but the function.
 
+    >>> import torch
     >>> from parq_fn.foundation.traits import ProxTraits
     >>> @prox_map(ProxTraits(elementwise=True))
     ... def lowest(u, levels, coefficient=None):
