@@ -159,6 +159,7 @@ def test_a_flag_that_is_none_is_told(
 
 STOP = """
 import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 class Stop:
     def find_spec(self, name, *_):
         if name == "torch":
@@ -177,6 +178,7 @@ def test_ctrl_c_is_one_line_while_a_program_is_imported(program: str, tmp_path: 
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=120,
     )
     assert (ran.returncode, ran.stderr) == (130, "stopped\n")
 
