@@ -157,8 +157,9 @@ class Pass:
         if compiled:
             self._programs(maps, wholes)
             return
-        spare = _spare(wholes)
-        for whole in with_even(maps, wholes):
+        wholes = with_even(maps, wholes)
+        spare = _spare([whole for whole in wholes if whole.even is not None])
+        for whole in wholes:
             how, (r, n) = maps.of(whole), whole.latent.shape
             few = r == 1 or n > _PIECE or n >= _FEW_LEVELS * how.quantizer.num_levels
             if whole.even is None and few:  # else as many as weights, and made for each piece
@@ -168,8 +169,8 @@ class Pass:
 
 
 def _spare(wholes: Sequence[Rows]) -> Spare | None:
-    """Memory for their largest piece, of the first one's dtype; None where others look on, or on a
-    device that has no cache to keep it in."""
+    """Memory for the largest piece of rows with even levels, of the first one's dtype; None where
+    there are none, others look on, or the device has no cache to keep it in."""
     if not wholes or not is_plain(first := wholes[0].weight.detach()):
         return None
     return Spare(first, min(_PIECE, max(whole.latent.numel() for whole in wholes)))
