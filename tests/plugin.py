@@ -24,7 +24,7 @@ import pytest
 
 QUICK_S, SLOW_S = 20.0, 60.0
 _UNLIMITED = {"learning"}  # marks of tests that train for minutes, which no usual run takes
-RARE = 3  # a run of everything takes one in so many of the tests that are marked rare
+RARE = 6  # a run of everything takes one in so many of the tests that are marked rare
 
 _charged = 0.0  # seconds, of processes that are not this one's children
 
