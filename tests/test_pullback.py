@@ -417,7 +417,7 @@ def operations(transform: Any) -> int:
     return count
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_compiled_update_has_no_operation_more_for_the_identity() -> None:
     whole = operations(pf.chain(pf.sgd(0.1), PLAIN))
     assert whole == operations(pf.sgd(0.1)) + operations(PLAIN)

@@ -22,6 +22,8 @@ WITH_CODE = [
     for path in (ROOT / "README.md", ROOT / "parq_fn" / "testing" / "README.md", *PAGES)
     if python_blocks(path.read_text())
 ]
+#: Of these, which take ten seconds and more.
+LONG = ("parq_fn/testing/README.md", "notebooks/howto/functional_loop.md")
 #: Modules of parq_fn.export that need a package of an extra; where it is absent their code is left
 #: out here, and run by tests/integrations.
 FORMATS = {
@@ -44,7 +46,14 @@ def _on_a_rank(blocks: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("graphs_alone")
-@pytest.mark.parametrize("path", WITH_CODE, ids=_name)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.rare] if _name(path) in LONG else [])
+        for path in WITH_CODE
+    ],
+    ids=_name,
+)
 def test_the_code_runs_from_top_to_bottom(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -298,7 +298,7 @@ def test_schedules_take_ints_tensors_batches_and_compile(schedule) -> None:
 # Found by attack, each with the input that showed it.
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_step_with_a_weight_mask_and_its_init_compile() -> None:
     torch.compiler.reset()
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))

@@ -494,7 +494,7 @@ def test_an_exception_in_the_base_leaves_weights_in_the_model() -> None:
     assert real.quantized["latent"].grad is None
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     "prox", sampled(["hard", "parq", "parq_shrink", "parq_normal_map", "soft"], 1)
 )

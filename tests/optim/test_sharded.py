@@ -67,7 +67,7 @@ def same_as_alone(shape: tuple[int, ...], offload: bool, dtypes: tuple[str, ...]
             ((2, 2), False, ("bfloat16",)),
             ((2,), True, ("float32",)),
         ],
-        2,
+        1,
     ),
 )
 def test_r17_levels_and_weights_equal_those_of_one_process(

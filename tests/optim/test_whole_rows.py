@@ -21,7 +21,7 @@ from parq_fn.foundation.traits import ProxTraits, declares
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
 from parq_fn.optim.engine import passes
 from parq_fn.transforms.sharded import local, part_of
-from tests.helpers import every_other
+from tests.helpers import every_other, sampled
 from tests.optim.helpers import whole
 from tests.processes import on_processes
 
@@ -208,7 +208,9 @@ def has_pieces(weight: Tensor, granularity: pf.Granularity) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("map", "world"), [("block_soft_threshold", 2), ("two_kept", 4)])
+@pytest.mark.parametrize(
+    ("map", "world"), sampled([("block_soft_threshold", 2), ("two_kept", 4)], 1)
+)
 def test_ranks_give_the_weights_of_one_process_or_refuse(
     map: str, world: int, tmp_path: Path
 ) -> None:
