@@ -27,7 +27,7 @@ from parq_fn.foundation.checks import (
 )
 from parq_fn.foundation.scalar import Scalar, as_scalar, at, is_number
 from parq_fn.foundation.traits import ScheduleTraits
-from parq_fn.foundation.value import Value, value
+from parq_fn.foundation.value import Value, attribute, value
 
 Number = float | Tensor
 
@@ -71,7 +71,7 @@ def _path(path: Any, **more: Any) -> ScheduleTraits:
 class Schedule(Value):
     """Base of the schedules; any function of a step tensor will do where one is expected."""
 
-    @property
+    @attribute
     def traits(self) -> ScheduleTraits:
         """What it declares, for `parq_fn.testing`: of the base nothing."""
         return _UNDECLARED

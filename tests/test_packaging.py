@@ -42,6 +42,14 @@ def test_an_index_shows_no_link_or_picture_that_leads_nowhere() -> None:
     )
 
 
+def test_the_addresses_are_https_and_the_paper_is_the_one_that_is_cited() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    (table,) = re.findall(r"^\[project\.urls\].*\n((?:\w+ = .*\n)+)", project, re.M)
+    urls = dict(re.findall(r'^(\w+) = "(https://[^"]+)"$', table, re.M))
+    assert len(urls) == len(table.splitlines())
+    assert f"url: {urls['Paper']}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_a_source_distribution_leaves_tests_out_altogether() -> None:
     left_out = re.findall(r"^prune (\w+)$", (ROOT / "MANIFEST.in").read_text(), re.M)
     assert {"tests", "examples", "notebooks"} == set(left_out)

@@ -517,7 +517,7 @@ def test_a_quantizer_that_does_not_say_so_sees_scaled_rows() -> None:
 
     watching().fit(torch.tensor([[3.0, -5.0], [0.25, 0.0]]))
     assert seen[0].tolist() == [[0.75, -1.25], [1.0, 0.0]]
-    assert not pf.Quantizer.homogeneous
+    assert not pf.Quantizer().homogeneous
 
 
 def test_a_long_row_is_split_where_a_short_one_is() -> None:

@@ -15,7 +15,7 @@ from typing_extensions import assert_type
 
 import parq_fn as pf
 from parq_fn import export, schedules
-from parq_fn.foundation.traits import ProxTraits
+from parq_fn.foundation.traits import PER_LEAF, ProxTraits, QuantizerTraits, ScheduleTraits
 from parq_fn.foundation.value import state_class, value
 from parq_fn.optim import (
     QuantOptimizer,
@@ -25,6 +25,7 @@ from parq_fn.optim import (
     share_on_levels,
 )
 from parq_fn.proxmaps import prox_map
+from parq_fn.transforms.transformation import NO_RATE
 
 # A torch loop
 
@@ -115,9 +116,67 @@ class largest(pf.Quantizer):
         return torch.cat([-top, top], -1)
 
 
+@value
+class signs(pf.Quantizer):
+    """What has a property in the base may be a class attribute too."""
+
+    num_levels = 2
+    num_qparams = 1
+    num_whole = 0
+    homogeneous = True
+    telling = False
+    scales = (True,)
+    rows_at_once = 2
+    traits = QuantizerTraits(symmetric=True)
+
+    def qparams(self, x: Tensor) -> Tensor:
+        return x.abs().mean(-1, keepdim=True)
+
+    def levels(self, qparams: Tensor) -> Tensor:
+        return torch.cat([-qparams, qparams], -1)
+
+
+@value
+class twice(pf.Quantizer):
+    """And what is computed from another's."""
+
+    quantizer: pf.Quantizer
+
+    @property
+    def num_levels(self) -> int:
+        return self.quantizer.num_levels
+
+    @property
+    def homogeneous(self) -> bool:
+        return self.quantizer.homogeneous
+
+    @property
+    def traits(self) -> QuantizerTraits:
+        return self.quantizer.traits
+
+    def qparams(self, x: Tensor) -> Tensor:
+        return 2 * self.quantizer.fit(x)
+
+
+@value
+class halved(schedules.Schedule):
+    traits = ScheduleTraits(first=0.5)
+
+    def __call__(self, step: int | Tensor) -> Tensor:
+        return torch.full((), 0.5)
+
+
 @prox_map(ProxTraits(elementwise=True))
 def halfway(u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
     return u + coefficient * (pf.proxmaps.hard(u, levels) - u) / 2
+
+
+@value
+class late(pf.Prox):
+    begins = 10
+    ends = 100
+    proxmap = pf.proxmaps.hard
+    elementwise = True
 
 
 @state_class
@@ -129,6 +188,10 @@ class Count(NamedTuple):
 class counted(pf.Link):
     """Counts updates."""
 
+    traits = PER_LEAF
+    rates = NO_RATE
+    pulls_back = False
+
     def init(self, params: Any) -> Count:
         return Count(torch.zeros((), dtype=torch.int64))
 
@@ -139,6 +202,11 @@ class counted(pf.Link):
 def own() -> pf.Transformation:
     assert_type(largest(0.5)(torch.ones(1, 4)), Tensor)
     assert_type(halfway(torch.ones(1, 4), torch.ones(1, 2), 0.5), Tensor)
+    assert_type(signs().num_levels + twice(largest()).num_levels, int)
+    assert_type(twice(signs()).homogeneous, bool)
+    assert_type(twice(signs()).scales, tuple[bool, ...])
+    assert_type(counted().rates, tuple[float, float])
+    assert_type(twice(signs()).traits, QuantizerTraits)
     rate = schedules.warmup(schedules.cosine(0.1, 0.0, 0, 90), 10)
     assert_type(rate(5), Tensor)
     prox = pf.custom_prox(largest(), halfway, schedules.linear(0.0, 1.0, 0, 100))
@@ -183,3 +251,7 @@ def wrong(net: nn.Module, params: Params, optimizer: QuantOptimizer) -> None:
     export.pack(net, optimizer, None, True)  # type: ignore[call-arg]
     text: str = pf.apply_updates(params, params)  # type: ignore[assignment]
     print(text)
+
+
+class text_for_number(pf.Quantizer):
+    num_levels = "2"  # type: ignore[assignment]

@@ -12,12 +12,13 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 _T = TypeVar("_T")
+_T_co = TypeVar("_T_co", covariant=True)
 
 if TYPE_CHECKING:  # for checkers alone, so that no dependency comes with it
     from typing_extensions import dataclass_transform
@@ -74,6 +75,31 @@ def check_flags(who: str, **fields: Any) -> None:
     for name, got in fields.items():
         if not isinstance(got, bool):
             raise TypeError(f"{who}: {name} must be True or False, got {briefly(got)}")
+
+
+class Computed(Protocol[_T_co]):
+    """What checkers of types see of a property whose values are of this type."""
+
+    def __get__(self, instance: Any, owner: Any = None, /) -> _T_co:
+        """Its value."""
+
+
+def attribute(get: Callable[[Any], _T]) -> _T | Computed[_T]:
+    """Decorator: a property that subclasses override with a property or with a class attribute.
+
+    At run time it is `property`. Checkers of types take both forms below it; below a property
+    pyright takes a property alone.
+
+    >>> class base:
+    ...     @attribute
+    ...     def size(self):
+    ...         return 1
+    >>> class wide(base):
+    ...     size = 2
+    >>> base().size, wide().size
+    (1, 2)
+    """
+    return property(get)
 
 
 def _fields(self: Any) -> tuple[dataclasses.Field[Any], ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from parq_fn.foundation.scalar import concrete, is_plain
 from parq_fn.foundation.traits import QuantizerTraits
-from parq_fn.foundation.value import Value, value
+from parq_fn.foundation.value import Value, attribute, value
 from parq_fn.proxmaps.even import Even, inverse_of
 from parq_fn.proxmaps.levels import nearest
 from parq_fn.quantizers.own import (
@@ -76,13 +76,6 @@ class Quantizer(Value):
     tensor([[-3.,  3.]])
     """
 
-    #: Whether qparams(2^i x) = 2^i qparams(x), bit for bit, in those that scale; then only rows far
-    #: from 1 are scaled, which takes a copy of them.
-    homogeneous: ClassVar[bool] = False
-
-    #: How many of the qparams are of the whole tensor, see the class.
-    num_whole: ClassVar[int] = 0
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.levels is not Quantizer.levels and cls.qparams is Quantizer.qparams:
@@ -91,7 +84,20 @@ class Quantizer(Value):
                 "qparams(x) now, and levels(qparams) follow from it; rename levels to qparams"
             )
 
-    @property
+    # Each of these a subclass gives by a class attribute, or by a property.
+
+    @attribute
+    def homogeneous(self) -> bool:
+        """Whether qparams(2^i x) = 2^i qparams(x), bit for bit, in those that scale; then only rows
+        far from 1 are scaled, which takes a copy of them."""
+        return False
+
+    @attribute
+    def num_whole(self) -> int:
+        """How many of the qparams are of the whole tensor, see the class."""
+        return 0
+
+    @attribute
     def telling(self) -> bool:
         """Whether the first qparam of a homogeneous quantizer bounds any row x: it is at most 256
         max|x| and at least mean|x| / 256, infinite where x holds an infinity (it may be where the
@@ -101,28 +107,28 @@ class Quantizer(Value):
         """
         return False
 
-    @property
+    @attribute
     def rows_at_once(self) -> int:
         """How many rows to fit at once at least, where they are long: few, but for qparams(x) that
         makes no tensor of the size of x."""
         return 1
 
-    @property
+    @attribute
     def num_levels(self) -> int:
         """k, the number of levels of every row."""
         raise NotImplementedError(f"{type(self).__name__} must define num_levels")
 
-    @property
+    @attribute
     def num_qparams(self) -> int:
         """m, the number of qparams of every row."""
         return self.num_levels
 
-    @property
+    @attribute
     def scales(self) -> tuple[bool, ...]:
         """Which of the m qparams of a x are a times those of x, a > 0; the others stay."""
         return (True,) * self.num_qparams
 
-    @property
+    @attribute
     def traits(self) -> QuantizerTraits:
         """What it declares, for `parq_fn.testing`: here what the base sees to."""
         return QuantizerTraits(scale_exact=True, widens=True)

@@ -52,7 +52,7 @@ class centered(Quantizer):
             )
 
     @property
-    def homogeneous(self) -> bool:  # type: ignore[override] # of the class in the others
+    def homogeneous(self) -> bool:
         """Where the quantizer is."""
         return self.quantizer.homogeneous
 

@@ -68,7 +68,7 @@ class stored(Quantizer):
             )
 
     @property
-    def homogeneous(self) -> bool:  # type: ignore[override] # of the class in the others
+    def homogeneous(self) -> bool:
         """Of its fit, which is the quantizer's."""
         return self.quantizer.homogeneous
 

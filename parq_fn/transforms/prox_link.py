@@ -36,7 +36,7 @@ from parq_fn.foundation.checks import (
 from parq_fn.foundation.scalar import Scalar, as_scalar, concrete, new_count, to_device
 from parq_fn.foundation.traits import TransformationTraits, traits_of
 from parq_fn.foundation.tree import PyTree, check_floating, names_of, tree_leaves, tree_map
-from parq_fn.foundation.value import show, state_class, value
+from parq_fn.foundation.value import attribute, show, state_class, value
 from parq_fn.proxmaps.proxmap import Formula, ProxMap, itself, known
 from parq_fn.quantizers import Quantizer
 from parq_fn.quantizers.base import fitted
@@ -142,12 +142,12 @@ class Prox(Link):
 
     # What each kind of prox link gives.
 
-    @property
+    @attribute
     def begins(self) -> float | Tensor:
         """The first step whose weights the map makes, warmup aside."""
         return 0
 
-    @property
+    @attribute
     def ends(self) -> float | Tensor | None:
         """The step from which weights are levels, bit for bit; None where that is not known."""
         return None
@@ -156,7 +156,7 @@ class Prox(Link):
         """The map's coefficient at a step."""
         return torch.zeros_like(step)
 
-    @property
+    @attribute
     def proxmap(self) -> Callable[..., Tensor]:
         """(latent rows [r, n], levels [r, k], coefficient []) -> weights [r, n]: a prox map, or a
         method of a subclass's own."""
@@ -175,7 +175,7 @@ class Prox(Link):
         del bound
         return self.proxmap(u, levels, coefficient)
 
-    @property
+    @attribute
     def elementwise(self) -> bool:
         """Whether a weight depends on its own latent and the levels of its row alone, so that rows
         may be cut and filled up: where the map declares it among its traits.

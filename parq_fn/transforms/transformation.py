@@ -31,7 +31,7 @@ from parq_fn.foundation.reading import check_nodes
 from parq_fn.foundation.torch_private import is_optimizer
 from parq_fn.foundation.traits import PER_LEAF, TransformationTraits, traits_of
 from parq_fn.foundation.tree import Params, PyTree, Updates, check_plain, tree_map
-from parq_fn.foundation.value import Value, briefly, state_class, value
+from parq_fn.foundation.value import Value, attribute, briefly, state_class, value
 
 
 @runtime_checkable
@@ -76,7 +76,7 @@ class Link(Value):
     ({'w': tensor([-1.])}, EmptyState())
     """
 
-    @property
+    @attribute
     def traits(self) -> TransformationTraits:
         """What it declares, for `parq_fn.testing`: of the base what every transformation must."""
         return TransformationTraits()
@@ -84,10 +84,10 @@ class Link(Value):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "pullback" in vars(cls) and "pulls_back" not in vars(cls):
-            cls.pulls_back = True  # type: ignore[assignment, method-assign]
+            cls.pulls_back = True  # type: ignore[method-assign]
         if "update" in vars(cls) and "rates" not in vars(cls):
             # what a parent says is of the parent's update
-            cls.rates = ANY_RATES  # type: ignore[assignment, method-assign]
+            cls.rates = ANY_RATES  # type: ignore[method-assign]
 
     def init(self, params: PyTree) -> PyTree:
         """The empty state."""
@@ -114,13 +114,13 @@ class Link(Value):
         del state, params, weights
         return grads, ()
 
-    @property
+    @attribute
     def pulls_back(self) -> bool:
         """Whether `pullback` may be another than the base's; where not, it is not called. A class
         that defines a `pullback` and does not say has True."""
         return False
 
-    @property
+    @attribute
     def rates(self) -> Rates:
         """How many learning rates updates pass in it, see `Rates`; of the base any number."""
         return ANY_RATES
