@@ -39,6 +39,7 @@ class fixed(Quantizer):
             [-1.,  1.]])
     """
 
+    #: [k], the levels.
     points: Tensor
 
     @property
@@ -73,8 +74,9 @@ class Convex(Protocol):
 
 @value
 class _OfMatrix(Value):
-    """Base of the problems of a matrix: a [m, n], a row a sample."""
+    """Base of the problems of a matrix."""
 
+    #: [m, n], float64, a row a sample.
     a: Tensor
 
     @property
@@ -90,11 +92,14 @@ class _OfMatrix(Value):
 class least_squares(_OfMatrix):
     """f(w) = |A w - b|^2 / 2.
 
-    a: A [m, n]; b: [m]; levels: [k]; slopes: [1, k - 1] as of `proxmaps.par`; all float64.
+    A is `a`.
     """
 
+    #: [m], float64.
     b: Tensor
+    #: [k], float64, in increasing order.
     levels: Tensor
+    #: [1, k - 1], float64, as of `proxmaps.par`.
     slopes: Tensor
 
     def loss(self, w: Tensor, index: Tensor) -> Tensor:
@@ -114,11 +119,14 @@ class least_squares(_OfMatrix):
 class logistic(_OfMatrix):
     """f(w) = mean of log(1 + exp(-y_i a_i . w)).
 
-    a: [m, n]; y: [m], -1 or 1; levels: [k]; slopes: [1, k - 1] as of `proxmaps.par`; float64.
+    a_i is row i of `a`.
     """
 
+    #: [m], float64, each -1 or 1.
     y: Tensor
+    #: [k], float64, in increasing order.
     levels: Tensor
+    #: [1, k - 1], float64, as of `proxmaps.par`.
     slopes: Tensor
 
     def loss(self, w: Tensor, index: Tensor) -> Tensor:
@@ -202,9 +210,13 @@ def aprox(
 
     at the last iterate of AProx, t from 1.
 
+    problem: such as `least_squares(a, b, levels, slopes)`.
+    steps: how many, 1 or more.
     method: "aprox", "proximal_sgd" or "normal_map" (with its gamma).
     batch: samples of a gradient, drawn anew each step; all of them by default.
     best: the minimizer of F, found by `optimum` where it is not given.
+    gamma: of the normal map, of no meaning to the other methods.
+    seed: of the samples that are drawn.
     Raises ValueError for another method, fewer than 1 step or sample, levels or slopes that are
     not increasing, and for a `best` that is no point within the levels, or is beaten.
 

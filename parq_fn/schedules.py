@@ -89,6 +89,7 @@ class constant(Schedule):
     tensor(0.1000, dtype=torch.float64)
     """
 
+    #: The value at every step.
     value: Number
 
     def __post_init__(self) -> None:
@@ -202,7 +203,9 @@ class piecewise(Schedule):
     tensor([0.1000, 0.0100], dtype=torch.float64)
     """
 
+    #: One for each piece.
     values: Sequence[Number]
+    #: The first step of each piece but the first, increasing.
     boundaries: Sequence[Number]
 
     def __post_init__(self) -> None:
@@ -226,7 +229,9 @@ class join(Schedule):
     tensor([1.0000, 0.5000], dtype=torch.float64)
     """
 
+    #: One for each piece.
     schedules: Sequence[Callable[[Tensor], Tensor]]
+    #: The first step of each piece but the first, increasing.
     boundaries: Sequence[Number]
 
     def __post_init__(self) -> None:
@@ -348,6 +353,7 @@ class polynomial(_Path):
     tensor(250.7500, dtype=torch.float64)
     """
 
+    #: Of the progress from start_step to end_step, positive.
     power: Number = 1.0
 
     def __post_init__(self) -> None:

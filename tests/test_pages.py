@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from typing_extensions import is_protocol
 
 from tests.helpers import python_blocks
 
@@ -99,6 +100,35 @@ def test_every_name_of_an_api_page_says_what_it_is(monkeypatch: pytest.MonkeyPat
             r"^\| \[`(\w+)`\]\(#(\S+)\) \| \S.* \|$", hooks["_with_summary"](text), re.M
         )
         assert rows == [(name.rpartition(".")[2], name) for name in names]
+
+
+def _described(one: Any, name: str) -> bool:
+    """Whether the source says what a field or an argument is, where the pages read it: in lines
+    above with #:, in a comment beside it, or in the docstring's line "name: ..."."""
+    line = inspect.getmro(one) if inspect.isclass(one) else (one,)
+    for place in (p for p in line if p.__module__.startswith("parq_fn")):
+        comment = rf"^ *#: .*\n +{name}(:| =) |^ +{name}: .*  # \S"
+        entry = rf"^ *(\w+, )*{name}(, \w+)*: \S"
+        if inspect.isclass(place) and re.search(comment, inspect.getsource(place), re.M):
+            return True
+        if re.search(entry, inspect.getdoc(place) or "", re.M):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("page", [page for page in API if page != "index"])
+def test_every_row_of_a_table_of_parameters_says_what_it_is(page: str) -> None:
+    """All fields of every public value and class; of a function all arguments, or none."""
+    for identifier in re.findall(r"^::: (\S+)$", API[page], re.M):
+        if identifier.startswith(tuple(m for m, needed in NEEDS.items() if not find_spec(needed))):
+            continue
+        one = _shown(identifier)
+        if not (inspect.isclass(one) or inspect.isfunction(one)) or is_protocol(one):
+            continue
+        names = {n for n in inspect.signature(one).parameters if n[0] != "_"} - {"args", "kwargs"}
+        silent = sorted(name for name in names if not _described(one, name))
+        if inspect.isclass(one) or len(silent) < len(names):
+            assert not silent, f"{identifier}: no description of {', '.join(silent)}"
 
 
 def test_every_term_that_a_page_sets_in_bold_is_in_the_glossary() -> None:

@@ -165,11 +165,16 @@ def _paragraphs(text: str) -> list[list[str]]:
 
 
 def _entries(lines: list[str], names: set[str]) -> dict[str, str]:
-    """{name: description} of a paragraph; empty where it is none of such lines."""
+    """{name: description} of a paragraph, whose entries may be indented below lines that head
+    groups of them; empty where it is none of such lines."""
     found: dict[str, str] = {}
     current: list[str] = []
+    grouped = len(lines) > 1 and bool(match := _ENTRY.match(lines[1][4:])) and match[1] in names
     for line in lines:
-        match = _ENTRY.match(line)
+        if grouped and not line.startswith(" "):
+            current = []
+            continue
+        match = _ENTRY.match(line[4:] if grouped else line)
         if match and any(n in names for n in match[1].split(", ")):
             current = [n for n in match[1].split(", ") if n in names]
             for name in current:

@@ -44,6 +44,11 @@ def to_gguf(
     multiples. What matches a pattern of `in_full` is unpacked to float32; what is not packed is
     written as it is, bfloat16 as float32.
 
+    packed: what `pack` gives, or a file's content from `load`.
+    file: to write to.
+    arch: the architecture that the file names.
+    ternary: the type of ternary weights.
+    in_full: patterns of names, such as "head.*".
     rounded: round scales to float16, and levels that are not evenly spaced to multiples of a
     seventh of the largest, and warn of the error; without it such levels are refused.
 

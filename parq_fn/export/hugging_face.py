@@ -34,6 +34,10 @@ class ParqFnConfig(QuantizationConfigMixin):  # type: ignore[misc] # of no known
     layers that share codes, such as tied embeddings, under the first name; `tied` has the others.
     Where rows are not runs of a weight, {"levels": [r, k], "cut": {..., "shape": [...]}}, the cut
     as in packed files.
+
+    layers: {name: what is said of it}, see above.
+    tied: {name: first name of the layers that share its codes}.
+    unused: other entries of config.json, which are left alone.
     """
 
     def __init__(
@@ -49,7 +53,10 @@ class ParqFnConfig(QuantizationConfigMixin):  # type: ignore[misc] # of no known
 
 @register_quantizer(METHOD)
 class ParqFnQuantizer(HfQuantizer):  # type: ignore[misc] # of no known type
-    """Makes packed layers of a model before its weights are loaded."""
+    """Makes packed layers of a model before its weights are loaded.
+
+    quantization_config: a `ParqFnConfig`.
+    """
 
     requires_calibration = False
 

@@ -42,12 +42,16 @@ def to_onnx(
     where only that is exact, rounded to the weight's dtype. Others become codes into their table
     behind GatherElements, and are as exact, in float32.
 
+    module: of which packed weights are parameters; it is not changed.
+    packed: what `pack` gives, or a file's content from `load`.
+    file: to write to.
+    opset: the version of ONNX's operators, 21 or more.
     fuse: let runtimes replace DequantizeLinear and MatMul by one kernel. That of onnxruntime rounds
     activations to 8 bits unless its session is told otherwise, so outputs differ; without it a
     Reshape stands between.
 
-    args: inputs to trace the module with; options are torch.onnx.export's, such as input_names
-    and dynamic_shapes.
+    args: inputs to trace the module with.
+    options: torch.onnx.export's, such as input_names and dynamic_shapes.
 
     Raises ImportError without onnx and onnxscript; ValueError for an opset below 21, and as
     `load_into` does for names and shapes.

@@ -135,6 +135,10 @@ def pack_weight(
 ) -> Packed:
     """A weight of r rows, each of whose elements is a level of its row [r, k].
 
+    weight: of any shape.
+    levels: [r, k], sorted.
+    name: of the weight, for errors.
+    quantizer: its name, which the file tells.
     snap: round what is on no level to the nearest; without it that is an error. What unpacks is
     equal; a zero has the sign of its level.
     granularity: how the weight is cut into rows; without one, or with its name alone, rows stand
@@ -255,11 +259,11 @@ def pack(
 class Entry:
     """A tensor of a model that is still to be packed, or to be kept as it is."""
 
-    name: str
+    name: str  # of the parameter or buffer
     source: Tensor  # which may be sharded
-    link: Prox | None = None
+    link: Prox | None = None  # that made the weight
     levels: Tensor | None = None  # [r, k]; None where it is kept
-    snap: bool = False
+    snap: bool = False  # as of `pack_weight`
     grid: Grid | None = None  # as of `Packed`
     table: Table | None = None  # as of `Packed`
 

@@ -35,6 +35,8 @@ def to_torchao(
     channel. These are of nn.Linear, nn.Conv2d and nn.Embedding, of exactly those classes; other
     packed weights are unpacked, what is not packed is loaded as it is, and tied weights stay tied.
 
+    module: of which packed weights are parameters; it is not changed.
+    packed: what `pack` gives, or a file's content from `load`.
     int8_activations: inputs of linear layers are quantized to 8 bits as they come, asymmetrically
     and per token.
     rounded: round levels that are not evenly spaced to multiples of max|level| / 127, and warn of

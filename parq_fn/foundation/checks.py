@@ -27,9 +27,13 @@ class Interval(Value):
     (False, True, '(0, 1]')
     """
 
+    #: The lower end.
     low: float
+    #: The upper end.
     high: float
+    #: Whether the lower end is left out.
     open_low: bool = False
+    #: Whether the upper end is left out.
     open_high: bool = False
 
     def __contains__(self, number: float) -> bool:

@@ -35,6 +35,8 @@ def par(u: Tensor, levels: Tensor, slopes: Tensor) -> Tensor:
         w = q_i       for u in [q_i + a_{i-1}, q_i + a_i]
           = u - a_i   for u in [q_i + a_i, q_{i+1} + a_i]
 
+    u: latent weights [r, n].
+    levels: [r, k], sorted.
     slopes: [r, k-1] for the cells, nondecreasing, and Psi infinite outside [q_1, q_k]; or
     [r, k+1] with a slope on either side of the range too. The paper's even Psi with slopes
     0 <= a_0 < a_1 < ... on |w| is `symmetric_slopes(a)` on the levels of both signs.

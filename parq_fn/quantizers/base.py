@@ -173,6 +173,7 @@ class Quantizer(Value):
         rounded to it, so that weights can be bit-equal to them.
 
         qparams: [r, m], or [r, m + k] or [r, k] of a state that has levels, see `with_levels`.
+        dtype: of the weights.
         """
         end = torch.finfo(dtype).max
         if qparams.shape[-1] != self.num_qparams:
@@ -239,6 +240,7 @@ class Quantizer(Value):
         """Qparams [r, m] of rows [r, n], without a look at their values: in float32, of float64
         rows in float64.
 
+        rows: [r, n], of any floating dtype.
         whole: [1, num_whole], what `whole` gives for the tensor that the rows are of; without it
         they are all of its rows. Of no meaning to quantizers without such qparams.
 

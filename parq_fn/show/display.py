@@ -189,7 +189,10 @@ def curve(
 
 
 class StateTable:
-    """A state as a table, a row a tensor; prints in a terminal, shows in a notebook."""
+    """A state as a table, a row a tensor; prints in a terminal, shows in a notebook.
+
+    rows: (path, shape, dtype, range of values) of each tensor.
+    """
 
     def __init__(self, rows: list[tuple[str, str, str, str]]) -> None:
         self.rows = rows

@@ -149,9 +149,13 @@ def proxmap(
 ) -> Axes:
     """The curves w = map(u, levels, c), one for each coefficient c.
 
+    map: a prox map.
     levels: one row, [k] or [1, k]; they are drawn as horizontal lines, midpoints between them as
     ticks on top, the identity as a thin line.
     coefficients: a number or several; None for a map that takes none, such as hard.
+    symbol: of the coefficient, for the legend.
+    points: of each curve.
+    ax: matplotlib's Axes to draw on; new ones by default.
 
     >>> from parq_fn import plot, proxmaps
     >>> plot.proxmap(proxmaps.parq, [-1.0, 0.0, 1.0], [1.0, 0.5, 0.1]).get_xlabel()
@@ -241,6 +245,9 @@ def levels(
     """The histogram of weights, as a density, with their levels, whose heights are in proportion
     to the share of weights next to them, and the relative squared error of rounding.
 
+    levels: one row, [k] or [1, k].
+    bins, label: of the histogram; of these levels, for the legend.
+    ax: matplotlib's Axes to draw on; new ones by default.
     weights: of one row, any shape. Called again on its Axes, with the same weights, it adds
     other levels at the same scale; ValueError for other weights.
     """
@@ -276,9 +283,11 @@ def latent_vs_weight(
 ) -> Axes:
     """Each weight against its latent, a mark a layer; on the identity nothing is quantized yet.
 
+    transformation, state, params: of the training; params are the latent weights.
     names: of the leaves, by default the first five matrices and kernels, or vectors if there are
     none.
     points: a layer of more weights is drawn at evenly spaced places of its sorted latent.
+    ax: matplotlib's Axes to draw on; new ones by default.
     Raises KeyError for an unknown name.
     """
     latents = dict(zip(names_of(params), tree_leaves(params), strict=True))
@@ -313,10 +322,11 @@ def trajectory(
 ) -> Axes:
     """Weights over time, each a line; with levels those too.
 
-    history: [t, n], or t tensors of one shape. Of many weights `count` are drawn, evenly spaced
-    in their last order.
+    history: [t, n], or t tensors of one shape.
+    count: of many weights so many are drawn, evenly spaced in their last order.
     steps: of the rows, 0 to t - 1 by default.
     levels: [t, k], t rows of levels, or one row [k] for all times.
+    ax: matplotlib's Axes to draw on; new ones by default.
     """
     rows = torch.stack([_plain(row).flatten() for row in history])
     time = list(range(len(rows))) if steps is None else list(steps)
@@ -358,6 +368,8 @@ def error_vs_bits(
     weights: rows [r, n], or anything that is taken as one row.
     quantizers: {label: bits -> quantizer}; by default uniform, greedy and alternating LSBQ, and
     Lloyd-Max.
+    bits: of which the error is drawn.
+    ax: matplotlib's Axes to draw on; new ones by default.
     """
     x = _plain(weights)
     x = x if x.dim() == 2 else x.reshape(1, -1)

@@ -144,8 +144,11 @@ def check_proxmap(
 ) -> None:
     """Checks map(u [r, n], levels [r, k], coefficient) -> w [r, n], or map(u, levels).
 
+    map: a `ProxMap`, or a function.
     coefficient: a number, or a hypothesis strategy of them; without it, from what the map
     declares. ValueError where it declares nothing and needs one.
+    laws: names of them, or laws; by default all that the operator is held to.
+    max_examples: of each law; by default hypothesis's.
 
     >>> import torch
     >>> def lowest(u, levels):
@@ -163,6 +166,10 @@ def check_proxmap(
 
 def check_quantizer(quantizer: Any, *, laws: Laws = None, max_examples: int | None = None) -> None:
     """Checks quantizer(rows [r, n]) -> levels [r, k].
+
+    quantizer: one of the library, or of one's own.
+    laws: names of them, or laws; by default all that the operator is held to.
+    max_examples: of each law; by default hypothesis's.
 
     >>> from parq_fn import lsbq
     >>> check_quantizer(lsbq(1), laws={"pythagoras"}, max_examples=5)
@@ -184,6 +191,11 @@ def check_schedule(
 
     Without traits it is held to an annealing's laws: from 1 down to 0.
 
+    schedule: step -> number.
+    start, end: the steps between which it changes.
+    laws: names of them, or laws; by default all that the operator is held to.
+    max_examples: of each law; by default hypothesis's.
+
     >>> from parq_fn import schedules
     >>> check_schedule(schedules.linear(1.0, 0.0, 5, 15), max_examples=5)
     """
@@ -201,8 +213,11 @@ def check_transformation(
 ) -> None:
     """Checks init, update and weights along random trainings.
 
+    transformation: a link, a chain, or anything with these three methods.
     params: a strategy of parameter trees, dicts with an entry "w0"; without it every kind of
     tree, leaf, dtype and memory format.
+    laws: names of them, or laws; by default all that the operator is held to.
+    max_examples: of each law; by default hypothesis's.
 
     >>> from parq_fn import sgd
     >>> check_transformation(sgd(0.1), laws={"update_is_pure"}, max_examples=5)

@@ -30,9 +30,9 @@ class Claim(NamedTuple):
     to the sides where they are larger than 1.
     """
 
-    left: Any
-    relation: str
-    right: Any
+    left: Any  # what was computed
+    relation: str  # "==" or "<="
+    right: Any  # what it is compared with
     inputs: Mapping[str, Any] = MappingProxyType({})  # made from those that the law was given
 
 
@@ -50,6 +50,12 @@ class Violation(AssertionError):
     """A law that does not hold: `law`, `inputs`, `left` and `right`; `others` broken too.
 
     Where the operator raised instead, that is its `error`, and there are no sides.
+
+    law: that does not hold.
+    inputs: by name, those that it does not hold on.
+    claim: what does not hold; None where the operator raised.
+    operator: what was checked.
+    error: what the operator raised.
     """
 
     def __init__(
@@ -108,7 +114,9 @@ class Law(Value):
     """A law of one kind of operator.
 
     kind: "proxmap", "quantizer", "schedule" or "transformation".
-    statement: one line. formula: plain text.
+    name: what `check` and errors call it.
+    statement: one line.
+    formula: plain text.
     tolerance, reason: what both sides may differ by, relative where they exceed 1, and why.
     needs: the traits that it is made from.
     applies: traits -> whether an operator that declares those and these is held to it.
@@ -151,7 +159,10 @@ def _always(traits: Any) -> bool:
 
 
 class Collection(list[Law]):
-    """The laws of a kind, in the order of their definition; a decorator adds one."""
+    """The laws of a kind, in the order of their definition; a decorator adds one.
+
+    kind: as that of `Law`.
+    """
 
     def __init__(self, kind: str):
         super().__init__()

@@ -33,7 +33,9 @@ class Row(NamedTuple):
 class Report(Value):
     """What `report` gives. Prints as a table in a terminal and in a notebook."""
 
+    #: What was checked, as it prints.
     operator: str
+    #: One for each law.
     rows: tuple[Row, ...]
 
     @property
@@ -112,9 +114,15 @@ def report(
 ) -> Report:
     """The operator under its laws: a table of pass or fail with the counterexamples.
 
+    operator: a prox map, quantizer, schedule or transformation.
     kind: "proxmap", "quantizer", "schedule" or "transformation", where it cannot be seen from
-    the operator; the other options are those of the kind's checker. Raises as that does, but
-    for broken laws.
+    the operator.
+    laws: names of them, or laws; by default all that the operator is held to.
+    coefficient: of a prox map, see `check_proxmap`.
+    params: of a transformation, see `check_transformation`.
+    start, end: of a schedule, see `check_schedule`.
+    max_examples: of each law; by default hypothesis's.
+    Raises as the kind's checker does, but for broken laws.
 
     >>> from parq_fn import proxmaps
     >>> report(proxmaps.hard, laws={"idempotent"}, max_examples=5)

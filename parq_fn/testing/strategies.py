@@ -174,8 +174,8 @@ def transformations(draw: Draw, *, prox: bool = True) -> Any:
 class Pair(NamedTuple):
     """A node of random parameter trees."""
 
-    first: Any
-    second: Any
+    first: Any  # a leaf, or a tree
+    second: Any  # likewise
 
 
 SHAPES = ((2,), (), (3,), (2, 3), (1, 2), (2, 1, 3), (2, 2, 1, 2), (0,), (2, 0), (2, 70))

@@ -31,8 +31,9 @@ def levels_of(transformation: Any, state: Any) -> PyTree:
     or better; weights are mapped to them rounded to the weights' dtype.
 
     transformation: any that prox links are in, however deep; where several quantize a leaf, the
-    last. state: its state. Raises ValueError where there is no prox link, TypeError for a state
-    that is none of its own.
+    last.
+    state: its state.
+    Raises ValueError where there is no prox link, TypeError for a state that is none of its own.
 
     >>> import torch
     >>> from parq_fn import chain, hard_prox, lsbq, sgd

@@ -71,8 +71,11 @@ class value_and_grad(Value):
     (tensor(36.), {'w': tensor(24.)})
     """
 
+    #: (weights, *args) -> loss, one number.
     loss: Callable[..., Any]
+    #: Makes the weights, and pulls gradients back where it does more than that.
     transform: Transformation
+    #: Whether the loss returns (loss, aux).
     has_aux: bool = False
 
     def __post_init__(self) -> None:

@@ -316,6 +316,7 @@ class stateless(Link):
     {'w': tensor([2.])}
     """
 
+    #: (updates, params) -> updates.
     function: Callable[[PyTree, PyTree], PyTree]
     traits = TransformationTraits(plain_weights=True)
 
@@ -352,9 +353,13 @@ class GradientTransformation(Value):
     {'w': 0.5}
     """
 
+    #: params -> state.
     init: Callable[[PyTree], PyTree]
+    #: (updates, state, params, **extra) -> updates, state.
     update: Callable[..., tuple[PyTree, PyTree]]
+    #: (state, params) -> weights.
     weights: Callable[[PyTree, PyTree], PyTree] = _same
+    #: (grads, state, params, *, weights=None) -> grads, what it learns.
     pullback: Callable[..., tuple[PyTree, PyTree]] = _untouched
 
     @property

@@ -54,6 +54,7 @@ def _wide(leaf: Tensor) -> torch.dtype:
 class _Around(Link):
     """Base of these links: one transformation, and a state that has its state as `inner`."""
 
+    #: What it wraps, such as a whole chain.
     inner: Transformation
 
     def __post_init__(self) -> None:
