@@ -34,6 +34,7 @@ from parq_fn.quantizers import (
 from parq_fn.quantizers.granularity import Granularity, per_block, per_channel, per_tensor
 from parq_fn.schedules import Schedule, inverse_slope
 from parq_fn.transforms import estimators, links, wrappers
+from parq_fn.transforms.averaged import averaged, weights_of_average
 from parq_fn.transforms.chain import Composite, chain, named_chain
 from parq_fn.transforms.clipping import clip, clip_by_global_norm, global_norm
 from parq_fn.transforms.levels_of import levels_of
@@ -45,6 +46,7 @@ from parq_fn.transforms.links import (
     scale_by_schedule,
     trace,
 )
+from parq_fn.transforms.lion import lion, scale_by_lion
 from parq_fn.transforms.masked import masked
 from parq_fn.transforms.optimizers import adam, adamw, sgd
 from parq_fn.transforms.partition import partition
@@ -139,6 +141,7 @@ __all__ = [
     "apply_if_finite",
     "apply_updates",
     "asymmetric",
+    "averaged",
     "binary_relax_prox",
     "centered",
     "chain",
@@ -156,6 +159,7 @@ __all__ = [
     "integer",
     "inverse_slope",
     "levels_of",
+    "lion",
     "lloyd_max",
     "lsbq",
     "masked",
@@ -177,6 +181,7 @@ __all__ = [
     "scale",
     "scale_by_adam",
     "scale_by_learning_rate",
+    "scale_by_lion",
     "scale_by_schedule",
     "schedules",
     "sgd",
@@ -189,4 +194,5 @@ __all__ = [
     "uniform",
     "value_and_grad",
     "weight_mask",
+    "weights_of_average",
 ]

@@ -1,4 +1,4 @@
-"""sgd, adam and adamw are torch.optim's, step for step, to 1e-12 in float64."""
+"""Optimizers are torch.optim's, or their papers', step for step, to 1e-12 in float64."""
 
 from __future__ import annotations
 
@@ -64,6 +64,30 @@ def test_adam(settings: dict, pair) -> None:
     agree(ours(0.1, b1, b2, **own), lambda p: theirs(p, 0.1, **settings), [0.1])
 
 
+class Lion(torch.optim.Optimizer):
+    """As the paper's algorithm 2 says it."""
+
+    def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, (b1, b2), decay = group["lr"], group["betas"], group["weight_decay"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                p -= lr * ((b1 * m + (1 - b1) * p.grad).sign() + decay * p)
+                m.mul_(b2).add_((1 - b2) * p.grad)
+
+
+@given(st.sampled_from([(0.9, 0.99), (0.0, 0.5)]), st.sampled_from([0.0, 0.3]))
+def test_lion(betas: tuple[float, float], decay: float) -> None:
+    rates = [0.1, 0.03, 0.01]
+    ours = pf.lion(lambda t: schedules.piecewise(rates, (1, 2))(t % 3), *betas, decay)
+    for missing in (None, "matrix"):
+        agree(ours, lambda p: Lion(p, 0.1, betas, decay), rates, missing=missing)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_schedules_and_tensors_as_hyperparameters(name: str) -> None:
     rates = [0.1, 0.03, 0.01]
@@ -103,6 +127,7 @@ def test_learning_rate_by_argument_wins() -> None:
     [
         (lambda: pf.sgd(-0.1), r"learning_rate must lie in \[0, inf\), got -0.1"),
         (lambda: pf.sgd(0.1, nesterov=True), "nesterov takes a momentum and no dampening"),
+        (lambda: pf.lion(0.1, b2=1.0), r"lion: b2 must lie in \[0, 1\), got 1.0"),
         (lambda: pf.adam(b1=1.0), r"b1 must lie in \[0, 1\), got 1.0"),
         (lambda: pf.adamw(weight_decay=-1), r"adamw: weight_decay must lie in \[0, inf\), got -1"),
     ],

@@ -119,6 +119,11 @@ NESTED = {
     "finite_inside": pf.chain(
         pf.clip(0.4), pf.apply_if_finite(pf.chain(TRACE, pf.scale(-0.1), DAMPED))
     ),
+    "averaged": pf.averaged(pf.chain(pf.clip(0.4), TRACE, pf.scale(-0.1), DAMPED), 0.9),
+    "averaged_inside": pf.chain(
+        pf.clip(0.4), pf.averaged(pf.chain(TRACE, pf.scale(-0.1), DAMPED), 0.9)
+    ),
+    "averaged_link": pf.chain(pf.clip(0.4), TRACE, pf.scale(-0.1), pf.averaged(DAMPED, 0.9)),
     "accumulated": pf.accumulate(pf.chain(pf.clip(0.4), TRACE, pf.scale(-0.1), DAMPED), 1),
     "accumulated_outside": pf.chain(
         pf.identity(), pf.accumulate(pf.chain(pf.clip(0.4), TRACE, pf.scale(-0.1), DAMPED), 1)
@@ -182,7 +187,7 @@ def test_what_links_learn_is_handed_back_to_them() -> None:
         pf.partition(
             {"x": pf.chain(learner("b"), pf.sgd(0.1)), "y": learner("c")}, {"a": "x", "b": "y"}
         ),
-        pf.apply_if_finite(learner("d")),
+        pf.averaged(pf.apply_if_finite(learner("d")), 0.9),
     )
     state = transform.init(PARAMS)
     grads, own = transform.pullback(GRADS, state, PARAMS)
@@ -200,7 +205,7 @@ def test_what_links_learn_is_handed_back_to_them() -> None:
     _, state = transform.update(GRADS, state, PARAMS)
     assert got(state[1]) == [a.item()]
     assert got(state[3]) == [b.item(), c.item()]
-    assert got(state[4].inner) == [d.item()]
+    assert got(state[4].inner.inner) == [d.item()]
 
 
 def test_the_second_result_of_a_chain_is_never_empty() -> None:

@@ -59,9 +59,9 @@ class Chain(Link):
             changes = changes if own.passes_updates else link
             if fits is not None and not (own.passes_updates or own.last):
                 raise ValueError(
-                    f"{fits!r} fits its levels to params + updates as they reach it, and {link!r} "
-                    "behind it may change them; put it last (a link that lets updates pass says "
-                    "so in its traits: passes_updates=True)"
+                    f"{fits!r} fits its levels to params + updates as they reach it, or averages "
+                    f"them, and {link!r} behind it may change them; put it last (a link that lets "
+                    "updates pass says so in its traits: passes_updates=True)"
                 )
             if own.last and fits is None:
                 self._check_rates(link)
@@ -342,3 +342,19 @@ def every_link(transformation: Any) -> Iterator[Any]:
         yield transformation
     for child in children_of(transformation).values():
         yield from every_link(child)
+
+
+def every_state(transformation: Any, state: Any) -> Iterator[tuple[Any, Any]]:
+    """The links that `every_link` gives, each with its own state, from the transformation's.
+
+    >>> from parq_fn import chain, clip, sgd
+    >>> transform = chain(clip(1.0), sgd(0.1))
+    >>> [type(state).__name__ for _, state in every_state(transform, transform.init({}))]
+    ['tuple', 'EmptyState', 'tuple', 'StepState']
+    """
+    if not isinstance(transformation, Composite):
+        yield transformation, state
+    if inside := children_of(transformation):
+        states = transformation.child_states(state)
+        for name, inner in inside.items():
+            yield from every_state(inner, states[name])

@@ -9,18 +9,16 @@ import optree
 
 from parq_fn.foundation.tree import Masked, PyTree, tree_map
 from parq_fn.foundation.value import show
+from parq_fn.transforms.chain import every_state
 from parq_fn.transforms.prox_link import Prox, ProxState
-from parq_fn.transforms.transformation import check_state, check_transformation, children_of
+from parq_fn.transforms.transformation import check_state, check_transformation
 
 
 def prox_states(transformation: Any, state: Any) -> Iterator[tuple[Prox, ProxState]]:
     """The prox links inside a transformation, each with its state."""
-    if isinstance(transformation, Prox):
-        yield transformation, state
-    elif inside := children_of(transformation):
-        states = transformation.child_states(state)
-        for name, inner in inside.items():
-            yield from prox_states(inner, states[name])
+    for link, own in every_state(transformation, state):
+        if isinstance(link, Prox):
+            yield link, own
 
 
 def levels_of(transformation: Any, state: Any) -> PyTree:
@@ -47,14 +45,14 @@ def levels_of(transformation: Any, state: Any) -> PyTree:
     for link, own in prox_states(transformation, state):
         check_state(link, own, ProxState)
         levels = tree_map(link.quantizer.known_levels, own.qparams)
-        found = levels if found is None else _merged(levels, found)
+        found = levels if found is None else merged(levels, found)
     if found is None:
         raise ValueError(f"levels_of: there is no prox link in {show(transformation)}")
     return found
 
 
-def _merged(first: PyTree, second: PyTree) -> PyTree:
-    """The leaves of the first, those of the second where it has none."""
+def merged(first: PyTree, second: PyTree) -> PyTree:
+    """The leaves of the first tree, those of the second where it has `Masked()`."""
 
     def either(a: Any, b: Any) -> Any:
         return b if isinstance(a, Masked) else a

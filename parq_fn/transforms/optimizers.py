@@ -14,7 +14,8 @@ from parq_fn.transforms.links import (
 )
 
 
-def _off(hyperparameter: object) -> bool:
+def off(hyperparameter: object) -> bool:
+    """Whether it is the number 0, so that its link is left out."""
     return is_number(hyperparameter) and hyperparameter == 0
 
 
@@ -56,7 +57,7 @@ class sgd(Composite):
             weight_decay=self.weight_decay,
         )
         check_numbers("sgd", schedules=True, dampening=self.dampening)
-        if self.nesterov and (_off(self.momentum) or not _off(self.dampening)):
+        if self.nesterov and (off(self.momentum) or not off(self.dampening)):
             raise ValueError(
                 "sgd: nesterov takes a momentum and no dampening, got "
                 f"momentum={self.momentum}, dampening={self.dampening}"
@@ -66,10 +67,10 @@ class sgd(Composite):
 
     def expand(self) -> Chain:
         """[add_decayed_weights,] [trace,] scale_by_learning_rate."""
-        decay = () if _off(self.weight_decay) else (add_decayed_weights(self.weight_decay),)
+        decay = () if off(self.weight_decay) else (add_decayed_weights(self.weight_decay),)
         momentum = (trace(self.momentum, self.dampening, self.nesterov),)
         rate = scale_by_learning_rate(self.learning_rate)
-        return chain(*decay, *(() if _off(self.momentum) else momentum), rate)
+        return chain(*decay, *(() if off(self.momentum) else momentum), rate)
 
 
 @value
@@ -100,7 +101,7 @@ class adam(Composite):
 
     def expand(self) -> Chain:
         """[add_decayed_weights,] scale_by_adam, scale_by_learning_rate."""
-        decay = () if _off(self.weight_decay) else (add_decayed_weights(self.weight_decay),)
+        decay = () if off(self.weight_decay) else (add_decayed_weights(self.weight_decay),)
         moments = scale_by_adam(self.b1, self.b2, self.eps, self.amsgrad)
         return chain(*decay, moments, scale_by_learning_rate(self.learning_rate))
 
@@ -135,7 +136,7 @@ class adamw(Composite):
 
     def expand(self) -> Chain:
         """scale_by_adam, [add_decayed_weights,] scale_by_learning_rate."""
-        decay = () if _off(self.weight_decay) else (add_decayed_weights(self.weight_decay),)
+        decay = () if off(self.weight_decay) else (add_decayed_weights(self.weight_decay),)
         moments = scale_by_adam(self.b1, self.b2, self.eps, self.amsgrad)
         return chain(moments, *decay, scale_by_learning_rate(self.learning_rate))
 

@@ -46,12 +46,13 @@ from parq_fn.transforms.transformation import (
 )
 
 
-def _wide(leaf: Tensor) -> torch.dtype:
+def wide(leaf: Tensor) -> torch.dtype:
+    """The dtype of what is kept of a leaf over many updates: float32 or better."""
     return torch.promote_types(leaf.dtype, torch.float32)
 
 
 @value
-class _Around(Link):
+class Around(Link):
     """Base of these links: one transformation, and a state that has its state as `inner`."""
 
     #: What it wraps, such as a whole chain.
@@ -110,7 +111,7 @@ class AccumulateState(NamedTuple):
 
 
 @value
-class accumulate(_Around):
+class accumulate(Around):
     """Gradient accumulation: one inner update with the mean of every `steps` updates.
 
     On the calls between, updates are zeros and the inner state stands still, so the schedule,
@@ -147,7 +148,7 @@ class accumulate(_Around):
     def init(self, params: PyTree) -> AccumulateState:
         """Zeros and the inner state."""
         check_floating(params, "accumulate")
-        zeros = tree_map(lambda p: torch.zeros_like(p, dtype=_wide(p)), params)
+        zeros = tree_map(lambda p: torch.zeros_like(p, dtype=wide(p)), params)
         return AccumulateState(new_count(), zeros, begun(self.inner, params))
 
     def update(
@@ -194,14 +195,14 @@ class FiniteState(NamedTuple):
 
 
 @value
-class apply_if_finite(_Around):
+class apply_if_finite(Around):
     """The inner update where every element of the updates, pulled back, is finite; otherwise zeros.
 
     A skipped call leaves the inner state as it was, levels and counts of a prox link included,
     and is counted in `skipped`. Wrap the whole chain.
     """
 
-    rates = _Around.rates
+    rates = Around.rates
 
     @property
     def traits(self) -> TransformationTraits:
