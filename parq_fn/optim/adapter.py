@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
@@ -68,6 +68,50 @@ class Adapter(Optimizer):
         first group."""
         self._store.sync()
         return ((place.name, place.p) for place in self._store.places())
+
+    @contextmanager
+    def rounded(self) -> Iterator[None]:
+        """Inside `with optimizer.rounded():` quantized parameters hold the nearest levels of their
+        latents, however far the annealing is, to be evaluated or exported; after it what they held
+        before, bit for bit, exceptions included.
+
+        Before levels are fitted, they are those of the latents now. The optimizer can be read
+        inside (`levels`, `state_dict`) and not stepped, loaded or copied: RuntimeError. What is
+        written to parameters inside is lost.
+        """
+        self._lend(self._rounded)
+        try:
+            yield
+        finally:
+            self._take_back()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside `with optimizer.averaged_weights():` parameters hold the weights of the averages
+        of their latents, mapped after averaging, as `weights_of_average` gives them; else as
+        `rounded`. Raises ValueError where no average is kept.
+        """
+        self._lend(self._averages)
+        try:
+            yield
+        finally:
+            self._take_back()
+
+    @settled
+    def _lend(self, weights: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> None:
+        self._store.lend(weights)
+
+    @settled
+    def _take_back(self) -> None:
+        self._store.take_back()
+
+    def _rounded(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(quantized parameter, this rank's part of its nearest levels) of each."""
+        raise NotImplementedError(f"{type(self).__name__} must define _rounded")
+
+    def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(parameter, this rank's part of the weights of its average) of each."""
+        raise NotImplementedError(f"{type(self).__name__} must define _averages")
 
     def __repr__(self) -> str:
         first, _, groups = super().__repr__().partition("\n")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -23,7 +24,8 @@ from parq_fn.transforms.sharded import local
 
 #: The entries of a parameter's state that are ours; the others are the base optimizer's.
 QUANTIZED = ("latent", "qparams", "count", "slope", "lr_sum", "link")
-OWN = ("updates", *QUANTIZED)
+AVERAGE = ("average", "average_count", "average_total")
+OWN = ("updates", *AVERAGE, *QUANTIZED)
 #: Those that weights follow from.
 _WEIGH = tuple(key for key in QUANTIZED if key != "link")
 
@@ -34,6 +36,7 @@ class BaseOwner:
     latents: {parameter: what the base moves for it}, the parameter itself where it is not
     quantized. Of a quantized one it shares its memory with the entry "latent".
     link: of a group; weight: (group, parameter) -> this rank's part of its weights now.
+    average: whether an average of each parameter's latents is kept.
     """
 
     who = "QuantOptimizer"
@@ -47,8 +50,11 @@ class BaseOwner:
         base: Optimizer,
         link: Callable[[Group], Prox],
         weight: Callable[[Group, Tensor], Tensor],
+        *,
+        average: bool = False,
     ) -> None:
         self.optimizer, self.base, self.link, self.weight = optimizer, base, link, weight
+        self.average = average
         self.latents: dict[Tensor, Tensor] = {}
 
     def check(self) -> None:
@@ -69,7 +75,15 @@ class BaseOwner:
 
     def begin(self, fresh: list[Place], places: list[Place]) -> dict[Tensor, Entries]:
         del places
-        return {place.p: self._entries(place) for place in fresh}
+        return {place.p: {**self._entries(place), **self._averaged(place.p)} for place in fresh}
+
+    def _averaged(self, p: Tensor) -> Entries:
+        """An average that nothing was added to."""
+        if not (self.average and p.is_floating_point()):
+            return {}
+        average = p.detach().to(wide(p), copy=True)
+        count = new_count()
+        return dict(zip(AVERAGE, (average, count, count.to(torch.float64)), strict=True))
 
     def _entries(self, place: Place) -> Entries:
         p, group, _, label = place
@@ -209,7 +223,10 @@ class BaseOwner:
         ]
 
     def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
-        """Entries of the base optimizer alone, as of training in full precision, too."""
+        """Entries of the base optimizer alone, as of training in full precision, too; an average
+        that was not saved begins anew, one that is not kept is left out."""
+        saved = {key: got for key, got in saved.items() if key not in AVERAGE or key in mine}
+        saved = {**{key: got for key, got in self._averaged(p).items() if key in mine}, **saved}
         quantized = bool(saved.keys() & {*QUANTIZED})
         if quantized and "qparams" not in mine:
             raise ValueError(

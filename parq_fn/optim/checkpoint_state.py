@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from parq_fn.foundation.torch_private import nested
 from parq_fn.optim.adapter import Adapter
-from parq_fn.optim.base_owner import OWN, QUANTIZED
+from parq_fn.optim.base_owner import AVERAGE, OWN, QUANTIZED
 from parq_fn.optim.checkpoint_bytes import Planner, restricted
 from parq_fn.optim.groups import KEYS
 from parq_fn.optim.quantized import QuantOptimizer
@@ -244,7 +244,7 @@ def fit(folder: Path, index: Metadata, optimizer: Optimizer, state: dict[str, An
             "become the latents"
         )
     for name, own in entries.items():
-        for key in _LINKS:
+        for key in (*_LINKS, *AVERAGE):
             if f"{_STATE}{name}.{key}" not in stored:
                 own.pop(key, None)
     _check_links(folder, index, entries)

@@ -7,7 +7,7 @@ adapter begins with `LatentStore.sync`, which finds what was done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from parq_fn.optim.state import (
     loaded,
     loaded_groups,
     taken_over,
+    versions,
     wide,
 )
 from parq_fn.transforms.sharded import is_dtensor, local
@@ -39,6 +40,9 @@ class LatentStore(Places):
     and where state is saved or loaded; `sync("all")` compares those of all.
     """
 
+    #: (parameter, what this rank's part of it held) of those that hold other weights for a while.
+    _lent: list[tuple[Tensor, Tensor]] | None = None
+
     # What other code did.
 
     def sync(self, compare: Compare = "none", write: bool = True) -> None:
@@ -47,8 +51,10 @@ class LatentStore(Places):
 
         compare: whose values are compared too, for writes that torch does not count.
         write: off where weights are written later.
-        Raises ValueError for what cannot be followed.
+        Raises ValueError for what cannot be followed. Nothing is done while weights are lent.
         """
+        if self._lent is not None:
+            return
         self._follow()
         with torch.no_grad():
             params = self._with_latents()
@@ -61,6 +67,40 @@ class LatentStore(Places):
         """Whether parameters may be without the weights of latents that were edited or loaded."""
         held = (mark.held for mark in self._marks.values())
         return any(one in (AHEAD, LOADED) for one in held) or bool(self._edited_in_state())
+
+    # Other weights for a while.
+
+    def lend(self, weights: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> None:
+        """Parameters hold these weights, (parameter, this rank's part), until `take_back`."""
+        self.check_not_lent("rounded() and averaged_weights()")
+        self.sync()
+        self._lent = []
+        try:
+            with torch.no_grad():
+                for p, weight in weights():
+                    self._lent.append((p, local(p).clone()))
+                    local(p).copy_(weight)
+        except BaseException:
+            self.take_back()
+            raise
+
+    def take_back(self) -> None:
+        """Parameters hold what they did, bit for bit, whatever was written to them since."""
+        for p, was in self._lent or ():
+            with torch.no_grad():
+                local(p).copy_(was)
+            if p in self._marks:
+                self._marks[p] = self._marks[p]._replace(versions=versions(p))
+        self._lent = None
+
+    def check_not_lent(self, what: str) -> None:
+        """Raises RuntimeError while parameters hold lent weights."""
+        if self._lent is not None:
+            raise RuntimeError(
+                f"{self.owner.who}: {what} cannot be called inside `with optimizer.rounded():` or "
+                "`with optimizer.averaged_weights():`, where parameters hold other weights than "
+                "those that they are trained with; leave the block first"
+            )
 
     def rewrite(self) -> None:
         """Parameters hold the weights of their latents, which have moved outside of a step."""
@@ -183,6 +223,7 @@ class LatentStore(Places):
         module's loading, is compared with the loaded latent at the next `sync`, so that either may
         be loaded first; what another one holds does not count.
         """
+        self.check_not_lent("load_state_dict")
         check_state_dict(self.owner.who, state_dict)
         self._follow(mend=True)
         state = self.optimizer.state
@@ -249,6 +290,7 @@ class LatentStore(Places):
     # Copies of the optimizer.
 
     def __getstate__(self) -> dict[str, Any]:
+        self.check_not_lent("a copy or a pickle")
         held = {p: mark.held for p, mark in self._marks.items()}
         return {**self.__dict__, "_marks": held}
 

@@ -15,7 +15,7 @@ leaves a latent in the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from parq_fn.foundation.checks import SHARE, check_numbers
-from parq_fn.foundation.scalar import concrete
+from parq_fn.foundation.scalar import Scalar, at, concrete
 from parq_fn.foundation.torch_private import not_traced
 from parq_fn.foundation.value import briefly, check_flags
 from parq_fn.optim.adapter import settled
@@ -34,8 +34,10 @@ from parq_fn.optim.groups import KEYS, check_group, is_quantized, link_of
 from parq_fn.optim.latents import LatentStore
 from parq_fn.optim.moving import Moving, rate_of
 from parq_fn.optim.state import Group, value_of
+from parq_fn.transforms.averaged import moved, share_of
 from parq_fn.transforms.prox_link import Prox, ProxState, in_rows
 from parq_fn.transforms.prox_links import parq_prox
+from parq_fn.transforms.rounding import rounding
 from parq_fn.transforms.sharded import local, part_of
 
 #: What a group shows of its last step.
@@ -65,6 +67,9 @@ class QuantOptimizer(Moving):
     zero; the base optimizer and the fits of levels are not. A map is compiled when it is first met,
     some seconds where annealing starts and where it ends, for which a CPU needs a C++ compiler; it
     pays where weights are many. torch.compile(optimizer.step) runs the step as it is.
+    average: the decay, a number or a schedule of the steps so far, of an average of every
+    parameter's latents, as `averaged` takes it; `with optimizer.averaged_weights():` has
+    parameters hold its weights.
 
     `param_groups` are the base's own, so a learning-rate scheduler may be built on either. A
     quantized group shows "inverse_slope" (the map's coefficient) and "lr_sum" as numbers, of the
@@ -81,7 +86,9 @@ class QuantOptimizer(Moving):
 
     State of a parameter, from construction on: the base's own entries; "updates" [], int64; and
     where quantized "latent" (float32 or better, like the parameter), "qparams" [..., m] in its
-    dtype (as of a prox link), "count" [], int64, "slope" and "lr_sum" [], float64.
+    dtype (as of a prox link), "count" [], int64, "slope" and "lr_sum" [], float64; with an
+    average "average", float32 or better and like the parameter, "average_count" [], int64, and the
+    sum of its weights, "average_total" [], float64.
 
     Raises TypeError for an optimizer around another, what is no prox link, and FSDP1's flat
     parameters; ValueError for other unfit optimizers, where there is a link and no group has
@@ -102,7 +109,7 @@ class QuantOptimizer(Moving):
     (True, 0.0)
     """
 
-    _copied = ("base", "prox", "anneal_weight_decay", "compile", "_latents", "_own")
+    _copied = ("base", "prox", "anneal_weight_decay", "compile", "average", "_latents", "_own")
 
     @settled
     def __init__(
@@ -112,6 +119,7 @@ class QuantOptimizer(Moving):
         *,
         anneal_weight_decay: float = 0.0,
         compile: bool = False,
+        average: Scalar | None = None,
     ):
         check_base(base_optimizer)
         if prox is not None and not isinstance(prox, Prox):
@@ -121,14 +129,18 @@ class QuantOptimizer(Moving):
             )
         check_numbers("QuantOptimizer", SHARE, anneal_weight_decay=anneal_weight_decay)
         check_flags("QuantOptimizer", compile=compile)
+        if average is not None:
+            check_numbers("QuantOptimizer", SHARE, schedules=True, average=average)
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base, self.prox, self.compile = base_optimizer, prox, compile
-        self.anneal_weight_decay = anneal_weight_decay
+        self.anneal_weight_decay, self.average = anneal_weight_decay, average
         self.param_groups = base_optimizer.param_groups
         self._own: list[Prox | None] = []
         self._links: dict[tuple[Any, ...], Prox] = {}
         self._pass = Pass(compile=compile)
-        owner = BaseOwner(self, base_optimizer, self.link, self._weight)
+        owner = BaseOwner(
+            self, base_optimizer, self.link, self._weight, average=average is not None
+        )
         self._store, self._latents = LatentStore(self, owner), owner.latents
         self._enter(self.param_groups)
         quantized = [place for place in self._store.places() if is_quantized(place.group)]
@@ -148,6 +160,7 @@ class QuantOptimizer(Moving):
         if not hasattr(self, "base"):  # called by Optimizer.__init__
             super().add_param_group(param_group)
             return
+        self._store.check_not_lent("add_param_group")
         self._store.sync()
         self.base.add_param_group(param_group)
         try:
@@ -224,6 +237,7 @@ class QuantOptimizer(Moving):
 
     @settled
     def _step(self) -> None:
+        self._store.check_not_lent("step")
         self._store.sync()
         before: Before = []
         try:
@@ -232,6 +246,8 @@ class QuantOptimizer(Moving):
                 for group in self.param_groups:
                     if is_quantized(group):
                         self._map_group(group, before)
+                if self.average is not None:
+                    self._take_averages(self.average)
         except BaseException:
             for values, old in reversed(before):
                 values.update(old)
@@ -265,6 +281,14 @@ class QuantOptimizer(Moving):
             before.append((group, {key: group[key] for key in _SHOWN}))
             _show(group, prox_state(self.state[longest]))
 
+    def _take_averages(self, decay: Scalar) -> None:
+        for p, entries in self.state.items():
+            if p.requires_grad and "average" in entries:
+                count, total = entries["average_count"], entries["average_total"]
+                share, entries["average_total"] = share_of(total, at(decay, count))
+                entries["average"] = moved(entries["average"], self._latents[p].detach(), share)
+                entries["average_count"] = count + 1
+
     def _job(self, link: Prox, p: Tensor) -> Job:
         """The map of this rank's part of a parameter."""
         entries, part = self.state[p], part_of(p, link.granularity)
@@ -293,6 +317,26 @@ class QuantOptimizer(Moving):
         self._pass(link, state, [job])
         return job.weight
 
+    def _rounded(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for group in self.param_groups:
+            if is_quantized(group):
+                link = rounding(self.link(group))
+                for p in group["params"]:
+                    yield p, _weight_at(link, self.state[p], self.state[p]["latent"], p)
+
+    def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.average is None:
+            raise ValueError(
+                "averaged_weights: no average is kept; build QuantOptimizer(..., average=0.999)"
+            )
+        for group in self.param_groups:
+            for p in group["params"]:
+                entries = self.state[p]
+                if "average" in entries and is_quantized(group):
+                    yield p, _weight_at(self.link(group), entries, entries["average"], p)
+                elif "average" in entries:
+                    yield p, local(entries["average"])
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_links": {}, "_pass": Pass(compile=self.compile)}
 
@@ -303,6 +347,11 @@ class QuantOptimizer(Moving):
         self._store = LatentStore(self, owner)
         self._store.add(begin=False)
         owner.resume()
+
+
+def _weight_at(link: Prox, entries: dict[str, Any], latent: Tensor, p: Tensor) -> Tensor:
+    """This rank's part of the weights that a latent has with a parameter's qparams."""
+    return local(link.weights(prox_state(entries), [latent], dtype=p.dtype)[0])
 
 
 def _show(group: Group, state: ProxState) -> None:

@@ -20,10 +20,13 @@ from parq_fn.optim.leafwise import Part, joined
 from parq_fn.optim.old_states import with_qparams
 from parq_fn.optim.state import Entries, Group, value_of
 from parq_fn.optim.tree_owner import TreeOwner, select
+from parq_fn.transforms.averaged import weights_of_average
 from parq_fn.transforms.chain import every_link
 from parq_fn.transforms.levels_of import prox_states
 from parq_fn.transforms.links import add_decayed_weights
 from parq_fn.transforms.prox_link import Prox
+from parq_fn.transforms.rounding import rounding
+from parq_fn.transforms.sharded import local
 from parq_fn.transforms.train import apply_updates
 from parq_fn.transforms.transformation import (
     Transformation,
@@ -121,6 +124,7 @@ class TransformOptimizer(Adapter):
         if not hasattr(self, "transformation"):  # called by Optimizer.__init__
             super().add_param_group(param_group)
             return
+        self._store.check_not_lent("add_param_group")
         self._store.sync()
         if _has(self.transformation, Prox) and self._has_stepped():
             raise ValueError(
@@ -158,6 +162,7 @@ class TransformOptimizer(Adapter):
     @settled
     @torch.no_grad()
     def _update(self) -> None:
+        self._store.check_not_lent("step")
         self._store.sync()
         groups = {place.name: place.group for place in self._store.places()}
         common: Entries = {}
@@ -241,6 +246,24 @@ class TransformOptimizer(Adapter):
                 "quantizes; give one that a prox link of its transformation sees"
             )
         return found[-1]
+
+    def _rounded(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in self._tree.parts:
+            state, own = self._tree.gather(part), select(part, self._tree.params)
+            latents = {name: self._tree.latent(p) for name, p in own.items()}
+            weights = rounding(part.transformation).weights(state, latents)
+            links = prox_states(part.transformation, state)
+            for name in {name for _, one in links for name in names_of(one.qparams)}:
+                yield own[name], local(weights[name])
+
+    def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in self._tree.parts:
+            own = select(part, self._tree.params)
+            latents = {name: self._tree.latent(p) for name, p in own.items()}
+            state = self._tree.gather(part)
+            weights = weights_of_average(part.transformation, state, latents)
+            for name, p in own.items():
+                yield p, local(weights[name])
 
     def _resume(self) -> None:
         self._tree = tree = TreeOwner(self, self.transformation, self._check_group)

@@ -34,6 +34,7 @@ class Wrapping(Adapter):
         parameters that are its alone; quantized parameters hold the weights of their latents after
         it. Schedule-free optimizers have them; of others nothing is changed.
         """
+        self._store.check_not_lent("train or eval")
         self._store.sync()
         change = getattr(self.base, "train" if mode else "eval", None)
         if not callable(change):
@@ -85,7 +86,7 @@ class Wrapping(Adapter):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
+        state = {"average": None, **state}  # a version before it had one
         kept = state.pop("_of_the_base", None)
         super().__setstate__(state)
         if kept is not None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from parq_fn.foundation.checks import SHARE, check_numbers
-from parq_fn.foundation.scalar import Scalar, as_scalar, at, new_count
+from parq_fn.foundation.scalar import Scalar, at, new_count, to_device
 from parq_fn.foundation.traits import TransformationTraits, shared
 from parq_fn.foundation.tree import Params, PyTree, check_floating, tree_map
 from parq_fn.foundation.value import show, state_class, value
 from parq_fn.transforms.chain import every_state
 from parq_fn.transforms.levels_of import merged
-from parq_fn.transforms.links import times
+from parq_fn.transforms.sharded import local, placed
 from parq_fn.transforms.train import apply_updates
 from parq_fn.transforms.transformation import (
     Transformation,
@@ -39,8 +39,16 @@ class AveragedState(NamedTuple):
 
 def share_of(total: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
     """(what the average moves to the next sample, the new sum of weights), from the sum so far."""
+    decay = decay.to(torch.float64)
     new = decay * total + (1.0 - decay)
     return torch.where(new > 0, (1.0 - decay) / torch.where(new > 0, new, 1.0), 0.0), new
+
+
+def moved(average: Tensor, latent: Tensor, share: Tensor) -> Tensor:
+    """average + share * (latent - average), the latent itself for a share of 1."""
+    mine = local(average)
+    end, weight = local(latent).to(mine.dtype), to_device(share, mine).to(mine.dtype)
+    return placed(torch.lerp(mine, end, weight), average)
 
 
 @value
@@ -98,13 +106,10 @@ class averaged(Around):
     ) -> tuple[PyTree, AveragedState]:
         check_state(self, state, AveragedState)
         updates, inner = updated(self.inner, updates, state.inner, params, **extra)
-        decay = as_scalar(at(self.decay, state.samples)).to(torch.float64)
-        share, total = share_of(state.total, decay)
+        share, total = share_of(state.total, at(self.decay, state.samples))
 
-        def moved(average: Tensor, latent: Tensor) -> Tensor:
-            return average + times(latent.to(average.dtype) - average, share)
-
-        average = tree_map(moved, state.average, apply_updates(params, updates))
+        latents = apply_updates(params, updates)
+        average = tree_map(lambda a, p: moved(a, p, share), state.average, latents)
         return updates, AveragedState(state.samples + 1, total, average, inner)
 
     def average_of(self, state: AveragedState, params: PyTree) -> PyTree:

@@ -399,7 +399,7 @@ FAULTS = [
     Fault(
         "accumulated gradients stall in a narrow dtype",
         "parq_fn/transforms/wrappers.py",
-        "torch.zeros_like(p, dtype=_wide(p))",
+        "torch.zeros_like(p, dtype=wide(p))",
         "torch.zeros_like(p)",
         ("tests/test_transformation.py",),
         "accumulation_does_not_stall",

@@ -66,23 +66,24 @@ class Net(nn.Module):
 BITS = {"conv.weight": 2, "linear.weight": 2, "head.weight": 2, "norm.weight": 1}
 
 
-def quantized(net: Net, prox: pf.Prox) -> QuantOptimizer:
+def quantized(net: Net, prox: pf.Prox, average: float | None = None) -> QuantOptimizer:
     by_bits: dict[Any, list[Any]] = {}
     for name, p in net.named_parameters():
         by_bits.setdefault(BITS.get(name, 32), []).append((name, p))
     groups = [{"params": params, "quant_bits": bits} for bits, params in by_bits.items()]
-    return QuantOptimizer(torch.optim.AdamW(groups, lr=0.05), prox)
+    return QuantOptimizer(torch.optim.AdamW(groups, lr=0.05), prox, average=average)
 
 
-def transformed(net: Net, prox: pf.Prox) -> TransformOptimizer:
+def transformed(net: Net, prox: pf.Prox, average: float | None = None) -> TransformOptimizer:
     two = replace(prox, learning_rate=0.05)
     kinds = {"2": two, "1": replace(two, quantizer=pf.lsbq(1)), "32": pf.identity()}
     labels = {name: str(bits) for name, bits in BITS.items()} | {"*": "32"}
     transform = pf.chain(pf.adamw(0.05), pf.partition(kinds, labels))
+    transform = transform if average is None else pf.averaged(transform, average)
     return TransformOptimizer(net.named_parameters(), transform)
 
 
-ADAPTERS: dict[str, Callable[[Net, pf.Prox], Any]] = {
+ADAPTERS: dict[str, Callable[..., Any]] = {
     "QuantOptimizer": quantized,
     "TransformOptimizer": transformed,
 }

@@ -91,6 +91,17 @@ def other_ways_to_train() -> None:
             train(net, other, 1)
             check_same(alone, one, net, other, ("frozen", adapter, t))
 
+        # averages, and other weights for a while
+        alone, net = Net(torch.float64), sharded(Net(torch.float64), (2,))
+        one, other = build(alone, prox, 0.7), build(net, prox, 0.7)
+        for t in range(7):
+            for block in ("rounded", "averaged_weights"):
+                with getattr(one, block)(), getattr(other, block)():
+                    check_same(alone, one, net, other, (block, adapter, t))
+            train(alone, one, 1)
+            train(net, other, 1)
+            check_same(alone, one, net, other, ("averages", adapter, t))
+
         # gradients clipped by norm, which sharded runs add up in another order
         alone, net = Net(torch.float64), sharded(Net(torch.float64), (2,))
         one, other = build(alone, prox), build(net, prox)
