@@ -11,7 +11,7 @@ import torch
 
 from parq_fn import modules, moved, proxmaps, quantizers, schedules
 from parq_fn.foundation import tree
-from parq_fn.foundation.tree import read
+from parq_fn.foundation.tree import read, write
 from parq_fn.foundation.value import shown_by
 from parq_fn.modules import functional, weight_mask
 from parq_fn.quantizers import (
@@ -195,4 +195,5 @@ __all__ = [
     "value_and_grad",
     "weight_mask",
     "weights_of_average",
+    "write",
 ]

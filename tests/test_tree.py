@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import optree
 import pytest
 import torch
 
@@ -118,6 +120,85 @@ def test_every_name_that_read_offers_is_unique(name: str) -> None:
         pf.read(state, "step")
     assert name in str(error.value)
     assert pf.read(state, name) == 0
+
+
+def _named(params: Any) -> Any:
+    prox = pf.parq_prox(pf.lsbq(1), anneal_start=1, anneal_end=3)
+    whole = pf.named_chain(base=pf.chain(pf.clip(1.0), pf.adamw()), prox=prox)
+    return pf.chain(pf.partition({"all": pf.trace(0.9)}, {"*": "all"}), whole).init(params)
+
+
+WRITTEN = {
+    "slope": torch.tensor(0.25, dtype=torch.float64),
+    "prox.count": torch.tensor(7),
+    "qparams.w": torch.tensor([0.5]),
+    "adam.second": {"list": [torch.ones(1)], "w": torch.ones(2, 3)},
+    "base.1.0.adam.step": torch.tensor(3),
+    "0.all.trace.trace": {"list": [torch.ones(1)], "w": torch.ones(2, 3)},
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_written_is_read_and_all_else_stays(name: str) -> None:
+    state = _named({"list": [torch.ones(1)], "w": torch.ones(2, 3)})
+    new = pf.write(state, name, WRITTEN[name])
+    assert pf.read(new, name) is WRITTEN[name]
+    assert optree.tree_structure(new) == optree.tree_structure(state)
+    before, after = (optree.tree_leaves(x) for x in (state, new))
+    kept = [a is b for a, b in zip(before, after, strict=True)]
+    assert kept.count(False) == len(optree.tree_leaves(WRITTEN[name]))
+    assert all(a is b for a, b in zip(before, optree.tree_leaves(state), strict=True))
+    old = pf.read(state, name)
+    back = pf.write(new, name, old)
+    assert all(a is b for a, b in zip(optree.tree_leaves(back), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("slopes", torch.ones(()), KeyError, "no state is named 'slopes'; there are: .*slope"),
+        ("step", torch.tensor(1), KeyError, "4 states are named 'step'"),
+        (3, 3, TypeError, r"write takes \(state, name, value\), got a int for the name"),
+        ("prox.count", 3, TypeError, "'prox.count' is a Tensor, got a int"),
+        (
+            "prox.count",
+            torch.ones(()),
+            TypeError,
+            "'prox.count' has dtype torch.int64, got torch.f",
+        ),
+        ("qparams.w", torch.ones(2), ValueError, r"'qparams.w' has shape \(1,\), got \(2,\)"),
+        ("first", {"w": torch.ones(2, 3)}, ValueError, "write: 'first' has the structure .*list"),
+        (
+            "qparams",
+            {"list": [torch.ones(1)], "w": torch.ones(1).double()},
+            TypeError,
+            "'qparams.w' has dtype torch.float32, got torch.float64",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_not_written(name: Any, value: Any, error: Any, message: str) -> None:
+    state = _named({"list": [torch.ones(1)], "w": torch.ones(2, 3)})
+    with pytest.raises(error, match=message):
+        pf.write(state, name, value)
+
+
+def test_a_running_chain_takes_other_hyperparameters_with_the_same_state() -> None:
+    params = {"w": torch.tensor([1.0, -3.0, 0.5])}
+    prox = pf.parq_prox(pf.lsbq(1), anneal_start=1, anneal_end=30, period=2)
+    one = pf.chain(pf.adamw(0.1), prox)
+    other = replace(one, links=(replace(one.links[0], learning_rate=0.3), one.links[1]))
+    state = one.init(params)
+    for _ in range(5):
+        updates, state = one.update(params, state, params)
+        params = pf.apply_updates(params, updates)
+    before, after = one.update(params, state, params), other.update(params, state, params)
+    torch.testing.assert_close(before[0]["w"] * 3, after[0]["w"])
+    assert optree.tree_structure(before[1]) == optree.tree_structure(after[1])
+    longer = replace(one, links=(one.links[0], replace(prox, anneal_end=60)))
+    assert torch.equal(longer.weights(state, params)["w"], one.weights(state, params)["w"])
+    _, state = longer.update(params, state, params)
+    assert pf.read(state, "count") == 6
+    assert pf.read(state, "slope") == longer.links[1].coefficient(torch.tensor(5))
 
 
 @pytest.mark.parametrize("base", [pf.sgd(0.1, momentum=0.9, weight_decay=0.1), pf.adamw()])

@@ -1,7 +1,8 @@
-"""Nested states: their fields by name, and what they must be made of."""
+"""Nested states: their fields by name, read and exchanged, and what they must be made of."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, overload
@@ -35,26 +36,88 @@ def read(state: Any, name: str) -> Any:
     >>> read(state, "qparams"), read(state, "prox.count"), read(state, "qparams.w")
     ({'w': tensor([0.])}, tensor(0), tensor([0.]))
     """
+    return _entry_of(state, name, "read").leaf
+
+
+def write(state: Any, name: str, value: Any) -> Any:
+    """The nested state with another value for the one field that `read(state, name)` gives; the
+    state that is given is left as it is.
+
+    The value has the field's structure, and its tensors the shapes and dtypes of the field's, so
+    that the next update takes it. Raises KeyError as `read` does, ValueError for another structure,
+    TypeError and ValueError for tensors that do not fit, each with its name.
+
+    >>> import torch
+    >>> from parq_fn import adam, chain, hard_prox, lsbq
+    >>> state = chain(adam(1e-3), hard_prox(lsbq(1))).init({"w": torch.ones(2, 3)})
+    >>> read(write(state, "qparams.w", torch.tensor([0.5])), "qparams")
+    {'w': tensor([0.5000])}
+    """
+    entry = _entry_of(state, name, "write")
+    _check_fits(value, entry.leaf, name)
+    return _with(state, entry.keys, value)
+
+
+def _check_fits(value: Any, old: Any, name: str) -> None:
+    (leaves, spec), (mine, own) = optree.tree_flatten(value), optree.tree_flatten(old)
+    if spec != own:
+        raise ValueError(
+            f"write: {name!r} has the structure {own}, the value {spec}; give the field's structure"
+        )
+    for accessor, leaf, known in zip(optree.tree_accessors(old), leaves, mine, strict=True):
+        path = ".".join([name, *(str(getattr(e, "field", e.entry)) for e in accessor)])
+        if type(leaf) is not type(known) and not (
+            isinstance(leaf, Tensor) and isinstance(known, Tensor)
+        ):
+            raise TypeError(
+                f"write: {path!r} is a {type(known).__name__}, got a {type(leaf).__name__}"
+            )
+        if isinstance(known, Tensor) and leaf.shape != known.shape:
+            raise ValueError(
+                f"write: {path!r} has shape {tuple(known.shape)}, got {tuple(leaf.shape)}"
+            )
+        if isinstance(known, Tensor) and leaf.dtype != known.dtype:
+            raise TypeError(f"write: {path!r} has dtype {known.dtype}, got {leaf.dtype}")
+
+
+def _with(node: Any, keys: tuple[Any, ...], value: Any) -> Any:
+    """The node with the value at the end of the keys, made anew on the way there."""
+    if not keys:
+        return value
+    key, *rest = keys
+    if isinstance(node, dict):
+        changed = copy.copy(node)
+        changed[key] = _with(node[key], tuple(rest), value)
+        return changed
+    if optree.is_namedtuple(node):
+        return node._replace(**{key: _with(getattr(node, key), tuple(rest), value)})
+    items = [_with(x, tuple(rest), value) if i == key else x for i, x in enumerate(node)]
+    return items if isinstance(node, list) else tuple(items)
+
+
+def _entry_of(state: Any, name: str, who: str) -> _Entry:
+    """The one entry of that name."""
+    order = "state, name" if who == "read" else "state, name, value"
     if not isinstance(name, str):
-        raise TypeError(f"read takes (state, name), got a {type(name).__name__} for the name")
+        raise TypeError(f"{who} takes ({order}), got a {type(name).__name__} for the name")
     if not isinstance(state, dict | list | tuple):
-        check_nodes(state, "read: the state")
+        check_nodes(state, f"{who}: the state")
         hint = "; use its transformation_state" if hasattr(state, "transformation_state") else ""
         raise TypeError(
-            f"read takes the state that a transformation's init or update gave, got a "
+            f"{who} takes the state that a transformation's init or update gave, got a "
             f"{type(state).__name__}{hint}"
         )
-    entries = list(_entries_of(state, (), ()))
+    entries = list(_entries_of(state))
     for kind in ("field", "link", "inner"):
         found = [e for e in entries if e.kind == kind and _is_named(name, e)]
         places = [e.path[:-1] for e in found]  # a name there goes before one further down
         found = [e for e in found if not any(_is_below(e.path[:-1], place) for place in places)]
         if len(found) == 1:
-            return found[0].leaf
+            return found[0]
         if found:
             paths = ", ".join(".".join(e.path) for e in found)
             raise KeyError(f"{len(found)} states are named {name!r}: {paths}; give a longer name")
-    check_nodes(state, "read: the state")
+    check_nodes(state, f"{who}: the state")
     last = name.rpartition(".")[2]
     for there in _elsewhere(state):
         if last in there:
@@ -84,26 +147,33 @@ class _Entry(NamedTuple):
     kind: str  # "field" or key of a state; "link": key of a tuple; "inner": key within a field
     path: tuple[str, ...]  # to it
     tags: tuple[str, ...]  # all names on the way
+    keys: tuple[Any, ...]  # to it in the state: fields, keys of dicts, positions
     leaf: Any
 
 
 def _entries_of(
-    node: Any, path: tuple[str, ...], tags: tuple[str, ...], within: bool = False
+    node: Any,
+    path: tuple[str, ...] = (),
+    tags: tuple[str, ...] = (),
+    keys: tuple[Any, ...] = (),
+    within: bool = False,
 ) -> Iterator[_Entry]:
     if optree.is_namedtuple(node):
         kind = type(node).__name__.removesuffix("State").lower()
         for field in node._fields:
             child = getattr(node, field)
-            yield _Entry("field", (*path, kind, field), (*tags, kind), child)
-            yield from _entries_of(child, (*path, field), (*tags, kind, field), True)
+            here = (*keys, field)
+            yield _Entry("field", (*path, kind, field), (*tags, kind), here, child)
+            yield from _entries_of(child, (*path, field), (*tags, kind, field), here, True)
     elif isinstance(node, dict):
         for key, child in node.items():
             kind = "link" if isinstance(child, list | tuple) else "field"
-            yield _Entry("inner" if within else kind, (*path, str(key)), tags, child)
-            yield from _entries_of(child, (*path, str(key)), (*tags, str(key)), within)
+            place, here = (*path, str(key)), (*keys, key)
+            yield _Entry("inner" if within else kind, place, tags, here, child)
+            yield from _entries_of(child, place, (*tags, str(key)), here, within)
     elif isinstance(node, list | tuple):
         for i, child in enumerate(node):
-            yield from _entries_of(child, (*path, str(i)), (*tags, str(i)), within)
+            yield from _entries_of(child, (*path, str(i)), (*tags, str(i)), (*keys, i), within)
 
 
 def _is_below(path: tuple[str, ...], place: tuple[str, ...]) -> bool:

@@ -16,7 +16,8 @@ import optree
 import torch
 from torch import Tensor
 
-from parq_fn.foundation.reading import read as read  # a name of this module
+from parq_fn.foundation.reading import read as read  # names of this module
+from parq_fn.foundation.reading import write as write
 from parq_fn.foundation.torch_private import constant_result
 
 PyTree = Any
