@@ -37,6 +37,7 @@ from parq_fn.transforms import estimators, links, wrappers
 from parq_fn.transforms.averaged import averaged, weights_of_average
 from parq_fn.transforms.chain import Composite, chain, named_chain
 from parq_fn.transforms.clipping import clip, clip_by_global_norm, global_norm
+from parq_fn.transforms.conditionally import conditionally
 from parq_fn.transforms.levels_of import levels_of
 from parq_fn.transforms.links import (
     add_decayed_weights,
@@ -148,6 +149,7 @@ __all__ = [
     "clip",
     "clip_by_global_norm",
     "codebook",
+    "conditionally",
     "custom_prox",
     "estimators",
     "freeze",

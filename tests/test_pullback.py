@@ -119,6 +119,12 @@ NESTED = {
     "finite_inside": pf.chain(
         pf.clip(0.4), pf.apply_if_finite(pf.chain(TRACE, pf.scale(-0.1), DAMPED))
     ),
+    "conditional": pf.conditionally(
+        pf.chain(pf.clip(0.4), TRACE, pf.scale(-0.1), DAMPED), lambda t: t >= 0
+    ),
+    "conditional_link": pf.chain(
+        pf.clip(0.4), TRACE, pf.scale(-0.1), pf.conditionally(DAMPED, True)
+    ),
     "averaged": pf.averaged(pf.chain(pf.clip(0.4), TRACE, pf.scale(-0.1), DAMPED), 0.9),
     "averaged_inside": pf.chain(
         pf.clip(0.4), pf.averaged(pf.chain(TRACE, pf.scale(-0.1), DAMPED), 0.9)

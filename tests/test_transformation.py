@@ -57,6 +57,9 @@ LINKS = [
     pf.partition({"q": PROX, "rest": pf.scale(2.0)}, {"conv": "q", "*": "rest"}),
     pf.accumulate(pf.chain(pf.sgd(0.1), PROX), 2),
     pf.apply_if_finite(pf.chain(pf.sgd(0.1), PROX)),
+    pf.apply_if_finite(pf.chain(pf.sgd(0.1), PROX), limit=1),
+    pf.conditionally(pf.chain(pf.adam(), PROX), lambda t: t != 2),
+    pf.conditionally(PROX, schedules.linear(1.0, 0.0, 2, 4)),
     pf.GradientTransformation(
         lambda params: (), lambda updates, state, params, **_: (updates, state)
     ),
@@ -204,6 +207,83 @@ def test_apply_if_finite_skips_the_whole_step(bad: float) -> None:
     assert (int(state.skipped), int(after.skipped)) == (0, 1)
     assert_same(link.update(tree(3), after, params)[1].inner,
                 inner.update(tree(3), state.inner, params)[1])  # fmt: skip
+
+
+def test_apply_if_finite_makes_what_is_not_finite_after_its_limit() -> None:
+    """And skips again after one that is finite."""
+    params = {"w": torch.zeros(1)}
+    link = pf.apply_if_finite(pf.sgd(1.0, momentum=0.5), limit=2)
+    bad, good = {"w": torch.tensor([torch.inf])}, {"w": torch.ones(1)}
+    state, seen = link.init(params), []
+    for grads in (good, bad, bad, good, bad, bad, bad, bad, good, bad):
+        updates, state = link.update(grads, state, params)
+        finite = bool(updates["w"].isfinite())
+        seen.append((finite, int(state.skipped), int(state.consecutive)))
+    assert seen[:5] == [(True, 0, 0), (True, 1, 1), (True, 2, 2), (True, 2, 0), (True, 3, 1)]
+    assert seen[5:] == [(True, 4, 2), (False, 4, 3), (False, 4, 4), (False, 4, 0), (True, 5, 1)]
+    never = pf.apply_if_finite(pf.sgd(1.0), limit=0)
+    updates, _ = never.update(bad, never.init(params), params)
+    assert not updates["w"].isfinite()
+    with pytest.raises(ValueError, match="apply_if_finite: limit must be 0 or more, got -1"):
+        pf.apply_if_finite(pf.sgd(1.0), -1)
+
+
+def test_a_flush_of_accumulate_is_the_update_with_the_mean_so_far() -> None:
+    inner = pf.chain(pf.sgd(0.1, momentum=0.9), PROX)
+    outer = pf.accumulate(inner, 3)
+    params = tree()
+    state, reference = outer.init(params), inner.init(params)
+    for t, count in enumerate((2, 1, 3, 4)):
+        given = [tree(10 * t + i) for i in range(count)]
+        for g in given:
+            updates, state = outer.update(g, state, params)
+            if int(state.waiting) == 0:
+                _, reference = inner.update(_mean(given[:3]), reference, params)
+                given = given[3:]
+                params = pf.apply_updates(params, updates)
+        before = copy.deepcopy((state, params))
+        updates, flushed = outer.flush(state, params)
+        assert_same(before, (state, params))
+        wanted = tree_map(torch.zeros_like, params)
+        if given:
+            wanted, reference = inner.update(_mean(given), reference, params)
+        assert_same(updates, wanted)
+        assert_same(flushed.inner, reference)
+        assert_same(outer.flush(flushed, params)[1], flushed)
+        state, params = flushed, pf.apply_updates(params, updates)
+
+
+def _mean(trees: list) -> dict:
+    return tree_map(lambda *leaves: sum(leaves) / len(leaves), *trees)
+
+
+def test_a_link_that_is_off_passes_updates_and_stands_still() -> None:
+    on = [True, False, False, True, True, False]
+    inner = pf.chain(pf.adam(), PROX)
+    params = tree()
+    for condition in (
+        lambda t: torch.tensor(on)[t],
+        schedules.piecewise([1.0, 0.0, 1.0, 0.0], (1, 3, 5)),
+    ):
+        link = pf.conditionally(inner, condition)
+        state, reference = link.init(params), inner.init(params)
+        for t in range(6):
+            updates, state = link.update(tree(t), state, params)
+            wanted = tree(t)
+            if on[t]:
+                wanted, reference = inner.update(tree(t), reference, params)
+            assert_same(updates, wanted)
+            assert_same(state.inner, reference)
+            assert_same(link.weights(state, params), inner.weights(reference, params))
+        assert int(state.calls) == 6
+    batched = torch.vmap(lambda last: pf.conditionally(pf.scale(2.0), lambda t: t < last).update(
+        {"w": torch.ones(1)}, pf.conditionally(pf.scale(2.0), True).init({"w": torch.ones(1)}), None
+    )[0]["w"])(torch.tensor([0, 1]))  # fmt: skip
+    assert batched.tolist() == [[1.0], [2.0]]
+    with pytest.raises(
+        TypeError, match="conditionally: condition must be a number, a 0-d tensor or"
+    ):
+        pf.conditionally(inner, "never")
 
 
 class Params(NamedTuple):

@@ -123,8 +123,11 @@ def weights_of_average(transformation: Transformation, state: PyTree, params: Pa
     """transformation.weights of the averages of the params: averaged first, then mapped by the
     current qparams, so that no weight is off the levels on account of the average.
 
-    transformation: any with `averaged` or `schedule_free` in it, however deep; leaves that none of
-    them sees have the weights of their params, and of several on one leaf the last counts.
+    transformation: any with `averaged` or `schedule_free` in it, however deep; of several on one
+        leaf the last counts.
+    state: its state.
+    params: the latents; leaves that nothing averages have the weights of these.
+
     Before the first update the average is the params. Raises ValueError where nothing averages.
 
     >>> import torch

@@ -116,7 +116,8 @@ class accumulate(Around):
 
     On the calls between, updates are zeros and the inner state stands still, so the schedule,
     the warmup and the period of a prox link inside count inner updates. A missing gradient
-    (None) counts as zeros. Wrap the whole chain: gradients at the weights are summed as they are,
+    (None) counts as zeros. `flush` makes the update with what has been gathered before that. Wrap
+    the whole chain: gradients at the weights are summed as they are,
     and the inner transformation pulls back their mean.
 
     Raises ValueError unless steps is a whole number from 1 on.
@@ -170,6 +171,35 @@ class accumulate(Around):
             select(due, inner, state.inner),
         )
 
+    def flush(
+        self, state: AccumulateState, params: PyTree, **extra: Any
+    ) -> tuple[PyTree, AccumulateState]:
+        """The inner update with the mean of what was gathered since the last one, though that be
+        fewer calls, as at the end of an epoch; zeros and the same state where it was nothing.
+
+        >>> import torch
+        >>> from parq_fn import accumulate, sgd
+        >>> transform, params = accumulate(sgd(1.0), 4), {"w": torch.zeros(1)}
+        >>> _, state = transform.update({"w": torch.tensor([3.0])}, transform.init(params), params)
+        >>> transform.flush(state, params)[0]
+        {'w': tensor([-3.])}
+        """
+        check_state(self, state, AccumulateState)
+        check_plain(params, "accumulate")
+        count = state.waiting.clamp(min=1)
+
+        def mean(total: Tensor, param: Tensor) -> Tensor:
+            return (total / to_device(count, total)).to(param.dtype)
+
+        gathered_so_far = tree_map(mean, state.total, params)
+        out, inner = pulled_update(self.inner, gathered_so_far, state.inner, params, **extra)
+        due = state.waiting > 0
+        return select(due, out, tree_map(torch.zeros_like, out)), AccumulateState(
+            torch.zeros_like(state.waiting),
+            tree_map(torch.zeros_like, state.total),
+            select(due, inner, state.inner),
+        )
+
     def pullback(
         self, grads: PyTree, state: Any, params: PyTree, *, weights: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
@@ -192,6 +222,8 @@ class FiniteState(NamedTuple):
 
     skipped: Tensor  # [], int64: calls skipped so far
     inner: PyTree  # the inner state
+    consecutive: PyTree = ()  # [], int64: calls that were not finite, the last in a row; () without
+    #   a limit
 
 
 @value
@@ -200,7 +232,29 @@ class apply_if_finite(Around):
 
     A skipped call leaves the inner state as it was, levels and counts of a prox link included,
     and is counted in `skipped`. Wrap the whole chain.
+
+    After `limit` such calls in a row the next are made as they are, until one is finite again:
+    what is not finite spoils the params, so that the training ends there and not in skipping for
+    ever. (To raise would be no pure function; `read(state, "consecutive")` tells how many it
+    were.) Raises ValueError unless the limit is None or a whole number from 0 on.
+
+    >>> import torch
+    >>> from parq_fn import apply_if_finite, sgd
+    >>> transform, params = apply_if_finite(sgd(1.0), limit=1), {"w": torch.zeros(1)}
+    >>> state, grads = transform.init(params), {"w": torch.tensor([torch.nan])}
+    >>> first, state = transform.update(grads, state, params)
+    >>> second, state = transform.update(grads, state, params)
+    >>> first, second, state.consecutive
+    ({'w': tensor([0.])}, {'w': tensor([nan])}, tensor(2))
     """
+
+    #: The most calls skipped in a row; None for no limit.
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limit is not None:
+            check_whole("apply_if_finite", 0, limit=self.limit)
 
     rates = Around.rates
 
@@ -212,7 +266,8 @@ class apply_if_finite(Around):
     def init(self, params: PyTree) -> FiniteState:
         """The inner state, nothing skipped."""
         check_plain(params, "apply_if_finite")
-        return FiniteState(new_count(), begun(self.inner, params))
+        consecutive = () if self.limit is None else new_count()
+        return FiniteState(new_count(), begun(self.inner, params), consecutive)
 
     def update(
         self,
@@ -235,5 +290,10 @@ class apply_if_finite(Around):
             finite = to_device(finite, leaf) & gathered(leaf.isfinite().all())
         out, inner = updated(self.inner, updates, state.inner, params, **handed(pulled), **extra)
         zeros = tree_map(torch.zeros_like, out)
-        skipped = state.skipped + to_device((~finite).to(torch.int64), state.skipped)
-        return select(finite, out, zeros), FiniteState(skipped, select(finite, inner, state.inner))
+        made, consecutive = finite, state.consecutive
+        if self.limit is not None:
+            consecutive = torch.where(to_device(finite, consecutive), 0, consecutive + 1)
+            made = finite | to_device(consecutive > self.limit, finite)
+        skipped = state.skipped + to_device((~made).to(torch.int64), state.skipped)
+        kept = select(made, inner, state.inner)
+        return select(made, out, zeros), FiniteState(skipped, kept, consecutive)

@@ -65,6 +65,8 @@ LINKS = [
     pq.partition({"a": pq.adam(0.1), "b": pq.freeze()}, lambda n, _: "a" if n == "w0" else "b"),
     pq.masked(pq.hard_prox(pq.lsbq(1), period=1), lambda name, _: name == "w0"),
     pq.averaged(DAMPED, 0.9),
+    pq.apply_if_finite(pq.sgd(0.1, 0.9), limit=1),
+    pq.conditionally(DAMPED, lambda t: t % 3 != 1),
     pq.averaged(pq.adam(0.1), lambda t: t / (t + 1)),
     pq.accumulate(DAMPED, 2),
     pq.apply_if_finite(DAMPED),

@@ -37,6 +37,14 @@ TRANSFORMS = {
         pf.chain(pf.sgd(0.1, 0.9), pf.masked(PROXES["parq"], QUANTIZED)), 2
     ),
     "if_finite": pf.apply_if_finite(pf.chain(pf.adam(0.1), pf.masked(PROXES["soft"], "0.weight"))),
+    "limited": pf.apply_if_finite(pf.sgd(0.1), limit=2),
+    "conditional": pf.chain(
+        pf.conditionally(pf.trace(0.9), pf.schedules.piecewise([0.0, 1.0], (4,))),
+        pf.sgd(0.1),
+        pf.conditionally(
+            pf.masked(PROXES["hard"], QUANTIZED), pf.schedules.piecewise([1.0, 0.0, 1.0], (2, 5))
+        ),
+    ),
     "partition": pf.partition(
         {"q": pf.chain(pf.sgd(0.1), PROXES["hard"]), "rest": pf.adam(0.01)},
         {QUANTIZED: "q", "*": "rest"},
