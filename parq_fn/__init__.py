@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from parq_fn import optim as optim
     from parq_fn import show as show
     from parq_fn import testing as testing
+    from parq_fn.optim import as_link as as_link
     from parq_fn.show import display as display
     from parq_fn.show import plot as plot
 
@@ -85,10 +86,14 @@ __version__ = "0.1.0"
 
 #: What is imported when it is first asked for.
 _LATER = ("convergence", "display", "export", "optim", "plot", "show")
+#: And names of these modules.
+_FROM = {"as_link": "parq_fn.optim"}
 
 if not TYPE_CHECKING:  # a checker would take every name for one of the package
 
     def __getattr__(name: str) -> Any:
+        if name in _FROM:
+            return getattr(import_module(_FROM[name]), name)
         if name in (*_LATER, "testing", *moved.MOVED):
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -141,6 +146,7 @@ __all__ = [
     "affine",
     "apply_if_finite",
     "apply_updates",
+    "as_link",
     "asymmetric",
     "averaged",
     "binary_relax_prox",

@@ -59,6 +59,7 @@ LINKS = [
     pf.apply_if_finite(pf.chain(pf.sgd(0.1), PROX)),
     pf.apply_if_finite(pf.chain(pf.sgd(0.1), PROX), limit=1),
     pf.conditionally(pf.chain(pf.adam(), PROX), lambda t: t != 2),
+    pf.as_link(torch.optim.Adam, lr=0.1, amsgrad=True),
     pf.conditionally(PROX, schedules.linear(1.0, 0.0, 2, 4)),
     pf.GradientTransformation(
         lambda params: (), lambda updates, state, params, **_: (updates, state)

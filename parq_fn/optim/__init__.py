@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from parq_fn.optim.as_link import as_link
 from parq_fn.optim.on_levels import share_on_levels
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.transformed import TransformOptimizer
@@ -21,6 +22,7 @@ else:
 __all__ = [
     "QuantOptimizer",
     "TransformOptimizer",
+    "as_link",
     "load_checkpoint",
     "save_checkpoint",
     "share_on_levels",

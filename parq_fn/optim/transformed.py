@@ -23,7 +23,6 @@ from parq_fn.optim.tree_owner import TreeOwner, select
 from parq_fn.transforms.averaged import weights_of_average
 from parq_fn.transforms.chain import every_link
 from parq_fn.transforms.levels_of import prox_states
-from parq_fn.transforms.links import add_decayed_weights
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.rounding import rounding
 from parq_fn.transforms.sharded import local
@@ -108,7 +107,8 @@ class TransformOptimizer(Adapter):
                 "QuantOptimizer's groups; here the transformation says what is quantized, such as "
                 "masked(parq_prox(...), weight_mask(module))"
             )
-        if group.get("weight_decay") and not _has(self.transformation, add_decayed_weights):
+        decays = _fields(self.transformation, "weight_decay")
+        if group.get("weight_decay") and next(decays, None) is None:
             raise ValueError(
                 f"TransformOptimizer: group {index} has weight_decay="
                 f"{group['weight_decay']} and no link takes one; give the transformation "

@@ -53,6 +53,20 @@ def apply_updates(params: Params, updates: PyTree) -> Params:
     return made  # type: ignore[no-any-return] # of the structure of params
 
 
+def increment(param: Tensor, target: Tensor) -> Tensor:
+    """What `apply_updates` has to add to a parameter to give the target, in its dtype.
+
+    To the last place only, where no number gives the target itself: adding one rounds.
+
+    >>> p, q = torch.tensor([1.0, 1e-8]), torch.tensor([0.75, 1.0])
+    >>> p + increment(p, q) == q
+    tensor([True, True])
+    """
+    found = target - param
+    other = found + (target - (param + found))
+    return torch.where((param + found != target) & (param + other == target), other, found)
+
+
 @value
 class value_and_grad(Value):
     """(params, state, *args) -> (loss, grads), differentiated at the weights, not through them.

@@ -64,6 +64,7 @@ LINKS = [
     pq.named_chain(base=pq.sgd(0.1), prox=pq.parq_prox(pq.lsbq(2), **SPAN, period=1)),
     pq.partition({"a": pq.adam(0.1), "b": pq.freeze()}, lambda n, _: "a" if n == "w0" else "b"),
     pq.masked(pq.hard_prox(pq.lsbq(1), period=1), lambda name, _: name == "w0"),
+    pq.as_link(torch.optim.RMSprop, lr=0.1, momentum=0.9),
     pq.averaged(DAMPED, 0.9),
     pq.apply_if_finite(pq.sgd(0.1, 0.9), limit=1),
     pq.conditionally(DAMPED, lambda t: t % 3 != 1),

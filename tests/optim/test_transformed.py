@@ -38,6 +38,7 @@ TRANSFORMS = {
     ),
     "if_finite": pf.apply_if_finite(pf.chain(pf.adam(0.1), pf.masked(PROXES["soft"], "0.weight"))),
     "limited": pf.apply_if_finite(pf.sgd(0.1), limit=2),
+    "torch": pf.chain(pf.as_link(torch.optim.NAdam, lr=0.05), pf.masked(PROXES["soft"], QUANTIZED)),
     "conditional": pf.chain(
         pf.conditionally(pf.trace(0.9), pf.schedules.piecewise([0.0, 1.0], (4,))),
         pf.sgd(0.1),
