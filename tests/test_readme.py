@@ -115,9 +115,14 @@ def test_links_lead_to_files(path: Path) -> None:
         assert (path.parent / target).exists(), target
 
 
-def test_the_readme_is_short_and_its_sentences_are() -> None:
+def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
-    prose = re.sub(r"```.*?```|^    .*$|^\|.*$|^#.*$|<img[^>]*>", "", README, flags=re.S | re.M)
+
+
+@pytest.mark.parametrize("page", ["../README", "index", "concepts", "choosing"])
+def test_sentences_of_the_first_pages_are_short(page: str) -> None:
+    text = (ROOT / "notebooks" / f"{page}.md").read_text()
+    prose = re.sub(r"```.*?```|^    .*$|^\|.*$|^#.*$|<img[^>]*>", "", text, flags=re.S | re.M)
     prose = re.sub(r"\]\([^)]*\)", "]", prose)
     for sentence in re.split(r"(?<=[.?!:])\s+|\n", prose):
         assert len(sentence.split()) <= 30, sentence

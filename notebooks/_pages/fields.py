@@ -43,6 +43,9 @@ class Fields(Extension):
                 for field in one.attributes.values():
                     if not field.is_alias and field.docstring is None:
                         field.docstring = _comment(field)
+                for get in list(one.functions.values()):
+                    if any(str(d.value) == "attribute" for d in get.decorators):
+                        one.set_member(get.name, _property(get))
         for one in _objects(pkg):
             if isinstance(one, Class) and _is_value(one):
                 _give_signature(one)
@@ -80,6 +83,16 @@ def _comment(field: Attribute) -> Docstring | None:
     if not found and beside:
         found = [beside[1]]
     return Docstring(" ".join(reversed(found)), parent=field) if found else None
+
+
+def _property(get: Function) -> Attribute:
+    """What is shown of a method that `attribute` makes a property."""
+    made = Attribute(
+        get.name, lineno=get.lineno, endlineno=get.endlineno, annotation=get.returns, parent=None
+    )
+    made.docstring = get.docstring
+    made.labels.add("property")
+    return made
 
 
 def _line(one: Class) -> list[Class]:
@@ -141,7 +154,7 @@ def _described(one: Object) -> dict[str, str]:
                 if not field.is_alias and field.docstring is not None:
                     found[name] = field.docstring.value
         if cls.docstring is not None:
-            for paragraph in _paragraphs(cls.docstring.value):
+            for paragraph in _paragraphs(cls.docstring.value, _names(cls)):
                 found |= _entries(paragraph, _names(cls))
     return found
 
@@ -160,8 +173,15 @@ def _names(one: Object) -> set[str]:
     return {p.name for p in _parameters(one)}
 
 
-def _paragraphs(text: str) -> list[list[str]]:
-    return [block.split("\n") for block in re.split(r"\n\s*\n", text.strip("\n"))]
+def _paragraphs(text: str, names: set[str]) -> Iterator[list[str]]:
+    """The lines of each; what follows entries of these names in one is another."""
+    for block in re.split(r"\n\s*\n", text.strip("\n")):
+        lines = block.split("\n")
+        ends = [i for i, line in enumerate(lines) if i and line.startswith(_BEGINS_REST)]
+        if ends and _entries(lines[: ends[0]], names):
+            yield lines[: ends[0]]
+            lines = lines[ends[0] :]
+        yield lines
 
 
 def _entries(lines: list[str], names: set[str]) -> dict[str, str]:
@@ -189,12 +209,11 @@ def _entries(lines: list[str], names: set[str]) -> dict[str, str]:
 
 def _sections(one: Object) -> Iterator[DocstringSection]:
     assert one.docstring is not None
-    paragraphs = _paragraphs(one.docstring.value)
     names, described = _names(one), _described(one)
     table = [
         DocstringParameter(
             p.name,
-            description=described.get(p.name, ""),
+            description=_escaped(described.get(p.name, "")),
             annotation=p.annotation,
             value=None if p.default is None else str(p.default),
         )
@@ -203,7 +222,7 @@ def _sections(one: Object) -> Iterator[DocstringSection]:
     told = any(p.description for p in table) or isinstance(one, Class)
     before: list[str] = []
     after: list[str] = []
-    for lines in paragraphs:
+    for lines in _paragraphs(one.docstring.value, names):
         if _entries(lines, names):
             continue
         rest = after or lines[0].strip().startswith(_BEGINS_REST)
@@ -225,8 +244,9 @@ def _markdown(lines: list[str]) -> str:
 
 
 def _escaped(line: str) -> str:
-    """Prose that Markdown would take for tags or links: "<f(u), v>", "values[i](step)"."""
+    """Prose that Markdown would take for tags, links or emphasis: "<f(u), v>", "values[i](step)",
+    "phi*(y)"."""
     parts = line.split("`")  # code between
     for i in range(0, len(parts), 2):
-        parts[i] = re.sub(r"<(?=\w)", r"\\<", parts[i]).replace("](", "]\\(")
+        parts[i] = re.sub(r"<(?=\w)", "&lt;", parts[i]).replace("](", "]\\(").replace("*", "\\*")
     return "`".join(parts)

@@ -20,7 +20,6 @@ from parq_fn.export.packing import Packed, unpack
 from parq_fn.foundation.value import check_flags
 
 _INT2_SINCE = 25  # the opset
-_FIRST = 21  # of 4-bit integers
 
 
 def to_onnx(
@@ -29,7 +28,7 @@ def to_onnx(
     args: tuple[Any, ...],
     file: str | os.PathLike[str],
     *,
-    opset: int = _FIRST,
+    opset: int = 21,
     fuse: bool = False,
     **options: Any,
 ) -> dict[str, str]:
@@ -59,8 +58,8 @@ def to_onnx(
     check_flags("to_onnx", fuse=fuse)
     check_packed("to_onnx", packed)
     onnx = _onnx()
-    if opset < _FIRST:
-        raise ValueError(f"to_onnx: opset must be {_FIRST} or more, got {opset}")
+    if opset < 21:  # the first with 4-bit integers
+        raise ValueError(f"to_onnx: opset must be 21 or more, got {opset}")
     made = copy.deepcopy(module).float().eval()
     check_fit(made, packed)
     own, tied = made.state_dict(keep_vars=True), names_of_tied(made)

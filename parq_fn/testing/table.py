@@ -5,6 +5,7 @@ The second half of this folder's README is what it prints.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -86,7 +87,8 @@ def table(kind: str, operators: tuple[Any, ...] | None = None) -> str:
     head = ["law", "formula", *(f"`{show(op)}`" for op in across)]
     lines = [head, ["---"] * 2 + [":-:"] * len(across)]
     for law in laws.ALL[kind]:
-        formula = law.formula.replace("|", "\\|")
+        # as text, of which Markdown makes no tag, emphasis or attribute
+        formula = re.sub(r"([|*{])", r"\\\1", law.formula).replace("<", "&lt;")
         marks = ["x" if law.name in names else "" for names in declared]
         lines.append([f"`{law.name}`", formula, *marks])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -357,9 +357,9 @@ class GradientTransformation(Value):
     init: Callable[[PyTree], PyTree]
     #: (updates, state, params, **extra) -> updates, state.
     update: Callable[..., tuple[PyTree, PyTree]]
-    #: (state, params) -> weights.
+    #: (state, params) -> weights; by default the params.
     weights: Callable[[PyTree, PyTree], PyTree] = _same
-    #: (grads, state, params, *, weights=None) -> grads, what it learns.
+    #: (grads, state, params, *, weights=None) -> grads, what it learns; by default grads, ().
     pullback: Callable[..., tuple[PyTree, PyTree]] = _untouched
 
     @property
