@@ -49,6 +49,7 @@ from parq_fn.transforms.links import (
 )
 from parq_fn.transforms.lion import lion, scale_by_lion
 from parq_fn.transforms.masked import masked
+from parq_fn.transforms.muon import muon
 from parq_fn.transforms.optimizers import adam, adamw, sgd
 from parq_fn.transforms.partition import partition
 from parq_fn.transforms.prox_link import Prox, ProxState
@@ -173,6 +174,7 @@ __all__ = [
     "masked",
     "max_uniform",
     "modules",
+    "muon",
     "mxfp4",
     "named_chain",
     "nvfp4",

@@ -88,6 +88,62 @@ def test_lion(betas: tuple[float, float], decay: float) -> None:
         agree(ours, lambda p: Lion(p, 0.1, betas, decay), rates, missing=missing)
 
 
+MUONS = [
+    {},
+    {"nesterov": False, "momentum": 0.8},
+    {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.0},
+    {"ns_steps": 3, "ns_coefficients": (2.0, -1.5, 0.5), "eps": 1e-3},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("settings", MUONS)
+def test_muon_is_torch_s_bit_for_bit(settings: dict, dtype: torch.dtype) -> None:
+    """In float32, of weights that no step halves; in float64, where torch rounds p + lr * u once
+    and what is added to p is rounded before, to the last places."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"wide": (3, 40), "tall": (65, 33), "one": (1, 1), "zero": (4, 4)}
+    params = {k: torch.randn(s, dtype=dtype, generator=generator) for k, s in shapes.items()}
+    params = {k: p.sign() * (2 + p.abs()) for k, p in params.items()}
+    mirror = {k: torch.nn.Parameter(p.clone()) for k, p in params.items()}
+    rates = [0.02, 0.1, 0.05]
+    theirs = torch.optim.Muon(mirror.values(), lr=0.02, **settings)
+    ours = pf.muon(lambda t: schedules.piecewise(rates, (1, 2))(t % 3), **settings)
+    state = ours.init(params)
+    for t in range(9):
+        theirs.param_groups[0]["lr"] = rates[t % 3]
+        grads = {k: torch.randn(s, dtype=dtype, generator=generator) for k, s in shapes.items()}
+        grads["zero"].zero_()
+        if t in (0, 4):
+            grads["tall"] = None
+        for k, p in mirror.items():
+            p.grad = None if grads[k] is None else grads[k].clone()
+        theirs.step()
+        updates, state = ours.update(grads, state, params)
+        params = pf.apply_updates(params, updates)
+        for k, p in mirror.items():
+            if dtype == torch.float32:
+                assert torch.equal(params[k], p.detach()), (t, k)
+            else:
+                torch.testing.assert_close(params[k], p.detach(), rtol=1e-14, atol=0)
+
+
+def test_muon_takes_matrices_alone_and_says_which_are_none() -> None:
+    params = {"w": torch.ones(2, 2), "conv": [torch.ones(2, 2, 3, 3)]}
+    with pytest.raises(ValueError, match=r"muon: parameter 'conv.0' has shape \(2, 2, 3, 3\), exp"):
+        pf.muon(0.1).init(params)
+    with pytest.raises(ValueError, match="muon: adjust_lr_fn must be one of None, 'original', 'm"):
+        pf.muon(0.1, adjust_lr_fn="adamw")
+    with pytest.raises(ValueError, match=r"muon: ns_steps must lie in 1..99, got 0"):
+        pf.muon(0.1, ns_steps=0)
+    batch = {"w": torch.randn(3, 4, 5)}
+    alone = [
+        pf.muon(0.1).update({"w": w}, pf.muon(0.1).init({"w": w}), {"w": w}) for w in batch["w"]
+    ]
+    one = torch.vmap(lambda w: pf.muon(0.1).update(w, pf.muon(0.1).init(w), w)[0])(batch)["w"]
+    torch.testing.assert_close(one, torch.stack([u["w"] for u, _ in alone]), rtol=0.05, atol=0.005)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_schedules_and_tensors_as_hyperparameters(name: str) -> None:
     rates = [0.1, 0.03, 0.01]

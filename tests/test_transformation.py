@@ -40,6 +40,7 @@ LINKS = [
     pf.sgd(schedules.cosine(0.1, 0.0, 0, 6), momentum=0.9, nesterov=True),
     pf.adam(amsgrad=True),
     pf.adamw(),
+    pf.masked(pf.muon(0.02), "head.0"),
     pf.lion(1e-3, weight_decay=0.1),
     pf.averaged(pf.chain(pf.sgd(0.1), PROX), 0.9),
     pf.clip(0.1),

@@ -100,7 +100,7 @@ class scale_by_schedule(_Counting):
         return tree_map(lambda u: times(u, factor), updates), StepState(state.step + 1)
 
 
-def _each(
+def each(
     own: Scalar,
     given: Scalar | Mapping[str, Scalar | None] | None,
     step: Tensor,
@@ -146,7 +146,7 @@ class scale_by_learning_rate(_Counting):
     ) -> tuple[PyTree, StepState]:
         del extra
         check_state(self, state, StepState)
-        rates = _each(self.learning_rate, learning_rate, state.step, updates, params)
+        rates = each(self.learning_rate, learning_rate, state.step, updates, params)
         return tree_map(lambda u, r: times(u, -r), updates, rates), StepState(state.step + 1)
 
 
@@ -185,7 +185,7 @@ class add_decayed_weights(_Counting):
                 check_match(updates, params, "add_decayed_weights")
             return u + times(p, decay).to(u.dtype)
 
-        decays = _each(self.weight_decay, weight_decay, state.step, updates, params)
+        decays = each(self.weight_decay, weight_decay, state.step, updates, params)
         return tree_map(add, updates, params, decays), StepState(state.step + 1)
 
 

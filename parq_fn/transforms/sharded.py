@@ -83,6 +83,17 @@ def placed(mine: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(mine, mesh, placements, shape=like.shape, stride=like.stride())
 
 
+def spread(whole: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every rank has, sharded as `like` is."""
+    if not is_dtensor(like):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(mesh, like.placements)
+
+
 def part_of(weight: Tensor, granularity: Granularity) -> Part:
     """The part of the weight's rows that this rank holds.
 

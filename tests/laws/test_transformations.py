@@ -58,6 +58,9 @@ LINKS = [
     pq.adam(0.1, amsgrad=True),
     pq.adamw(0.1),
     pq.lion(0.1, weight_decay=0.1),
+    pq.partition(
+        {"a": pq.muon(0.1), "b": pq.identity()}, lambda _, leaf: "a" if leaf.dim() == 2 else "b"
+    ),
     pq.chain(pq.clip_by_global_norm(1.0), pq.clip(0.5), pq.sgd(0.1)),
     pq.accumulate(pq.chain(pq.sgd(0.1, 0.9), pq.hard_prox(pq.lsbq(1), period=1)), 2),
     pq.apply_if_finite(pq.chain(pq.adam(0.1), pq.hard_prox(pq.lsbq(1), period=1))),

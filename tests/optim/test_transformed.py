@@ -26,6 +26,9 @@ QUANTIZED = "*.weight"
 TRANSFORMS = {
     "sgd": pf.sgd(0.1, momentum=0.9, dampening=0.2, weight_decay=0.01),
     "adam": pf.adam(0.05, amsgrad=True),
+    "muon": pf.partition(
+        {"m": pf.muon(0.02), "rest": pf.lion(0.01)}, {QUANTIZED: "m", "*": "rest"}
+    ),
     "lion": pf.lion(0.01, weight_decay=0.1),
     "averaged": pf.averaged(pf.chain(pf.sgd(0.1, 0.9), pf.masked(PROXES["parq"], QUANTIZED)), 0.9),
     "scheduled": pf.adamw(pf.schedules.cosine(0.1, 0.0, 0, 10)),
