@@ -38,6 +38,7 @@ from parq_fn.transforms.averaged import averaged, weights_of_average
 from parq_fn.transforms.chain import Composite, chain, named_chain
 from parq_fn.transforms.clipping import clip, clip_by_global_norm, global_norm
 from parq_fn.transforms.conditionally import conditionally
+from parq_fn.transforms.learn import learn
 from parq_fn.transforms.levels_of import levels_of
 from parq_fn.transforms.links import (
     add_decayed_weights,
@@ -52,7 +53,7 @@ from parq_fn.transforms.masked import masked
 from parq_fn.transforms.muon import muon
 from parq_fn.transforms.optimizers import adam, adamw, sgd
 from parq_fn.transforms.partition import partition
-from parq_fn.transforms.prox_link import Prox, ProxState
+from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_links import (
     binary_relax_prox,
     custom_prox,
@@ -61,6 +62,7 @@ from parq_fn.transforms.prox_links import (
     proxquant_prox,
     soft_prox,
 )
+from parq_fn.transforms.prox_state import ProxState
 from parq_fn.transforms.train import apply_updates, value_and_grad
 from parq_fn.transforms.transformation import (
     EmptyState,
@@ -167,6 +169,7 @@ __all__ = [
     "identity",
     "integer",
     "inverse_slope",
+    "learn",
     "levels_of",
     "lion",
     "lloyd_max",

@@ -31,7 +31,7 @@ MOVED = {
     "links": "transforms.links transforms.clipping",
     "wrappers": "transforms.wrappers",
     "optimizers": "transforms.optimizers",
-    "prox": "transforms.prox_link transforms.prox_links",
+    "prox": "transforms.prox_link transforms.prox_links transforms.prox_state",
     "sharded": "transforms.sharded",
     "optim.parts": "optim.leafwise",
     "optim.passes": "optim.engine.passes",
@@ -40,6 +40,8 @@ MOVED = {
     "display": "show.display",
     "plot": "show.plot",
 }
+#: {module that is still there: where classes of it stand now}.
+_PARTED = {"transforms.prox_link": "transforms.prox_state"}
 
 
 def former_names(cls: type) -> list[str]:
@@ -47,10 +49,11 @@ def former_names(cls: type) -> list[str]:
 
     >>> from parq_fn import ProxState
     >>> former_names(ProxState)
-    ['parq_fn.prox.ProxState']
+    ['parq_fn.prox.ProxState', 'parq_fn.transforms.prox_link.ProxState']
     """
     own = cls.__module__.removeprefix(f"{__package__}.")
-    old = [name for name, now in MOVED.items() if own in now.split()]
+    names = [*MOVED.items(), *_PARTED.items()]
+    old = [name for name, now in names if own in now.split()]
     return [f"{__package__}.{name}.{cls.__qualname__}" for name in old]
 
 

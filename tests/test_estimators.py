@@ -14,7 +14,7 @@ from torch import Tensor
 import parq_fn as pf
 from parq_fn import estimators, proxmaps, schedules
 from parq_fn.foundation.tree import tree_map
-from parq_fn.transforms.prox_link import in_rows
+from parq_fn.transforms.prox_state import in_rows
 from tests.helpers import pairwise
 from tests.twins.estimators import seen_through
 

@@ -248,7 +248,7 @@ def test_shrink_divides_what_map_and_quantizer_see() -> None:
 def test_a_learning_rate_given_to_update_stands_in() -> None:
     params, _ = problem()
     prox = link("parq", shrink=True)
-    with pytest.raises(ValueError, match="shrink and normal_map need the learning rate"):
+    with pytest.raises(ValueError, match="shrink, normal_map and pull need the learning rate"):
         prox.update(params, prox.init(params), params)
     _, state = prox.update(params, prox.init(params), params, learning_rate=0.25)
     assert state.lr_sum == 0.25
@@ -537,7 +537,7 @@ def test_several_rates_are_refused_where_they_count_and_zero_elsewhere(rates: An
     names = "".join(given)
     assert sum_of_rates(given, names, learning_rate=0.5) == 0.0
     for options in ({"shrink": True}, {"normal_map": 2.0}):
-        with pytest.raises(ValueError, match="hard_prox: shrink and normal_map take one learning"):
+        with pytest.raises(ValueError, match="shrink, normal_map and pull take one learning"):
             sum_of_rates(given, names, learning_rate=0.5, **options)
 
 

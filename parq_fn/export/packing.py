@@ -28,7 +28,8 @@ from parq_fn.optim.transformed import TransformOptimizer
 from parq_fn.proxmaps.levels import nearest
 from parq_fn.quantizers.base import Grid
 from parq_fn.quantizers.granularity import Granularity
-from parq_fn.transforms.prox_link import Prox, in_rows
+from parq_fn.transforms.prox_link import Prox
+from parq_fn.transforms.prox_state import in_rows
 from parq_fn.transforms.sharded import gathered
 from parq_fn.transforms.transformation import Transformation, check_transformation
 

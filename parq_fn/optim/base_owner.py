@@ -15,19 +15,30 @@ from parq_fn.optim.base_optimizer import template_of, varying, widened
 from parq_fn.optim.base_saving import beyond_of, restored, saved
 from parq_fn.optim.digest import digest
 from parq_fn.optim.groups import KEYS, is_ours, is_quantized
+from parq_fn.optim.learned import PREFIX, laid_out
 from parq_fn.optim.old_states import Kept, with_qparams
 from parq_fn.optim.owner import Place
 from parq_fn.optim.saved import FOREIGN, check_keys
 from parq_fn.optim.state import Entries, Group, wide
-from parq_fn.transforms.prox_link import Prox, ProxState
+from parq_fn.transforms.prox_link import Prox
+from parq_fn.transforms.prox_state import ProxState
 from parq_fn.transforms.sharded import local
 
 #: The entries of a parameter's state that are ours; the others are the base optimizer's.
 QUANTIZED = ("latent", "qparams", "count", "slope", "lr_sum", "link")
 AVERAGE = ("average", "average_count", "average_total")
-OWN = ("updates", *AVERAGE, *QUANTIZED)
 #: Those that weights follow from.
 _WEIGH = tuple(key for key in QUANTIZED if key != "link")
+
+
+def is_own(key: str) -> bool:
+    """Whether an entry is ours, and not the base optimizer's."""
+    return key == "updates" or key in AVERAGE or is_of_link(key)
+
+
+def is_of_link(key: str) -> bool:
+    """Whether an entry is one of ours that quantized parameters alone have."""
+    return key in QUANTIZED or key.startswith(PREFIX)
 
 
 class BaseOwner:
@@ -99,12 +110,13 @@ class BaseOwner:
             "latent": latent,
             "qparams": state.qparams[label],
             **scalars(state),
+            **(laid_out(link, [label], state.learned)[label] if link.learn is not None else {}),
             "link": digest(link),
         }
 
     def _template(self, place: Place, latent: Tensor) -> Entries:
         entries = template_of(self.base, place.group, place.p, latent, place.label)
-        clash = sorted(entries.keys() & {*OWN})
+        clash = sorted(filter(is_own, entries))
         if clash:
             raise ValueError(
                 f"QuantOptimizer: {type(self.base).__name__} keeps {', '.join(clash)} of "
@@ -202,7 +214,7 @@ class BaseOwner:
         groups = self.optimizer.param_groups
         group = next(g for g in groups if any(p is one for one in g["params"]))
         found = varying(self.base, group, p, self.latents[p])
-        return lambda key: key not in OWN and found(key)
+        return lambda key: not is_own(key) and found(key)
 
     def restored(
         self,
@@ -227,7 +239,7 @@ class BaseOwner:
         that was not saved begins anew, one that is not kept is left out."""
         saved = {key: got for key, got in saved.items() if key not in AVERAGE or key in mine}
         saved = {**{key: got for key, got in self._averaged(p).items() if key in mine}, **saved}
-        quantized = bool(saved.keys() & {*QUANTIZED})
+        quantized = any(map(is_of_link, saved))
         if quantized and "qparams" not in mine:
             raise ValueError(
                 f"loaded state dict, parameter {label!r}: it was quantized and is not in this "
@@ -243,9 +255,10 @@ class BaseOwner:
                     'its entry "link" from the saved "state" to go on with this'
                 )
             return saved
-        needed = mine.keys() - {*OWN} if self.trained({"updates": 1, **saved}) else ()
+        trained = self.trained({"updates": 1, **saved})
+        needed = [key for key in mine if not is_own(key)] if trained else []
         self._check_keys(p, needed, saved, label)
-        own = {key: mine[key] for key in QUANTIZED if key in mine and key != "latent"}
+        own = {key: mine[key] for key in mine if is_of_link(key) and key != "latent"}
         moved = widened(saved, p, mine.get("latent", p))
         return {"updates": new_count() + 1, **own, **moved}
 
@@ -271,8 +284,8 @@ class BaseOwner:
 
 def _parted(entries: Entries) -> tuple[Entries, Entries]:
     """(the base optimizer's entries, ours)."""
-    own = {key: got for key, got in entries.items() if key in OWN}
-    return {key: got for key, got in entries.items() if key not in OWN}, own
+    own = {key: got for key, got in entries.items() if is_own(key)}
+    return {key: got for key, got in entries.items() if not is_own(key)}, own
 
 
 def scalars(state: ProxState) -> Entries:

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from parq_fn.foundation.torch_private import nested
 from parq_fn.optim.adapter import Adapter
-from parq_fn.optim.base_owner import AVERAGE, OWN, QUANTIZED
+from parq_fn.optim.base_owner import AVERAGE, is_of_link, is_own
 from parq_fn.optim.checkpoint_bytes import Planner, restricted
 from parq_fn.optim.groups import KEYS
 from parq_fn.optim.quantized import QuantOptimizer
@@ -282,7 +282,7 @@ def _make_places(index: Metadata, optimizer: QuantOptimizer, state: dict[str, An
         flat = paths.get(name, {})
         places = {key: place_of(index.state_dict_metadata[key]) for key in flat}
         for key, place in nested(places, flat).items():
-            if key in OWN or (key in own and _fits(own[key], place)):
+            if is_own(key) or (key in own and _fits(own[key], place)):
                 continue
             p = by_name[name]
             if key not in own or optimizer.entry_varies(p, key):
@@ -307,15 +307,15 @@ def _leave_out_quantized(entries: dict[str, Entries], stored: set[str]) -> None:
     for name, own in entries.items():
         places = {key: f"{_STATE}{name}.{key}" for key in ("updates", "qparams", "levels")}
         if places["updates"] in stored and stored.isdisjoint((places["qparams"], places["levels"])):
-            for key in QUANTIZED:
-                own.pop(key, None)
+            for key in list(filter(is_of_link, own)):
+                del own[key]
 
 
 def _leave_to_the_base(entries: dict[str, Entries], stored: set[str]) -> None:
     """Leaves the entries of the base optimizer; of parameters that it did not train, none."""
     trained = {name for name in entries if f"{_STATE}{name}" in stored}
     for name in list(entries):
-        own = {key: got for key, got in entries[name].items() if key not in OWN}
+        own = {key: got for key, got in entries[name].items() if not is_own(key)}
         if name in trained or (own and not trained):
             entries[name] = own  # where it lacks one, loading says so
         else:

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from parq_fn.foundation.scalar import as_scalar
+from parq_fn.foundation.scalar import as_scalar, concrete
 from parq_fn.optim.base_optimizer import steps_apart
-from parq_fn.optim.base_owner import OWN, prox_state
+from parq_fn.optim.base_owner import is_own, prox_state
 from parq_fn.optim.engine.chunks import chunks
+from parq_fn.optim.engine.gradients import RowGradients
 from parq_fn.optim.groups import is_quantized
 from parq_fn.optim.state import Group, wide
 from parq_fn.optim.wrapping import Wrapping
+from parq_fn.transforms.learn import gradient_of
 from parq_fn.transforms.links import times
 from parq_fn.transforms.prox_link import Prox
-from parq_fn.transforms.sharded import local
+from parq_fn.transforms.prox_pullback import strided
+from parq_fn.transforms.sharded import local, part_of
 
 
 class Moving(Wrapping):
     """An adapter whose base optimizer steps with latents in the places of parameters."""
 
     anneal_weight_decay: float
+    _of_rows: RowGradients
+    _pulled: dict[Tensor, Tensor]  # gradients of qparams, while a step is made
 
     def link(self, group: Group) -> Prox:
         raise NotImplementedError
@@ -41,10 +47,11 @@ class Moving(Wrapping):
         pulled = {
             p
             for group in self.param_groups
-            if is_quantized(group) and self.link(group).normal_map is not None
+            if is_quantized(group) and self.link(group).draws
             for p in group["params"]
         }
         moved = [p for p in groups if p.grad is not None and self._is_trained(p)]
+        self._pulled = self._gradients_of_qparams(moved, groups)
         needy = [p for p in moved if self._has_own_gradient(p, groups[p]) or p in pulled]
         alone = set(needy)
         rest = [p for p in moved if p not in alone]
@@ -63,18 +70,34 @@ class Moving(Wrapping):
         return p.requires_grad or self._latents[p] is p
 
     def _pull(self, p: Tensor, group: Group) -> Tensor:
-        gamma: Any = self.link(group).normal_map
-        return times(local(self._latents[p]) - local(p), rate_of(group) / as_scalar(gamma))
+        share = self.link(group).drawn_by(prox_state(self.state[p]), rate_of(group))
+        return times(local(self._latents[p]) - local(p), share)
 
     def _has_own_gradient(self, p: Tensor, group: Group) -> bool:
-        return p.dtype != wide(p) or (is_quantized(group) and self.link(group).pulls_back)
+        return p.dtype != wide(p) or (is_quantized(group) and self.link(group).bends)
 
     def _gradient(self, p: Tensor, group: Group) -> Tensor:
         """That of the latent, from that of the parameter."""
         latent, state = self._latents[p], prox_state(self.state[p])
         grads = [p.grad.to(latent.dtype)]  # type: ignore[union-attr] # it has one
-        own = self.link(group).pullback(grads, state, [latent.detach()], weights=[p.detach()])
-        found: Tensor = own[0][0]
+        link, seen = replace(self.link(group), learn=None), [latent.detach()]
+        found: Tensor = link.pullback(grads, state, seen, weights=[p.detach()])[0][0]
+        return found
+
+    def _gradients_of_qparams(
+        self, moved: list[Tensor], groups: dict[Tensor, Group]
+    ) -> dict[Tensor, Tensor]:
+        """Those of parameters whose links learn, of the gradients at the weights that they hold."""
+        found: dict[Tensor, Tensor] = {}
+        for p in moved:
+            link = self.link(groups[p]) if is_quantized(groups[p]) else None
+            if link is None or link.learn is None:
+                continue
+            state, latent = prox_state(self.state[p]), self._latents[p].detach()
+            if concrete(link.active(state)):
+                part, grad = part_of(p, link.granularity), strided(local(p.grad))  # type: ignore[arg-type] # it has one
+                own = self.state[p]["qparams"], p.dtype
+                found[p] = gradient_of(link, grad, latent, part, state, own, self._of_rows)
         return found
 
     def _step_base(self, chunk: list[Tensor], groups: dict[Tensor, Group]) -> None:
@@ -141,7 +164,7 @@ class Moving(Wrapping):
             entries["latent"] = latent.detach()  # the base has given it other memory
         own = self.base.state.get(latent, {})
         if own is not entries:
-            merged = {**own, **{key: entries[key] for key in OWN if key in entries}}
+            merged = {**own, **{key: got for key, got in entries.items() if is_own(key)}}
             self.state[p] = self.base.state[latent] = merged
 
 

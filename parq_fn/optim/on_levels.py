@@ -5,7 +5,7 @@ from __future__ import annotations
 from parq_fn.foundation.value import briefly
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.proxmaps.levels import nearest
-from parq_fn.transforms.prox_link import in_rows
+from parq_fn.transforms.prox_state import in_rows
 from parq_fn.transforms.sharded import gathered
 
 

@@ -29,19 +29,25 @@ from parq_fn.foundation.value import briefly, check_flags
 from parq_fn.optim.adapter import settled
 from parq_fn.optim.base_optimizer import check_base, check_not_kept
 from parq_fn.optim.base_owner import BaseOwner, prox_state, scalars
+from parq_fn.optim.engine.gradients import RowGradients
 from parq_fn.optim.engine.passes import Job, Pass, refit
 from parq_fn.optim.groups import KEYS, check_group, is_quantized, link_of
 from parq_fn.optim.latents import LatentStore
+from parq_fn.optim.learned import laid_out, put_together
 from parq_fn.optim.moving import Moving, rate_of
 from parq_fn.optim.state import Group, value_of
 from parq_fn.transforms.averaged import moved, share_of
-from parq_fn.transforms.prox_link import Prox, ProxState, in_rows
+from parq_fn.transforms.learn import learned
+from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_links import parq_prox
+from parq_fn.transforms.prox_state import ProxState, in_rows
 from parq_fn.transforms.rounding import rounding
 from parq_fn.transforms.sharded import local, part_of
 
 #: What a group shows of its last step.
 _SHOWN = ("inverse_slope", "lr_sum")
+#: What keeps compiled programs, which are not copied.
+_MADE: dict[str, Any] = {"_pass": Pass, "_of_rows": RowGradients}
 #: (entries or group, what stood there) of each that a step changes.
 Before = list[tuple[dict[str, Any], dict[str, Any]]]
 
@@ -137,7 +143,7 @@ class QuantOptimizer(Moving):
         self.param_groups = base_optimizer.param_groups
         self._own: list[Prox | None] = []
         self._links: dict[tuple[Any, ...], Prox] = {}
-        self._pass = Pass(compile=compile)
+        self._pass, self._of_rows = Pass(compile=compile), RowGradients(compile=compile)
         owner = BaseOwner(
             self, base_optimizer, self.link, self._weight, average=average is not None
         )
@@ -264,11 +270,15 @@ class QuantOptimizer(Moving):
                 key = int(entries["count"]), float(entries["lr_sum"])
                 by_state.setdefault(key, []).append(p)
         for params in by_state.values():
-            state = link.advance(prox_state(self.state[params[0]]), rate)
+            old, entries = prox_state(self.state[params[0]]), [self.state[p] for p in params]
+            state = link.advance(old, rate)
+            learns = None if link.learn is None else link.active(old)
+            if learns is not None and learns:
+                self._learn(link, state, params, before)
             if concrete(link.due(state)) is not False:
-                entries = [self.state[p] for p in params]
-                columns = ([one[key] for one in entries] for key in ("latent", "qparams"))
-                for one, qparams in zip(entries, refit(link, state, *columns), strict=True):
+                latents, known = ([one[k] for one in entries] for k in ("latent", "qparams"))
+                fitted = refit(link, state, latents, known, learns)
+                for one, qparams in zip(entries, fitted, strict=True):
                     before.append((one, {"qparams": one["qparams"]}))
                     one["qparams"] = qparams
             self._pass(link, state, [self._job(link, p) for p in params])
@@ -288,6 +298,21 @@ class QuantOptimizer(Moving):
                 share, entries["average_total"] = share_of(total, at(decay, count))
                 entries["average"] = moved(entries["average"], self._latents[p].detach(), share)
                 entries["average_count"] = count + 1
+
+    def _learn(self, link: Prox, state: ProxState, params: list[Tensor], before: Before) -> None:
+        """Qparams of parameters, moved together along their gradients."""
+        labels = {p: place.label for place in self._store.places() if (p := place.p) in {*params}}
+        entries = {labels[p]: self.state[p] for p in params}
+        qparams = {name: own["qparams"] for name, own in entries.items()}
+        moments = put_together(link, qparams, entries)
+        pulled = {labels[p]: self._pulled.get(p) for p in params}
+        of_all = state._replace(qparams=qparams, learned=moments)
+        new = learned(link, of_all, pulled, torch.tensor(True, device="cpu"))
+        parts = laid_out(link, list(entries), new.learned)
+        for name, own in entries.items():
+            changed = {"qparams": new.qparams[name], **parts[name]}
+            before.append((own, {key: own[key] for key in changed}))
+            own.update(changed)
 
     def _job(self, link: Prox, p: Tensor) -> Job:
         """The map of this rank's part of a parameter."""
@@ -338,7 +363,8 @@ class QuantOptimizer(Moving):
                     yield p, local(entries["average"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_links": {}, "_pass": Pass(compile=self.compile)}
+        made = {kind: how(compile=self.compile) for kind, how in _MADE.items()}
+        return {**super().__getstate__(), "_links": {}, **made}
 
     def _resume(self) -> None:
         self._own = [None for _ in self.param_groups]

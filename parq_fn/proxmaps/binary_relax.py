@@ -8,7 +8,7 @@ from torch import Tensor
 from parq_fn.foundation.checks import Interval
 from parq_fn.foundation.scalar import is_plain
 from parq_fn.foundation.traits import unchanged
-from parq_fn.proxmaps.hard import HARD
+from parq_fn.proxmaps.hard import HARD, hard_derivatives
 from parq_fn.proxmaps.levels import Levels, closest, nan_with, prepare
 from parq_fn.proxmaps.proxmap import Formula, computed, follows_levels, prox_map
 
@@ -66,6 +66,14 @@ def binary_relax_at(theta: float | None) -> Formula:
     return _FROM_LATENT if theta < 0.5 else _FROM_LEVEL
 
 
+def binary_relax_derivatives(
+    u: Tensor, lo: Tensor, hi: Tensor, theta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """theta of the nearer end, else 0."""
+    lower, upper = hard_derivatives(u, lo, hi, theta)
+    return theta * lower, theta * upper
+
+
 @prox_map(
     follows_levels(
         coefficients=Interval(0.0, 1.0),
@@ -77,6 +85,7 @@ def binary_relax_at(theta: float | None) -> Formula:
         soft_map=unchanged,
     ),
     binary_relax_at,
+    binary_relax_derivatives,
 )
 def binary_relax(u: Tensor, levels: Tensor, theta: float | Tensor) -> Tensor:
     """argmin_w (w - u)^2 / 2 + lam / 2 * dist(w, Q)^2, theta = lam / (1 + lam) in [0, 1]:

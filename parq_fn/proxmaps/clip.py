@@ -29,6 +29,12 @@ def clip_at(coefficient: float | None) -> Formula:
     return CLIP
 
 
+def clip_derivatives(u: Tensor, lo: Tensor, hi: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """1 of the end that a weight beyond it is held to, else 0."""
+    del c
+    return (u < lo).to(u.dtype), ((u > hi) | (lo == hi) & (u == hi)).to(u.dtype)
+
+
 @prox_map(
     follows_levels(
         in_range=True,
@@ -44,6 +50,7 @@ def clip_at(coefficient: float | None) -> Formula:
         idempotent=True,
     ),
     clip_at,
+    clip_derivatives,
 )
 def clip(u: Tensor, levels: Tensor, coefficient: float | Tensor | None = None) -> Tensor:
     """argmin_w (w - u)^2 / 2 over q_1 <= w <= q_k: the weight held to the levels' range.

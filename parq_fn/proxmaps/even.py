@@ -70,9 +70,13 @@ class Even(NamedTuple):
             torch.gt(x, torch.mul(inner, self.step, out=hi), out=hi)  # as floats, not slow bools
             torch.mul(inner.add_(hi), self.step, out=hi)
             return inner.sub_(_ONE).mul_(self.step), hi
-        inner = self._inner(x.detach() * self.inverse, False)
-        upper = inner + (x > self.level(inner)).to(inner.dtype)  # a sum that is 0 is not -0.0
+        upper = self.upper_multiple(x)
         return self.level(upper - 1), self.level(upper)
+
+    def upper_multiple(self, x: Tensor) -> Tensor:
+        """What multiple of the step the upper end of each weight's cell is."""
+        inner = self._inner(x.detach() * self.inverse, False)
+        return inner + (x > self.level(inner)).to(inner.dtype)  # a sum that is 0 is not -0.0
 
     def closest(self, x: Tensor) -> Tensor:
         """The nearest level, the lower one in a tie; NaN for NaN."""
@@ -86,9 +90,13 @@ class Even(NamedTuple):
             middle = torch.add(lower, _ONE, out=hi).mul_(half).add_(lo)
             lower.add_(torch.gt(x, middle, out=middle))
             return torch.mul(lower, self.step, out=lo)
+        return self.level(self.nearest_multiple(x))
+
+    def nearest_multiple(self, x: Tensor) -> Tensor:
+        """What multiple of the step the nearest level is."""
         lower = self._lower(x.detach() * self.inverse, False)
         middle = (self.level(lower) + self.level(lower + 1)) * 0.5
-        return self.level(lower + (x > middle).to(lower.dtype))  # a sum that is 0 is not -0.0
+        return lower + (x > middle).to(lower.dtype)  # a sum that is 0 is not -0.0
 
     def _inner(self, t: Tensor, in_place: bool) -> Tensor:
         """The multiple next to t of a level that is no outermost one. Takes the memory of t."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parq_fn.proxmaps.levels import Levels, cell, closest, prepare
+from parq_fn.proxmaps.levels import Levels, cell, closest, prepare, reaches_upper
 from parq_fn.proxmaps.proxmap import Formula, follows_levels, no_scalars, prox_map
 
 
@@ -23,6 +23,13 @@ def hard_at(coefficient: float | None) -> Formula:
     return HARD
 
 
+def hard_derivatives(u: Tensor, lo: Tensor, hi: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """1 of the end that the weight is on, else 0."""
+    del c
+    upper = reaches_upper(u, lo, hi).to(u.dtype)
+    return 1 - upper, upper
+
+
 @prox_map(
     follows_levels(
         in_range=True,
@@ -32,6 +39,7 @@ def hard_at(coefficient: float | None) -> Formula:
         idempotent=True,
     ),
     hard_at,
+    hard_derivatives,
 )
 def hard(u: Tensor, levels: Tensor, coefficient: float | Tensor | None = None) -> Tensor:
     """argmin_w |w - u| over w in Q: the nearest level, the lower one in a tie.

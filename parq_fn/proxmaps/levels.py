@@ -180,8 +180,12 @@ def midpoint(lo: Tensor, hi: Tensor) -> Tensor:
 
 def nearer(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     """The nearer end of the cell, the lower one in a tie; for NaN either."""
-    upper = (x > midpoint(lo, hi)) | (x >= hi)  # neighbouring floats: the midpoint rounds to hi
-    return torch.where(upper, hi, lo)
+    return torch.where(reaches_upper(x, lo, hi), hi, lo)
+
+
+def reaches_upper(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """Whether the upper end of a weight's cell is the nearer one."""
+    return (x > midpoint(lo, hi)) | (x >= hi)  # neighbouring floats: the midpoint rounds to hi
 
 
 def bounds(levels: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from parq_fn.foundation.checks import Interval
 from parq_fn.foundation.scalar import is_plain
 from parq_fn.proxmaps.clip import CLIP, clip, clip_regularizer, held
 from parq_fn.proxmaps.even import LEAST
-from parq_fn.proxmaps.hard import HARD
+from parq_fn.proxmaps.hard import HARD, hard_derivatives
 from parq_fn.proxmaps.levels import Levels, between, cell, midpoint, nan_with, nearer, prepare
 from parq_fn.proxmaps.proxmap import Formula, computed, follows_levels, prox_map
 
@@ -83,6 +83,18 @@ def parq_at(s: float | None) -> Formula:
     return CLIP if s >= 1 else _SLOPED
 
 
+def parq_derivatives(u: Tensor, lo: Tensor, hi: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """1 of the end that the weight is held to; on the line (1 - 1 / s) / 2 of both."""
+    (steep,) = _steep(s)
+    line = u + (u - midpoint(lo, hi)) * steep
+    upper = ((line > hi) | (lo == hi)).to(u.dtype)
+    lower = (line < lo).to(u.dtype) * (1 - upper)
+    tilt = -0.5 * steep * (1 - upper - lower)
+    held = hard_derivatives(u, lo, hi, s)
+    lower, upper = lower + tilt, upper + tilt
+    return torch.where(s > 0, lower, held[0]), torch.where(s > 0, upper, held[1])
+
+
 @prox_map(
     follows_levels(
         coefficients=Interval(0.0, 1.0, open_low=True),
@@ -105,6 +117,7 @@ def parq_at(s: float | None) -> Formula:
         share=lambda s: 1 - s,
     ),
     parq_at,
+    parq_derivatives,
 )
 def parq(u: Tensor, levels: Tensor, inverse_slope: float | Tensor) -> Tensor:
     """argmin_w (w - u)^2 / 2 + h_s(w), h_s(w) = (1 - s) / 2 * (w - q_i) (q_{i+1} - w) on each

@@ -79,6 +79,10 @@ class Formula(NamedTuple):
 #: The formula of a map for the value of its coefficient, None where that is not known.
 Chooser = Callable[[float | None], Formula]
 
+#: (u, lo, hi, coefficient []) -> (dw/dlo, dw/dhi), each like u: how the weight of u in the cell
+#: [lo, hi] moves with the cell's ends. Of `prepare`d arguments, 0 <= u - lo or the lowest cell.
+Derivatives = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 def known(u: Tensor, levels: Levels, coefficient: float | Tensor) -> float | None:
     """The coefficient as the maps' dtype rounds it, None where it cannot be read or is
@@ -107,6 +111,8 @@ class ProxMap(Value):
     traits: what it declares; whether it acts element by element is among them.
     formulas: for a known coefficient the formula that gives the same weights with less work;
         None where there is but the function.
+    derivatives: of a weight in the two ends of its cell, for levels that are learned; where there
+        are none, autograd is asked.
 
     >>> import torch
     >>> from parq_fn.foundation.traits import ProxTraits
@@ -120,6 +126,7 @@ class ProxMap(Value):
     function: Callable[..., Tensor]
     traits: ProxTraits = ProxTraits()
     formulas: Chooser | None = None
+    derivatives: Derivatives | None = None
 
     def __post_init__(self) -> None:
         name = getattr(self.function, "__name__", type(self.function).__name__)
@@ -161,18 +168,20 @@ class ProxMap(Value):
     def __repr__(self) -> str:
         if self._named() is self:
             return str(vars(self)["__name__"])
-        formulas = "" if self.formulas is None else f", formulas={show(self.formulas)}"
-        return f"ProxMap({show(self.function)}, {self.traits!r}{formulas})"
+        own = {"formulas": self.formulas, "derivatives": self.derivatives}
+        more = "".join(f", {name}={show(got)}" for name, got in own.items() if got is not None)
+        return f"ProxMap({show(self.function)}, {self.traits!r}{more})"
 
     def __reduce__(self) -> Any:
         named = self._named()
         if named is self:
             return vars(self)["__qualname__"]
         if isinstance(named, ProxMap) and named.function is self.function:
-            fields = {"traits": self.traits, "formulas": self.formulas}
+            names = "traits", "formulas", "derivatives"
+            fields = {name: getattr(self, name) for name in names}
             changes = {name: got for name, got in fields.items() if got is not getattr(named, name)}
             return _replaced, (named, changes)
-        return type(self), (self.function, self.traits, self.formulas)
+        return type(self), (self.function, self.traits, self.formulas, self.derivatives)
 
 
 def _replaced(map: ProxMap, changes: dict[str, Any]) -> ProxMap:
@@ -180,12 +189,12 @@ def _replaced(map: ProxMap, changes: dict[str, Any]) -> ProxMap:
 
 
 def prox_map(
-    traits: ProxTraits, formulas: Chooser | None = None
+    traits: ProxTraits, formulas: Chooser | None = None, derivatives: Derivatives | None = None
 ) -> Callable[[Callable[..., Tensor]], ProxMap]:
-    """Decorator: the function as a `ProxMap` with these traits and formulas."""
+    """Decorator: the function as a `ProxMap` with these traits, formulas and derivatives."""
 
     def made(function: Callable[..., Tensor]) -> ProxMap:
-        return ProxMap(function, traits, formulas)
+        return ProxMap(function, traits, formulas, derivatives)
 
     return made
 

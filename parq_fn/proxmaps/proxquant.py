@@ -9,8 +9,8 @@ from torch import Tensor
 
 from parq_fn.foundation.checks import Interval
 from parq_fn.foundation.traits import unchanged
-from parq_fn.proxmaps.hard import HARD
-from parq_fn.proxmaps.levels import Levels, between, closest, prepare
+from parq_fn.proxmaps.hard import HARD, hard_derivatives
+from parq_fn.proxmaps.levels import Levels, between, closest, nearer, prepare
 from parq_fn.proxmaps.proxmap import Formula, computed, follows_levels, itself, prox_map
 
 
@@ -28,6 +28,13 @@ def proxquant_at(strength: float | None) -> Formula:
     return HARD if strength == math.inf else _PULLED
 
 
+def proxquant_derivatives(u: Tensor, lo: Tensor, hi: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    """1 of the nearer end where the weight is on it, else 0."""
+    there = ((u - nearer(u, lo, hi)).abs() <= lam).to(u.dtype)
+    lower, upper = hard_derivatives(u, lo, hi, lam)
+    return there * lower, there * upper
+
+
 @prox_map(
     follows_levels(
         coefficients=Interval(0.0, math.inf, open_high=True),
@@ -40,6 +47,7 @@ def proxquant_at(strength: float | None) -> Formula:
         scales=lambda lam, a: lam * a,
     ),
     proxquant_at,
+    proxquant_derivatives,
 )
 def proxquant(u: Tensor, levels: Tensor, strength: float | Tensor) -> Tensor:
     """argmin_w (w - u)^2 / 2 + lam * dist(w, Q): u moved toward its nearest level by at most

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from parq_fn.foundation.checks import Interval
 from parq_fn.foundation.scalar import is_plain
-from parq_fn.proxmaps.clip import CLIP, clip, held
+from parq_fn.proxmaps.clip import CLIP, clip, clip_derivatives, held
 from parq_fn.proxmaps.even import LEAST
-from parq_fn.proxmaps.hard import HARD, rounded
+from parq_fn.proxmaps.hard import HARD, hard_derivatives, rounded
 from parq_fn.proxmaps.levels import Levels, between, cell
 from parq_fn.proxmaps.proxmap import Formula, computed, follows_levels, prox_map
 from parq_fn.proxmaps.tanh import tanh
@@ -70,6 +70,33 @@ def soft_at(t: float | None) -> Formula:
     return HARD if t == math.inf else _CURVED
 
 
+def soft_derivatives(u: Tensor, lo: Tensor, hi: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """1 of the end that a weight beyond it is held to. Inside, with x = (u - lo) / (hi - lo) and
+    phi(x) = tanh(T (x - 1/2) / 2) / tanh(T / 4), w = (lo + hi) / 2 + (hi - lo) / 2 phi(x) and
+
+        dw/dlo = (1 - phi + phi' (x - 1)) / 2        dw/dhi = (1 + phi - phi' x) / 2.
+    """
+    scale, full = _curvature(t)
+    width = hi - lo
+    x = (u.clamp(lo, hi) - lo) / torch.where(width > 0, width, 1.0)
+    bent = tanh(scale * (x - 0.5))
+    phi, slope = bent / full, scale * (1 - bent.square()) / full
+    inner = ((u >= lo) & (u <= hi) & (width > 0)).to(u.dtype)
+    lower, upper = clip_derivatives(u, lo, hi, t)
+    curved = (
+        lower + inner * 0.5 * (1 - phi + slope * (x - 1)),
+        upper + inner * 0.5 * (1 + phi - slope * x),
+    )
+    sharp = hard_derivatives(u, lo, hi, t)
+
+    def either(ends: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        flat, bent, hard = ends
+        return torch.where(t > 0, torch.where(t < torch.inf, bent, hard), flat)
+
+    first, second = map(either, zip((lower, upper), curved, sharp, strict=True))
+    return first, second
+
+
 @prox_map(
     follows_levels(
         coefficients=Interval(0.0, math.inf, open_high=True),
@@ -83,6 +110,7 @@ def soft_at(t: float | None) -> Formula:
         soft_map=clip,
     ),
     soft_at,
+    soft_derivatives,
 )
 def soft(u: Tensor, levels: Tensor, temperature: float | Tensor) -> Tensor:
     """c_i + (q_{i+1} - q_i) / 2 * (sigma(T (x - 1/2)) - 1/2) / (sigma(T / 2) - 1/2) in a cell,

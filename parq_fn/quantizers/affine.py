@@ -33,6 +33,7 @@ class affine(Quantizer):
     bits: int
     homogeneous = True
     num_qparams = 2
+    positive = (True, False)
 
     def __post_init__(self) -> None:
         check_whole("affine", 1, 8, bits=self.bits)
@@ -40,6 +41,10 @@ class affine(Quantizer):
     @property
     def num_levels(self) -> int:
         return int(2**self.bits)
+
+    @property
+    def largest_code(self) -> float:
+        return float(self.num_levels - 1)
 
     @property
     def traits(self) -> QuantizerTraits:

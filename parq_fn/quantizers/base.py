@@ -129,6 +129,34 @@ class Quantizer(Value):
         return (True,) * self.num_qparams
 
     @attribute
+    def positive(self) -> tuple[bool, ...]:
+        """Which of the m qparams stay above 0 where they are learned: scales and magnitudes, but no
+        minimum, mean or free level."""
+        return (False,) * self.num_qparams
+
+    @attribute
+    def learnable(self) -> tuple[bool, ...]:
+        """Which of the m qparams may be learned: whole numbers, such as zero points, may not."""
+        return (True,) * self.num_qparams
+
+    @attribute
+    def largest_code(self) -> float:
+        """c, what the largest level is a multiple of a scale by, for the normalization of learned
+        qparams; 1 where levels are no multiples of one."""
+        return 1.0
+
+    @attribute
+    def sorts(self) -> bool:
+        """Whether qparams are levels, or their magnitudes, each free: learned ones are kept in
+        ascending order. Of the base where it has no grid and no levels of its own."""
+        own = type(self)
+        return own.grid is Quantizer.grid and own.levels is Quantizer.levels
+
+    def ordered(self, qparams: Tensor) -> Tensor:
+        """Qparams [..., m] in the order in which they are kept, see `sorts`."""
+        return qparams.sort(-1).values if self.sorts else qparams
+
+    @attribute
     def traits(self) -> QuantizerTraits:
         """What it declares, for `parq_fn.testing`: here what the base sees to."""
         return QuantizerTraits(scale_exact=True, widens=True)

@@ -25,6 +25,11 @@ def about_mean(qparams: Tensor, levels: Callable[[Tensor], Tensor]) -> Tensor:
     return levels(qparams[..., :-1]) + qparams[..., -1:]
 
 
+def ordered_about_mean(qparams: Tensor, ordered: Callable[[Tensor], Tensor]) -> Tensor:
+    """`ordered` qparams [..., m + 1], of which the last is a mean."""
+    return torch.cat([ordered(qparams[..., :-1]), qparams[..., -1:]], -1)
+
+
 @value
 class centered(Quantizer):
     """The levels of `quantizer` for x - mean(x), plus mean(x), the mean of each row.
@@ -67,6 +72,25 @@ class centered(Quantizer):
     @property
     def scales(self) -> tuple[bool, ...]:
         return (*self.quantizer.scales, True)
+
+    @property
+    def positive(self) -> tuple[bool, ...]:
+        return (*self.quantizer.positive, False)
+
+    @property
+    def learnable(self) -> tuple[bool, ...]:
+        return (*self.quantizer.learnable, True)
+
+    @property
+    def largest_code(self) -> float:
+        return self.quantizer.largest_code
+
+    @property
+    def sorts(self) -> bool:
+        return self.quantizer.sorts
+
+    def ordered(self, qparams: Tensor) -> Tensor:
+        return ordered_about_mean(qparams, self.quantizer.ordered)
 
     @property
     def traits(self) -> QuantizerTraits:

@@ -44,6 +44,7 @@ class codebook(Quantizer):
     table: tuple[float, ...]
     homogeneous = True
     num_qparams = 1
+    positive = (True,)
 
     nf4: ClassVar[codebook]
     fp4: ClassVar[codebook]
@@ -74,6 +75,10 @@ class codebook(Quantizer):
     def top(self) -> float:
         """max|table|."""
         return float(max(abs(number) for number in self.table))
+
+    @property
+    def largest_code(self) -> float:
+        return self.top
 
     @property
     def telling(self) -> bool:

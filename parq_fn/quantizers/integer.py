@@ -45,6 +45,7 @@ class integer(Quantizer):
     homogeneous = True
     telling = True
     num_qparams = 1
+    positive = (True,)
 
     def __post_init__(self) -> None:
         check_whole("integer", 2, 8, bits=self.bits)
@@ -56,6 +57,10 @@ class integer(Quantizer):
     @property
     def num_levels(self) -> int:
         return int(2**self.bits)
+
+    @property
+    def largest_code(self) -> float:
+        return float(self.num_levels // 2 - 1)
 
     @property
     def traits(self) -> QuantizerTraits:

@@ -70,6 +70,12 @@ class lloyd_max(Quantizer):
     def num_qparams(self) -> int:
         return self.num_levels // 2 if self.symmetric else self.num_levels
 
+    @property
+    def positive(self) -> tuple[bool, ...]:
+        return (self.symmetric,) * self.num_qparams
+
+    sorts = True
+
     def qparams(self, x: Tensor) -> Tensor:
         if self.symmetric:
             return least_squares_levels(x.abs(), self.num_qparams)

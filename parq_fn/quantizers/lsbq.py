@@ -13,7 +13,7 @@ from parq_fn.foundation.traits import QuantizerTraits
 from parq_fn.foundation.value import value
 from parq_fn.proxmaps.levels import between
 from parq_fn.quantizers.base import Grid, Quantizer, mirror, nan_rows
-from parq_fn.quantizers.centered import about_mean, less_mean
+from parq_fn.quantizers.centered import about_mean, less_mean, ordered_about_mean
 from parq_fn.quantizers.reductions import (
     NETWORK,
     beside,
@@ -125,6 +125,21 @@ class lsbq(Quantizer):
     def num_qparams(self) -> int:
         sums = self.bits <= 1 or self.method == "greedy"
         return (max(self.bits, 1) if sums else self.num_levels // 2) + self.center
+
+    @property
+    def positive(self) -> tuple[bool, ...]:
+        return (True,) * (self.num_qparams - self.center) + (False,) * self.center
+
+    @property
+    def sorts(self) -> bool:
+        return self.bits > 1 and self.method != "greedy"
+
+    def ordered(self, qparams: Tensor) -> Tensor:
+        return (
+            ordered_about_mean(qparams, super().ordered)
+            if self.center
+            else super().ordered(qparams)
+        )
 
     def qparams(self, x: Tensor) -> Tensor:
         if self.method == "alternating" and self.bits != 1:

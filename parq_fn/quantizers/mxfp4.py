@@ -36,6 +36,8 @@ class mxfp4(Quantizer):
     telling = True
     num_levels = len(codebook.fp4.table)
     num_qparams = 1
+    positive = (True,)
+    largest_code = 6.0
 
     @property
     def traits(self) -> QuantizerTraits:

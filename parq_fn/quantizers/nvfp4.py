@@ -45,6 +45,9 @@ class nvfp4(Quantizer):
     num_levels = len(codebook.fp4.table)
     num_qparams = 2
     num_whole = 1
+    positive = (True, True)
+    learnable = (True, False)
+    largest_code = 6.0
 
     @property
     def traits(self) -> QuantizerTraits:

@@ -89,6 +89,25 @@ class stored(Quantizer):
         return self.quantizer.scales
 
     @property
+    def positive(self) -> tuple[bool, ...]:
+        return self.quantizer.positive
+
+    @property
+    def learnable(self) -> tuple[bool, ...]:
+        return self.quantizer.learnable
+
+    @property
+    def largest_code(self) -> float:
+        return self.quantizer.largest_code
+
+    @property
+    def sorts(self) -> bool:
+        return self.quantizer.sorts
+
+    def ordered(self, qparams: Tensor) -> Tensor:
+        return self.quantizer.ordered(qparams)
+
+    @property
     def traits(self) -> QuantizerTraits:
         own = self.quantizer.traits
         return QuantizerTraits(

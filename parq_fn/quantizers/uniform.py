@@ -42,6 +42,10 @@ class Scaled(Quantizer):
         return 2 if self.center else 1
 
     @property
+    def positive(self) -> tuple[bool, ...]:
+        return (True, False) if self.center else (True,)
+
+    @property
     def telling(self) -> bool:
         return not self.center
 
@@ -159,6 +163,10 @@ class max_uniform(Scaled):
         return int(2**self.bits - 1)
 
     @property
+    def largest_code(self) -> float:
+        return float(self.num_levels // 2)
+
+    @property
     def traits(self) -> QuantizerTraits:
         return replace(
             super().traits,
@@ -191,7 +199,7 @@ class asymmetric(Quantizer):
     bits: int
     homogeneous = True
     num_qparams = 2
-    scales = (True, False)
+    scales = positive = learnable = (True, False)
 
     def __post_init__(self) -> None:
         check_whole("asymmetric", 1, 8, bits=self.bits)
@@ -199,6 +207,10 @@ class asymmetric(Quantizer):
     @property
     def num_levels(self) -> int:
         return int(2**self.bits)
+
+    @property
+    def largest_code(self) -> float:
+        return float(max(self.num_levels // 2 - 1, 1))
 
     @property
     def traits(self) -> QuantizerTraits:

@@ -10,7 +10,8 @@ import optree
 from parq_fn.foundation.tree import Masked, PyTree, tree_map
 from parq_fn.foundation.value import show
 from parq_fn.transforms.chain import every_state
-from parq_fn.transforms.prox_link import Prox, ProxState
+from parq_fn.transforms.prox_link import Prox
+from parq_fn.transforms.prox_state import ProxState
 from parq_fn.transforms.transformation import check_state, check_transformation
 
 

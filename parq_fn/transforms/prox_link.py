@@ -1,7 +1,7 @@
 """The prox link: latent params in, quantized weights out.
 
     t       = count before the update
-    u      <- u + updates - (lr / gamma) (u - w)      the last term with a normal map only
+    u      <- u + updates - (lr / gamma) (u - w)      the last term with a normal map or a pull only
     q      <- quantizer.fit(u / shrink)               at t >= warmup, (t - warmup) % period == 0
     w       = map(u / shrink, levels(q), coefficient(t))     from warmup and the annealing's start
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Any, NamedTuple
+from typing import Any
 
 import optree
 import torch
@@ -33,39 +33,31 @@ from parq_fn.foundation.checks import (
     check_whole,
     readable,
 )
-from parq_fn.foundation.scalar import Scalar, as_scalar, concrete, new_count, to_device
+from parq_fn.foundation.scalar import Scalar, as_scalar, at, concrete, new_count, to_device
 from parq_fn.foundation.traits import TransformationTraits, traits_of
 from parq_fn.foundation.tree import PyTree, check_floating, names_of, tree_leaves, tree_map
-from parq_fn.foundation.value import attribute, show, state_class, value
+from parq_fn.foundation.value import attribute, show, value
 from parq_fn.proxmaps.proxmap import Formula, ProxMap, itself, known
 from parq_fn.quantizers import Quantizer
-from parq_fn.quantizers.base import fitted
 from parq_fn.quantizers.granularity import Granularity, per_tensor
 from parq_fn.quantizers.own import check_counts
 from parq_fn.transforms.estimators import straight_through
+from parq_fn.transforms.learn import check_learn, learn, learned, learner, needs_chain
 from parq_fn.transforms.links import times
+from parq_fn.transforms.prox_fit import refitted
+from parq_fn.transforms.prox_pullback import pulled_back
+from parq_fn.transforms.prox_state import ProxState, in_rows, shrunk
 from parq_fn.transforms.rate import rate_at
-from parq_fn.transforms.sharded import Part, gathered, local, part_of, placed
+from parq_fn.transforms.sharded import Part, local, part_of, placed
 from parq_fn.transforms.train import apply_updates
-from parq_fn.transforms.transformation import NO_RATE, Link, check_state, name_of
-
-
-@state_class
-class ProxState(NamedTuple):
-    """State of a prox link."""
-
-    count: Tensor  # type: ignore[assignment] # (hides tuple.count) [], int64: updates so far
-    slope: Tensor  # [], float64: the map's coefficient at the last update; parq: inverse slope
-    lr_sum: Tensor  # [], float64: sum of the learning rates so far, where they are known
-    qparams: PyTree  # [..., m] for each param, float32 or better; zeros until a step fitted them:
-    #   ... are its own dimensions without those that a row runs over (`Granularity.row_shape`)
-
-    @staticmethod
-    def elsewhere() -> dict[str, str]:
-        """For `read`: where to find what states had before."""
-        return {"levels": "levels follow from qparams: levels_of(transformation, state), or of a "
-                "parameter optimizer.levels(p)"}  # fmt: skip
-
+from parq_fn.transforms.transformation import (
+    NO_RATE,
+    Link,
+    Transformation,
+    begun,
+    check_state,
+    name_of,
+)
 
 # Defaults are got from globals: a compiler that traces a link being built can reach these, and not
 # what a class keeps.
@@ -81,15 +73,22 @@ class Prox(Link):
     granularity: which weights share levels.
     period: updates from one fit of the qparams to the next.
     warmup: updates of the base optimizer alone, w = u, before the first fit.
-    learning_rate: number, 0-d tensor or schedule; shrink and normal_map alone need it. An extra
+    learning_rate: number, 0-d tensor or schedule; shrink, normal_map and pull need it. An extra
         argument `learning_rate` of `update` overrides it: a scalar, or one for each leaf's
         name, None where it is the link's.
     shrink: map and quantizer see u / max(1, sum of the learning rates), or with a normal map
         u / gamma; the latent itself stays as it is.
     normal_map: gamma > 0; the latent moves by -(lr / gamma) (u - w) besides. gamma = lr with
         plain SGD is proximal SGD, gamma -> infinity is AProx.
+    pull: >= 0, number, 0-d tensor or schedule; the latent moves by -lr * pull * (u - w) besides:
+        a normal map of gamma = 1 / pull, with 0 allowed. hard_prox with a pull and period=1 is
+        decoupled CAGE. Not with normal_map or shrink.
     gradient: what becomes of gradients at the weights on their way to the latents, see
         `parq_fn.estimators`. A chain asks for it before its first link sees them.
+    learn: a transformation that moves the qparams along the loss's gradient, or `learn(...)` around
+        one. Where the map made the weights that gradients are of, qparams are learned and not
+        fitted, but those of rows that are not finite. It gets no extra argument; the link stands
+        in a chain, which hands it that gradient.
 
     `init` raises TypeError for a leaf that is not floating, ValueError for one that the
     granularity cannot cut or that holds NaN or infinities (where values can be read), each with
@@ -113,7 +112,9 @@ class Prox(Link):
     learning_rate: Scalar | None = field(default=None, kw_only=True)
     shrink: bool = field(default=False, kw_only=True)
     normal_map: float | Tensor | None = field(default=None, kw_only=True)
+    pull: Scalar | None = field(default=None, kw_only=True)
     gradient: Callable[..., Tensor] = field(default_factory=lambda: _STRAIGHT_THROUGH, kw_only=True)
+    learn: learn | Transformation | None = field(default=None, kw_only=True)
 
     rates = NO_RATE
 
@@ -129,12 +130,21 @@ class Prox(Link):
             check_numbers(who, NOT_NEGATIVE, schedules=True, learning_rate=self.learning_rate)
         if self.normal_map is not None:
             check_numbers(who, POSITIVE, normal_map=self.normal_map)
+        if self.pull is not None:
+            check_numbers(who, NOT_NEGATIVE, schedules=True, pull=self.pull)
+            if self.normal_map is not None or self.shrink:
+                raise ValueError(
+                    f"{who}: pull stands for a normal map with gamma = 1 / pull, and is not taken "
+                    "with normal_map or shrink; give one of them"
+                )
         expected = "an estimator such as gradient=estimators.inside()"
         check_kind(who, self.gradient, expected, "__call__")
+        if self.learn is not None:
+            check_learn(who, self.learn, self.quantizer)
 
     @property
     def traits(self) -> TransformationTraits:
-        passes = self.normal_map is None
+        passes = not self.draws
         hardens = self.ends is not None and readable(self.ends) is not None
         return TransformationTraits(
             passes_updates=passes, leafwise=True, last=True, prox=True, hardens=hardens
@@ -182,7 +192,7 @@ class Prox(Link):
         """
         return bool(getattr(traits_of(self.proxmap), "elementwise", False))
 
-    def _part(self, param: Tensor, params: PyTree) -> Part:
+    def part(self, param: Tensor, params: PyTree) -> Part:
         """What this rank holds of a parameter's rows.
 
         Raises ValueError, with its name, as `part_of`, and where a rank has pieces of rows that the
@@ -211,7 +221,7 @@ class Prox(Link):
         check_floating(params, who)
 
         def empty(param: Tensor, name: str) -> Tensor:
-            self._part(param, params)
+            self.part(param, params)
             mine = local(param)
             if concrete(mine.isfinite().all()) is False:
                 raise ValueError(f"{who}: parameter {name!r} holds NaN or infinities")
@@ -222,7 +232,9 @@ class Prox(Link):
         leaves, spec = optree.tree_flatten(params)
         named = zip(leaves, names_of(params), strict=True)
         qparams = optree.tree_unflatten(spec, [empty(param, name) for param, name in named])
-        return ProxState(count, self._coefficient(count), count.to(torch.float64), qparams)
+        slope, lr_sum = self._coefficient(count), count.to(torch.float64)
+        learned = () if self.learn is None else begun(learner(self.learn).transformation, qparams)
+        return ProxState(count, slope, lr_sum, qparams, learned)
 
     def update(
         self,
@@ -231,26 +243,36 @@ class Prox(Link):
         params: PyTree,
         *,
         learning_rate: Scalar | Mapping[str, Scalar | None] | None = None,
+        pulled: PyTree | None = None,
         **extra: Any,
     ) -> tuple[PyTree, ProxState]:
-        """The updates, and the qparams of params + updates where they are due."""
+        """The updates, and the qparams of params + updates where they are due.
+
+        pulled: the gradients of the qparams, where the link learns, as `pullback` gives them.
+        """
         del extra
         check_state(self, state, ProxState)
-        needed = self.shrink or self.normal_map is not None
+        needed = self.shrink or self.draws
         rate = rate_at(
             learning_rate, state.count, params, needed, name_of(self), own=self.learning_rate
         )
-        if self.normal_map is not None:
-            pull = rate / as_scalar(self.normal_map)
+        if self.draws:
+            share = self.drawn_by(state, rate)
 
-            def pulled(u: Tensor, p: Tensor, w: Tensor) -> Tensor:
-                return u - times(p - w, pull).to(u.dtype)
+            def drawn(u: Tensor, p: Tensor, w: Tensor) -> Tensor:
+                return u - times(p - w, share).to(u.dtype)
 
-            updates = tree_map(pulled, updates, params, self.weights(state, params))
+            updates = tree_map(drawn, updates, params, self.weights(state, params))
+        learns = None if self.learn is None else self.active(state)
         state = self.advance(state, rate)
+        if learns is not None:
+            if pulled is None:
+                raise needs_chain(self)
+            if concrete(learns) is not False:
+                state = learned(self, state, pulled, learns)
         if concrete(self.due(state)) is False:  # the fit would be thrown away
             return updates, state
-        return updates, self.refit(state, apply_updates(params, updates))
+        return updates, self.refit(state, apply_updates(params, updates), learns)
 
     # The parts of an update, for adapters whose latents other code moves.
 
@@ -264,27 +286,24 @@ class Prox(Link):
         step = state.count - 1
         return (step >= self.warmup) & ((step - self.warmup) % self.period == 0)
 
-    def refit(self, state: ProxState, latents: PyTree) -> ProxState:
-        """The state with qparams fitted to the updated latents, where they are due."""
-        due, first, m = self.due(state), state.count - 1 == self.warmup, self.quantizer.num_qparams
+    @property
+    def draws(self) -> bool:
+        """Whether latents are drawn to their weights, by a normal map or a pull."""
+        return self.normal_map is not None or self.pull is not None
 
-        def fit(old: Tensor, latent: Tensor) -> Tensor:
-            rows = self._rows(gathered(latent), state, self.granularity)
-            new = fitted(self.quantizer, rows)
-            new = new.reshape(*(shape := self.granularity.row_shape(latent)), m).to(old.dtype)
-            if concrete(due) and concrete(new.sum().isfinite()):  # as then each of them is
-                return new
-            take = new.isfinite().all(-1, keepdim=True) | to_device(first, old)
-            take = to_device(due, old) & take
-            if old.shape[-1] != m:  # levels of a version that kept them
-                if concrete(take.all()):
-                    return new
-                levels = old[..., -self.quantizer.num_levels :].reshape(*shape, -1)
-                old = self.quantizer.with_levels(torch.zeros_like(new), levels)
-                new = self.quantizer.with_levels(new, self.quantizer.levels(new))
-            return torch.where(take, new, old)
+    def drawn_by(self, state: ProxState, rate: Tensor) -> Tensor:
+        """The share of u - w by which latents move to their weights in the next update."""
+        if self.pull is not None:
+            return rate * at(self.pull, state.count)
+        assert self.normal_map is not None
+        return rate / as_scalar(self.normal_map)
 
-        return state._replace(qparams=tree_map(fit, state.qparams, latents))
+    def refit(self, state: ProxState, latents: PyTree, learns: Tensor | None = None) -> ProxState:
+        """The state with qparams fitted to the updated latents, where they are due.
+
+        learns: whether qparams were learned in this update; then rows that are finite keep them.
+        """
+        return refitted(self, state, latents, learns)
 
     def active(self, state: ProxState) -> Tensor:
         """Whether the map makes the weights; else they are the params."""
@@ -313,7 +332,7 @@ class Prox(Link):
             return params if dtype is None else tree_map(lambda p: p.to(dtype), params)
 
         def weight(param: Tensor, qparams: Tensor) -> Tensor:
-            part, mine = self._part(param, params), local(param)
+            part, mine = self.part(param, params), local(param)
             own = dtype or mine.dtype
             if not mine.numel():
                 return param.to(own)
@@ -329,45 +348,26 @@ class Prox(Link):
     def pullback(
         self, grads: PyTree, state: ProxState, params: PyTree, *, weights: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
-        """(gradient(grads, params / shrink, weights, levels, count), ()) where the map makes the
-        weights, the gradients as they came elsewhere.
+        """(gradient(grads, params / shrink, weights, levels, count), own) where the map makes the
+        weights, the gradients as they came elsewhere. own: the gradients of the qparams where the
+        link learns, else ().
 
         Weights that are not given are mapped where the estimator looks at them.
         """
         check_state(self, state, ProxState)
         if not self.pulls_back:
             return grads, ()
-        active = self.active(state)
-        known = concrete(active)
-        if known is False:
-            return grads, ()
-        like = params if weights is None else weights  # to whose dtype levels are rounded
-        if not getattr(self.gradient, "uses_weights", True):
-            weights = params
-        elif weights is None:
-            weights = self.weights(state, params)
+        return pulled_back(self, grads, state, params, weights)
 
-        def pulled(
-            grad: Tensor, param: Tensor, weight: Tensor, like: Tensor, qparams: Tensor
-        ) -> Tensor:
-            part, mine, g = part_of(param, self.granularity), local(param), local(grad)
-            if not mine.numel():
-                return grad
-            g = g if g.layout == torch.strided else g.to_dense()  # of an embedding
-            rows, u = part.granularity.rows, self._rows(mine, state, part.granularity)
-            levels = self.quantizer.levels_in(in_rows(qparams)[part.rows], like.dtype)
-            found = self.gradient(rows(g), u, rows(local(weight)), levels, state.count)
-            found = part.granularity.restore(found, mine).to(g.dtype)
-            if not known:
-                found = torch.where(to_device(active, g), found, g)
-            return placed(found, param)
-
-        return tree_map(pulled, grads, params, weights, like, state.qparams), ()
+    @property
+    def bends(self) -> bool:
+        """Whether the estimator is another than the straight-through one."""
+        return type(self.gradient) is not straight_through
 
     @property
     def pulls_back(self) -> bool:
-        """Whether the estimator is another than the straight-through one."""
-        return type(self.gradient) is not straight_through
+        """Whether it bends gradients, or learns of them."""
+        return self.bends or self.learn is not None
 
     def _mapped(self, u: Tensor, qparams: Tensor, dtype: torch.dtype, c: Tensor) -> Tensor:
         quantizer, proxmap = self.quantizer, self.proxmap
@@ -384,17 +384,5 @@ class Prox(Link):
         return granularity.rows(shrunk(latent, self.divisor(state)))
 
 
-def in_rows(qparams: Tensor) -> Tensor:
-    """Qparams [..., m] of a state as [r, m]."""
-    return qparams.unsqueeze(0).flatten(0, -2)
-
-
-Prox.gradient = _STRAIGHT_THROUGH  # of links that were pickled before they had one
-
-
-def shrunk(latent: Tensor, divisor: Tensor | None) -> Tensor:
-    """The latent over the divisor, in float32 or better; itself where there is none."""
-    if divisor is None:
-        return latent
-    wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
-    return wide / to_device(divisor, wide).to(wide.dtype)  # or a 0-d latent would be promoted
+# of links that were pickled before they had one
+Prox.gradient, Prox.pull, Prox.learn = _STRAIGHT_THROUGH, None, None

@@ -30,8 +30,8 @@ def rate_at(
         several = not all(same(rate, found[0]) for rate in found[1:])
         if several and needed:
             raise ValueError(
-                f"{who}: shrink and normal_map take one learning rate for all parameters of the "
-                "link; give parameters of another rate a link of their own"
+                f"{who}: shrink, normal_map and pull take one learning rate for all parameters of "
+                "the link; give parameters of another rate a link of their own"
             )
         given = 0.0 if several or not found else found[0]
     rate = own if given is None else given
@@ -39,7 +39,7 @@ def rate_at(
         return at(rate, step)
     if needed:
         raise ValueError(
-            f"{who}: shrink and normal_map need the learning rate; give learning_rate=... to the "
-            "link or to update"
+            f"{who}: shrink, normal_map and pull need the learning rate; give learning_rate=... to "
+            "the link or to update"
         )
     return torch.zeros_like(step)

@@ -11,7 +11,8 @@ import torch
 from parq_fn.foundation.scalar import concrete
 from parq_fn.foundation.tree import PyTree
 from parq_fn.proxmaps import hard
-from parq_fn.transforms.prox_link import Prox, ProxState
+from parq_fn.transforms.prox_link import Prox
+from parq_fn.transforms.prox_state import ProxState
 from parq_fn.transforms.transformation import children_of
 
 

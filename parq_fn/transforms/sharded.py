@@ -94,6 +94,16 @@ def spread(whole: Tensor, like: Tensor) -> Tensor:
     return everywhere.redistribute(mesh, like.placements)
 
 
+def summed_over_ranks(mine: Tensor, like: Tensor) -> Tensor:
+    """The sum of what the ranks that `like` is sharded over have each; of a plain tensor `mine`."""
+    if not is_dtensor(like):
+        return mine
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placements = [Partial() if p.is_shard() else Replicate() for p in like.placements]
+    return DTensor.from_local(mine, like.device_mesh, placements).full_tensor()
+
+
 def part_of(weight: Tensor, granularity: Granularity) -> Part:
     """The part of the weight's rows that this rank holds.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import parq_fn as pf
 from parq_fn.export import Packed, pack_weight
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
-from parq_fn.transforms.prox_link import in_rows
+from parq_fn.transforms.prox_state import in_rows
 
 #: Quantizers of evenly spaced levels.
 EVEN = [

@@ -37,8 +37,25 @@ PROX_LINKS = [
     ),
     pq.hard_prox(pq.uniform(2), warmup=1, period=2, gradient=pq.estimators.inside()),
     pq.hard_prox(pq.lsbq(0), period=1, gradient=pq.estimators.by_level()),
+    pq.hard_prox(pq.uniform(2), period=2, warmup=1, learn=pq.sgd(0.1, momentum=0.5)),
+    pq.parq_prox(
+        pq.lsbq(2),
+        **SPAN,
+        period=1,
+        granularity=pq.per_channel(),
+        learn=pq.learn(pq.adam(0.1), gradient="map"),
+    ),
+    pq.soft_prox(pq.lloyd_max(1, symmetric=False), **SPAN, period=1, learn=pq.sgd(0.1)),
+    pq.hard_prox(
+        pq.integer(2),
+        period=1,
+        learn=pq.learn(pq.sgd(0.1), gradient="lsq"),
+        gradient=pq.estimators.inside(),
+    ),
+    pq.hard_prox(pq.uniform(2), period=1, pull=0.5, learning_rate=0.1),
 ]
 
+LEARNED = pq.chain(pq.sgd(0.1), pq.hard_prox(pq.uniform(2), period=1, learn=pq.sgd(0.1)))
 DAMPED = pq.chain(
     pq.sgd(0.1, 0.9), pq.hard_prox(pq.lsbq(1), period=1, gradient=pq.estimators.damped(0.5))
 )
@@ -74,6 +91,9 @@ LINKS = [
     pq.averaged(pq.adam(0.1), lambda t: t / (t + 1)),
     pq.accumulate(DAMPED, 2),
     pq.apply_if_finite(DAMPED),
+    LEARNED,
+    pq.accumulate(LEARNED, 2),
+    pq.apply_if_finite(pq.chain(pq.clip(0.5), LEARNED)),
     pq.chain(pq.clip(0.5), pq.masked(DAMPED, lambda name, _: name == "w0")),
     pq.partition({"a": DAMPED, "b": pq.freeze()}, lambda n, _: "a" if n == "w0" else "b"),
 ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer, load_checkpoint, save_checkpoint
 from parq_fn.optim.digest import digest
-from parq_fn.transforms.prox_link import in_rows
+from parq_fn.transforms.prox_state import in_rows
 from tests.helpers import copies, equal
 
 HARD = pf.hard_prox(pf.uniform(2), period=2)

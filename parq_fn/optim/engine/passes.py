@@ -34,7 +34,8 @@ from parq_fn.optim.engine.rows import (
     with_even,
 )
 from parq_fn.quantizers.granularity import Granularity, per_channel
-from parq_fn.transforms.prox_link import Prox, ProxState, in_rows
+from parq_fn.transforms.prox_link import Prox
+from parq_fn.transforms.prox_state import ProxState, in_rows
 from parq_fn.transforms.sharded import gathered, is_dtensor
 
 _PIECE = 1 << 18  # elements that are mapped at a time
@@ -63,7 +64,11 @@ def plain(link: Prox, state: ProxState, jobs: Sequence[Job]) -> None:
 
 
 def refit(
-    link: Prox, state: ProxState, latents: Sequence[Tensor], qparams: Sequence[Tensor]
+    link: Prox,
+    state: ProxState,
+    latents: Sequence[Tensor],
+    qparams: Sequence[Tensor],
+    learns: Tensor | None = None,
 ) -> list[Tensor]:
     """link.refit of each latent, bit for bit: of small ones with rows of one length together, but
     for quantizers to which all rows of a tensor are one whole."""
@@ -81,14 +86,15 @@ def refit(
         else:
             large.append(i)
     own = state._replace(qparams=[qparams[i] for i in large])
-    found.update(zip(large, link.refit(own, [latents[i] for i in large]).qparams, strict=True))
+    fitted = link.refit(own, [latents[i] for i in large], learns).qparams
+    found.update(zip(large, fitted, strict=True))
     of_rows = dataclasses.replace(link, granularity=per_channel())
     for together in small.values():
         sizes = {i: rows.numel() for i, rows in together.items()}
         most = _TOGETHER if _on_cpu(next(iter(together.values()))) else _TOGETHER_THERE
         for chunk in chunks(sizes, most):
             own = state._replace(qparams=[torch.cat([in_rows(qparams[i]) for i in chunk])])
-            new = of_rows.refit(own, [torch.cat([together[i] for i in chunk])]).qparams[0]
+            new = of_rows.refit(own, [torch.cat([together[i] for i in chunk])], learns).qparams[0]
             for i, part in zip(
                 chunk, torch.split(new, [len(together[i]) for i in chunk]), strict=True
             ):

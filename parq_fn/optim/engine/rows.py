@@ -14,7 +14,8 @@ from parq_fn.proxmaps.even import COUNTED_MAX, Even
 from parq_fn.proxmaps.levels import Levels, bounds, prepare
 from parq_fn.proxmaps.proxmap import Formula
 from parq_fn.quantizers import Quantizer
-from parq_fn.transforms.prox_link import Prox, ProxState, shrunk
+from parq_fn.transforms.prox_link import Prox
+from parq_fn.transforms.prox_state import ProxState, shrunk
 
 _AT_ONCE = 1 << 16  # rows whose levels are made together
 

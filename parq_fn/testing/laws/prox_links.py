@@ -12,7 +12,8 @@ from parq_fn.foundation.checks import readable
 from parq_fn.foundation.tree import PyTree, tree_leaves, tree_map
 from parq_fn.testing.law import Claim, equal
 from parq_fn.testing.laws.transformations import Point, Steps, last, law, train
-from parq_fn.transforms.prox_link import Prox, ProxState, in_rows
+from parq_fn.transforms.prox_link import Prox
+from parq_fn.transforms.prox_state import ProxState, in_rows
 
 
 def to_dtype(tree: PyTree, dtype: torch.dtype) -> PyTree:
@@ -87,8 +88,33 @@ def refits_when_due(t: Prox, plain: PyTree, steps: Steps) -> Iterator[Claim]:
                 here.params,
             )
             due = i >= t.warmup and (i - t.warmup) % t.period == 0
-            yield equal(now.qparams, fitted if due else old.state.qparams)
+            if t.learn is None or not t.active(old.state):  # else they are learned
+                yield equal(now.qparams, fitted if due else old.state.qparams)
             old = here
+
+
+@law(
+    "Learned levels stay sorted and finite and scales above 0; what cannot be learned stays.",
+    "q_t learned  =>  levels(q_t) sorted and finite, q_t > 0 where positive",
+    needs=("prox",),
+)
+def learns_within_bounds(t: Prox, params: PyTree, steps: Steps) -> Iterator[Claim]:
+    if t.learn is None:
+        return
+    old, *rest = train(t, params, steps)
+    for here in rest:
+        pairs = zip(tree_leaves(old.state.qparams), tree_leaves(here.state.qparams), strict=True)
+        for before, q in pairs:
+            levels = t.quantizer.levels(in_rows(q))
+            yield equal((levels.isfinite() & (levels == levels.sort(-1).values)).all(), True)
+            for i, (positive, learnable) in enumerate(
+                zip(t.quantizer.positive, t.quantizer.learnable, strict=True)
+            ):
+                if positive:
+                    yield equal(((q[..., i] > 0) | (before[..., i] <= 0)).all(), True)
+                if not learnable and t.active(old.state) and bool((before[..., 0] > 0).all()):
+                    yield equal(q[..., i], before[..., i])
+        old = here
 
 
 @law(
@@ -117,7 +143,7 @@ def hard_in_the_end(t: Prox, plain: PyTree, steps: Steps, dtype: torch.dtype) ->
 )
 def settles(t: Prox, plain: PyTree, steps: Steps) -> Iterator[Claim]:
     state = annealed(t, plain)
-    if state is None or t.normal_map is not None or t.shrink:
+    if state is None or t.draws or t.shrink or t.learn is not None:
         return
     zeros = tree_map(torch.zeros_like, plain)
     once = last(t, plain, [zeros], state)

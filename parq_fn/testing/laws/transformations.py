@@ -13,7 +13,9 @@ from torch import Tensor
 from parq_fn.foundation.tree import PyTree, tree_map
 from parq_fn.testing.law import Claim, Collection, equal
 from parq_fn.transforms.masked import masked
+from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.train import apply_updates, value_and_grad
+from parq_fn.transforms.transformation import handed, pull_back
 
 LAWS = Collection("transformation")
 law = LAWS.law
@@ -34,9 +36,19 @@ def train(t: Any, params: PyTree, steps: Steps, state: PyTree = None) -> Iterato
     here = Point(params, t.init(params) if state is None else state)
     yield here
     for grads in steps:
-        updates, state = t.update(grads, here.state, here.params)
+        updates, state = step(t, grads, here)
         here = Point(apply_updates(here.params, updates), state, updates)
         yield here
+
+
+def step(t: Any, grads: PyTree, here: Point) -> tuple[PyTree, PyTree]:
+    """(updates, state) of a transformation; of a link that learns with what its pullback gives for
+    it, as in a chain."""
+    inner = t.inner if isinstance(t, masked) else t
+    learns = isinstance(inner, Prox) and inner.learn is not None
+    own = pull_back(t, grads, here.state, here.params)[1] if learns else ()
+    updated: tuple[PyTree, PyTree] = t.update(grads, here.state, here.params, **handed(own))
+    return updated
 
 
 def last(t: Any, params: PyTree, steps: Steps, state: PyTree = None) -> Point:
@@ -85,9 +97,9 @@ def update_is_pure(t: Any, params: PyTree, steps: Steps) -> Iterator[Claim]:
     here = Point(params, t.init(params))
     for grads in steps:
         before = copied((grads, here.state, here.params))
-        first = copied(t.update(grads, here.state, here.params))
+        first = copied(step(t, grads, here))
         yield equal((grads, here.state, here.params), before)
-        updates, state = t.update(grads, here.state, here.params)
+        updates, state = step(t, grads, here)
         yield equal((updates, state), first)
         here = Point(apply_updates(here.params, updates), state)
 

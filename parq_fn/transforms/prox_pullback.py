@@ -1,0 +1,75 @@
+"""The pullback of a prox link: gradients at its weights become those at its latents and qparams.
+
+    (estimator(g, u / shrink, w, levels, count), own)
+
+own: the gradients of the qparams where the link learns, else (). Where the map did not make the
+weights, gradients are handed on as they came, and those of the qparams are 0.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from parq_fn.foundation.scalar import concrete, to_device
+from parq_fn.foundation.tree import PyTree, tree_map
+from parq_fn.transforms.learn import gradient_of
+from parq_fn.transforms.prox_state import ProxState, in_rows, shrunk
+from parq_fn.transforms.sharded import local, part_of, placed
+
+if TYPE_CHECKING:
+    from parq_fn.transforms.prox_link import Prox
+
+
+def pulled_back(
+    link: Prox, grads: PyTree, state: ProxState, params: PyTree, weights: PyTree | None
+) -> tuple[PyTree, PyTree]:
+    """(gradients at the latents, own), of gradients at the weights.
+
+    Weights that are not given are mapped where the estimator looks at them.
+    """
+    active = link.active(state)
+    like = params if weights is None else weights  # to whose dtype levels are rounded
+    own = () if link.learn is None else _own(link, grads, state, params, like)
+    if concrete(active) is False or not link.bends:
+        return grads, own
+    if not getattr(link.gradient, "uses_weights", True):
+        weights = params
+    elif weights is None:
+        weights = link.weights(state, params)
+
+    def bent(grad: Tensor, param: Tensor, weight: Tensor, like: Tensor, qparams: Tensor) -> Tensor:
+        part, mine, g = part_of(param, link.granularity), local(param), strided(local(grad))
+        if not mine.numel():
+            return grad
+        rows = part.granularity.rows
+        u = rows(shrunk(mine, link.divisor(state)))
+        levels = link.quantizer.levels_in(in_rows(qparams)[part.rows], like.dtype)
+        found = link.gradient(rows(g), u, rows(local(weight)), levels, state.count)
+        found = part.granularity.restore(found, mine).to(g.dtype)
+        if not concrete(active):
+            found = torch.where(to_device(active, g), found, g)
+        return placed(found, param)
+
+    return tree_map(bent, grads, params, weights, like, state.qparams), own
+
+
+def _own(link: Prox, grads: PyTree, state: ProxState, params: PyTree, like: PyTree) -> PyTree:
+    """The gradients [..., m] of the qparams."""
+    active = link.active(state)
+
+    def own(grad: Tensor, param: Tensor, like: Tensor, qparams: Tensor) -> Tensor:
+        if concrete(active) is False:
+            return torch.zeros_like(qparams)
+        part = link.part(param, params)
+        found = gradient_of(link, strided(local(grad)), param, part, state, (qparams, like.dtype))
+        return found if concrete(active) else torch.where(to_device(active, found), found, 0.0)
+
+    return tree_map(own, grads, params, like, state.qparams)
+
+
+def strided(grad: Tensor) -> Tensor:
+    """The gradient with all its elements; that of an embedding may be sparse."""
+    return grad if grad.layout == torch.strided else grad.to_dense()

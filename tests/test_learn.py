@@ -1,0 +1,392 @@
+"""Learned levels: gradients of qparams against autograd, and trainings against autograd twins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import parq_fn as pf
+from parq_fn import estimators, proxmaps
+from parq_fn.foundation.tree import tree_map
+from parq_fn.transforms.learn import moved
+from parq_fn.transforms.qparams_gradient import of_rows
+from tests.helpers import pairwise, sampled
+
+FLOAT64 = torch.float64
+ALL = [
+    pf.uniform(1), pf.uniform(2), pf.uniform(4), pf.uniform(2, center=True), pf.max_uniform(3),
+    pf.asymmetric(3), pf.ternary_uniform(), pf.lsbq(0), pf.lsbq(1), pf.lsbq(2), pf.lsbq(3),
+    pf.lsbq(2, "optimal"), pf.lsbq(3, "alternating", center=True), pf.lloyd_max(2),
+    pf.lloyd_max(2, symmetric=False), pf.gaussian(3), pf.integer(4), pf.affine(3),
+    pf.codebook.nf4, pf.codebook.fp4, pf.mxfp4(), pf.nvfp4(),
+    pf.stored(pf.uniform(4), torch.float16), pf.stored(pf.integer(4), "e8m0"),
+    pf.centered(pf.codebook.nf4),
+]  # fmt: skip
+MAPS = [
+    (proxmaps.hard, 0.0), (proxmaps.clip, 0.0), *((proxmaps.parq, s) for s in (1, 0.7, 1e-3, 0)),
+    *((proxmaps.soft, t) for t in (0, 1, 20, torch.inf)),
+    *((proxmaps.binary_relax, c) for c in (0, 0.3, 0.8, 1)),
+    *((proxmaps.proxquant, c) for c in (0, 0.05, 0.3, torch.inf)),
+]  # fmt: skip
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=FLOAT64)
+
+
+def fitted(quantizer: Any, u: Tensor) -> Tensor:
+    qparams = quantizer.fit(u)
+    return torch.where(torch.tensor(quantizer.learnable), 1.2 * qparams, qparams)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("quantizer", ALL, ids=repr)
+def test_the_derivative_of_maps_in_qparams_is_that_of_autograd(quantizer: Any) -> None:
+    u, g = 1.3 * draw(5, 40), draw(5, 40, seed=1)
+    qparams = fitted(quantizer, u)
+    u = 1.01 * u  # off the levels that fits put on weights, where maps have kinks
+    for map, coefficient in MAPS:
+        s = torch.tensor(coefficient, dtype=FLOAT64)
+        found = of_rows("map", map, quantizer, u, g, qparams, FLOAT64, s)
+        own = qparams.clone().requires_grad_()
+        (wanted,) = torch.autograd.grad((g * map(u, quantizer.levels(own), s)).sum(), own)
+        steep = {proxmaps.parq: 1 / s if s > 0 else 1, proxmaps.soft: s if s < torch.inf else 1}
+        size = g.abs().sum() * quantizer.largest_code * max(1.0, float(steep.get(map, 1)))
+        assert float((found - wanted).abs().max() / size) < 1e-13, (map, coefficient)
+
+
+@pytest.mark.parametrize("quantizer", ALL, ids=repr)
+def test_by_code_each_level_has_the_gradients_of_its_weights(quantizer: Any) -> None:
+    u, g = 1.3 * draw(5, 40), draw(5, 40, seed=1)
+    qparams = fitted(quantizer, u)
+    levels = quantizer.levels(qparams)
+    sums = torch.zeros_like(levels)
+    for i, row in enumerate(u):
+        for j, weight in enumerate(row):
+            sums[i, int((levels[i] - weight).abs().argmin())] += g[i, j]
+    wanted = torch.func.grad(lambda q: (sums * quantizer.levels(q)).sum())(qparams)
+    for map in (proxmaps.hard, proxmaps.parq):
+        found = of_rows("code", map, quantizer, u, g, qparams, FLOAT64, torch.tensor(0.5))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("quantizer", [pf.integer(3), pf.uniform(2), pf.codebook.nf4], ids=repr)
+def test_lsq_has_the_residual_inside_and_the_end_level_beyond(quantizer: Any) -> None:
+    u, g = 1.5 * draw(3, 50), draw(3, 50, seed=1)
+    scale = 0.6 * quantizer.fit(u)
+    levels = quantizer.levels(scale)
+    near = proxmaps.hard(u, levels) / scale
+    inside = (u > levels[:, :1]) & (u < levels[:, -1:])
+    assert bool(inside.any())
+    assert not bool(inside.all())
+    wanted = (g * torch.where(inside, near - u / scale, near)).sum(-1, keepdim=True)
+    found = of_rows("lsq", None, quantizer, u, g, scale, FLOAT64, torch.tensor(0.0))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_map_of_ones_own_is_differentiated_by_autograd() -> None:
+    def mean_and_level(u: Tensor, levels: Tensor, c: Tensor) -> Tensor:
+        return 0.5 * u + 0.5 * proxmaps.hard(u, levels)
+
+    u, g = draw(2, 30), draw(2, 30, seed=1)
+    for quantizer in (pf.uniform(4), pf.lsbq(2)):
+        q = fitted(quantizer, u)
+        found = of_rows("map", mean_and_level, quantizer, u, g, q, FLOAT64, torch.tensor(0.0))
+        half = of_rows("code", None, quantizer, u, g, q, FLOAT64, torch.tensor(0.0))
+        torch.testing.assert_close(found, 0.5 * half)
+
+
+# Steps of qparams
+
+
+def test_a_step_that_makes_a_scale_not_positive_or_anything_not_finite_is_not_taken() -> None:
+    quantizer = pf.affine(2)  # scale and minimum
+    old = torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [torch.nan, 2.0]])
+    step = torch.tensor([[-1.0, -5.0], [-0.5, torch.inf], [torch.nan, 1.0], [1.0, 1.0]])
+    found = moved(quantizer, old, step)
+    wanted = torch.tensor([[1.0, -3.0], [0.5, 2.0], [1.0, 3.0], [torch.nan, 3.0]])
+    torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
+def test_zero_points_stay_and_free_levels_are_kept_in_order() -> None:
+    q = torch.tensor([[1.0, 3.0]])
+    assert moved(pf.asymmetric(2), q, torch.ones(1, 2)).tolist() == [[2.0, 3.0]]
+    levels, step = torch.tensor([[-1.0, 0.0, 0.5, 2.0]]), torch.tensor([[0.0, 1.0, 0.0, 0.0]])
+    free = pf.lloyd_max(2, symmetric=False)
+    assert moved(free, levels, step).tolist() == [[-1.0, 0.5, 1.0, 2.0]]
+    halves = pf.lsbq(2, "optimal", center=True)  # two magnitudes and a mean
+    got = moved(halves, torch.tensor([[0.5, 1.0, 9.0]]), torch.tensor([[1.0, 0.0, -1.0]]))
+    assert got.tolist() == [[1.0, 1.5, 8.0]]
+
+
+# Trainings
+
+
+def loss(w: Any, x: Tensor) -> Tensor:
+    return ((w["b"] @ (w["a"] @ x).tanh()) - x[:2].sin()).square().mean()
+
+
+PARAMS = {"a": 0.7 * draw(6, 4), "b": 0.7 * draw(2, 6, seed=1)}
+RATES = {"code": 0.01, "map": 0.002}
+
+
+INPUTS = [draw(4, 9, seed=100 + t) for t in range(50)]
+
+
+def inputs(t: int) -> Tensor:
+    return INPUTS[t]
+
+
+def run(transform: Any, steps: int, params: Any = None) -> tuple[Any, Any, Any]:
+    params = PARAMS if params is None else params
+    state = transform.init(params)
+    step = pf.value_and_grad(loss, transform)
+    for t in range(steps):
+        _, grads = step(params, state, inputs(t))
+        updates, state = transform.update(grads, state, params)
+        params = pf.apply_updates(params, updates)
+    return params, state, transform.weights(state, params)
+
+
+LINKS: dict[str, Any] = {
+    "hard": pf.hard_prox(pf.uniform(2), period=1000),
+    "parq": pf.parq_prox(pf.uniform(2), anneal_start=3, anneal_end=40, period=1000),
+    "soft": pf.soft_prox(
+        pf.uniform(2), anneal_start=3, anneal_end=40, period=1000, end_temperature=20.0
+    ),
+    "binary_relax": pf.binary_relax_prox(pf.uniform(2), anneal_start=3, anneal_end=40, period=1000),
+}
+QUANTIZERS = [pf.integer(3, "mean"), pf.lsbq(2), pf.lloyd_max(2, symmetric=False), pf.affine(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "quantizer", "kind"), pairwise(list(LINKS), QUANTIZERS, ["code", "map"])
+)
+def test_a_training_with_learned_levels_is_that_of_autograd(
+    name: str, quantizer: Any, kind: str
+) -> None:
+    """The twin differentiates w = map(u, levels(q), s) in q by autograd, and passes gradients at w
+    straight to u."""
+    how = pf.learn(pf.sgd(RATES[kind], momentum=0.5), gradient=kind)
+    granularity = pf.per_channel()
+    link = replace(LINKS[name], quantizer=quantizer, granularity=granularity, learn=how)
+    transform = pf.chain(pf.sgd(0.05, momentum=0.9), link)
+    u, velocity = dict(PARAMS), {k: torch.zeros_like(p) for k, p in PARAMS.items()}
+    q: Any = {}
+    moments: Any = dict.fromkeys(PARAMS, 0.0)
+    weights = dict(PARAMS)
+    params, state = PARAMS, transform.init(PARAMS)
+    step = pf.value_and_grad(loss, transform)
+    learned_from = max(0, int(link.begins))
+    for t in range(50):
+        leaves = {k: w.clone().requires_grad_() for k, w in weights.items()}
+        grads = torch.autograd.grad(loss(leaves, inputs(t)), [*leaves.values()])
+        g = dict(zip(leaves, grads, strict=True))
+        learns = t > learned_from  # the weights of t = begins are made at its end
+        for k in u:
+            if learns:
+                s = link.coefficient(torch.tensor(t - 1)).double()
+                own = q[k].clone().requires_grad_()
+                levels = quantizer.levels(own)
+                if kind == "map":
+                    made = link.proxmap(u[k], levels, s)
+                else:
+                    code = (u[k].unsqueeze(-1) - levels.detach().unsqueeze(1)).abs().argmin(-1)
+                    made = levels.gather(-1, code)
+                (d,) = torch.autograd.grad((made * g[k]).sum(), own)
+                d = d / (u[k].shape[1] * quantizer.largest_code) ** 0.5
+                moments[k] = 0.5 * moments[k] + d
+            velocity[k] = 0.9 * velocity[k] + g[k]
+            u[k] = u[k] - 0.05 * velocity[k]
+            if learns:
+                q[k] = quantizer.ordered(q[k] - RATES[kind] * moments[k])
+            elif t == 0:
+                q[k] = quantizer.fit(u[k])
+            s = link.coefficient(torch.tensor(t)).double()
+            on = t >= learned_from
+            weights[k] = link.proxmap(u[k], quantizer.levels(q[k]), s) if on else u[k]
+        _, found = step(params, state, inputs(t))
+        updates, state = transform.update(found, state, params)
+        params = pf.apply_updates(params, updates)
+        torch.testing.assert_close(params, u, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            transform.weights(state, params), weights, rtol=1e-11, atol=1e-11
+        )
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_lsq_is_its_own_autograd_twin(bits: int) -> None:
+    """round with gradient 1, a scale with gradient 1 / sqrt(n Q_p), as the paper's listing."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    link = pf.hard_prox(
+        pf.integer(bits, "mean"),
+        period=1000,
+        gradient=estimators.inside(),
+        learn=pf.learn(pf.sgd(0.05), gradient="lsq"),
+    )
+    transform = pf.chain(pf.sgd(0.05), link)
+
+    def through(x: Tensor, value: Tensor) -> Tensor:
+        return value.detach() - x.detach() + x
+
+    def quantized(u: Tensor, a: Tensor) -> Tensor:
+        share = 1 / (u.numel() * high) ** 0.5
+        a = through(a * share, a)
+        v = (u / a).clamp(low, high)
+        return through(v, v.round()) * a
+
+    u = {k: p.clone().requires_grad_() for k, p in PARAMS.items()}
+    a: dict[str, Tensor] = {}
+    for t in range(50):
+        weights = {k: quantized(p, a[k]) for k, p in u.items()} if a else u
+        leaves = [*u.values(), *a.values()]
+        grads = torch.autograd.grad(loss(weights, inputs(t)), leaves)
+        with torch.no_grad():
+            for leaf, grad in zip(leaves, grads, strict=True):
+                leaf -= 0.05 * grad
+            if not a:
+                a = {k: 2 * p.abs().mean() / high**0.5 for k, p in u.items()}
+                a = {k: scale.detach().requires_grad_() for k, scale in a.items()}
+        params, state, _ = run(transform, t + 1) if t in (0, 1, 49) else (None, None, None)
+        if params is not None:
+            torch.testing.assert_close(params, {k: p.detach() for k, p in u.items()})
+            found = {k: q.squeeze() for k, q in pf.read(state, "qparams").items()}
+            torch.testing.assert_close(
+                found, {k: s.detach() for k, s in a.items()}, rtol=1e-12, atol=1e-12
+            )
+
+
+LEARNED = pf.chain(
+    pf.sgd(0.05, momentum=0.9),
+    pf.parq_prox(
+        pf.lsbq(2), anneal_start=2, anneal_end=7, granularity=pf.per_channel(), learn=pf.adam(0.01)
+    ),
+)
+
+
+def test_before_the_map_makes_weights_levels_are_fitted_and_after_it_learned() -> None:
+    link = pf.hard_prox(pf.uniform(2), warmup=3, period=2, learn=pf.sgd(0.1))
+    transform, params = pf.chain(pf.sgd(0.05), link), PARAMS
+    state, step = transform.init(params), pf.value_and_grad(loss, transform)
+    fits, before = [], pf.read(state, "qparams")
+    for t in range(8):
+        _, grads = step(params, state, inputs(t))
+        updates, state = transform.update(grads, state, params)
+        params = pf.apply_updates(params, updates)
+        qparams = pf.read(state, "qparams")
+        fitted = link.quantizer.fit(params["a"].reshape(1, -1)).squeeze(0)
+        same = torch.equal(qparams["a"], fitted)
+        fits.append("fit" if same else "kept" if torch.equal(qparams["a"], before["a"]) else "new")
+        before = qparams
+    assert fits == ["kept"] * 3 + ["fit"] + ["new"] * 4
+
+
+def test_a_row_whose_levels_cannot_learn_is_fitted_where_due() -> None:
+    """A row of zeros has a scale of 0, and one of NaN none: both had the same levels for ever."""
+    link = pf.hard_prox(pf.uniform(2), granularity=pf.per_channel(), period=1, learn=pf.sgd(0.1))
+    transform = pf.chain(pf.sgd(0.1), link)
+    params = {"w": torch.tensor([[0.0, 0.0], [1.0, -2.0]])}
+    state = transform.init(params)
+    _, state = transform.update(tree_map(torch.zeros_like, params), state, params)
+    assert pf.read(state, "qparams")["w"].flatten().tolist()[0] == 0.0
+    _, state = transform.update({"w": torch.tensor([[1.0, -1.0], [0.0, 0.0]])}, state, params)
+    assert pf.read(state, "qparams")["w"][0] > 0
+
+
+def test_seeds_are_trained_by_vmap_as_each_alone() -> None:
+    many = {k: torch.stack([p, 0.5 * p, p.flip(0)]) for k, p in PARAMS.items()}
+    _, _, together = torch.vmap(lambda p: run(LEARNED, 10, p))(many)
+    for i in range(3):
+        _, _, alone = run(LEARNED, 10, {k: p[i] for k, p in many.items()})
+        torch.testing.assert_close({k: w[i] for k, w in together.items()}, alone)
+
+
+@pytest.mark.rare
+@pytest.mark.usefixtures("graphs_alone")
+@pytest.mark.parametrize("kind", sampled(["code", "map"], 1))
+def test_a_compiled_step_learns_as_an_eager_one(kind: str) -> None:
+    link = replace(LEARNED.links[1], learn=pf.learn(pf.sgd(0.01), gradient=kind))
+    transform = pf.chain(LEARNED.links[0], link)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = transform.update(grads, state, params)
+        params = pf.apply_updates(params, updates)
+        return params, state, transform.weights(state, params)
+
+    compiled = torch.compile(step, fullgraph=True)
+    params, state = PARAMS, transform.init(PARAMS)
+    for t in range(9):
+        grads = {k: draw(*p.shape, seed=t) for k, p in params.items()}
+        got = compiled(params, state, grads)
+        params, state, weights = step(params, state, grads)
+        torch.testing.assert_close(got[2], weights)
+        torch.testing.assert_close(pf.read(got[1], "qparams"), pf.read(state, "qparams"))
+
+
+# Wrong use
+
+
+def test_a_link_that_learns_outside_of_a_chain_says_so() -> None:
+    link = pf.hard_prox(pf.uniform(2), learn=pf.sgd(0.1))
+    with pytest.raises(ValueError, match=r"hard_prox: it learns its levels.*put it in a chain"):
+        link.update(PARAMS, link.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: pf.learn(0.1), TypeError, "the transformation of learn"),
+        (lambda: pf.learn(pf.sgd(0.1), gradient="exact"), ValueError, "'code', 'map' or 'lsq'"),
+        (
+            lambda: pf.hard_prox(pf.lsbq(2), learn=pf.learn(pf.sgd(0.1), "lsq")),
+            ValueError,
+            "2 qparams a row; take gradient='code'",
+        ),
+        (lambda: pf.hard_prox(pf.lsbq(2), learn=True), TypeError, "expected a transformation"),
+        (
+            lambda: pf.hard_prox(pf.lsbq(2), pull=0.1, shrink=True, learning_rate=0.1),
+            ValueError,
+            "pull stands for a normal map",
+        ),
+        (lambda: pf.hard_prox(pf.lsbq(2), pull=-1.0), ValueError, "pull"),
+    ],
+)
+def test_bad_values_are_refused(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+# Pull
+
+
+def test_a_pull_is_a_normal_map_of_its_inverse() -> None:
+    one = pf.hard_prox(pf.uniform(2), period=1, normal_map=4.0, learning_rate=0.05)
+    two = pf.hard_prox(pf.uniform(2), period=1, pull=0.25, learning_rate=0.05)
+    got = [run(pf.chain(pf.sgd(0.05), link), 12) for link in (one, two)]
+    torch.testing.assert_close(got[0][0], got[1][0], rtol=1e-13, atol=1e-13)
+
+
+def test_cage_is_hard_with_a_pull_that_grows() -> None:
+    """u <- u - lr g - lr lambda_t (u - Q(u)), Q of the latents before the step."""
+    ramp = pf.schedules.linear(0.0, 3.0, 10, 30)
+    quantizer = pf.uniform(2)
+    link = pf.hard_prox(quantizer, period=1, pull=ramp, learning_rate=0.05)
+    params, _, _ = run(pf.chain(pf.sgd(0.05), link), 40)
+    u, w = dict(PARAMS), dict(PARAMS)
+    for t in range(40):
+        leaves = {k: x.clone().requires_grad_() for k, x in w.items()}
+        grads = torch.autograd.grad(loss(leaves, inputs(t)), [*leaves.values()])
+        strength = float(ramp(torch.tensor(t)))
+        for (k, x), g in zip(u.items(), grads, strict=True):
+            u[k] = x - 0.05 * g - 0.05 * strength * (x - w[k])
+        for k, x in u.items():
+            row = x.reshape(1, -1)
+            w[k] = proxmaps.hard(row, quantizer(row)).reshape(x.shape)
+    torch.testing.assert_close(params, u, rtol=1e-12, atol=1e-12)
