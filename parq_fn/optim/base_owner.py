@@ -110,7 +110,7 @@ class BaseOwner:
             "latent": latent,
             "qparams": state.qparams[label],
             **scalars(state),
-            **(laid_out(link, [label], state.learned)[label] if link.learn is not None else {}),
+            **(laid_out(link, [label], state)[label] if link.learn is not None else {}),
             "link": digest(link),
         }
 

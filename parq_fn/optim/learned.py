@@ -22,16 +22,18 @@ PREFIX = "learn."
 
 
 def laid_out(link: Prox, names: list[str], state: Any) -> dict[str, Entries]:
-    """{name: entries} of the state of what moves the qparams of these parameters."""
+    """{name: entries} of what a `LearningState` of these parameters has learned."""
     found: dict[str, Entries] = {name: {} for name in names}
-    for owner, key, leaf in Part(learner(link.learn).transformation, names).take_apart(state):
+    for owner, key, leaf in Part(learner(link.learn).transformation, names).take_apart(
+        state.learned
+    ):
         for name in names if owner is None else [owner]:
             found[name][PREFIX + key] = leaf
     return found
 
 
 def put_together(link: Prox, qparams: dict[str, Tensor], entries: Mapping[str, Entries]) -> Any:
-    """That state, from the entries of the parameters that qparams are of."""
+    """That part of the state, from the entries of the parameters that qparams are of."""
     transformation, names = learner(link.learn).transformation, list(qparams)
     part = Part(transformation, names)
     part.take_apart(transformation.init(qparams))

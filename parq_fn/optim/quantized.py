@@ -40,7 +40,7 @@ from parq_fn.transforms.averaged import moved, share_of
 from parq_fn.transforms.learn import learned
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_links import parq_prox
-from parq_fn.transforms.prox_state import ProxState, in_rows
+from parq_fn.transforms.prox_state import LearningState, ProxState, in_rows
 from parq_fn.transforms.rounding import rounding
 from parq_fn.transforms.sharded import local, part_of
 
@@ -306,9 +306,9 @@ class QuantOptimizer(Moving):
         qparams = {name: own["qparams"] for name, own in entries.items()}
         moments = put_together(link, qparams, entries)
         pulled = {labels[p]: self._pulled.get(p) for p in params}
-        of_all = state._replace(qparams=qparams, learned=moments)
+        of_all = LearningState(state.count, state.slope, state.lr_sum, qparams, moments)
         new = learned(link, of_all, pulled, torch.tensor(True, device="cpu"))
-        parts = laid_out(link, list(entries), new.learned)
+        parts = laid_out(link, list(entries), new)
         for name, own in entries.items():
             changed = {"qparams": new.qparams[name], **parts[name]}
             before.append((own, {key: own[key] for key in changed}))

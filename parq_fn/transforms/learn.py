@@ -22,11 +22,12 @@ from parq_fn.foundation.scalar import concrete, to_device
 from parq_fn.foundation.tree import PyTree, select, tree_map
 from parq_fn.foundation.value import Value, briefly, show, value
 from parq_fn.quantizers import Quantizer
-from parq_fn.transforms.prox_state import ProxState, in_rows, shrunk
+from parq_fn.transforms.prox_state import LearningState, ProxState, in_rows, shrunk
 from parq_fn.transforms.qparams_gradient import KINDS, Kind, is_one_scale, of_rows
 from parq_fn.transforms.sharded import Part, local, summed_over_ranks
 from parq_fn.transforms.transformation import (
     Transformation,
+    check_state,
     check_transformation,
     name_of,
     updated,
@@ -148,8 +149,9 @@ def of_all_rows(found: Tensor, part: Part, whole: Tensor) -> Tensor:
     return torch.nn.functional.pad(found, (0, 0, part.rows.start, len(whole) - part.rows.stop))
 
 
-def learned(link: Prox, state: ProxState, pulled: PyTree, learns: Tensor) -> ProxState:
-    """The state with its qparams moved along the gradients `pulled`, where it learns."""
+def learned(link: Prox, state: Any, pulled: PyTree, learns: Tensor) -> Any:
+    """The `LearningState` with its qparams moved along the gradients `pulled`, where it learns."""
+    check_state(link, state, LearningState)
     transformation = learner(link.learn).transformation
     steps, moments = updated(transformation, pulled, state.learned, state.qparams)
     qparams = tree_map(lambda q, step: moved(link.quantizer, q, step), state.qparams, steps)

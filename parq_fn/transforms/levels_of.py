@@ -11,8 +11,8 @@ from parq_fn.foundation.tree import Masked, PyTree, tree_map
 from parq_fn.foundation.value import show
 from parq_fn.transforms.chain import every_state
 from parq_fn.transforms.prox_link import Prox
-from parq_fn.transforms.prox_state import ProxState
-from parq_fn.transforms.transformation import check_state, check_transformation
+from parq_fn.transforms.prox_state import ProxState, check_prox_state
+from parq_fn.transforms.transformation import check_transformation
 
 
 def prox_states(transformation: Any, state: Any) -> Iterator[tuple[Prox, ProxState]]:
@@ -44,7 +44,7 @@ def levels_of(transformation: Any, state: Any) -> PyTree:
     check_transformation(transformation, "levels_of: the transformation")
     found: PyTree = None
     for link, own in prox_states(transformation, state):
-        check_state(link, own, ProxState)
+        check_prox_state(link, own)
         levels = tree_map(link.quantizer.known_levels, own.qparams)
         found = levels if found is None else merged(levels, found)
     if found is None:

@@ -46,7 +46,13 @@ from parq_fn.transforms.learn import check_learn, learn, learned, learner, needs
 from parq_fn.transforms.links import times
 from parq_fn.transforms.prox_fit import refitted
 from parq_fn.transforms.prox_pullback import pulled_back
-from parq_fn.transforms.prox_state import ProxState, in_rows, shrunk
+from parq_fn.transforms.prox_state import (
+    LearningState,
+    ProxState,
+    check_prox_state,
+    in_rows,
+    shrunk,
+)
 from parq_fn.transforms.rate import rate_at
 from parq_fn.transforms.sharded import Part, local, part_of, placed
 from parq_fn.transforms.train import apply_updates
@@ -55,7 +61,6 @@ from parq_fn.transforms.transformation import (
     Link,
     Transformation,
     begun,
-    check_state,
     name_of,
 )
 
@@ -233,8 +238,11 @@ class Prox(Link):
         named = zip(leaves, names_of(params), strict=True)
         qparams = optree.tree_unflatten(spec, [empty(param, name) for param, name in named])
         slope, lr_sum = self._coefficient(count), count.to(torch.float64)
-        learned = () if self.learn is None else begun(learner(self.learn).transformation, qparams)
-        return ProxState(count, slope, lr_sum, qparams, learned)
+        if self.learn is None:
+            return ProxState(count, slope, lr_sum, qparams)
+        learned: Any = begun(learner(self.learn).transformation, qparams)
+        state: Any = LearningState(count, slope, lr_sum, qparams, learned)  # with all that one has
+        return state  # type: ignore[no-any-return]
 
     def update(
         self,
@@ -251,7 +259,7 @@ class Prox(Link):
         pulled: the gradients of the qparams, where the link learns, as `pullback` gives them.
         """
         del extra
-        check_state(self, state, ProxState)
+        check_prox_state(self, state)
         needed = self.shrink or self.draws
         rate = rate_at(
             learning_rate, state.count, params, needed, name_of(self), own=self.learning_rate
@@ -325,7 +333,7 @@ class Prox(Link):
 
         In that dtype, by default the params' own, to which levels are rounded before the map.
         """
-        check_state(self, state, ProxState)
+        check_prox_state(self, state)
         active = self.active(state)
         known = concrete(active)
         if known is False:
@@ -354,7 +362,7 @@ class Prox(Link):
 
         Weights that are not given are mapped where the estimator looks at them.
         """
-        check_state(self, state, ProxState)
+        check_prox_state(self, state)
         if not self.pulls_back:
             return grads, ()
         return pulled_back(self, grads, state, params, weights)

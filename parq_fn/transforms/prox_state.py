@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from parq_fn.foundation.scalar import to_device
 from parq_fn.foundation.tree import PyTree
 from parq_fn.foundation.value import state_class
+from parq_fn.transforms.transformation import check_state
 
 
 @state_class
@@ -21,13 +22,34 @@ class ProxState(NamedTuple):
     lr_sum: Tensor  # [], float64: sum of the learning rates so far, where they are known
     qparams: PyTree  # [..., m] for each param, float32 or better; zeros until a step fitted them:
     #   ... are its own dimensions without those that a row runs over (`Granularity.row_shape`)
-    learned: PyTree = ()  # the state of what moves them over the tree `qparams`, with learn=
 
     @staticmethod
     def elsewhere() -> dict[str, str]:
         """For `read`: where to find what states had before."""
         return {"levels": "levels follow from qparams: levels_of(transformation, state), or of a "
                 "parameter optimizer.levels(p)"}  # fmt: skip
+
+
+@state_class
+class LearningState(NamedTuple):
+    """State of a prox link that learns its levels: that of any, and of what moves them."""
+
+    count: Tensor  # type: ignore[assignment] # [], int64: updates so far
+    slope: Tensor  # [], float64: the map's coefficient at the last update
+    lr_sum: Tensor  # [], float64: sum of the learning rates so far
+    qparams: PyTree  # [..., m] for each param, float32 or better
+    learned: PyTree  # the state of the transformation learn=, over the tree `qparams`
+
+    @staticmethod
+    def elsewhere() -> dict[str, str]:
+        """As of `ProxState`."""
+        return ProxState.elsewhere()
+
+
+def check_prox_state(link: Any, state: Any) -> None:
+    """Raises TypeError unless a state is that of a prox link."""
+    if not isinstance(state, LearningState):
+        check_state(link, state, ProxState)
 
 
 def in_rows(qparams: Tensor) -> Tensor:

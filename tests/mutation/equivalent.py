@@ -124,9 +124,9 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "spread = torch.where(constant, 2.0, spread)",
         ],
     },
-    "parq_fn/transforms/prox_link.py": {
+    "parq_fn/transforms/prox_fit.py": {
         "a quantizer gives a row finite levels or none": [
-            "Prox.refit.fit: take = new.isfinite().all(-1, keepdim=True) | "
+            "refitted.fit: take = new.isfinite().all(-1, keepdim=True) | "
             "to_device(first, old) -> take = new.isfinite().any(-1, keepdim=True) | "
             "to_device(first, old)",
         ],

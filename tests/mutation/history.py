@@ -80,7 +80,7 @@ FAULTS = [
     ),
     Fault(
         "a latent without dimensions takes the dtype of its divisor",
-        "parq_fn/transforms/prox_link.py",
+        "parq_fn/transforms/prox_state.py",
         "    return wide / to_device(divisor, wide).to(wide.dtype)  # or",
         "    return wide / to_device(divisor, wide)  # or",
         ("tests/optim/test_passes.py",),
@@ -389,9 +389,9 @@ FAULTS = [
     ),
     Fault(
         "a row that holds NaN at its first fit gets zeros for levels",
-        "parq_fn/transforms/prox_link.py",
-        "            take = new.isfinite().all(-1, keepdim=True) | to_device(first, old)\n",
-        "            take = new.isfinite().all(-1, keepdim=True)\n",
+        "parq_fn/transforms/prox_fit.py",
+        "        take = new.isfinite().all(-1, keepdim=True) | to_device(first, old)\n",
+        "        take = new.isfinite().all(-1, keepdim=True)\n",
         ("tests/test_prox.py",),
         "first_fit",
         "fa1353f",
@@ -537,7 +537,7 @@ FAULTS = [
     Fault(
         "a state is refused whose shape goes by the values of a parameter",
         "parq_fn/optim/base_owner.py",
-        "        return lambda key: key not in OWN and found(key)\n",
+        "        return lambda key: not is_own(key) and found(key)\n",
         "        return lambda key: False and found(key)\n",
         ("tests/optim/test_other_bases.py",),
         "resumed_to_the_bit",
