@@ -11,6 +11,7 @@ from torch import Tensor
 
 from parq_fn.foundation.torch_private import (
     as_plain_tensors,
+    constant_result,
     counted_writes,
     memory_of,
     subclass_of,
@@ -90,6 +91,7 @@ class ReadOnly(Tensor):
         return _kept(found, {memory_of(source): type(source) for source in sources})
 
 
+@constant_result  # torch 2.14's compiler does not read names of methods
 def _name(func: Callable[..., Any]) -> str:
     name = str(getattr(func, "__name__", "")).partition(".")[0]  # an overload such as add_.Scalar
     if name in ("__set__", "__delete__"):  # of an attribute such as data

@@ -177,7 +177,7 @@ def test_a_packed_embedding_takes_the_indexes_that_torch_takes(name: str) -> Non
             packed(index)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")  # from torch 2.14 on a FutureWarning
 def test_a_packed_weight_that_is_read_compiles_and_is_traced(net: Net) -> None:
     """As of a tied head, h @ embedding.weight.T."""
     layer = next(module for module in net.modules() if isinstance(module, PackedLinear))
