@@ -51,6 +51,7 @@ from parq_fn.transforms.links import (
 from parq_fn.transforms.lion import lion, scale_by_lion
 from parq_fn.transforms.masked import masked
 from parq_fn.transforms.muon import muon
+from parq_fn.transforms.noise import add_noise
 from parq_fn.transforms.optimizers import adam, adamw, sgd
 from parq_fn.transforms.partition import partition
 from parq_fn.transforms.prox_link import Prox
@@ -146,6 +147,7 @@ __all__ = [
     "adam",
     "adamw",
     "add_decayed_weights",
+    "add_noise",
     "affine",
     "apply_if_finite",
     "apply_updates",

@@ -197,6 +197,7 @@ def core_on_dtensors() -> None:
     optimizers = {
         "sgd": pf.sgd(0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
         "adam": pf.adam(0.05, amsgrad=True),
+        "noisy": pf.chain(pf.add_noise(0.1), pf.sgd(0.1)),
         "clipped": pf.chain(pf.clip(0.7), pf.sgd(0.1)),
         "lion": pf.averaged(pf.lion(0.05), 0.9),
         "muon": pf.partition({"m": pf.muon(0.1), "rest": pf.sgd(0.1)}, {"c": "rest", "*": "m"}),
