@@ -39,6 +39,7 @@ from parq_fn.transforms.chain import Composite, chain, named_chain
 from parq_fn.transforms.clipping import clip, clip_by_global_norm, global_norm
 from parq_fn.transforms.conditionally import conditionally
 from parq_fn.transforms.learn import learn
+from parq_fn.transforms.flips import monitor_flips
 from parq_fn.transforms.levels_of import levels_of
 from parq_fn.transforms.links import (
     add_decayed_weights,
@@ -179,6 +180,7 @@ __all__ = [
     "masked",
     "max_uniform",
     "modules",
+    "monitor_flips",
     "muon",
     "mxfp4",
     "named_chain",

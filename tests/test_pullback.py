@@ -125,6 +125,7 @@ NESTED = {
     "conditional_link": pf.chain(
         pf.clip(0.4), TRACE, pf.scale(-0.1), pf.conditionally(DAMPED, True)
     ),
+    "monitored": pf.monitor_flips(pf.chain(pf.clip(0.4), TRACE, pf.scale(-0.1), DAMPED)),
     "averaged": pf.averaged(pf.chain(pf.clip(0.4), TRACE, pf.scale(-0.1), DAMPED), 0.9),
     "averaged_inside": pf.chain(
         pf.clip(0.4), pf.averaged(pf.chain(TRACE, pf.scale(-0.1), DAMPED), 0.9)

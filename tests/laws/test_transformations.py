@@ -75,6 +75,7 @@ LINKS = [
     pq.adam(0.1, amsgrad=True),
     pq.adamw(0.1),
     pq.add_noise(0.1),
+    pq.monitor_flips(DAMPED),
     pq.lion(0.1, weight_decay=0.1),
     pq.partition(
         {"a": pq.muon(0.1), "b": pq.identity()}, lambda _, leaf: "a" if leaf.dim() == 2 else "b"

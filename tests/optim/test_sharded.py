@@ -201,6 +201,7 @@ def core_on_dtensors() -> None:
         "clipped": pf.chain(pf.clip(0.7), pf.sgd(0.1)),
         "lion": pf.averaged(pf.lion(0.05), 0.9),
         "muon": pf.partition({"m": pf.muon(0.1), "rest": pf.sgd(0.1)}, {"c": "rest", "*": "m"}),
+        "flips": pf.monitor_flips(pf.chain(pf.sgd(0.1), pf.masked(prox, ["a", "b"]))),
         "torch": pf.conditionally(pf.as_link(torch.optim.Adam, lr=0.1), lambda t: t != 2),
         "clipped_by_norm": pf.chain(pf.clip_by_global_norm(0.5), pf.sgd(0.1)),
     }
