@@ -50,6 +50,7 @@ from parq_fn.transforms.links import (
     trace,
 )
 from parq_fn.transforms.lion import lion, scale_by_lion
+from parq_fn.transforms.lookahead import lookahead
 from parq_fn.transforms.masked import masked
 from parq_fn.transforms.muon import muon
 from parq_fn.transforms.noise import add_noise
@@ -65,6 +66,7 @@ from parq_fn.transforms.prox_links import (
     soft_prox,
 )
 from parq_fn.transforms.prox_state import ProxState
+from parq_fn.transforms.schedule_free import schedule_free
 from parq_fn.transforms.train import apply_updates, value_and_grad
 from parq_fn.transforms.transformation import (
     EmptyState,
@@ -176,6 +178,7 @@ __all__ = [
     "levels_of",
     "lion",
     "lloyd_max",
+    "lookahead",
     "lsbq",
     "masked",
     "max_uniform",
@@ -200,6 +203,7 @@ __all__ = [
     "scale_by_learning_rate",
     "scale_by_lion",
     "scale_by_schedule",
+    "schedule_free",
     "schedules",
     "sgd",
     "soft_prox",

@@ -76,6 +76,8 @@ LINKS: dict[str, tuple[Any, list[str]]] = {
     "accumulate": (pf.accumulate(pf.sgd(0.1), 2), ["inner"]),
     "conditionally": (pf.conditionally(pf.sgd(0.1), lambda t: t > 1), ["inner"]),
     "monitor_flips": (pf.monitor_flips(PROX), ["inner"]),
+    "lookahead": (pf.lookahead(pf.sgd(0.1)), ["inner"]),
+    "schedule_free": (pf.schedule_free(pf.sgd(0.1)), ["inner"]),
     "averaged": (pf.averaged(pf.sgd(0.1), 0.9), ["inner"]),
     "apply_if_finite": (pf.apply_if_finite(pf.sgd(0.1)), ["inner"]),
     "composite": (pf.adamw(0.1), ["expanded"]),

@@ -28,8 +28,8 @@ adams = st.builds(
 )
 
 
-def agree(ours, theirs, rates, steps: int = 12, missing: str | None = None) -> None:
-    """Same params after every step on the same gradients; `missing` never gets one."""
+def agree(ours, theirs, rates, steps: int = 12, missing: str | None = None):
+    """(state, params), the same params after every step; `missing` never gets a gradient."""
     generator = torch.Generator().manual_seed(0)
     draw = {k: torch.randn(s, dtype=torch.float64, generator=generator) for k, s in SHAPES.items()}
     mirror = {k: torch.nn.Parameter(v.clone()) for k, v in draw.items()}
@@ -49,6 +49,7 @@ def agree(ours, theirs, rates, steps: int = 12, missing: str | None = None) -> N
         params = pf.apply_updates(params, updates)
         for k in SHAPES:
             torch.testing.assert_close(params[k], mirror[k].detach(), rtol=1e-12, atol=1e-12)
+    return state, params
 
 
 @given(sgds)
@@ -86,6 +87,103 @@ def test_lion(betas: tuple[float, float], decay: float) -> None:
     ours = pf.lion(lambda t: schedules.piecewise(rates, (1, 2))(t % 3), *betas, decay)
     for missing in (None, "matrix"):
         agree(ours, lambda p: Lion(p, 0.1, betas, decay), rates, missing=missing)
+
+
+@given(st.sampled_from([1, 2, 3]), st.sampled_from([0.0, 0.5, 1.0]))
+def test_lookahead(period: int, size: float) -> None:
+    class Ahead(torch.optim.SGD):
+        """As the paper's algorithm 1 says it."""
+
+        def step(self) -> None:  # type: ignore[override]
+            super().step()
+            self.count = getattr(self, "count", 0) + 1
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"] if self.count % period == 0 else ():
+                    slow = self.slow[p]
+                    slow += size * (p - slow)
+                    p.copy_(slow)
+
+    def theirs(params):
+        made = Ahead(params, 0.1, momentum=0.9)
+        made.slow = {p: p.detach().clone() for p in params}
+        return made
+
+    agree(pf.lookahead(pf.sgd(0.1, 0.9), period, size), theirs, [0.1])
+
+
+class Free(torch.optim.Optimizer):
+    """As the paper says it: of SGD, or with an average of squares of AdamW."""
+
+    def __init__(self, params, b1: float, b2: float | None, decay: float):
+        super().__init__(params, {"lr": 0.1})
+        self.b1, self.b2, self.decay = b1, b2, decay
+        self.own = {p: [p.detach().clone(), p.detach().clone(), 0.0] for p in params}
+        self.t, self.total = 0, 0.0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.t += 1
+        lr = self.param_groups[0]["lr"]
+        self.total += lr**2
+        c = lr**2 / self.total
+        for y, (z, x, v) in self.own.items():
+            if y.grad is None:
+                continue
+            g = y.grad.clone()
+            if self.b2 is not None:
+                v = self.own[y][2] = self.b2 * v + (1 - self.b2) * g**2
+                g = g / ((v / (1 - self.b2**self.t)).sqrt() + 1e-8)
+            z -= lr * (g + self.decay * y)
+            x += c * (z - x)
+            y.copy_((1 - self.b1) * z + self.b1 * x)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("b1", [0.9, 0.2, 1.0])
+@pytest.mark.parametrize("b2", [None, 0.99])
+def test_schedule_free(b1: float, b2: float | None, decay: float) -> None:
+    """SGD's and AdamW's form, by a learning rate that is warmed up, and what is evaluated."""
+    rates = [0.01, 0.05, 0.1]
+    rate = schedules.piecewise(rates, (1, 2))
+    cycle = lambda t: rate(t % 3)  # noqa: E731
+    base = pf.sgd(cycle, weight_decay=decay)
+    if b2 is not None:
+        base = pf.adamw(cycle, b1=0.0, b2=b2, weight_decay=decay)
+    ours = pf.schedule_free(base, b1, lambda t: cycle(t) ** 2)
+    made = []
+
+    def theirs(params):
+        made.append(Free(params, b1, b2, decay))
+        return made[-1]
+
+    for missing in (None, "matrix"):
+        state, params = agree(ours, theirs, rates, missing=missing)
+        average = pf.weights_of_average(ours, state, params)
+        for wanted, found in zip(made[-1].own.values(), average.values(), strict=True):
+            torch.testing.assert_close(found, wanted[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrapper", [pf.lookahead, pf.schedule_free])
+def test_prox_links_stand_behind_what_moves_their_params(wrapper) -> None:
+    prox = pf.hard_prox(pf.lsbq(1), period=1)
+    with pytest.raises(ValueError, match=r"looks at params \+ updates, as prox links and averages"):
+        wrapper(pf.chain(pf.sgd(0.1), prox))
+    with pytest.raises(ValueError, match="put it last"):
+        pf.chain(wrapper(pf.sgd(0.1)), pf.clip(1.0))
+    transform, params = pf.chain(wrapper(pf.sgd(0.1)), prox), {"w": torch.tensor([1.0, -3.0])}
+    state = transform.init(params)
+    for _ in range(8):
+        updates, state = transform.update(params, state, params)
+        params = pf.apply_updates(params, updates)
+    levels = pf.levels_of(transform, state)["w"]
+    assert torch.isin(transform.weights(state, params)["w"], levels).all()
+    if wrapper is pf.schedule_free:
+        found = pf.weights_of_average(transform, state, params)["w"]
+        assert torch.isin(found, levels).all()
+    with pytest.raises(ValueError, match="sync_period must be 1 or more, got 0"):
+        pf.lookahead(pf.sgd(0.1), 0)
+    with pytest.raises(ValueError, match=r"schedule_free: b1 must lie in \(0, 1\], got 0"):
+        pf.schedule_free(pf.sgd(0.1), 0)
 
 
 MUONS = [

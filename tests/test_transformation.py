@@ -43,6 +43,8 @@ LINKS = [
     pf.masked(pf.muon(0.02), "head.0"),
     pf.chain(pf.add_noise(0.1, seed=3), pf.sgd(0.1)),
     pf.monitor_flips(pf.chain(pf.sgd(0.1), PROX)),
+    pf.lookahead(pf.sgd(0.1, momentum=0.9), 3),
+    pf.chain(pf.schedule_free(pf.adamw(0.1, b1=0.0)), PROX),
     pf.lion(1e-3, weight_decay=0.1),
     pf.averaged(pf.chain(pf.sgd(0.1), PROX), 0.9),
     pf.clip(0.1),

@@ -101,6 +101,17 @@ class Around(Link):
         return {"inner": state.inner}
 
 
+def check_no_prox(who: str, inner: Transformation) -> None:
+    """Raises ValueError for an inner transformation that looks at params + updates, which a link
+    changes afterwards."""
+    if shared([inner]).last:
+        raise ValueError(
+            f"{who}: the inner transformation {inner!r} looks at params + updates, as prox links "
+            f"and averages do, and {who} changes these; put it behind: "
+            f"chain({who}(...), parq_prox(...))"
+        )
+
+
 @state_class
 class AccumulateState(NamedTuple):
     """State of `accumulate`."""

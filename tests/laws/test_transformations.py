@@ -76,6 +76,8 @@ LINKS = [
     pq.adamw(0.1),
     pq.add_noise(0.1),
     pq.monitor_flips(DAMPED),
+    pq.lookahead(pq.sgd(0.1), 2),
+    pq.schedule_free(pq.sgd(0.1, weight_decay=0.1)),
     pq.lion(0.1, weight_decay=0.1),
     pq.partition(
         {"a": pq.muon(0.1), "b": pq.identity()}, lambda _, leaf: "a" if leaf.dim() == 2 else "b"

@@ -197,6 +197,8 @@ def core_on_dtensors() -> None:
     optimizers = {
         "sgd": pf.sgd(0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
         "adam": pf.adam(0.05, amsgrad=True),
+        "free": pf.schedule_free(pf.sgd(0.1)),
+        "ahead": pf.lookahead(pf.sgd(0.1), 3),
         "noisy": pf.chain(pf.add_noise(0.1), pf.sgd(0.1)),
         "clipped": pf.chain(pf.clip(0.7), pf.sgd(0.1)),
         "lion": pf.averaged(pf.lion(0.05), 0.9),

@@ -31,6 +31,8 @@ TRANSFORMS = {
     ),
     "noisy": pf.chain(pf.add_noise(0.01, seed=5), pf.sgd(0.1)),
     "monitored": pf.chain(pf.sgd(0.1), pf.monitor_flips(pf.masked(PROXES["parq"], QUANTIZED))),
+    "lookahead": pf.lookahead(pf.sgd(0.1), 3),
+    "schedule_free": pf.chain(pf.schedule_free(pf.sgd(0.1)), pf.masked(PROXES["parq"], QUANTIZED)),
     "lion": pf.lion(0.01, weight_decay=0.1),
     "averaged": pf.averaged(pf.chain(pf.sgd(0.1, 0.9), pf.masked(PROXES["parq"], QUANTIZED)), 0.9),
     "scheduled": pf.adamw(pf.schedules.cosine(0.1, 0.0, 0, 10)),
