@@ -38,8 +38,8 @@ from parq_fn.transforms.averaged import averaged, weights_of_average
 from parq_fn.transforms.chain import Composite, chain, named_chain
 from parq_fn.transforms.clipping import clip, clip_by_global_norm, global_norm
 from parq_fn.transforms.conditionally import conditionally
-from parq_fn.transforms.learn import learn
 from parq_fn.transforms.flips import monitor_flips
+from parq_fn.transforms.learn import learn
 from parq_fn.transforms.levels_of import levels_of
 from parq_fn.transforms.links import (
     add_decayed_weights,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import parq_fn as pf
 from parq_fn.optim import TransformOptimizer
 from parq_fn.proxmaps.levels import nearest
-from parq_fn.transforms.prox_link import in_rows
+from parq_fn.transforms.prox_state import in_rows
 
 SPAN: dict[str, Any] = {"anneal_start": 0, "anneal_end": 20, "period": 2}
 PROXES = {

@@ -14,7 +14,8 @@ from parq_fn.foundation.tree import Masked, PyTree, check_plain, tree_map
 from parq_fn.foundation.value import show, state_class, value
 from parq_fn.proxmaps.levels import bounds, search
 from parq_fn.transforms.levels_of import merged, prox_states
-from parq_fn.transforms.prox_link import Prox, ProxState, in_rows, shrunk
+from parq_fn.transforms.prox_link import Prox
+from parq_fn.transforms.prox_state import ProxState, in_rows, shrunk
 from parq_fn.transforms.sharded import Part, gathered, local, part_of, placed
 from parq_fn.transforms.train import apply_updates
 from parq_fn.transforms.transformation import begun, check_state, updated
