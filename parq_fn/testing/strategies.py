@@ -153,6 +153,8 @@ def transformations(draw: Draw, *, prox: bool = True) -> Any:
             pq.trace(0.9),
             pq.trace(0.5, nesterov=True),
             pq.scale_by_adam(),
+            pq.scale_by_lion(),
+            pq.conditionally(pq.trace(0.9), lambda t: t % 3 != 1),
         )
     )
     links = draw(st.lists(before, max_size=2))
@@ -160,9 +162,11 @@ def transformations(draw: Draw, *, prox: bool = True) -> Any:
     if prox and draw(st.booleans()):
         links.append(draw(prox_links()))
     whole = pq.chain(*links)
-    wrap = draw(st.sampled_from(("none", "masked", "apply_if_finite", "accumulate")))
+    wrap = draw(st.sampled_from(("none", "masked", "apply_if_finite", "accumulate", "averaged")))
     if wrap == "masked":
         return pq.masked(whole, lambda name, _: not name.endswith("1"))
+    if wrap == "averaged":
+        return pq.averaged(whole, 0.9)
     if wrap == "apply_if_finite":
         return pq.apply_if_finite(whole)
     return pq.accumulate(whole, 2) if wrap == "accumulate" else whole
