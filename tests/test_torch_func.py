@@ -92,7 +92,23 @@ TRANSFORMS = [
     pf.chain(pf.sgd(0.1), pf.parq_prox(pf.stored(pf.integer(3), torch.bfloat16), **WINDOW, **ROWS)),
     pf.chain(pf.sgd(0.1), pf.parq_prox(pf.nvfp4(), **WINDOW, **ROWS)),
     pf.chain(pf.sgd(0.1), pf.soft_prox(pf.stored(pf.codebook.nf4, "e8m0"), **WINDOW)),
+    pf.averaged(pf.chain(pf.lion(0.05), pf.parq_prox(pf.lsbq(2), **WINDOW)), 0.9),
+    pf.monitor_flips(
+        pf.chain(
+            pf.conditionally(pf.add_noise(0.01), lambda t: t < 4),
+            pf.lookahead(pf.sgd(0.1), 2),
+            pf.hard_prox(pf.lsbq(2), period=2),
+        )
+    ),
+    pf.apply_if_finite(
+        pf.chain(pf.schedule_free(pf.adamw(0.05, b1=0.0)), pf.parq_prox(pf.uniform(2), **WINDOW)),
+        limit=2,
+    ),
 ]
+#: Batched sums in bfloat16 are rounded otherwise than in a loop.
+MUON = pf.partition(
+    {"matrix": pf.muon(0.05), "rest": pf.sgd(0.1)}, {"*bias": "rest", "*": "matrix"}
+)
 every = pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: repr(t)[:70])
 
 
@@ -114,7 +130,7 @@ def test_a_stack_of_models_by_vmap_is_the_loop(transform) -> None:
 
 
 @pytest.mark.rare
-@pytest.mark.parametrize("transform", sampled(TRANSFORMS, 3), ids=lambda t: repr(t)[:70])
+@pytest.mark.parametrize("transform", sampled([*TRANSFORMS, MUON], 3), ids=lambda t: repr(t)[:70])
 def test_a_whole_step_compiles_once(transform, monkeypatch) -> None:
     """Full graph, no recompile from step to step, the same numbers."""
     monkeypatch.setattr(LSBQ, "_SWEEPS", 3)  # which a graph has one after the other

@@ -15,7 +15,7 @@ from parq_fn import schedules
 NAMES = (
     {n: getattr(pf, n) for n in pf.__all__}
     | vars(schedules)
-    | {"tensor": torch.tensor, "torch": torch, "hard": pf.proxmaps.hard}
+    | {"tensor": torch.tensor, "torch": torch, "hard": pf.proxmaps.hard, "AdamW": torch.optim.AdamW}
 )
 VALUES = [
     pf.lsbq(2),
@@ -78,6 +78,17 @@ VALUES = [
     pf.partition({"a": pf.scale(2.0), "b": pf.freeze()}, {"x": "a", "*": "b"}),
     pf.accumulate(pf.sgd(0.1), 4),
     pf.apply_if_finite(pf.adam()),
+    pf.apply_if_finite(pf.adam(), limit=3),
+    pf.scale_by_lion(b2=0.9),
+    pf.lion(0.001, weight_decay=0.1),
+    pf.muon(0.02, nesterov=False),
+    pf.add_noise(0.1, seed=3),
+    pf.as_link(torch.optim.AdamW, lr=0.1, betas=(0.5, 0.9)),
+    pf.averaged(pf.sgd(0.1), 0.99),
+    pf.schedule_free(pf.sgd(0.1), 0.5),
+    pf.lookahead(pf.sgd(0.1), 5, 0.25),
+    pf.monitor_flips(pf.hard_prox(pf.lsbq(1))),
+    pf.conditionally(pf.clip(1.0), schedules.piecewise((1.0, 0.0), (5,))),
     pf.sgd(torch.tensor(0.5)),
 ]
 
