@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,13 @@ from parq_fn.testing.laws.transformations import Point, Steps, copied, form, las
 from parq_fn.transforms.chain import chain
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.train import apply_updates
-from parq_fn.transforms.transformation import Link, children_of, handed, pull_back
+from parq_fn.transforms.transformation import (
+    Link,
+    children_of,
+    handed,
+    in_place,
+    pull_back,
+)
 
 
 @law("pullback is pure: its inputs unchanged, the same bits again.", "pullback(g, s, p) = the same")
@@ -103,6 +109,18 @@ class _Watched(Link):
 
     def weights(self, state: PyTree, params: PyTree) -> PyTree:
         return self.inner.weights(state, params)
+
+    # a link around it may look for what is inside
+
+    def children(self) -> dict[str, Any]:
+        return {"inner": self.inner}
+
+    def with_children(self, children: Mapping[str, Any]) -> Any:
+        (inner,) = in_place(self, children)
+        return changed(self, inner=inner)
+
+    def child_states(self, state: PyTree) -> dict[str, PyTree]:
+        return {"inner": state}
 
 
 def _inside(t: Any) -> dict[str, Any]:
