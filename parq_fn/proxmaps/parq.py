@@ -87,11 +87,13 @@ def parq_derivatives(u: Tensor, lo: Tensor, hi: Tensor, s: Tensor) -> tuple[Tens
     """1 of the end that the weight is held to; on the line (1 - 1 / s) / 2 of both."""
     (steep,) = _steep(s)
     line = u + (u - midpoint(lo, hi)) * steep
-    upper = ((line > hi) | (lo == hi)).to(u.dtype)
-    lower = (line < lo).to(u.dtype) * (1 - upper)
+    upper = (line >= hi).to(u.dtype)  # floats, for booleans are slow on a CPU
+    lower = (line < lo).to(u.dtype)
     tilt = -0.5 * steep * (1 - upper - lower)
-    held = hard_derivatives(u, lo, hi, s)
     lower, upper = lower + tilt, upper + tilt
+    if is_plain(s) and s > 0:
+        return lower, upper
+    held = hard_derivatives(u, lo, hi, s)
     return torch.where(s > 0, lower, held[0]), torch.where(s > 0, upper, held[1])
 
 

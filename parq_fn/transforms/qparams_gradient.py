@@ -26,8 +26,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from parq_fn.foundation.scalar import is_plain
 from parq_fn.proxmaps.even import Even
-from parq_fn.proxmaps.levels import bounds, highest, lookup, lowest, prepare, search
+from parq_fn.proxmaps.levels import (
+    LINEAR_SEARCH_MAX,
+    bounds,
+    highest,
+    lookup,
+    lowest,
+    prepare,
+    search,
+)
 from parq_fn.proxmaps.proxmap import Derivatives, ProxMap
 from parq_fn.quantizers import Quantizer
 
@@ -82,7 +91,7 @@ def sums(kind: Kind, proxmap: Any, u: Tensor, grads: Tensor, of: Tables, s: Tens
     if kind == "lsq":
         inside = (x > lowest(levels)) & (x < highest(levels))
         code = torch.where(inside, code - x / _usable(of.scale).to(x.dtype), code)
-    return (g * code).sum(-1, keepdim=True)
+    return _dot(g, code)
 
 
 def _code(x: Tensor, levels: Tensor | Even, of: Tables) -> Tensor:
@@ -113,7 +122,7 @@ def _of_map(
             return _of_levels(x, g, levels.shape[-1], between, derivatives(x, lo, hi, c))
         first, second = multiples
     low, high = derivatives(x, lo, hi, c)
-    return (g * (low * first + high * second)).sum(-1, keepdim=True)
+    return _dot(g, low * first + high * second)
 
 
 def _of_levels(
@@ -166,6 +175,12 @@ def derivatives_of(proxmap: Any) -> Derivatives | None:
     return proxmap.derivatives if isinstance(proxmap, ProxMap) else None
 
 
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """[r, 1]: sums of products."""
+    found: Tensor = torch.linalg.vecdot(one, other)
+    return found.unsqueeze(-1)
+
+
 def _usable(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
@@ -183,10 +198,16 @@ def _segments(values: Tensor, x: Tensor, boundaries: Tensor) -> Tensor:
     m = boundaries.shape[-1]
     if m == 0:
         return values.sum(-1, keepdim=True)
-    if torch.compiler.is_compiling():  # in one loop, each sum that of all above a boundary
-        above = [values.sum(-1)]
+    plain = is_plain(values) and is_plain(x)
+    if torch.compiler.is_compiling() or (plain and m < LINEAR_SEARCH_MAX):
+        above = [values.sum(-1)]  # of all, and of those above each boundary
+        flags = torch.empty_like(x) if plain else None
         for i in range(m):
-            above.append(torch.where(x > boundaries[..., i : i + 1], values, 0.0).sum(-1))
+            one = boundaries[..., i : i + 1]
+            if flags is None:  # in one loop
+                above.append(torch.where(x > one, values, 0.0).sum(-1))
+            else:  # floats, which a CPU writes several at a time
+                above.append(torch.linalg.vecdot(torch.gt(x, one, out=flags), values))
         whole = torch.stack(above, -1)
         return whole - torch.nn.functional.pad(whole[..., 1:], (0, 1))
     index = search(boundaries, x)

@@ -5,6 +5,7 @@ Groups:
   fits   levels of millions of weights, and of a network's
   steps  whole steps of QuantOptimizer(AdamW), their memory, compilation, the functional loop
   refits whole steps of QuantOptimizer(SGD) that fit and round, against the published optimizer
+  learning whole compiled steps that learn their levels, against steps that keep them
   sweep  a grid of trainings in one program, against one after another
   gpu    the pass, steps and a captured graph on a GPU
 Packed layers are measured by python -m tests.benchmarks.packed.
@@ -32,7 +33,7 @@ import torch
 
 from examples.options import at_least
 from parq_fn.foundation.command import Parser, command, output_file
-from tests.benchmarks import fits, gpu, peer, prox_pass, refits, steps, sweep
+from tests.benchmarks import fits, gpu, learning, peer, prox_pass, refits, steps, sweep
 from tests.benchmarks.measure import CORES
 from tests.benchmarks.report import Found, combined, overall, show
 
@@ -41,6 +42,7 @@ GROUPS = {
     "fits": fits.run,
     "steps": steps.run,
     "refits": refits.run,
+    "learning": learning.run,
     "sweep": sweep.run,
     "gpu": gpu.run,
 }
