@@ -32,6 +32,7 @@ from parq_fn.transforms.transformation import (
     check_transformation,
     pulled_update,
 )
+from parq_fn.transforms.wrappers import accumulate
 
 
 class TransformOptimizer(Adapter):
@@ -159,9 +160,20 @@ class TransformOptimizer(Adapter):
         self._update()
         return loss
 
+    def flush(self) -> None:
+        """The update with what `accumulate` has gathered since its last one, as at the end of an
+        epoch; nothing where it was nothing. Raises ValueError for another transformation.
+        """
+        if not isinstance(self.transformation, accumulate):
+            raise ValueError(
+                "TransformOptimizer.flush: expected accumulate(...) for the transformation, got "
+                f"{self.transformation!r}, which gathers nothing"
+            )
+        self._update(flush=True)
+
     @settled
     @torch.no_grad()
-    def _update(self) -> None:
+    def _update(self, flush: bool = False) -> None:
         self._store.check_not_lent("step")
         self._store.sync()
         groups = {place.name: place.group for place in self._store.places()}
@@ -179,7 +191,7 @@ class TransformOptimizer(Adapter):
         done: list[str] = []
         try:
             for part in parts:
-                common |= self._update_part(part, extra)
+                common |= self._update_part(part, extra, flush)
                 done += part.names
         except BaseException:
             self._store.stopped([self._tree.params[name] for name in done])
@@ -187,7 +199,7 @@ class TransformOptimizer(Adapter):
         self._tree.share(common)
         self._store.shared(common)
 
-    def _update_part(self, part: Part, extra: Entries) -> Entries:
+    def _update_part(self, part: Part, extra: Entries, flush: bool) -> Entries:
         """The step of a part's parameters; returns the entries that it shares with the others,
         which are to see those of the step before."""
         own, transformation = select(part, self._tree.params), part.transformation
@@ -198,7 +210,10 @@ class TransformOptimizer(Adapter):
             for name, p in own.items()
         }
         weights = {name: p.detach() for name, p in own.items()}
-        updates, state = pulled_update(transformation, grads, state, latents, weights, **extra)
+        if flush and isinstance(transformation, accumulate):
+            updates, state = transformation.flush(state, latents, **extra)
+        else:
+            updates, state = pulled_update(transformation, grads, state, latents, weights, **extra)
         latents = apply_updates(latents, updates)
         weights = transformation.weights(state, latents)
         frozen = {p: dict(self.state[p]) for p in own.values() if not p.requires_grad}

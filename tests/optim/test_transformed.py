@@ -112,6 +112,28 @@ def test_equals_the_functional_loop_bit_for_bit(name: str, dtype: torch.dtype) -
             assert torch.equal(run.optimizer.state[p].get("latent", p), params[n])
 
 
+def test_a_flush_is_the_functional_one() -> None:
+    inner = pf.chain(pf.sgd(0.1, 0.9), pf.masked(PROXES["parq"], QUANTIZED))
+    transform = pf.accumulate(inner, 3)
+    run = Run(transform)
+    params = {n: p.detach().clone() for n, p in run.net.named_parameters()}
+    state = transform.init(params)
+    for t in range(6):
+        run.step()
+        grads = {n: p.grad for n, p in run.net.named_parameters()}
+        updates, state = transform.update(grads, state, params)
+        params = pf.apply_updates(params, updates)
+        if t in (1, 2, 5):
+            run.optimizer.flush()
+            updates, state = transform.flush(state, params)
+            params = pf.apply_updates(params, updates)
+        weights = transform.weights(state, params)
+        assert all(torch.equal(p, weights[n]) for n, p in run.net.named_parameters())
+    assert pf.read(run.optimizer.transformation_state, "count") == 3
+    with pytest.raises(ValueError, match=r"expected accumulate\(...\) .* got sgd\(0.1\)"):
+        Run(pf.sgd(0.1)).optimizer.flush()
+
+
 def test_groups_override_learning_rate_and_weight_decay() -> None:
     a, b = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
     groups = [{"params": [("a", a)]}, {"params": [("b", b)], "lr": 0.5, "weight_decay": 0.2}]
