@@ -15,7 +15,7 @@ from parq_fn.optim.base_optimizer import template_of, varying, widened
 from parq_fn.optim.base_saving import beyond_of, restored, saved
 from parq_fn.optim.digest import digest
 from parq_fn.optim.groups import KEYS, is_ours, is_quantized
-from parq_fn.optim.learned import PREFIX, laid_out
+from parq_fn.optim.learned import PREFIX, laid_out, learning_begun
 from parq_fn.optim.old_states import Kept, with_qparams
 from parq_fn.optim.owner import Place
 from parq_fn.optim.saved import FOREIGN, check_keys
@@ -246,6 +246,7 @@ class BaseOwner:
                 "optimizer; give its group the prox link or the bits that it was trained with"
             )
         if "updates" in saved and (quantized or "qparams" not in mine):
+            saved = learning_begun(mine, saved)
             self._check_keys(p, mine.keys() - {"latent", "link"}, saved, label)
             saved = {**{key: mine[key] for key in ("link",) if key in mine}, **saved}
             if "link" in mine and int(saved["link"]) != int(mine["link"]):

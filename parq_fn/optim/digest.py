@@ -22,6 +22,9 @@ _COUNTS = [0, 1]
 while _COUNTS[-1] < 5_000_000:
     _COUNTS.append(_COUNTS[-1] + _COUNTS[-2])
 
+#: Fields of links that came after states with digests were saved: None says nothing of them.
+_LATER = {"pull", "learn"}
+
 
 def digest(*links: Prox) -> Tensor:
     """[], int64: of what links are, the same for links that compute the same with equal numbers.
@@ -77,7 +80,8 @@ def _text(got: Any, within: tuple[int, ...]) -> str:
     if isinstance(got, FunctionType | BuiltinFunctionType):
         return f"{got.__name__}({', '.join(_values(got))})"
     if hasattr(got, "__dict__"):
-        return f"{type(got).__name__}({inner(vars(got))})"
+        own = {k: x for k, x in vars(got).items() if not (x is None and k in _LATER)}
+        return f"{type(got).__name__}({inner(own)})"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(got))  # where an object lies
 
 

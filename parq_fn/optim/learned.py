@@ -42,3 +42,17 @@ def put_together(link: Prox, qparams: dict[str, Tensor], entries: Mapping[str, E
         return entries[names[0] if name is None else name][PREFIX + key]
 
     return part.put_together(entry)
+
+
+def is_learned(key: str) -> bool:
+    """Whether an entry is of what moves qparams, in either adapter."""
+    return key.startswith(PREFIX) or "learned" in key.split(".")
+
+
+def learning_begun(mine: Entries, saved: Entries) -> Entries:
+    """Saved entries; where levels were fitted so far, with those of a learning that begins, and
+    without those of one that has ended."""
+    own = {key: got for key, got in mine.items() if is_learned(key)}
+    if own.keys() & saved.keys():
+        return saved
+    return {**{key: got for key, got in saved.items() if not is_learned(key)}, **own}

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from parq_fn.foundation.tree import names_of, tree_leaves
 from parq_fn.optim.digest import digest
 from parq_fn.optim.leafwise import Part, parts_of
+from parq_fn.optim.learned import learning_begun
 from parq_fn.optim.old_states import Kept
 from parq_fn.optim.owner import Place
 from parq_fn.optim.saved import FOREIGN, check_keys
@@ -160,7 +161,7 @@ class TreeOwner:
 
     def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
         del p
-        where = f"loaded state dict, parameter {label!r}"
+        where, saved = f"loaded state dict, parameter {label!r}", learning_begun(mine, saved)
         check_keys(mine.keys() - {"latent", DIGEST}, saved, where, FOREIGN)
         saved = {**{key: mine[key] for key in (DIGEST,) if key in mine}, **saved}
         if DIGEST in mine and int(saved[DIGEST]) != int(mine[DIGEST]):

@@ -180,6 +180,36 @@ def test_a_base_s_checkpoint_starts_training_with_learned_levels() -> None:
     assert any(key.startswith("learn.") for key in optimizer.state[net.one.weight])
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("first", ["fitted", "learned"])
+def test_a_run_goes_on_with_levels_learned_or_fitted_where_the_digest_is_deleted(
+    adapter: str, first: str
+) -> None:
+    fitting = replace(learning("parq", "channel", "code"), learn=None)
+    links = {"fitted": fitting, "learned": learning("parq", "channel", "code")}
+    second = "learned" if first == "fitted" else "fitted"
+    net, other = Net(), Net()
+    optimizer, another = (
+        ADAPTERS[adapter](net, links[first]),
+        ADAPTERS[adapter](other, links[second]),
+    )
+    train(net, optimizer, 4)
+    saved = optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"trained with (an)?other prox link"):
+        another.load_state_dict(saved)
+    for entries in saved["state"].values():
+        for key in ("link", "prox_links"):
+            entries.pop(key, None)
+    other.load_state_dict(net.state_dict())
+    another.load_state_dict(saved)
+    levels = another.levels(other.one.weight)
+    assert torch.equal(levels, optimizer.levels(net.one.weight))
+    train(other, another, 4, 4)
+    assert not torch.equal(another.levels(other.one.weight), levels)
+    learns = any("learn" in key for key in another.state[other.one.weight])
+    assert learns == (second == "learned")
+
+
 @pytest.mark.rare
 @pytest.mark.usefixtures("graphs_alone")
 def test_compiled_gradients_of_levels_are_the_eager_ones() -> None:

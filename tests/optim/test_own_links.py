@@ -379,3 +379,12 @@ def test_checkpoints_with_links_of_groups_and_from_before_there_were_digests(
         load_checkpoint(tmp_path / name, other, again)
         state = optimizer.state[net.weight]
         assert all(torch.equal(again.state[other.weight][key], got) for key, got in state.items())
+
+
+def test_links_of_before_learning_have_the_digest_that_saved_states_hold() -> None:
+    """What states of a version without `pull` and `learn` hold of these links."""
+    assert int(digest(pf.hard_prox(pf.lsbq(2)))) == 1282151156692655453
+    annealed = pf.parq_prox(pf.uniform(4), anneal_start=1, anneal_end=5)
+    assert int(digest(annealed)) == 43363476232745351
+    learned = pf.hard_prox(pf.lsbq(2), learn=pf.sgd(0.1))
+    assert int(digest(learned)) != int(digest(pf.hard_prox(pf.lsbq(2), learn=pf.sgd(0.2))))
