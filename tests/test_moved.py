@@ -21,6 +21,7 @@ import parq_fn as pf
 from parq_fn.foundation.checks import Interval
 from parq_fn.foundation.value import same
 from parq_fn.moved import MOVED, former_names
+from parq_fn.transforms import links, wrappers
 from parq_fn.transforms.wrappers import FiniteState
 
 DATA = Path(__file__).parent / "data"
@@ -141,3 +142,14 @@ def test_pickles_of_before_load() -> None:
         params, old = ([p for g in o.param_groups for p in g["params"]] for o in (new, saved))
         _stepped(new, params)
         assert same(_stepped(saved, old), _stepped(new, params))
+
+
+def test_states_keep_their_fields_which_pickled_optimizers_name() -> None:
+    """A pickled TransformOptimizer holds the structure of its state: a class with one field more,
+    though it has a default, makes it unreadable. What needs more fields has a class of its own."""
+    assert pf.ProxState._fields == ("count", "slope", "lr_sum", "qparams")
+    assert FiniteState._fields == ("skipped", "inner")
+    assert wrappers.AccumulateState._fields == ("waiting", "total", "inner")
+    assert links.AdamState._fields == ("step", "first", "second", "largest")
+    assert links.TraceState._fields == ("step", "trace")
+    assert links.StepState._fields == ("step",)

@@ -233,8 +233,15 @@ class FiniteState(NamedTuple):
 
     skipped: Tensor  # [], int64: calls skipped so far
     inner: PyTree  # the inner state
-    consecutive: PyTree = ()  # [], int64: calls that were not finite, the last in a row; () without
-    #   a limit
+
+
+@state_class
+class LimitedState(NamedTuple):
+    """State of `apply_if_finite` with a limit."""
+
+    skipped: Tensor  # [], int64: calls skipped so far
+    inner: PyTree  # the inner state
+    consecutive: Tensor  # [], int64: calls that were not finite, the last in a row
 
 
 @value
@@ -274,22 +281,23 @@ class apply_if_finite(Around):
         """Those of the inner transformation, but that one leaf holds up the others."""
         return replace(shared([self.inner]), passes_updates=False, leafwise=False)
 
-    def init(self, params: PyTree) -> FiniteState:
+    def init(self, params: PyTree) -> FiniteState | LimitedState:
         """The inner state, nothing skipped."""
         check_plain(params, "apply_if_finite")
-        consecutive = () if self.limit is None else new_count()
-        return FiniteState(new_count(), begun(self.inner, params), consecutive)
+        if self.limit is None:
+            return FiniteState(new_count(), begun(self.inner, params))
+        return LimitedState(new_count(), begun(self.inner, params), new_count())
 
     def update(
         self,
         updates: PyTree,
-        state: FiniteState,
+        state: FiniteState | LimitedState,
         params: PyTree,
         *,
         pulled: PyTree = (),
         **extra: Any,
-    ) -> tuple[PyTree, FiniteState]:
-        check_state(self, state, FiniteState)
+    ) -> tuple[PyTree, FiniteState | LimitedState]:
+        check_state(self, state, FiniteState if self.limit is None else LimitedState)
         if params is not None:
             check_match(updates, params, "apply_if_finite")
         if not handed(pulled):
@@ -301,10 +309,10 @@ class apply_if_finite(Around):
             finite = to_device(finite, leaf) & gathered(leaf.isfinite().all())
         out, inner = updated(self.inner, updates, state.inner, params, **handed(pulled), **extra)
         zeros = tree_map(torch.zeros_like, out)
-        made, consecutive = finite, state.consecutive
-        if self.limit is not None:
-            consecutive = torch.where(to_device(finite, consecutive), 0, consecutive + 1)
-            made = finite | to_device(consecutive > self.limit, finite)
+        made, more = finite, dict[str, Tensor]()
+        if isinstance(state, LimitedState) and self.limit is not None:
+            row = torch.where(to_device(finite, state.consecutive), 0, state.consecutive + 1)
+            made, more = finite | to_device(row > self.limit, finite), {"consecutive": row}
         skipped = state.skipped + to_device((~made).to(torch.int64), state.skipped)
         kept = select(made, inner, state.inner)
-        return select(made, out, zeros), FiniteState(skipped, kept, consecutive)
+        return select(made, out, zeros), state._replace(skipped=skipped, inner=kept, **more)
