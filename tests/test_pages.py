@@ -118,17 +118,20 @@ def _described(one: Any, name: str) -> bool:
 
 @pytest.mark.parametrize("page", [page for page in API if page != "index"])
 def test_every_row_of_a_table_of_parameters_says_what_it_is(page: str) -> None:
-    """All fields of every public value and class; of a function all arguments, or none."""
+    """All fields of every public value and class; of a function or method all, or none."""
     for identifier in re.findall(r"^::: (\S+)$", API[page], re.M):
         if identifier.startswith(tuple(m for m, needed in NEEDS.items() if not find_spec(needed))):
             continue
-        one = _shown(identifier)
-        if not (inspect.isclass(one) or inspect.isfunction(one)) or is_protocol(one):
-            continue
-        names = {n for n in inspect.signature(one).parameters if n[0] != "_"} - {"args", "kwargs"}
-        silent = sorted(name for name in names if not _described(one, name))
-        if inspect.isclass(one) or len(silent) < len(names):
-            assert not silent, f"{identifier}: no description of {', '.join(silent)}"
+        shown = _shown(identifier)
+        methods = vars(shown).values() if inspect.isclass(shown) else ()
+        for one in (shown, *(m for m in methods if inspect.isfunction(m) and m.__name__[0] != "_")):
+            if not (inspect.isclass(one) or inspect.isfunction(one)) or is_protocol(one):
+                continue
+            names = {n for n in inspect.signature(one).parameters if n[0] != "_"}
+            names -= {"self", "args", "kwargs"}
+            silent = sorted(name for name in names if not _described(one, name))
+            if inspect.isclass(one) or len(silent) < len(names):
+                assert not silent, f"{identifier}, {one}: no description of {', '.join(silent)}"
 
 
 def test_every_term_that_a_page_sets_in_bold_is_in_the_glossary() -> None:

@@ -105,7 +105,7 @@ def _line(one: Class) -> list[Class]:
 
 
 def _is_value(one: Class) -> bool:
-    decorated = any(str(d.value).split("(")[0] == "value" for d in one.decorators)
+    decorated = any(str(d.value).split("(")[0] in ("value", "dataclass") for d in one.decorators)
     tuples = any(str(base) == "NamedTuple" for base in one.bases)
     return (decorated or tuples) and "__init__" not in one.members
 
@@ -244,8 +244,9 @@ def _markdown(lines: list[str]) -> str:
 
 
 def _escaped(line: str) -> str:
-    """Prose that Markdown would take for tags, links or emphasis: "<f(u), v>", "values[i](step)",
-    "phi*(y)"."""
+    """Prose that Markdown would take for tags, links, emphasis or a heading: "<f(u), v>",
+    "values[i](step)", "phi*(y)", "#{w}"."""
+    line = re.sub(r"^#", "&#35;", line)
     parts = line.split("`")  # code between
     for i in range(0, len(parts), 2):
         parts[i] = re.sub(r"<(?=\w)", "&lt;", parts[i]).replace("](", "]\\(").replace("*", "\\*")

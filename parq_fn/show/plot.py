@@ -246,7 +246,8 @@ def levels(
     to the share of weights next to them, and the relative squared error of rounding.
 
     levels: one row, [k] or [1, k].
-    bins, label: of the histogram; of these levels, for the legend.
+    bins: of the histogram.
+    label: of these levels, for the legend.
     ax: matplotlib's Axes to draw on; new ones by default.
     weights: of one row, any shape. Called again on its Axes, with the same weights, it adds
     other levels at the same scale; ValueError for other weights.
@@ -366,8 +367,7 @@ def error_vs_bits(
     """The relative squared error of rounding to the levels of quantizers, by bits.
 
     weights: rows [r, n], or anything that is taken as one row.
-    quantizers: {label: bits -> quantizer}; by default uniform, greedy and alternating LSBQ, and
-    Lloyd-Max.
+    quantizers: {label: bits -> quantizer}; by default uniform, two of LSBQ, and Lloyd-Max.
     bits: of which the error is drawn.
     ax: matplotlib's Axes to draw on; new ones by default.
     """

@@ -122,6 +122,7 @@ class partition(Link):
     ) -> tuple[PyTree, PyTree]:
         """Every label's update on its own leaves.
 
+        updates, state, params, extra: as of every link.
         pulled: the second result of `pullback`, where the updates are pulled back already.
         """
         self._check_state(state)

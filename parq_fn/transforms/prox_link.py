@@ -256,6 +256,8 @@ class Prox(Link):
     ) -> tuple[PyTree, ProxState]:
         """The updates, and the qparams of params + updates where they are due.
 
+        updates, state, params, extra: as of every link.
+        learning_rate: in the place of the link's own.
         pulled: the gradients of the qparams, where the link learns, as `pullback` gives them.
         """
         del extra
@@ -309,6 +311,7 @@ class Prox(Link):
     def refit(self, state: ProxState, latents: PyTree, learns: Tensor | None = None) -> ProxState:
         """The state with qparams fitted to the updated latents, where they are due.
 
+        state, latents: of this update.
         learns: whether qparams were learned in this update; then rows that are finite keep them.
         """
         return refitted(self, state, latents, learns)
