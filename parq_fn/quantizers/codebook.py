@@ -21,7 +21,9 @@ from parq_fn.quantizers.reductions import largest
 class codebook(Quantizer):
     """Levels scale * table, scale = max|x| / max|table|.
 
-    table: the k numbers, in increasing order. These have names, by which they print:
+    table: the k numbers, in increasing order.
+
+    Three tables have names, by which they print:
 
     - `codebook.nf4`: quantiles of the normal distribution, a zero among them.
     - `codebook.fp4`: the 15 numbers of FP4 (e2m1), 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives.

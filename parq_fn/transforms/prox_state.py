@@ -17,7 +17,8 @@ from parq_fn.transforms.transformation import check_state
 class ProxState(NamedTuple):
     """State of a prox link."""
 
-    count: Tensor  # type: ignore[assignment] # (hides tuple.count) [], int64: updates so far
+    #: [], int64: updates so far
+    count: Tensor  # type: ignore[assignment] # hides tuple.count
     slope: Tensor  # [], float64: the map's coefficient at the last update; parq: inverse slope
     lr_sum: Tensor  # [], float64: sum of the learning rates so far, where they are known
     qparams: PyTree  # [..., m] for each param, float32 or better; zeros until a step fitted them:
