@@ -19,7 +19,8 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +34,12 @@ from examples.digits import load_data
 from examples.options import at_least, name_of_bits
 from examples.qat_fsdp2 import batch, load_text
 from parq_fn.foundation.command import Parser, command, output_folder
+from parq_fn.foundation.tree import tree_map
 
 # What is trained.
 
 CONTEXT = 16  # bytes before the one that is predicted
+digits, text = cache(load_data), cache(load_text)  # every seed's stream has them
 
 
 class Task(NamedTuple):
@@ -63,7 +66,7 @@ def _perceptron() -> nn.Module:
 
 
 def _digits(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    data, _ = load_data(0)
+    data, _ = digits(0)
     generator = torch.Generator().manual_seed(seed)
     while True:
         drawn = torch.randint(len(data.labels), (64,), generator=generator)
@@ -82,15 +85,14 @@ def _next_byte() -> nn.Module:
 
 
 def _bytes(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    text, _ = load_text()
     generator = torch.Generator().manual_seed(seed)
     while True:
-        tokens = batch(text, 64, CONTEXT, generator)
+        tokens = batch(text()[0], 64, CONTEXT, generator)
         yield tokens[:, :-1], tokens[:, -1]
 
 
 def _bytes_of_test() -> tuple[Tensor, Tensor]:
-    tokens = batch(load_text()[1], 20_000, CONTEXT, torch.Generator().manual_seed(0))
+    tokens = batch(text()[1], 20_000, CONTEXT, torch.Generator().manual_seed(0))
     return tokens[:, :-1], tokens[:, -1]
 
 
@@ -100,7 +102,7 @@ def _bits_a_byte(outputs: Tensor, labels: Tensor) -> Tensor:
 
 TASKS = {
     "digits": Task(
-        *("digits", _perceptron, _digits, lambda: load_data(0)[1], _share_right),
+        *("digits", _perceptron, _digits, lambda: digits(0)[1], _share_right),
         *("test accuracy in percent, higher is better", 3e-3),
     ),
     "bytes": Task(
@@ -208,20 +210,23 @@ def train(task: Task, link: Link, seeds: Sequence[int]) -> list[float]:
         return pq.apply_updates(params, updates), state
 
     params = {name: torch.stack([start[name] for start in starts]) for name in starts[0]}
-    state = torch.vmap(transform.init)(params)
+    # counts are of all seeds alike: read as numbers, they spare what is not due in a step
+    alike = tree_map(lambda leaf: 0 if leaf.ndim else None, transform.init(starts[0]))
+    state = torch.vmap(transform.init, out_dims=alike)(params)
+    together = torch.vmap(step, (0, alike, 0, 0), (0, alike))
     streams = [task.batches(seed) for seed in seeds]
     for _ in range(task.steps):
         inputs, labels = (torch.stack(parts) for parts in zip(*map(next, streams), strict=True))
-        params, state = torch.vmap(step)(params, state, inputs, labels)
+        params, state = together(params, state, inputs, labels)
 
-    weights = torch.vmap(transform.weights)(state, params)
+    weights = torch.vmap(transform.weights, (alike, 0))(state, params)
     inputs, labels = task.test()
     with torch.no_grad():
         scores = torch.vmap(lambda w: task.score(apply(w, inputs), labels))(weights)
     return scores.tolist()
 
 
-def results(task: Task, file: Path) -> dict[str, list[float]]:
+def results(task: Task, file: Path, compared: Iterable[Link]) -> dict[str, list[float]]:
     """{link: scores}: those of the file, and those of links it lacks, which are added to it."""
     found: dict[str, list[float]] = {}
     if file.exists():
@@ -229,7 +234,7 @@ def results(task: Task, file: Path) -> dict[str, list[float]]:
             name, steps, link, scores = json.loads(line)
             if (name, steps, len(scores)) == (task.name, task.steps, task.seeds):
                 found[link] = scores
-    links = {str(link(task)): link for cells in compared().values() for link in cells.values()}
+    links = {str(link(task)): link for link in compared}
     left = [link for name, link in links.items() if name not in found]
     for link in tqdm(left, task.name, disable=None):
         name = str(link(task))
@@ -277,10 +282,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     file = output_folder(args.save_dir) / "results.jsonl"
     print(f"results are kept in {file}", file=sys.stderr)
     parts = []
+    links = [link for cells in compared().values() for link in cells.values()]
     given = {"steps": args.steps, "seeds": args.seeds}
     for name in args.tasks:
         task = TASKS[name]._replace(**{k: v for k, v in given.items() if v is not None})
-        parts.append(tables(task, results(task, file)))
+        parts.append(tables(task, results(task, file, links)))
     text = "\n".join(parts)
     print(text)
     return text

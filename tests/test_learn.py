@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import parq_fn as pf
-from parq_fn import estimators, proxmaps
+from parq_fn import proxmaps
 from parq_fn.foundation.tree import tree_map
 from parq_fn.transforms.learn import moved
 from parq_fn.transforms.qparams_gradient import of_rows
@@ -221,48 +221,6 @@ def test_a_training_with_learned_levels_is_that_of_autograd(
         )
 
 
-@pytest.mark.parametrize("bits", [2, 3])
-def test_lsq_is_its_own_autograd_twin(bits: int) -> None:
-    """round with gradient 1, a scale with gradient 1 / sqrt(n Q_p), as the paper's listing."""
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    link = pf.hard_prox(
-        pf.integer(bits, "mean"),
-        period=1000,
-        gradient=estimators.inside(),
-        learn=pf.learn(pf.sgd(0.05), gradient="lsq"),
-    )
-    transform = pf.chain(pf.sgd(0.05), link)
-
-    def through(x: Tensor, value: Tensor) -> Tensor:
-        return value.detach() - x.detach() + x
-
-    def quantized(u: Tensor, a: Tensor) -> Tensor:
-        share = 1 / (u.numel() * high) ** 0.5
-        a = through(a * share, a)
-        v = (u / a).clamp(low, high)
-        return through(v, v.round()) * a
-
-    u = {k: p.clone().requires_grad_() for k, p in PARAMS.items()}
-    a: dict[str, Tensor] = {}
-    for t in range(50):
-        weights = {k: quantized(p, a[k]) for k, p in u.items()} if a else u
-        leaves = [*u.values(), *a.values()]
-        grads = torch.autograd.grad(loss(weights, inputs(t)), leaves)
-        with torch.no_grad():
-            for leaf, grad in zip(leaves, grads, strict=True):
-                leaf -= 0.05 * grad
-            if not a:
-                a = {k: 2 * p.abs().mean() / high**0.5 for k, p in u.items()}
-                a = {k: scale.detach().requires_grad_() for k, scale in a.items()}
-        params, state, _ = run(transform, t + 1) if t in (0, 1, 49) else (None, None, None)
-        if params is not None:
-            torch.testing.assert_close(params, {k: p.detach() for k, p in u.items()})
-            found = {k: q.squeeze() for k, q in pf.read(state, "qparams").items()}
-            torch.testing.assert_close(
-                found, {k: s.detach() for k, s in a.items()}, rtol=1e-12, atol=1e-12
-            )
-
-
 LEARNED = pf.chain(
     pf.sgd(0.05, momentum=0.9),
     pf.parq_prox(
@@ -371,22 +329,3 @@ def test_a_pull_is_a_normal_map_of_its_inverse() -> None:
     two = pf.hard_prox(pf.uniform(2), period=1, pull=0.25, learning_rate=0.05)
     got = [run(pf.chain(pf.sgd(0.05), link), 12) for link in (one, two)]
     torch.testing.assert_close(got[0][0], got[1][0], rtol=1e-13, atol=1e-13)
-
-
-def test_cage_is_hard_with_a_pull_that_grows() -> None:
-    """u <- u - lr g - lr lambda_t (u - Q(u)), Q of the latents before the step."""
-    ramp = pf.schedules.linear(0.0, 3.0, 10, 30)
-    quantizer = pf.uniform(2)
-    link = pf.hard_prox(quantizer, period=1, pull=ramp, learning_rate=0.05)
-    params, _, _ = run(pf.chain(pf.sgd(0.05), link), 40)
-    u, w = dict(PARAMS), dict(PARAMS)
-    for t in range(40):
-        leaves = {k: x.clone().requires_grad_() for k, x in w.items()}
-        grads = torch.autograd.grad(loss(leaves, inputs(t)), [*leaves.values()])
-        strength = float(ramp(torch.tensor(t)))
-        for (k, x), g in zip(u.items(), grads, strict=True):
-            u[k] = x - 0.05 * g - 0.05 * strength * (x - w[k])
-        for k, x in u.items():
-            row = x.reshape(1, -1)
-            w[k] = proxmaps.hard(row, quantizer(row)).reshape(x.shape)
-    torch.testing.assert_close(params, u, rtol=1e-12, atol=1e-12)
