@@ -144,7 +144,7 @@ def hold(name: str, bits: int, ways: list[str], *more: bool) -> None:
     assert not torch.allclose(wanted.latents["one.weight"], Net().one.weight, atol=0.1)
 
 
-@pytest.mark.parametrize(("case", "adapter"), spread(CASES, ADAPTERS))
+@pytest.mark.parametrize(("case", "adapter"), spread(CASES, ADAPTERS), ids=str)
 def test_a_method_is_its_autograd_twin(case: tuple[str, int], adapter: str) -> None:
     hold(*case, ["a loop", adapter])
 
