@@ -55,6 +55,7 @@ from parq_fn.transforms.masked import masked
 from parq_fn.transforms.muon import muon
 from parq_fn.transforms.noise import add_noise
 from parq_fn.transforms.optimizers import adam, adamw, sgd
+from parq_fn.transforms.oscillation import oscillation
 from parq_fn.transforms.partition import partition
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_links import (
@@ -189,6 +190,7 @@ __all__ = [
     "named_chain",
     "nvfp4",
     "optim",
+    "oscillation",
     "parq_prox",
     "partition",
     "per_block",

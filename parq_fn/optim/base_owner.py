@@ -15,11 +15,12 @@ from parq_fn.optim.base_optimizer import template_of, varying, widened
 from parq_fn.optim.base_saving import beyond_of, restored, saved
 from parq_fn.optim.digest import digest
 from parq_fn.optim.groups import KEYS, is_ours, is_quantized
-from parq_fn.optim.learned import PREFIX, laid_out, learning_begun
+from parq_fn.optim.learned import HELD, PREFIX, held_entries, laid_out, learning_begun
 from parq_fn.optim.old_states import Kept, with_qparams
 from parq_fn.optim.owner import Place
 from parq_fn.optim.saved import FOREIGN, check_keys
 from parq_fn.optim.state import Entries, Group, wide
+from parq_fn.transforms.oscillation import none_held
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_state import ProxState
 from parq_fn.transforms.sharded import local
@@ -38,7 +39,7 @@ def is_own(key: str) -> bool:
 
 def is_of_link(key: str) -> bool:
     """Whether an entry is one of ours that quantized parameters alone have."""
-    return key in QUANTIZED or key.startswith(PREFIX)
+    return key in QUANTIZED or key.startswith((PREFIX, HELD))
 
 
 class BaseOwner:
@@ -111,6 +112,7 @@ class BaseOwner:
             "qparams": state.qparams[label],
             **scalars(state),
             **(laid_out(link, [label], state)[label] if link.learn is not None else {}),
+            **({} if link.hold is None else held_entries(none_held(latent))),
             "link": digest(link),
         }
 

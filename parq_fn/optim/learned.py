@@ -10,15 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from parq_fn.optim.leafwise import Part
 from parq_fn.optim.state import Entries
-from parq_fn.transforms.learn import learner
+from parq_fn.transforms.learn import learned, learner
+from parq_fn.transforms.oscillation import HeldState
 from parq_fn.transforms.prox_link import Prox
+from parq_fn.transforms.prox_state import LearningState, ProxState
 
-#: What the keys of these entries begin with.
-PREFIX = "learn."
+#: What the keys of these entries begin with, and those of `HeldState`.
+PREFIX, HELD = "learn.", "hold."
 
 
 def laid_out(link: Prox, names: list[str], state: Any) -> dict[str, Entries]:
@@ -44,9 +47,21 @@ def put_together(link: Prox, qparams: dict[str, Tensor], entries: Mapping[str, E
     return part.put_together(entry)
 
 
+def learned_together(
+    link: Prox, state: ProxState, entries: Mapping[str, Entries], pulled: dict[str, Tensor | None]
+) -> dict[str, Entries]:
+    """{name: entries that are new} of parameters whose qparams move along their gradients."""
+    qparams = {name: own["qparams"] for name, own in entries.items()}
+    moments = put_together(link, qparams, entries)
+    of_all = LearningState(*state[:3], qparams, moments, ())
+    new = learned(link, of_all, pulled, torch.tensor(True, device="cpu"))
+    parts = laid_out(link, list(entries), new)
+    return {name: {"qparams": new.qparams[name], **parts[name]} for name in entries}
+
+
 def is_learned(key: str) -> bool:
-    """Whether an entry is of what moves qparams, in either adapter."""
-    return key.startswith(PREFIX) or "learned" in key.split(".")
+    """Whether an entry is of what moves qparams or holds weights, in either adapter."""
+    return key.startswith((PREFIX, HELD)) or bool({"learned", "oscillation"} & {*key.split(".")})
 
 
 def learning_begun(mine: Entries, saved: Entries) -> Entries:
@@ -56,3 +71,13 @@ def learning_begun(mine: Entries, saved: Entries) -> Entries:
     if own.keys() & saved.keys():
         return saved
     return {**{key: got for key, got in saved.items() if not is_learned(key)}, **own}
+
+
+def held_entries(state: HeldState) -> Entries:
+    """A parameter's entries of a `HeldState` of it alone."""
+    return {HELD + key: got for key, got in zip(HeldState._fields, state, strict=True)}
+
+
+def held_of(entries: Entries) -> HeldState:
+    """That state, from the entries."""
+    return HeldState._make(entries[HELD + key] for key in HeldState._fields)

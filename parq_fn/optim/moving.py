@@ -16,6 +16,7 @@ from parq_fn.optim.base_owner import is_own, prox_state
 from parq_fn.optim.engine.chunks import chunks
 from parq_fn.optim.engine.gradients import RowGradients
 from parq_fn.optim.groups import is_quantized
+from parq_fn.optim.learned import held_of
 from parq_fn.optim.state import Group, wide
 from parq_fn.optim.wrapping import Wrapping
 from parq_fn.transforms.learn import gradient_of
@@ -47,7 +48,7 @@ class Moving(Wrapping):
         pulled = {
             p
             for group in self.param_groups
-            if is_quantized(group) and self.link(group).draws
+            if is_quantized(group) and (self.link(group).draws or self.link(group).hold)
             for p in group["params"]
         }
         moved = [p for p in groups if p.grad is not None and self._is_trained(p)]
@@ -59,11 +60,16 @@ class Moving(Wrapping):
         if needy and steps_apart(self.base):
             runs = chunks({p: p.numel() for p in needy}) + ([rest] if rest else [])
         for chunk in runs:
-            pulls = {p: self._pull(p, groups[p]) for p in chunk if p in pulled}
+            own = [p for p in chunk if p in pulled]
+            pulls = {p: self._pull(p, groups[p]) for p in own if self.link(groups[p]).draws}
+            held = {p: local(self._latents[p]).clone() for p in own if self.link(groups[p]).hold}
             self._step_base(chunk, groups)
             for p, pull in pulls.items():
                 latent = local(self._latents[p])
                 latent.sub_(pull.to(latent.dtype))
+            for p, before in held.items():
+                latent = local(self._latents[p])
+                latent.copy_(torch.where(local(held_of(self.state[p]).held), before, latent))
 
     def _is_trained(self, p: Tensor) -> bool:
         """Not frozen; a parameter of the base alone is moved wherever the base moves it."""

@@ -33,14 +33,14 @@ from parq_fn.optim.engine.gradients import RowGradients
 from parq_fn.optim.engine.passes import Job, Pass, refit
 from parq_fn.optim.groups import KEYS, check_group, is_quantized, link_of
 from parq_fn.optim.latents import LatentStore
-from parq_fn.optim.learned import laid_out, put_together
+from parq_fn.optim.learned import HELD, held_entries, held_of, learned_together
 from parq_fn.optim.moving import Moving, rate_of
 from parq_fn.optim.state import Group, value_of
 from parq_fn.transforms.averaged import moved, share_of
-from parq_fn.transforms.learn import learned
+from parq_fn.transforms.oscillation import HeldState, code_of, held_weight, turned
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_links import parq_prox
-from parq_fn.transforms.prox_state import LearningState, ProxState, in_rows
+from parq_fn.transforms.prox_state import ProxState, in_rows
 from parq_fn.transforms.rounding import rounding
 from parq_fn.transforms.sharded import local, part_of
 
@@ -274,15 +274,26 @@ class QuantOptimizer(Moving):
             state = link.advance(old, rate)
             learns = None if link.learn is None else link.active(old)
             if learns is not None and learns:
-                self._learn(link, state, params, before)
+                labels = {place.p: place.label for place in self._store.places()}
+                pulled = {labels[p]: self._pulled.get(p) for p in params}
+                named = dict(zip(pulled, entries, strict=True))
+                for name, new in learned_together(link, state, named, pulled).items():
+                    before.append((named[name], {key: named[name][key] for key in new}))
+                    named[name].update(new)
             if concrete(link.due(state)) is not False:
                 latents, known = ([one[k] for one in entries] for k in ("latent", "qparams"))
                 fitted = refit(link, state, latents, known, learns)
                 for one, qparams in zip(entries, fitted, strict=True):
                     before.append((one, {"qparams": one["qparams"]}))
                     one["qparams"] = qparams
+            if link.hold is not None and link.active(state):
+                for one in entries:
+                    new = held_entries(_observed(link, state, one))
+                    before.append((one, {key: one[key] for key in new}))
+                    one.update(new)
             self._pass(link, state, [self._job(link, p) for p in params])
             for p in params:
+                self._put_held(link, p, local(p))
                 before.append((self.state[p], scalars(prox_state(self.state[p]))))
                 self.state[p].update(scalars(state))
                 self._store.wrote(p)
@@ -298,21 +309,6 @@ class QuantOptimizer(Moving):
                 share, entries["average_total"] = share_of(total, at(decay, count))
                 entries["average"] = moved(entries["average"], self._latents[p].detach(), share)
                 entries["average_count"] = count + 1
-
-    def _learn(self, link: Prox, state: ProxState, params: list[Tensor], before: Before) -> None:
-        """Qparams of parameters, moved together along their gradients."""
-        labels = {p: place.label for place in self._store.places() if (p := place.p) in {*params}}
-        entries = {labels[p]: self.state[p] for p in params}
-        qparams = {name: own["qparams"] for name, own in entries.items()}
-        moments = put_together(link, qparams, entries)
-        pulled = {labels[p]: self._pulled.get(p) for p in params}
-        of_all = LearningState(state.count, state.slope, state.lr_sum, qparams, moments)
-        new = learned(link, of_all, pulled, torch.tensor(True, device="cpu"))
-        parts = laid_out(link, list(entries), new)
-        for name, own in entries.items():
-            changed = {"qparams": new.qparams[name], **parts[name]}
-            before.append((own, {key: own[key] for key in changed}))
-            own.update(changed)
 
     def _job(self, link: Prox, p: Tensor) -> Job:
         """The map of this rank's part of a parameter."""
@@ -340,7 +336,16 @@ class QuantOptimizer(Moving):
         link, state = self.link(group), prox_state(self.state[p])
         job = self._job(link, p)._replace(weight=torch.empty_like(local(p)))
         self._pass(link, state, [job])
+        self._put_held(link, p, job.weight)
         return job.weight
+
+    def _put_held(self, link: Prox, p: Tensor, weight: Tensor) -> None:
+        """Weights that are held are put on their level."""
+        if link.hold is not None:
+            entries = self.state[p]
+            code, held = (local(entries[HELD + key]) for key in ("code", "held"))
+            if weight.numel() and bool(held.any()):
+                weight.copy_(held_weight(link, p, weight, entries["qparams"], code, held))
 
     def _rounded(self) -> Iterator[tuple[Tensor, Tensor]]:
         for group in self.param_groups:
@@ -378,6 +383,11 @@ class QuantOptimizer(Moving):
 def _weight_at(link: Prox, entries: dict[str, Any], latent: Tensor, p: Tensor) -> Tensor:
     """This rank's part of the weights that a latent has with a parameter's qparams."""
     return local(link.weights(prox_state(entries), [latent], dtype=p.dtype)[0])
+
+
+def _observed(link: Prox, state: ProxState, entries: dict[str, Any]) -> HeldState:
+    code = code_of(link, state, entries["latent"], entries["qparams"])
+    return HeldState._make(turned(link, state.count - 1, code, *held_of(entries)))
 
 
 def _show(group: Group, state: ProxState) -> None:

@@ -56,7 +56,7 @@ class learn(Value):
 
     >>> from parq_fn import adam, chain, hard_prox, integer, learn, sgd
     >>> chain(sgd(0.1), hard_prox(integer(4), learn=learn(adam(1e-3), gradient="lsq")))
-    chain(sgd(0.1), hard_prox(integer(4), learn=learn(adam(), 'lsq')))
+    chain(sgd(0.1), hard_prox(integer(4), learn=learn(adam(), gradient='lsq')))
 
     Source: Esser et al., LSQ, arXiv 1902.08153; Zhang et al., LQ-Nets, arXiv 1807.10029.
     """

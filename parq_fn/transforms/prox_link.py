@@ -35,8 +35,8 @@ from parq_fn.foundation.checks import (
 )
 from parq_fn.foundation.scalar import Scalar, as_scalar, at, concrete, new_count, to_device
 from parq_fn.foundation.traits import TransformationTraits, traits_of
-from parq_fn.foundation.tree import PyTree, check_floating, names_of, tree_leaves, tree_map
-from parq_fn.foundation.value import attribute, show, value
+from parq_fn.foundation.tree import PyTree, check_floating, names_of, tree_map
+from parq_fn.foundation.value import attribute, briefly, value
 from parq_fn.proxmaps.proxmap import Formula, ProxMap, itself, known
 from parq_fn.quantizers import Quantizer
 from parq_fn.quantizers.granularity import Granularity, per_tensor
@@ -44,6 +44,13 @@ from parq_fn.quantizers.own import check_counts
 from parq_fn.transforms.estimators import straight_through
 from parq_fn.transforms.learn import check_learn, learn, learned, learner, needs_chain
 from parq_fn.transforms.links import times
+from parq_fn.transforms.oscillation import (
+    none_held,
+    observed,
+    oscillation,
+    with_held,
+    without_held,
+)
 from parq_fn.transforms.prox_fit import refitted
 from parq_fn.transforms.prox_pullback import pulled_back
 from parq_fn.transforms.prox_state import (
@@ -51,10 +58,11 @@ from parq_fn.transforms.prox_state import (
     ProxState,
     check_prox_state,
     in_rows,
+    part_for,
     shrunk,
 )
 from parq_fn.transforms.rate import rate_at
-from parq_fn.transforms.sharded import Part, local, part_of, placed
+from parq_fn.transforms.sharded import local, placed
 from parq_fn.transforms.train import apply_updates
 from parq_fn.transforms.transformation import (
     NO_RATE,
@@ -94,6 +102,8 @@ class Prox(Link):
         one. Where the map made the weights that gradients are of, qparams are learned and not
         fitted, but those of rows that are not finite. It gets no extra argument; the link stands
         in a chain, which hands it that gradient.
+    hold: `oscillation(threshold)`: weights whose level keeps turning back are held at the level of
+        their average code, their latents get no update. For maps that act element by element.
 
     `init` raises TypeError for a leaf that is not floating, ValueError for one that the
     granularity cannot cut or that holds NaN or infinities (where values can be read), each with
@@ -120,6 +130,7 @@ class Prox(Link):
     pull: Scalar | None = field(default=None, kw_only=True)
     gradient: Callable[..., Tensor] = field(default_factory=lambda: _STRAIGHT_THROUGH, kw_only=True)
     learn: learn | Transformation | None = field(default=None, kw_only=True)
+    hold: oscillation | None = field(default=None, kw_only=True)
 
     rates = NO_RATE
 
@@ -146,10 +157,12 @@ class Prox(Link):
         check_kind(who, self.gradient, expected, "__call__")
         if self.learn is not None:
             check_learn(who, self.learn, self.quantizer)
+        if not isinstance(self.hold, oscillation | None):
+            raise TypeError(f"{who}: expected hold=oscillation(...), got {briefly(self.hold)}")
 
     @property
     def traits(self) -> TransformationTraits:
-        passes = not self.draws
+        passes = not self.draws and self.hold is None
         hardens = self.ends is not None and readable(self.ends) is not None
         return TransformationTraits(
             passes_updates=passes, leafwise=True, last=True, prox=True, hardens=hardens
@@ -197,27 +210,6 @@ class Prox(Link):
         """
         return bool(getattr(traits_of(self.proxmap), "elementwise", False))
 
-    def part(self, param: Tensor, params: PyTree) -> Part:
-        """What this rank holds of a parameter's rows.
-
-        Raises ValueError, with its name, as `part_of`, and where a rank has pieces of rows that the
-        map takes whole.
-        """
-        try:
-            part = part_of(param, self.granularity)
-            if part.cut and not self.elementwise:
-                raise ValueError(
-                    f"it is placed as {getattr(param, 'placements', None)}, so that ranks hold "
-                    f"pieces of its rows of {self.granularity!r}, and {show(self.proxmap)} maps "
-                    "whole rows; give rows that ranks hold whole, such as per_channel(), or a map "
-                    "that declares the trait elementwise"
-                )
-        except ValueError as error:
-            named = zip(names_of(params), tree_leaves(params), strict=True)
-            name = next(name for name, leaf in named if leaf is param)
-            raise ValueError(f"{name_of(self)}: parameter {name!r}: {error}") from None
-        return part
-
     # The transformation.
 
     def init(self, params: PyTree) -> ProxState:
@@ -226,7 +218,7 @@ class Prox(Link):
         check_floating(params, who)
 
         def empty(param: Tensor, name: str) -> Tensor:
-            self.part(param, params)
+            part_for(self, param, params)
             mine = local(param)
             if concrete(mine.isfinite().all()) is False:
                 raise ValueError(f"{who}: parameter {name!r} holds NaN or infinities")
@@ -238,11 +230,12 @@ class Prox(Link):
         named = zip(leaves, names_of(params), strict=True)
         qparams = optree.tree_unflatten(spec, [empty(param, name) for param, name in named])
         slope, lr_sum = self._coefficient(count), count.to(torch.float64)
-        if self.learn is None:
+        if self.learn is None and self.hold is None:
             return ProxState(count, slope, lr_sum, qparams)
-        learned: Any = begun(learner(self.learn).transformation, qparams)
-        state: Any = LearningState(count, slope, lr_sum, qparams, learned)  # with all that one has
-        return state  # type: ignore[no-any-return]
+        learned = () if self.learn is None else begun(learner(self.learn).transformation, qparams)
+        held = () if self.hold is None else none_held(params)
+        state: Any = LearningState(count, slope, lr_sum, qparams, learned, held)
+        return state  # type: ignore[no-any-return] # with all that a ProxState has
 
     def update(
         self,
@@ -280,9 +273,14 @@ class Prox(Link):
                 raise needs_chain(self)
             if concrete(learns) is not False:
                 state = learned(self, state, pulled, learns)
-        if concrete(self.due(state)) is False:  # the fit would be thrown away
+        if self.hold is not None:
+            updates = without_held(updates, state)
+        fits = concrete(self.due(state)) is not False  # else the fit would be thrown away
+        if not fits and self.hold is None:
             return updates, state
-        return updates, self.refit(state, apply_updates(params, updates), learns)
+        latents = apply_updates(params, updates)
+        state = self.refit(state, latents, learns) if fits else state
+        return updates, state if self.hold is None else observed(self, state, latents)
 
     # The parts of an update, for adapters whose latents other code moves.
 
@@ -343,7 +341,7 @@ class Prox(Link):
             return params if dtype is None else tree_map(lambda p: p.to(dtype), params)
 
         def weight(param: Tensor, qparams: Tensor) -> Tensor:
-            part, mine = self.part(param, params), local(param)
+            part, mine = part_for(self, param, params), local(param)
             own = dtype or mine.dtype
             if not mine.numel():
                 return param.to(own)
@@ -354,7 +352,8 @@ class Prox(Link):
                 mapped = torch.where(to_device(active, mine), mapped, mine.to(own))
             return placed(mapped, param)
 
-        return tree_map(weight, params, state.qparams)
+        made = tree_map(weight, params, state.qparams)
+        return made if self.hold is None else with_held(self, state, made, params)
 
     def pullback(
         self, grads: PyTree, state: ProxState, params: PyTree, *, weights: PyTree | None = None
@@ -396,4 +395,4 @@ class Prox(Link):
 
 
 # of links that were pickled before they had one
-Prox.gradient, Prox.pull, Prox.learn = _STRAIGHT_THROUGH, None, None
+Prox.gradient, Prox.pull, Prox.learn, Prox.hold = _STRAIGHT_THROUGH, None, None, None

@@ -16,7 +16,7 @@ from torch import Tensor
 from parq_fn.foundation.scalar import concrete, to_device
 from parq_fn.foundation.tree import PyTree, tree_map
 from parq_fn.transforms.learn import gradient_of
-from parq_fn.transforms.prox_state import ProxState, in_rows, shrunk
+from parq_fn.transforms.prox_state import ProxState, in_rows, part_for, shrunk
 from parq_fn.transforms.sharded import local, part_of, placed
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _own(link: Prox, grads: PyTree, state: ProxState, params: PyTree, like: PyTr
     def own(grad: Tensor, param: Tensor, like: Tensor, qparams: Tensor) -> Tensor:
         if concrete(active) is False:
             return torch.zeros_like(qparams)
-        part = link.part(param, params)
+        part = part_for(link, param, params)
         found = gradient_of(link, strided(local(grad)), param, part, state, (qparams, like.dtype))
         return found if concrete(active) else torch.where(to_device(active, found), found, 0.0)
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from parq_fn.foundation.scalar import to_device
-from parq_fn.foundation.tree import PyTree
-from parq_fn.foundation.value import state_class
-from parq_fn.transforms.transformation import check_state
+from parq_fn.foundation.tree import PyTree, names_of, tree_leaves
+from parq_fn.foundation.value import show, state_class
+from parq_fn.transforms.sharded import Part, part_of
+from parq_fn.transforms.transformation import check_state, name_of
 
 
 @state_class
@@ -33,13 +34,14 @@ class ProxState(NamedTuple):
 
 @state_class
 class LearningState(NamedTuple):
-    """State of a prox link that learns its levels: that of any, and of what moves them."""
+    """State of a prox link that learns its levels or holds weights: that of any, and more."""
 
     count: Tensor  # type: ignore[assignment] # [], int64: updates so far
     slope: Tensor  # [], float64: the map's coefficient at the last update
     lr_sum: Tensor  # [], float64: sum of the learning rates so far
     qparams: PyTree  # [..., m] for each param, float32 or better
-    learned: PyTree  # the state of the transformation learn=, over the tree `qparams`
+    learned: PyTree  # the state of the transformation learn=, over the tree `qparams`; or ()
+    oscillation: PyTree  # the `HeldState` of hold=; or ()
 
     @staticmethod
     def elsewhere() -> dict[str, str]:
@@ -64,3 +66,25 @@ def shrunk(latent: Tensor, divisor: Tensor | None) -> Tensor:
         return latent
     wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
     return wide / to_device(divisor, wide).to(wide.dtype)  # or a 0-d latent would be promoted
+
+
+def part_for(link: Any, param: Tensor, params: PyTree) -> Part:
+    """What this rank holds of a parameter's rows.
+
+    Raises ValueError, with its name, as `part_of`, and where a rank has pieces of rows that the
+    link's map takes whole.
+    """
+    try:
+        part = part_of(param, link.granularity)
+        if part.cut and not link.elementwise:
+            raise ValueError(
+                f"it is placed as {getattr(param, 'placements', None)}, so that ranks hold pieces "
+                f"of its rows of {link.granularity!r}, and {show(link.proxmap)} maps whole rows; "
+                "give rows that ranks hold whole, such as per_channel(), or a map that declares "
+                "the trait elementwise"
+            )
+    except ValueError as error:
+        named = zip(names_of(params), tree_leaves(params), strict=True)
+        name = next(name for name, leaf in named if leaf is param)
+        raise ValueError(f"{name_of(link)}: parameter {name!r}: {error}") from None
+    return part

@@ -53,6 +53,7 @@ PROX_LINKS = [
         gradient=pq.estimators.inside(),
     ),
     pq.hard_prox(pq.uniform(2), period=1, pull=0.5, learning_rate=0.1),
+    pq.hard_prox(pq.uniform(2), period=1, hold=pq.oscillation(0.1, momentum=0.5)),
 ]
 
 LEARNED = pq.chain(pq.sgd(0.1), pq.hard_prox(pq.uniform(2), period=1, learn=pq.sgd(0.1)))

@@ -12,6 +12,7 @@ from parq_fn.foundation.checks import readable
 from parq_fn.foundation.tree import PyTree, tree_leaves, tree_map
 from parq_fn.testing.law import Claim, equal
 from parq_fn.testing.laws.transformations import Point, Steps, last, law, train
+from parq_fn.transforms.oscillation import with_held
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_state import ProxState, in_rows
 
@@ -68,6 +69,8 @@ def weights_are_mapped(t: Prox, params: PyTree, steps: Steps) -> Iterator[Claim]
                 return rows.reshape(u.shape).to(u.dtype)
 
             mapped = tree_map(weight, here.params, here.state.qparams)
+            if t.hold is not None:  # held weights are at their level
+                mapped = with_held(t, here.state, mapped, here.params)
             yield equal(t.weights(here.state, here.params), mapped)
 
 

@@ -1,0 +1,191 @@
+"""Weights whose level keeps turning back are held: against a loop over single weights, in both
+adapters, saved and sharded."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import parq_fn as pf
+from parq_fn.optim import QuantOptimizer, TransformOptimizer
+from tests.optim.helpers import whole
+from tests.processes import on_processes
+
+FLOAT64 = torch.float64
+HOLD = pf.oscillation(0.3, momentum=0.2)
+LINK = pf.hard_prox(pf.uniform(2), granularity=pf.per_channel(), period=3, hold=HOLD)
+LINKS = {
+    "hard": LINK,
+    "parq": pf.parq_prox(
+        pf.lsbq(2), anneal_start=1, anneal_end=6, granularity=pf.per_channel(), hold=HOLD
+    ),
+    "learned": replace(LINK, learn=pf.sgd(0.01)),
+    "pulled": replace(LINK, pull=0.5, learning_rate=0.3),
+}
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=FLOAT64)
+
+
+START = 0.6 * draw(4, 6)
+
+
+def gradient(w: Tensor, t: int) -> Tensor:
+    """So large that weights turn back at every other step."""
+    return (w - 0.3) + 0.8 * draw(*w.shape, seed=50 + t)
+
+
+def functional(link: Any, steps: int) -> Any:
+    """(params, weights, state) step by step."""
+    transform, params = pf.chain(pf.sgd(0.3), link), {"w": START}
+    state = transform.init(params)
+    for t in range(steps):
+        grads = {"w": gradient(transform.weights(state, params)["w"], t)}
+        updates, state = transform.update(grads, state, params)
+        params = pf.apply_updates(params, updates)
+        yield params["w"], transform.weights(state, params)["w"], state
+
+
+def test_each_weight_is_held_as_a_loop_over_single_weights_holds_it() -> None:
+    quantizer, (r, n) = pf.uniform(2), START.shape
+    u, w = START.clone(), START.clone()
+    code = [[-1] * n for _ in range(r)]
+    last = [[0] * n for _ in range(r)]
+    often = [[0.0] * n for _ in range(r)]
+    mean = [[0.0] * n for _ in range(r)]
+    held = [[False] * n for _ in range(r)]
+    levels = torch.zeros(r, 4, dtype=FLOAT64)
+    for t, (params, weights, _) in enumerate(functional(LINK, 9)):
+        g = gradient(w, t)
+        for i in range(r):
+            for j in range(n):
+                u[i, j] -= 0.0 if held[i][j] else 0.3 * g[i, j]
+        if t % 3 == 0:
+            levels = quantizer(u)
+        for i in range(r):
+            for j in range(n):
+                k = int((levels[i] - u[i, j]).abs().argmin())
+                old = code[i][j]
+                if held[i][j]:
+                    w[i, j] = levels[i, old]
+                    continue
+                if old < 0:
+                    mean[i][j] = float(k)
+                else:
+                    way = (k > old) - (k < old)
+                    back = way != 0 and way == -last[i][j]
+                    often[i][j] = 0.2 * back + 0.8 * often[i][j]
+                    mean[i][j] = 0.2 * k + 0.8 * mean[i][j]
+                    last[i][j] = way or last[i][j]
+                code[i][j] = k
+                if old >= 0 and often[i][j] > 0.3:
+                    held[i][j], code[i][j] = True, math.ceil(mean[i][j] - 0.5)
+                w[i, j] = levels[i, code[i][j]]
+        torch.testing.assert_close(params, u, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(weights, w, rtol=1e-12, atol=1e-12)
+    count = sum(map(sum, held))
+    assert 0 < count < r * n
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_held_weight_stays_on_its_level_and_its_latent_where_it_is(name: str) -> None:
+    before: Any = None
+    for u, w, state in functional(LINKS[name], 25):
+        held, code = pf.read(state, "held")["w"], pf.read(state, "code")["w"]
+        if before is not None:
+            was, where, index = before
+            assert torch.equal(u[was], where[was])
+            assert torch.equal(code[was], index[was])
+            levels = LINKS[name].quantizer.levels(pf.read(state, "qparams")["w"])
+            assert torch.equal(w[was], levels.gather(-1, code.long())[was])
+        before = held, u, code
+    assert bool(before[0].any())
+
+
+def built(adapter: str, p: nn.Parameter, link: Any) -> Any:
+    if adapter == "TransformOptimizer":
+        return TransformOptimizer([("w", p)], pf.chain(pf.sgd(0.3), link))
+    return QuantOptimizer(torch.optim.SGD([{"params": [("w", p)], "prox": link}], lr=0.3))
+
+
+@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("adapter", ["QuantOptimizer", "TransformOptimizer"])
+def test_adapters_hold_what_the_functional_loop_holds(adapter: str, name: str) -> None:
+    p = nn.Parameter(START.clone())
+    optimizer = built(adapter, p, LINKS[name])
+    for t, (u, w, _state) in enumerate(functional(LINKS[name], 25)):
+        p.grad = gradient(p.detach(), t)
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), w, rtol=1e-12, atol=1e-12)
+        latent = optimizer.state[p]["latent"]
+        torch.testing.assert_close(latent, u, rtol=1e-12, atol=1e-12)
+        if t == 12:  # as saved and loaded
+            saved = copy.deepcopy(optimizer.state_dict())
+            q = nn.Parameter(p.detach().clone())
+            optimizer, p = built(adapter, q, LINKS[name]), q
+            optimizer.load_state_dict(saved)
+    assert any(bool(got.any()) for key, got in optimizer.state[p].items() if key.endswith("held"))
+
+
+def sharded_as_alone() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for adapter in ("QuantOptimizer", "TransformOptimizer"):
+        for link in (LINK, replace(LINK, granularity=pf.per_tensor())):
+            alone, net = (nn.Linear(6, 4, bias=False, dtype=FLOAT64) for _ in range(2))
+            for module in (alone, net):
+                module.weight.data.copy_(START)
+            fully_shard(net, mesh=mesh)
+            one, other = (built(adapter, m.weight, link) for m in (alone, net))
+            x = draw(7, 6, seed=9)
+            for t in range(20):
+                for module, optimizer in ((alone, one), (net, other)):
+                    optimizer.zero_grad()
+                    (module(x) - 3 * draw(7, 4, seed=t)).square().mean().backward()
+                    optimizer.step()
+                torch.testing.assert_close(whole(net.weight), alone.weight, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_sharded_module_holds_what_one_process_holds(tmp_path: Path) -> None:
+    on_processes(sharded_as_alone, 2, tmp_path)
+
+
+def test_many_are_held_by_vmap_as_each_alone() -> None:
+    def last(start: Tensor) -> Tensor:
+        transform, params = pf.chain(pf.sgd(0.3), LINK), {"w": start}
+        state = transform.init(params)
+        for t in range(15):
+            grads = {"w": transform.weights(state, params)["w"] - 0.3 + NOISE[t]}
+            updates, state = transform.update(grads, state, params)
+            params = pf.apply_updates(params, updates)
+        return transform.weights(state, params)["w"]
+
+    many = torch.stack([START, -START])
+    torch.testing.assert_close(torch.vmap(last)(many), torch.stack([*map(last, many)]))
+
+
+NOISE = 0.8 * draw(15, 4, 6, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: pf.oscillation(-1.0), ValueError, "threshold"),
+        (lambda: pf.oscillation(0.1, momentum=2.0), ValueError, "momentum"),
+        (lambda: pf.hard_prox(pf.uniform(2), hold=0.1), TypeError, "hold=oscillation"),
+    ],
+)
+def test_bad_values_are_refused(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
