@@ -445,9 +445,9 @@ FAULTS = [
     # Wrong use, and links and maps of one's own
     Fault(
         "a rank maps pieces of rows by a map of whole rows",
-        "parq_fn/transforms/prox_link.py",
-        "            if part.cut and not self.elementwise:\n",
-        "            if False:\n",
+        "parq_fn/transforms/prox_state.py",
+        "        if part.cut and not link.elementwise:\n",
+        "        if False:\n",
         ("tests/optim/test_whole_rows.py",),
         "ranks_give_the_weights",
         "a24ee36",
