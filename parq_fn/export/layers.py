@@ -73,7 +73,8 @@ def check_fit(module: nn.Module, packed: Mapping[str, Packed | Tensor]) -> None:
         raise ValueError(
             f"the packed model lacks {', '.join(missing) or 'nothing'} of the module, and has "
             f"{', '.join(unknown) or 'nothing'} that the module has not; names are those of the "
-            "module that was packed, of tied weights the first"
+            "module that was packed, of tied weights the first; buffers of a functional loop are "
+            "packed by pack(params, transformation, state) | buffers"
         )
     absent = [name for name in packed if own[name].is_meta]
     if absent:

@@ -236,7 +236,8 @@ def pack(
 ) -> dict[str, Packed | Tensor]:
     """Everything of a model by name: quantized weights packed, the rest as it is.
 
-    pack(params, transformation, state): latent params of a functional loop.
+    pack(params, transformation, state): latent params of a functional loop. Buffers of a module are
+    added by `pack(...) | buffers`.
     pack(module, optimizer): a module trained by one of the adapters, with its buffers; sharded
     parameters are gathered, one at a time, on every rank. Tied parameters come once, under their
     first name; extra state that is no tensor is not kept.
@@ -317,7 +318,8 @@ def stream(
         if not isinstance(transformation, adapters) or state is not None:
             raise TypeError(
                 "pack(module, optimizer) takes a QuantOptimizer or TransformOptimizer, got "
-                f"{type(transformation).__name__}{'' if state is None else ', and a state'}"
+                f"{type(transformation).__name__}{'' if state is None else ', and a state'}; of a "
+                "functional loop give pack(params, transformation, state)"
             )
         entries, found = list(of_module(params)), of_optimizer(params, transformation)
     else:

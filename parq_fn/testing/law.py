@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import re
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -319,3 +320,14 @@ def raised_at(error: BaseException) -> str:
 
 def _name(operator: Any) -> str:
     return str(getattr(operator, "__name__", None) or repr(operator))
+
+
+def vmapped(f: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.vmap, without its warning of operations that it runs as a loop."""
+
+    def run(*args: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return torch.vmap(f)(*args)
+
+    return run

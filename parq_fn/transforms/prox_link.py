@@ -99,9 +99,10 @@ class Prox(Link):
     gradient: what becomes of gradients at the weights on their way to the latents, see
         `parq_fn.estimators`. A chain asks for it before its first link sees them.
     learn: a transformation that moves the qparams along the loss's gradient, or `learn(...)` around
-        one. Where the map made the weights that gradients are of, qparams are learned and not
-        fitted, but those of rows that are not finite. It gets no extra argument; the link stands
-        in a chain, which hands it that gradient.
+        one. Qparams are fitted until the map makes the weights, and learned from the next update
+        on; a row that cannot learn, its scale 0 or not finite, is still fitted where due. In the
+        functional loop the link stands in a chain, which hands it the gradient; in an adapter it
+        need not. The transformation gets no extra arguments.
     hold: `oscillation(threshold)`: weights whose level keeps turning back are held at the level of
         their average code, their latents get no update. For maps that act element by element.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from parq_fn.foundation.traits import Coefficient, ProxTraits
-from parq_fn.testing.law import Claim, Collection, at_most, equal
+from parq_fn.testing.law import Claim, Collection, at_most, equal, vmapped
 
 LAWS = Collection("proxmap")
 law = LAWS.law
@@ -248,7 +248,7 @@ def rows_alone(f: Map, u: Tensor, any_levels: Tensor, any_c: Coefficient) -> Cla
 def vmap_is_loop(f: Map, u: Tensor, v: Tensor, levels: Tensor, c: Coefficient) -> Claim:
     batch, q = torch.stack([u, v]), torch.stack([levels, levels + 1])
     looped = torch.stack([f(x, y, c) for x, y in zip(batch, q, strict=True)])
-    return equal(torch.vmap(lambda x, y: f(x, y, c))(batch, q), looped)
+    return equal(vmapped(lambda x, y: f(x, y, c))(batch, q), looped)
 
 
 @law(

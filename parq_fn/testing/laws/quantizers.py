@@ -15,7 +15,7 @@ from torch import Tensor
 from parq_fn.foundation.traits import QuantizerTraits
 from parq_fn.proxmaps.levels import nearest
 from parq_fn.quantizers.granularity import per_block
-from parq_fn.testing.law import Claim, Collection, at_most, equal
+from parq_fn.testing.law import Claim, Collection, at_most, equal, vmapped
 
 LAWS = Collection("quantizer")
 law = LAWS.law
@@ -139,7 +139,7 @@ def vmap_is_loop(quantizer: Any, x: Tensor) -> Claim:
         return q
 
     batch = torch.stack([x, x.flip(0) / 3])
-    return equal(torch.vmap(of)(batch), torch.stack([of(rows) for rows in batch]))
+    return equal(vmapped(of)(batch), torch.stack([of(rows) for rows in batch]))
 
 
 @law("Zeros give zeros.", "Q(0) = 0")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parq_fn.foundation.traits import ScheduleTraits
-from parq_fn.testing.law import Claim, Collection, at_most, equal
+from parq_fn.testing.law import Claim, Collection, at_most, equal, vmapped
 
 LAWS = Collection("schedule")
 law = LAWS.law
@@ -51,7 +51,7 @@ def same_for_all_steps(schedule: Any, whole: int) -> Iterator[Claim]:
     for dtype in (torch.int32, torch.float32) if whole < 2**24 else ():
         yield equal(schedule(torch.tensor(whole, dtype=dtype)), alone)
     yield Claim(schedule(batch).round(decimals=14), "==", looped.round(decimals=14))
-    yield Claim(torch.vmap(schedule)(batch).round(decimals=14), "==", looped.round(decimals=14))
+    yield Claim(vmapped(schedule)(batch).round(decimals=14), "==", looped.round(decimals=14))
 
 
 @law("The step is not changed, and the same step gives the same bits.", "s(t) = s(t)")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from parq_fn.foundation.tree import PyTree, tree_map
-from parq_fn.testing.law import Claim, Collection, equal
+from parq_fn.testing.law import Claim, Collection, equal, vmapped
 from parq_fn.transforms.masked import masked
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.train import apply_updates, value_and_grad
@@ -254,7 +254,7 @@ def vmap_is_loop(t: Any, plain: PyTree, steps: Steps) -> Claim:
         return tree_map(lambda x, y: torch.stack([x, y]), a, b)
 
     other, others = second(plain), second(steps)
-    batched = torch.vmap(run)(stacked(plain, other), stacked(steps, others))
+    batched = vmapped(run)(stacked(plain, other), stacked(steps, others))
     return equal(batched, stacked(run(plain, steps), run(other, others)))
 
 
