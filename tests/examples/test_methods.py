@@ -22,7 +22,7 @@ def test_a_table_has_every_method_and_a_figure_and_a_file_are_kept(
         return [float(len(trained) + seed) for seed in seeds]
 
     monkeypatch.setattr("examples.choosing.train", counted)
-    flags = ["--tiny", "--save-dir", str(tmp_path)]
+    flags = ["--tiny", "--bits", "0", "1", "2", "3", "--save-dir", str(tmp_path)]
     found = methods.main(flags)
     digits = methods.TASKS["digits"]
     names = {str(link(digits)) for link in methods.compared(range(4)).values()}
