@@ -102,6 +102,21 @@ def test_a_map_of_ones_own_is_differentiated_by_autograd() -> None:
         torch.testing.assert_close(found, 0.5 * half)
 
 
+def test_levels_that_a_fit_gives_in_any_order_have_their_own_gradients() -> None:
+    class falling(pf.Quantizer):
+        num_levels = 2
+
+        def qparams(self, x: Tensor) -> Tensor:
+            top = x.abs().amax(-1, keepdim=True)
+            return torch.cat([top, -top], -1)
+
+    u, g = draw(2, 30), draw(2, 30, seed=1)
+    qparams = falling().fit(u)
+    found = of_rows("code", None, falling(), u, g, qparams, FLOAT64, torch.tensor(0.0))
+    upper = torch.where(u > 0, g, 0.0).sum(-1)
+    torch.testing.assert_close(found, torch.stack([upper, g.sum(-1) - upper], -1))
+
+
 # Steps of qparams
 
 

@@ -146,13 +146,13 @@ def of_sums(
             found = (found * table).sum(-1, keepdim=True)
         return torch.where(of.scale == 0, 0.0, found).to(qparams.dtype)
     found, (k, m) = found.to(qparams.dtype), (quantizer.num_levels, quantizer.num_qparams)
-    if quantizer.sorts and m == k:  # they are the levels, and in order: equal ones stay apart
-        return found
-    if quantizer.sorts and 2 * m == k:  # or the upper half of them, the others their negatives
-        return found[..., m:] - found[..., :m].flip(-1)
+    if quantizer.sorts and m in (k, k / 2):  # levels, or the upper half: equal ones stay apart
+        own = found if m == k else found[..., m:] - found[..., :m].flip(-1)
+        order = qparams.argsort(stable=True, dim=-1)  # a fit may give any
+        return torch.zeros_like(own).scatter(-1, order, own)
     pull: Any = torch.func.vjp(quantizer.levels, qparams)[1]
-    own: Tensor = pull(found)[0]
-    return own
+    of_levels: Tensor = pull(found)[0]
+    return of_levels
 
 
 def of_rows(
