@@ -252,7 +252,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Scores]:
     parser.add_argument(
         "--tasks", **several, choices=list(TASKS), default=list(TASKS), help="which"
     )
-    parser.add_argument("--methods", **several, choices=names, help="beside straight-through")
+    text = "beside straight-through: " + ", ".join(names)
+    parser.add_argument("--methods", **several, choices=names, metavar="METHOD", help=text)
     about = "0 is ternary; all of 1 0 2 3, with --tiny 0 2"
     parser.add_argument("--bits", **several, type=int, choices=range(5), help=about)
     parser.add_argument("--seeds", type=at_least(1, int), default=None, help="of each method")

@@ -309,7 +309,8 @@ class apply_if_finite(Around):
             finite = to_device(finite, leaf) & gathered(leaf.isfinite().all())
         out, inner = updated(self.inner, updates, state.inner, params, **handed(pulled), **extra)
         zeros = tree_map(torch.zeros_like, out)
-        made, more = finite, dict[str, Tensor]()
+        made = finite
+        more: dict[str, Tensor] = {}
         if isinstance(state, LimitedState) and self.limit is not None:
             row = torch.where(to_device(finite, state.consecutive), 0, state.consecutive + 1)
             made, more = finite | to_device(row > self.limit, finite), {"consecutive": row}
