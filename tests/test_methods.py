@@ -154,7 +154,7 @@ def each_on_ranks(cases: list[tuple[tuple[str, int], str]]) -> None:
         hold(*case, [adapter], True)
 
 
-@pytest.mark.slow  # each takes two seconds on each rank
+@pytest.mark.rare  # each takes two seconds on each rank
 def test_methods_on_two_ranks_are_their_autograd_twins(tmp_path: Path) -> None:
     on_processes(each_on_ranks, 2, tmp_path, sampled(spread(CASES, ADAPTERS), 3))
 

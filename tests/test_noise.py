@@ -83,7 +83,7 @@ def test_vmap_over_seeds_is_the_loop_and_needs_no_randomness() -> None:
     assert torch.equal(same[0], same[1])
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_compiled_noise_is_the_eager_one() -> None:
     params = {"w": torch.zeros(64, 3)}
     link = pf.chain(pf.add_noise(1.0), pf.sgd(1.0))

@@ -301,7 +301,7 @@ CASES = spread(
 @pytest.mark.parametrize(
     ("formula", "granularity", "how", "shapes", "code"),
     [
-        *((*case, True) for case in sampled(CASES, 1)),
+        *(pytest.param(*case, True, marks=pytest.mark.rare) for case in sampled(CASES, 1)),
         *((*case, False) for case in sampled(CASES, 4)),
     ],
     ids=lambda x: f"{len(x)} parameters" if isinstance(x, list) else str(x),
