@@ -138,6 +138,27 @@ def test_adapters_hold_what_the_functional_loop_holds(adapter: str, name: str) -
     assert any(bool(got.any()) for key, got in optimizer.state[p].items() if key.endswith("held"))
 
 
+@pytest.mark.parametrize("adapter", ["QuantOptimizer", "TransformOptimizer"])
+def test_held_weights_are_on_their_level_in_averages_and_roundings_too(adapter: str) -> None:
+    p = nn.Parameter(START.clone())
+    if adapter == "QuantOptimizer":
+        group = {"params": [("w", p)], "prox": LINK}
+        optimizer: Any = QuantOptimizer(torch.optim.SGD([group], lr=0.3), average=0.9)
+    else:
+        optimizer = built(adapter, p, LINK)
+        transform = pf.averaged(optimizer.transformation, 0.9)
+        optimizer = TransformOptimizer([("w", p)], transform)
+    for t in range(25):
+        p.grad = gradient(p.detach(), t)
+        optimizer.step()
+    held = next(got for key, got in optimizer.state[p].items() if key.endswith("held"))
+    assert bool(held.any())
+    weights = p.detach().clone()
+    for lent in (optimizer.averaged_weights, optimizer.rounded):
+        with lent():
+            assert torch.equal(p[held], weights[held])
+
+
 def sharded_as_alone() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for adapter in ("QuantOptimizer", "TransformOptimizer"):

@@ -39,7 +39,7 @@ ALL = [
     *(pf.centered(q) for q in (pf.codebook.nf4, pf.mxfp4(), pf.stored(pf.lsbq(2), torch.float16))),
 ]  # fmt: skip
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-every = pytest.mark.parametrize("quantizer", sampled(ALL, len(ALL) // 3), ids=repr)
+every = pytest.mark.parametrize("quantizer", sampled(ALL, len(ALL) // 5), ids=repr)
 
 finite = st.floats(-10, 10, allow_subnormal=False).map(lambda v: round(v, 3))
 small_rows = st.lists(finite, min_size=1, max_size=12)

@@ -293,7 +293,8 @@ class QuantOptimizer(Moving):
                     one.update(new)
             self._pass(link, state, [self._job(link, p) for p in params])
             for p in params:
-                self._put_held(link, p, local(p))
+                if link.hold is not None:
+                    local(p).copy_(_with_held(link, self.state[p], p, local(p)))
                 before.append((self.state[p], scalars(prox_state(self.state[p]))))
                 self.state[p].update(scalars(state))
                 self._store.wrote(p)
@@ -336,16 +337,7 @@ class QuantOptimizer(Moving):
         link, state = self.link(group), prox_state(self.state[p])
         job = self._job(link, p)._replace(weight=torch.empty_like(local(p)))
         self._pass(link, state, [job])
-        self._put_held(link, p, job.weight)
-        return job.weight
-
-    def _put_held(self, link: Prox, p: Tensor, weight: Tensor) -> None:
-        """Weights that are held are put on their level."""
-        if link.hold is not None:
-            entries = self.state[p]
-            code, held = (local(entries[HELD + key]) for key in ("code", "held"))
-            if weight.numel() and bool(held.any()):
-                weight.copy_(held_weight(link, p, weight, entries["qparams"], code, held))
+        return _with_held(link, self.state[p], p, job.weight)
 
     def _rounded(self) -> Iterator[tuple[Tensor, Tensor]]:
         for group in self.param_groups:
@@ -382,7 +374,16 @@ class QuantOptimizer(Moving):
 
 def _weight_at(link: Prox, entries: dict[str, Any], latent: Tensor, p: Tensor) -> Tensor:
     """This rank's part of the weights that a latent has with a parameter's qparams."""
-    return local(link.weights(prox_state(entries), [latent], dtype=p.dtype)[0])
+    made = local(link.weights(prox_state(entries), [latent], dtype=p.dtype)[0])
+    return _with_held(link, entries, p, made)
+
+
+def _with_held(link: Prox, entries: dict[str, Any], p: Tensor, weight: Tensor) -> Tensor:
+    """This rank's part of a parameter's weights, those that are held on their level."""
+    if link.hold is None:
+        return weight
+    code, held = (local(entries[HELD + key]) for key in ("code", "held"))
+    return held_weight(link, p, weight, entries["qparams"], code, held)
 
 
 def _observed(link: Prox, state: ProxState, entries: dict[str, Any]) -> HeldState:

@@ -140,7 +140,7 @@ def other_ways_to_train() -> None:
             check_same(alone, one, net, other, ("replicated", adapter, t))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_r8_freezing_clipping_exchanged_parameters_and_replicas(tmp_path: Path) -> None:
     on_processes(other_ways_to_train, 2, tmp_path)
 
@@ -238,7 +238,7 @@ def distribute(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", sampled([2, 4], 1))
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.rare)])
 def test_law_12_the_functional_core_on_dtensors(world: int, tmp_path: Path) -> None:
     on_processes(core_on_dtensors, world, tmp_path)
 
@@ -267,7 +267,7 @@ def blocks_cut_by_shards() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", sampled([2, 4], 1))
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.rare)])
 def test_r19_blocks_that_shards_cut(world: int, tmp_path: Path) -> None:
     on_processes(blocks_cut_by_shards, world, tmp_path)
 
