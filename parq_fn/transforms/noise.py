@@ -120,7 +120,7 @@ def _number_of(name: str) -> int:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """splitmix64 of int64 numbers: every bit of the result hangs on every bit of x."""
+    """splitmix64 of int64 numbers: every bit of the result depends on every bit of x."""
     x = x + _GOLDEN
     x = (x ^ _shifted(x, 30)) * _FIRST
     x = (x ^ _shifted(x, 27)) * _SECOND

@@ -93,7 +93,7 @@ class Prox(Link):
         u / gamma; the latent itself stays as it is.
     normal_map: gamma > 0; the latent moves by -(lr / gamma) (u - w) besides. gamma = lr with
         plain SGD is proximal SGD, gamma -> infinity is AProx.
-    pull: >= 0, number, 0-d tensor or schedule; the latent moves by -lr * pull * (u - w) besides:
+    pull: 0 or more, a number or schedule; the latent moves by -lr * pull * (u - w) besides:
         a normal map of gamma = 1 / pull, with 0 allowed. hard_prox with a pull and period=1 is
         decoupled CAGE. Not with normal_map or shrink.
     gradient: what becomes of gradients at the weights on their way to the latents, see
