@@ -33,7 +33,7 @@ import parq_fn as pq
 from examples.digits import load_data
 from examples.options import at_least, name_of_bits
 from examples.qat_fsdp2 import batch, load_text
-from parq_fn.foundation.command import Parser, command, output_folder
+from parq_fn.foundation.command import Parser, UserError, command, output_folder
 from parq_fn.foundation.tree import tree_map
 
 # What is trained.
@@ -227,12 +227,19 @@ def train(task: Task, link: Link, seeds: Sequence[int]) -> list[float]:
 
 
 def results(task: Task, file: Path, compared: Iterable[Link]) -> dict[str, list[float]]:
-    """{link: scores}: those of the file, and those of links it lacks, which are added to it."""
+    """{link: scores}: those of the file, and those of links it lacks, which are added to it.
+
+    Raises UserError for a line of the file that is no result, as of a run that was cut off.
+    """
     found: dict[str, list[float]] = {}
     if file.exists():
-        for line in file.read_text().splitlines():
-            name, steps, link, scores = json.loads(line)
-            if (name, steps, len(scores)) == (task.name, task.steps, task.seeds):
+        for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
+            try:
+                name, steps, link, scores = json.loads(line)
+                count = len(scores)
+            except (TypeError, ValueError):
+                raise UserError(f"{file}, line {number} is no result; delete that line") from None
+            if (name, steps, count) == (task.name, task.steps, task.seeds):
                 found[link] = scores
     links = {str(link(task)): link for link in compared}
     left = [link for name, link in links.items() if name not in found]

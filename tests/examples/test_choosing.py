@@ -9,6 +9,7 @@ import pytest
 
 import parq_fn as pf
 from examples import choosing
+from parq_fn.foundation.command import UserError
 
 
 def test_a_table_has_every_line_and_what_is_kept_is_not_trained_again(
@@ -40,3 +41,11 @@ def test_seeds_are_trained_at_once_as_each_alone(task: choosing.Task) -> None:
     both = choosing.train(short, link, [0, 1])
     assert all(math.isfinite(score) for score in both)
     assert choosing.train(short, link, [1]) == pytest.approx(both[1:], rel=0.02)
+
+
+@pytest.mark.parametrize("line", ['{"cut off', "3", '["digits", 10, "None", 5]', "\x00"])
+def test_a_file_of_results_that_was_cut_off_is_told_in_one_line(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(UserError, match=r"results.jsonl, line 1 is no result; delete that line"):
+        choosing.results(choosing.TASKS["digits"], file, [])
