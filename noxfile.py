@@ -16,7 +16,7 @@ from pathlib import Path
 
 import nox
 
-STEPS = ["lint", "tests", "laws", "learning", "stacks", "notebooks", "pages", "job"]
+STEPS = ["lint", "tests", "learning", "laws", "stacks", "notebooks", "pages", "job"]
 TORCH = ["2.13.0", "2.14.1", "2.15.0"]
 PYTHON = ["3.10", "3.11", "3.12", "3.13"]
 
