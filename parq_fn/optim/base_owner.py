@@ -248,15 +248,15 @@ class BaseOwner:
                 "optimizer; give its group the prox link or the bits that it was trained with"
             )
         if "updates" in saved and (quantized or "qparams" not in mine):
-            saved = learning_begun(mine, saved)
-            self._check_keys(p, mine.keys() - {"latent", "link"}, saved, label)
-            saved = {**{key: mine[key] for key in ("link",) if key in mine}, **saved}
+            if "link" in mine and "link" not in saved:
+                saved = {**learning_begun(mine, saved, (PREFIX, HELD)), "link": mine["link"]}
             if "link" in mine and int(saved["link"]) != int(mine["link"]):
                 raise ValueError(
                     f"loaded state dict, parameter {label!r}: it was trained with another prox "
                     f"link than {self._link_of(p)!r}; build the optimizer with that one, or delete "
                     'its entry "link" from the saved "state" to go on with this'
                 )
+            self._check_keys(p, mine.keys() - {"latent"}, saved, label)
             return saved
         trained = self.trained({"updates": 1, **saved})
         needed = [key for key in mine if not is_own(key)] if trained else []

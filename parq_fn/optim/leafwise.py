@@ -17,6 +17,8 @@ from torch import Tensor
 from parq_fn.foundation.traits import tells_of, traits_of
 from parq_fn.foundation.tree import PyTree
 from parq_fn.optim.engine.chunks import chunks
+from parq_fn.transforms.learn import learner
+from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.transformation import Transformation, children_of, pinned
 
 
@@ -107,6 +109,9 @@ def joined(states: list[PyTree]) -> PyTree:
 
 
 def _tells_all(transformation: Any) -> bool:
-    """Whether its own traits, and its children's, say what it does."""
+    """Whether its own traits, and those of what is inside it, say what it does."""
+    inside = [*children_of(transformation).values()]
+    if isinstance(transformation, Prox) and transformation.learn is not None:
+        inside.append(learner(transformation.learn).transformation)
     own = tells_of(transformation, "init", "update", "weights", "pullback")
-    return own and all(map(_tells_all, children_of(transformation).values()))
+    return own and all(map(_tells_all, inside))

@@ -7,7 +7,7 @@ laid out over the parameters: what belongs to one with that one, what all share 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -59,18 +59,18 @@ def learned_together(
     return {name: {"qparams": new.qparams[name], **parts[name]} for name in entries}
 
 
-def is_learned(key: str) -> bool:
-    """Whether an entry is of what moves qparams or holds weights, in either adapter."""
-    return key.startswith((PREFIX, HELD)) or bool({"learned", "oscillation"} & {*key.split(".")})
-
-
-def learning_begun(mine: Entries, saved: Entries) -> Entries:
-    """Saved entries; where levels were fitted so far, with those of a learning that begins, and
-    without those of one that has ended."""
-    own = {key: got for key, got in mine.items() if is_learned(key)}
-    if own.keys() & saved.keys():
-        return saved
-    return {**{key: got for key, got in saved.items() if not is_learned(key)}, **own}
+def learning_begun(mine: Entries, saved: Entries, prefixes: Iterable[str]) -> Entries:
+    """Saved entries, of other prox links perhaps: where other keys begin with a prefix than mine,
+    with mine, of a learning or holding that begins, and without those of one that has ended."""
+    saved = dict(saved)
+    for prefix in prefixes:
+        own, other = (
+            {key for key in entries if f"{key}.".startswith(prefix)} for entries in (mine, saved)
+        )
+        if own != other:
+            kept = {key: got for key, got in saved.items() if key not in other}
+            saved = {**kept, **{key: mine[key] for key in own}}
+    return saved
 
 
 def held_entries(state: HeldState) -> Entries:

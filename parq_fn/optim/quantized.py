@@ -354,10 +354,14 @@ class QuantOptimizer(Moving):
         for group in self.param_groups:
             for p in group["params"]:
                 entries = self.state[p]
-                if "average" in entries and is_quantized(group):
-                    yield p, _weight_at(self.link(group), entries, entries["average"], p)
-                elif "average" in entries:
-                    yield p, local(entries["average"])
+                if "average" not in entries:
+                    continue
+                begun = float(entries["average_total"]) > 0
+                average = entries["average"] if begun else self._latents[p].detach()
+                if is_quantized(group):
+                    yield p, _weight_at(self.link(group), entries, average, p)
+                else:
+                    yield p, local(average)
 
     def __getstate__(self) -> dict[str, Any]:
         made = {kind: how(compile=self.compile) for kind, how in _MADE.items()}

@@ -54,9 +54,11 @@ class TransformOptimizer(Adapter):
     another order or moves are followed. All methods begin with it. torch does not count writes
     through `p.data`, nor, to sharded parameters, those of torch._foreach operations and of
     torch.distributed.checkpoint.load into a state dict: those to sharded ones are found before the
-    first step and where state is saved or loaded, and all by `sync()`. A parameter whose
-    requires_grad is off is left alone. Latents, qparams and counts that other code puts into the
-    state, or writes there, count too: parameters get their weights when the next method is called.
+    first step and where state is saved or loaded, and all by `sync()`. Links that keep copies of
+    parameters (lookahead, schedule_free, averaged) take them in the first step, and edits after it
+    do not reach these. A parameter whose requires_grad is off is left alone. Latents, qparams and
+    counts that other code puts into the state, or writes there, count too: parameters get their
+    weights when the next method is called.
 
     A step makes new tensors for some parameters at a time, no more elements together than the
     largest has; for all where a link looks at several together or does not declare the trait

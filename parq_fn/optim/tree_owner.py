@@ -40,6 +40,7 @@ class TreeOwner:
     keys: tuple[str, ...] = ()
     widens = True
     needs: frozenset[str] = frozenset()
+    _learned: frozenset[str] = frozenset()  # what keys of a prox link's learning begin with
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class TreeOwner:
         params: dict[str, Tensor] = {place.name: place.p for place in places}
         common: Entries = {}
         links: dict[str, list[Prox]] = {}
-        known, weigh = {"latent"}, {"latent"}
+        known, weigh, learned = {"latent"}, {"latent"}, set[str]()
         for part in parts:
             initial = part.transformation.init(select(part, latents))
             for owner, key, leaf in part.take_apart(initial):
@@ -90,6 +91,8 @@ class TreeOwner:
             known.update(keys.values())
             for link, own in prox_states(part.transformation, initial):
                 weigh.update(keys[id(leaf)] for leaf in tree_leaves(own))
+                above = keys[id(own.count)].removesuffix("count")
+                learned.update(f"{above}{field}." for field in ("learned", "oscillation"))
                 for name in names_of(own.qparams):
                     links.setdefault(name, []).append(replace(link, learning_rate=None))
         for name, seen in links.items():
@@ -97,6 +100,7 @@ class TreeOwner:
         for entries in made.values():
             entries.update(common)
         self.parts, self.params, self._known, self._weigh = parts, params, known, weigh
+        self._learned = frozenset(learned)
         return made
 
     def adopted(self, p: Tensor, entries: Entries) -> None:
@@ -161,15 +165,16 @@ class TreeOwner:
 
     def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
         del p
-        where, saved = f"loaded state dict, parameter {label!r}", learning_begun(mine, saved)
-        check_keys(mine.keys() - {"latent", DIGEST}, saved, where, FOREIGN)
-        saved = {**{key: mine[key] for key in (DIGEST,) if key in mine}, **saved}
+        where = f"loaded state dict, parameter {label!r}"
+        if DIGEST not in saved:
+            saved = learning_begun(mine, saved, self._learned)
+            saved |= {key: mine[key] for key in (DIGEST,) if key in mine}
         if DIGEST in mine and int(saved[DIGEST]) != int(mine[DIGEST]):
             raise ValueError(
-                f"loaded state dict, parameter {label!r}: it was trained with other prox links "
-                "than the transformation has; build the optimizer with those, or delete the "
-                f"entries {DIGEST!r} to go on with these"
+                f"{where}: it was trained with other prox links than the transformation has; build "
+                f"the optimizer with those, or delete the entries {DIGEST!r} to go on with these"
             )
+        check_keys(mine.keys() - {"latent"}, saved, where, FOREIGN)
         return saved
 
     # The transformation's state.
@@ -201,7 +206,10 @@ class TreeOwner:
 
     def with_first_fit(self, entries: Entries, stepped: Entries) -> Entries:
         """The entries of a parameter that is left alone in a step, with the step's qparams in the
-        rows that had none: the next fit may be far, and without levels all weights would be 0."""
+        rows that had none: the next fit may be far, and without levels all weights would be 0.
+        Those of the first step are all the step's: links take copies of parameters there."""
+        if not self.trained(entries):
+            return stepped
         new = dict(entries)
         for key in self._weigh & entries.keys():
             old, fitted = entries[key], stepped[key]

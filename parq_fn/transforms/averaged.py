@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
 from parq_fn.foundation.checks import SHARE, check_numbers
 from parq_fn.foundation.scalar import Scalar, at, new_count, to_device
 from parq_fn.foundation.traits import TransformationTraits, shared
-from parq_fn.foundation.tree import Params, PyTree, check_floating, tree_map
+from parq_fn.foundation.tree import Masked, Params, PyTree, check_floating, tree_map
 from parq_fn.foundation.value import show, state_class, value
 from parq_fn.transforms.chain import every_state
 from parq_fn.transforms.levels_of import merged
@@ -113,10 +114,18 @@ class averaged(Around):
         return updates, AveragedState(state.samples + 1, total, average, inner)
 
     def average_of(self, state: AveragedState, params: PyTree) -> PyTree:
-        """The average, for `weights_of_average`; `Masked()` for params that it does not see."""
-        del params
+        """The average, for `weights_of_average`, the params while nothing has weight in it;
+        `Masked()` for params that it does not see."""
         check_state(self, state, AveragedState)
-        return state.average
+
+        def average(kept: Any, param: Tensor) -> Any:
+            if isinstance(kept, Masked):
+                return kept
+            begun = to_device(state.total > 0, kept)
+            return torch.where(begun, kept, param.to(kept.dtype))
+
+        masked = {"is_leaf": lambda x: isinstance(x, Masked)}
+        return optree.tree_map(average, state.average, params, **masked)
 
 
 def weights_of_average(transformation: Transformation, state: PyTree, params: Params) -> Params:

@@ -16,7 +16,7 @@ from parq_fn.foundation.value import state_class, value
 from parq_fn.transforms.links import times
 from parq_fn.transforms.train import increment
 from parq_fn.transforms.transformation import begun, check_state, updated
-from parq_fn.transforms.wrappers import Around, check_no_prox, wide
+from parq_fn.transforms.wrappers import Around, check_no_prox, copies, wide
 
 
 @state_class
@@ -82,16 +82,16 @@ class lookahead(Around):
         check_state(self, state, LookaheadState)
         out, inner = updated(self.inner, updates, state.inner, params, **extra)
         waiting, calls = state.waiting + 1, state.calls + 1
-        due = waiting >= self.sync_period
+        due, old = waiting >= self.sync_period, copies(state.slow, params, state.calls)
         if concrete(due) is False:
-            return out, LookaheadState(waiting, calls, state.slow, inner)
+            return out, LookaheadState(waiting, calls, old, inner)
         size = at(self.slow_step_size, state.calls)
 
         def moved(slow: Tensor, u: Tensor | None, p: Tensor) -> Tensor:
             return slow if u is None else slow + times(p + u - slow, size)
 
-        slow = tree_map(moved, state.slow, out, params)
+        slow = tree_map(moved, old, out, params)
         back = tree_map(lambda u, p, s: increment(p, s.to(p.dtype)), out, params, slow)
         return select(due, back, out), LookaheadState(
-            torch.where(due, 0, waiting), calls, select(due, slow, state.slow), inner
+            torch.where(due, 0, waiting), calls, select(due, slow, old), inner
         )

@@ -34,7 +34,7 @@ from parq_fn.foundation.checks import (
     readable,
 )
 from parq_fn.foundation.scalar import Scalar, as_scalar, at, concrete, new_count, to_device
-from parq_fn.foundation.traits import TransformationTraits, traits_of
+from parq_fn.foundation.traits import TransformationTraits, shared, traits_of
 from parq_fn.foundation.tree import PyTree, check_floating, names_of, tree_map
 from parq_fn.foundation.value import attribute, briefly, value
 from parq_fn.proxmaps.proxmap import Formula, ProxMap, itself, known
@@ -165,8 +165,9 @@ class Prox(Link):
     def traits(self) -> TransformationTraits:
         passes = not self.draws and self.hold is None
         hardens = self.ends is not None and readable(self.ends) is not None
+        moves = shared([] if self.learn is None else [learner(self.learn).transformation])
         return TransformationTraits(
-            passes_updates=passes, leafwise=True, last=True, prox=True, hardens=hardens
+            passes, moves.leafwise, batches=moves.batches, last=True, prox=True, hardens=hardens
         )
 
     # What each kind of prox link gives.

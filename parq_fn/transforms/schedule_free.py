@@ -6,16 +6,17 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import optree
+import torch
 from torch import Tensor
 
 from parq_fn.foundation.checks import NOT_NEGATIVE, Interval, check_numbers
-from parq_fn.foundation.scalar import Scalar, at, new_count
+from parq_fn.foundation.scalar import Scalar, at, new_count, to_device
 from parq_fn.foundation.traits import TransformationTraits, shared
 from parq_fn.foundation.tree import Masked, PyTree, check_floating, tree_map
 from parq_fn.foundation.value import state_class, value
 from parq_fn.transforms.links import times
 from parq_fn.transforms.transformation import begun, check_state, updated
-from parq_fn.transforms.wrappers import Around, check_no_prox, wide
+from parq_fn.transforms.wrappers import Around, check_no_prox, copies, wide
 
 
 @state_class
@@ -90,14 +91,14 @@ class schedule_free(Around):
         weight = at(self.weight, state.calls).double()
         total = state.total + weight
         c = weight / total.where(total > 0, 1.0)
-        b1 = at(self.b1, state.calls)
+        b1, old = at(self.b1, state.calls), copies(state.fast, params, state.calls)
 
         def moved(u: Tensor, z: Tensor, y: Tensor) -> Tensor:
             # y - b1 x = (1 - b1) z, so that x need not be known
             return (times(z - y, c) + times(u, 1.0 - b1 * (1.0 - c))).to(y.dtype)
 
-        fast = tree_map(lambda z, u: z if u is None else z + u.to(z.dtype), state.fast, out)
-        updates = tree_map(moved, out, state.fast, params)
+        fast = tree_map(lambda z, u: z if u is None else z + u.to(z.dtype), old, out)
+        updates = tree_map(moved, out, old, params)
         return updates, ScheduleFreeState(state.calls + 1, total, fast, inner)
 
     def average_of(self, state: ScheduleFreeState, params: PyTree) -> PyTree:
@@ -106,6 +107,9 @@ class schedule_free(Around):
         b1 = at(self.b1, state.calls)
 
         def average(z: Any, y: Tensor) -> Any:
-            return z if isinstance(z, Masked) else z + times(y.to(z.dtype) - z, 1.0 / b1)
+            if isinstance(z, Masked):
+                return z
+            now = y.to(z.dtype)
+            return torch.where(to_device(state.calls > 0, z), z + times(now - z, 1.0 / b1), now)
 
         return optree.tree_map(average, state.fast, params, is_leaf=lambda z: isinstance(z, Masked))

@@ -51,6 +51,17 @@ def wide(leaf: Tensor) -> torch.dtype:
     return torch.promote_types(leaf.dtype, torch.float32)
 
 
+def copies(kept: PyTree, params: PyTree, updates: Tensor) -> PyTree:
+    """What a link keeps of params over many updates; before its first they are those of now, which
+    may have been loaded since its `init`."""
+    first = updates == 0
+    known = concrete(first)
+    if known is False:
+        return kept
+    now = tree_map(lambda old, p: p.to(old.dtype, copy=True), kept, params)
+    return now if known else select(first, now, kept)
+
+
 @value
 class Around(Link):
     """Base of these links: one transformation, and a state that has its state as `inner`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import parq_fn as pf
-from parq_fn.optim import QuantOptimizer
+from parq_fn.optim import QuantOptimizer, TransformOptimizer
 from tests.optim.adapters import ADAPTERS, LATE, ones_for, parameters
 
 
@@ -157,3 +157,48 @@ def test_converting_a_module_after_the_optimizer_was_built_raises(adapter: str) 
     net.double()
     with pytest.raises(ValueError, match=r"is torch\.float64 now and its latent torch\.float32"):
         optimizer.step()
+
+
+COPIES = {
+    "lookahead": lambda: pf.lookahead(pf.sgd(0.25), 2),
+    "schedule_free": lambda: pf.schedule_free(pf.sgd(0.25)),
+    "averaged": lambda: pf.averaged(pf.sgd(0.25), 0.5),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", COPIES)
+def test_a_link_copies_the_weights_that_training_starts_from(name: str, frozen: bool) -> None:
+    """Those that were loaded after the optimizer was built; it went back to the initial ones."""
+    runs = []
+    for late in (False, True):
+        p, q = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+        given = nn.Parameter(torch.full((3,), 64.0))
+        start = p if late else given
+        optimizer = TransformOptimizer([("w", start), ("other", q)], COPIES[name]())
+        with torch.no_grad():
+            start.copy_(given)
+        found = []
+        for t in range(7):
+            start.requires_grad_(t > 3 or not frozen)
+            if name != "lookahead":
+                with optimizer.averaged_weights():
+                    found.append(start.detach().clone())
+            start.grad, q.grad = (torch.ones(3) for _ in range(2))
+            optimizer.step()
+            found.append(start.detach().clone())
+        runs.append(torch.stack(found))
+    assert torch.equal(*runs)
+    assert runs[0].min() > 60
+
+
+def test_the_average_of_loaded_weights_is_they_until_a_step_is_made() -> None:
+    p, q = (nn.Parameter(torch.zeros(2, 3)) for _ in range(2))
+    groups = [{"params": [p], "prox": pf.hard_prox(pf.lsbq(1))}, {"params": [q]}]
+    optimizer = QuantOptimizer(torch.optim.SGD(groups, lr=0.1), average=0.9)
+    with torch.no_grad():
+        p.fill_(5.0)
+        q.fill_(5.0)
+    with optimizer.averaged_weights():
+        assert bool((p == 5).all())
+        assert bool((q == 5).all())

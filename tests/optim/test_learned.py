@@ -107,6 +107,25 @@ def test_levels_are_learned_as_in_the_functional_loop(
     torch.testing.assert_close(levels, pf.levels_of(transform, state)["one.weight"])
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_what_moves_levels_may_look_at_those_of_all_parameters(adapter: str) -> None:
+    how = pf.chain(pf.clip_by_global_norm(1e-3), pf.sgd(1.0))
+    prox, net = replace(LINKS["hard"], learn=how), Net()
+    _, params = pf.functional(net)
+    transform = pf.chain(pf.sgd(0.1, momentum=0.9), pf.masked(prox, "*.weight"))
+    state, optimizer = transform.init(params), ADAPTERS[adapter](net, prox)
+    for t in range(4):
+        optimizer.zero_grad()
+        net.loss(t).backward()
+        named = dict(net.named_parameters())
+        grads = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+        updates, state = transform.update(grads, state, params)
+        params = pf.apply_updates(params, updates)
+        optimizer.step()
+        wanted = pf.levels_of(transform, state)["one.weight"]
+        torch.testing.assert_close(optimizer.levels(net.one.weight), wanted, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", HOW)
 def test_weights_are_on_levels_that_were_learned_bit_for_bit(how: str, dtype: torch.dtype) -> None:
@@ -208,6 +227,43 @@ def test_a_run_goes_on_with_levels_learned_or_fitted_where_the_digest_is_deleted
     assert not torch.equal(another.levels(other.one.weight), levels)
     learns = any("learn" in key for key in another.state[other.one.weight])
     assert learns == (second == "learned")
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_run_goes_on_with_weights_held_and_levels_moved_otherwise(adapter: str) -> None:
+    """What moved levels before has left what is named like the entries of what moves them now."""
+    held = replace(LINKS["hard"], hold=pf.oscillation(0.01))
+    ways = [held, replace(held, learn=pf.sgd(0.01)), replace(held, learn=HOW["code"])]
+    for first, second in (ways[:2], ways[1:], ways[:0:-1], ways[1::-1]):
+        net, other = Net(), Net()
+        optimizer, another = ADAPTERS[adapter](net, first), ADAPTERS[adapter](other, second)
+        train(net, optimizer, 4)
+        saved = optimizer.state_dict()
+        for entries in saved["state"].values():
+            for key in ("link", "prox_links"):
+                entries.pop(key, None)
+        other.load_state_dict(net.state_dict())
+        another.load_state_dict(saved)
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            for key, got in another.state[q].items():
+                if "hold." in key or "oscillation." in key:
+                    assert torch.equal(got, optimizer.state[p][key])
+        train(other, another, 2, 4)
+
+
+def test_a_link_may_have_the_name_of_what_is_learned() -> None:
+    """Its state was not loaded, and begun anew in silence."""
+    nets = [Net(), Net()]
+    made = [
+        TransformOptimizer(
+            net.named_parameters(),
+            pf.named_chain(base=pf.sgd(0.1), **{name: pf.masked(LINKS["hard"], "*.weight")}),
+        )
+        for net, name in zip(nets, ("prox", "learned"), strict=True)
+    ]
+    train(nets[0], made[0], 3)
+    with pytest.raises(ValueError, match=r"learned\.count, .* missing"):
+        made[1].load_state_dict(made[0].state_dict())
 
 
 @pytest.mark.rare
