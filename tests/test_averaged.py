@@ -108,3 +108,22 @@ def test_where_nothing_averages_there_are_no_weights_of_an_average() -> None:
         pf.averaged(pf.sgd(0.1), 1.5)
     with pytest.raises(ValueError, match=r"or averages them, and clip\(1.0\) behind it"):
         pf.chain(pf.averaged(pf.sgd(0.1), 0.9), pf.clip(1.0))
+
+
+@pytest.mark.parametrize(
+    "average", [lambda t: pf.averaged(t, 0.9), pf.schedule_free, lambda t: pf.lookahead(t, 2)]
+)
+@pytest.mark.parametrize("how", ["pull", "normal_map", "hold"])
+def test_no_prox_link_moves_latents_behind_an_average_of_them(average: Any, how: str) -> None:
+    """They were averaged as they would have been without it."""
+    moves = {"pull": 0.5, "normal_map": 2.0, "hold": pf.oscillation(0.1)}
+    link: Any = pf.hard_prox(pf.lsbq(1), learning_rate=0.1, **{how: moves[how]})
+    links = average(pf.sgd(0.1)), PROX, pf.masked(link, "w")
+    if isinstance(links[0], pf.lookahead):  # goes back from where it finds params
+        pf.chain(*links)
+        return
+    with pytest.raises(
+        ValueError, match=r"or averages them, and masked\(hard_prox\(.* put it last"
+    ):
+        pf.chain(*links)
+    pf.averaged(pf.chain(pf.sgd(0.1), link), 0.9)

@@ -273,6 +273,15 @@ def test_a_row_whose_levels_cannot_learn_is_fitted_where_due() -> None:
     assert pf.read(state, "qparams")["w"][0] > 0
 
 
+def test_a_link_whose_mask_holds_for_nothing_has_nothing_to_learn() -> None:
+    link = pf.hard_prox(pf.uniform(2), period=1, learn=pf.sgd(0.1))
+    transform, params = pf.chain(pf.sgd(0.5), pf.masked(link, False)), torch.ones(2)
+    state = transform.init(params)
+    for _ in range(2):  # the second one would learn
+        updates, state = transform.update(params, state, params)
+        assert updates.tolist() == [-0.5, -0.5]
+
+
 def test_seeds_are_trained_by_vmap_as_each_alone() -> None:
     many = {k: torch.stack([p, 0.5 * p, p.flip(0)]) for k, p in PARAMS.items()}
     _, _, together = torch.vmap(lambda p: run(LEARNED, 10, p))(many)

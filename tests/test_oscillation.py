@@ -199,6 +199,17 @@ def test_many_are_held_by_vmap_as_each_alone() -> None:
 NOISE = 0.8 * draw(15, 4, 6, seed=3)
 
 
+@pytest.mark.parametrize("before", ["hard", "learned"])
+def test_the_state_of_a_link_that_holds_nothing_is_refused(before: str) -> None:
+    link, params = LINKS[before], {"w": START}
+    other = pf.chain(pf.sgd(0.3), replace(link, hold=None))
+    _, state = other.update(params, other.init(params), params)
+    transform = pf.chain(pf.sgd(0.3), link)
+    assert torch.equal(transform.weights(state, params)["w"], other.weights(state, params)["w"])
+    with pytest.raises(ValueError, match=r"hard_prox: its state is of a link without hold="):
+        transform.update(params, state, params)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -124,8 +124,9 @@ class averaged(Around):
             begun = to_device(state.total > 0, kept)
             return torch.where(begun, kept, param.to(kept.dtype))
 
-        masked = {"is_leaf": lambda x: isinstance(x, Masked)}
-        return optree.tree_map(average, state.average, params, **masked)
+        return optree.tree_map(
+            average, state.average, params, is_leaf=lambda x: isinstance(x, Masked)
+        )
 
 
 def weights_of_average(transformation: Transformation, state: PyTree, params: Params) -> Params:

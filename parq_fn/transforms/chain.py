@@ -48,7 +48,7 @@ class Chain(Link):
         for i, link in enumerate(self.links):
             check_transformation(link, f"link {self.names[i] if self.names else i}")
         traits = [traits_of(link) or TransformationTraits() for link in self.links]
-        fits = None  # the last link so far that does
+        fits = None  # the last link so far that does, or the first that averages
         changes = None  # the last link so far that may change updates
         for link, own in zip(self.links, traits, strict=True):
             if changes is not None and own.pulls_back_inside:
@@ -57,7 +57,8 @@ class Chain(Link):
                     "change them first; put it around the whole chain"
                 )
             changes = changes if own.passes_updates else link
-            if fits is not None and not (own.passes_updates or own.last):
+            alone = fits is None or (own.last and not _averages(fits))
+            if not (alone or own.passes_updates):
                 raise ValueError(
                     f"{fits!r} fits its levels to params + updates as they reach it, or averages "
                     f"them, and {link!r} behind it may change them; put it last (a link that lets "
@@ -65,7 +66,7 @@ class Chain(Link):
                 )
             if own.last and fits is None:
                 self._check_rates(link)
-            fits = link if own.last else fits
+            fits = link if own.last and alone else fits
 
     def _check_rates(self, prox: Transformation) -> None:
         before: list[Transformation] = []
@@ -222,6 +223,11 @@ class Chain(Link):
     def pulls_back(self) -> bool:
         """Whether one of its links does."""
         return any(map(pulls_back, self.links))
+
+
+def _averages(link: Transformation) -> bool:
+    """Whether it keeps an average of params + updates, which no link may move afterwards."""
+    return any(hasattr(inside, "average_of") for inside in every_link(link))
 
 
 def _passes(link: Transformation) -> bool:

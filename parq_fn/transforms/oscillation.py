@@ -22,8 +22,9 @@ from parq_fn.foundation.scalar import Scalar, at, concrete, to_device
 from parq_fn.foundation.tree import PyTree, select, tree_map
 from parq_fn.foundation.value import Value, state_class, value
 from parq_fn.proxmaps.levels import bounds, search
-from parq_fn.transforms.prox_state import LearningState, ProxState, in_rows, shrunk
+from parq_fn.transforms.prox_state import ProxState, in_rows, shrunk
 from parq_fn.transforms.sharded import local, part_of, placed
+from parq_fn.transforms.transformation import name_of
 
 if TYPE_CHECKING:
     from parq_fn.transforms.prox_link import Prox
@@ -137,8 +138,13 @@ def turned(
     return code, torch.where(changed, way, direction), frequency, average, new
 
 
-def without_held(updates: PyTree, state: Any) -> PyTree:
-    """Updates, 0 of held weights."""
+def without_held(link: Prox, updates: PyTree, state: Any) -> PyTree:
+    """Updates, 0 of held weights; ValueError for the state of a link that holds none."""
+    if not getattr(state, "oscillation", ()):
+        raise ValueError(
+            f"{name_of(link)}: its state is of a link without hold=, and does not say what is held; "
+            "a state belongs to the transformation whose init made it"
+        )
     return tree_map(
         lambda u, h: torch.where(h, 0.0, u).to(u.dtype), updates, state.oscillation.held
     )
@@ -146,7 +152,7 @@ def without_held(updates: PyTree, state: Any) -> PyTree:
 
 def with_held(link: Prox, state: Any, weights: PyTree, params: PyTree) -> PyTree:
     """Weights, of which held ones are at their level."""
-    if not isinstance(state, LearningState):
+    if not getattr(state, "oscillation", ()):
         return weights
     own = state.oscillation.code, state.oscillation.held
 

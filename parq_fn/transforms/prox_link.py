@@ -276,7 +276,7 @@ class Prox(Link):
             if concrete(learns) is not False:
                 state = learned(self, state, pulled, learns)
         if self.hold is not None:
-            updates = without_held(updates, state)
+            updates = without_held(self, updates, state)
         fits = concrete(self.due(state)) is not False  # else the fit would be thrown away
         if not fits and self.hold is None:
             return updates, state

@@ -246,7 +246,7 @@ def wrong_state(link: Any, state: Any, expected: str) -> str:
 
 def handed(own: PyTree) -> dict[str, PyTree]:
     """The extra argument that a link is given for the second result of its pullback."""
-    return {} if isinstance(own, tuple) and not own else {"pulled": own}
+    return {} if type(own) is tuple and not own else {"pulled": own}
 
 
 def pulled_update(
