@@ -142,7 +142,7 @@ def without_held(link: Prox, updates: PyTree, state: Any) -> PyTree:
     """Updates, 0 of held weights; ValueError for the state of a link that holds none."""
     if not getattr(state, "oscillation", ()):
         raise ValueError(
-            f"{name_of(link)}: its state is of a link without hold=, and does not say what is held; "
+            f"{name_of(link)}: its state is of a link without hold= and does not say what is held; "
             "a state belongs to the transformation whose init made it"
         )
     return tree_map(
