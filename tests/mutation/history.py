@@ -417,7 +417,7 @@ FAULTS = [
     Fault(
         "a chain takes a prox link in front of one that changes its updates",
         "parq_fn/transforms/chain.py",
-        "            if fits is not None and not (own.passes_updates or own.last):\n",
+        "            if not (alone or own.passes_updates):\n",
         "            if False:\n",
         ("tests/test_transformation.py",),
         "in_front_of_what_moves",
