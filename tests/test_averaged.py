@@ -100,6 +100,26 @@ def test_averages_of_narrow_params_are_wide() -> None:
     assert torch.isin(found, pf.levels_of(transform, state)["w"].bfloat16()).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_latents_that_are_kept_have_memory_of_their_own_and_full_precision(
+    dtype: torch.dtype,
+) -> None:
+    params = {"w": torch.ones(2, 3, dtype=dtype)}
+    wrappers = {
+        "average": pf.averaged(pf.sgd(0.1), 0.5),
+        "slow": pf.lookahead(pf.sgd(0.1), 1),
+        "fast": pf.schedule_free(pf.sgd(0.1)),
+    }
+    for name, transform in wrappers.items():
+        state = transform.init(params)
+        kept = pf.read(state, name)["w"]
+        assert kept.dtype == torch.float32
+        assert kept.data_ptr() != params["w"].data_ptr()
+        updates, state = transform.update(params, state, params)
+        assert updates["w"].dtype == dtype
+        assert pf.read(state, name)["w"].dtype == torch.float32
+
+
 def test_where_nothing_averages_there_are_no_weights_of_an_average() -> None:
     transform = pf.chain(pf.sgd(0.1), PROX)
     with pytest.raises(ValueError, match=r"nothing averages in chain\(.* averaged\("):

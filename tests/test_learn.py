@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import parq_fn as pf
 from parq_fn import proxmaps
 from parq_fn.foundation.tree import tree_map
+from parq_fn.optim.engine import gradients
+from parq_fn.quantizers.base import Grid
 from parq_fn.transforms.learn import moved
-from parq_fn.transforms.qparams_gradient import of_rows
+from parq_fn.transforms.qparams_gradient import KINDS, is_one_scale, of_rows
 from tests.helpers import pairwise, sampled
 
 FLOAT64 = torch.float64
+
+
+class pair(pf.Quantizer):
+    """One level, the sum of two numbers."""
+
+    num_levels, num_qparams = 1, 2
+
+    def qparams(self, x: Tensor) -> Tensor:
+        return torch.stack([x.mean(-1), x.abs().amax(-1)], -1)
+
+    def levels(self, qparams: Tensor) -> Tensor:
+        return qparams.sum(-1, keepdim=True)
+
+
 ALL = [
     pf.uniform(1), pf.uniform(2), pf.uniform(4), pf.uniform(2, center=True), pf.max_uniform(3),
     pf.asymmetric(3), pf.ternary_uniform(), pf.lsbq(0), pf.lsbq(1), pf.lsbq(2), pf.lsbq(3),
@@ -24,7 +42,7 @@ ALL = [
     pf.lloyd_max(2, symmetric=False), pf.gaussian(3), pf.integer(4), pf.affine(3),
     pf.codebook.nf4, pf.codebook.fp4, pf.mxfp4(), pf.nvfp4(),
     pf.stored(pf.uniform(4), torch.float16), pf.stored(pf.integer(4), "e8m0"),
-    pf.centered(pf.codebook.nf4),
+    pf.centered(pf.codebook.nf4), pair(),
 ]  # fmt: skip
 MAPS = [
     (proxmaps.hard, 0.0), (proxmaps.clip, 0.0), *((proxmaps.parq, s) for s in (1, 0.7, 1e-3, 0)),
@@ -81,6 +99,7 @@ def test_lsq_has_the_residual_inside_and_the_end_level_beyond(quantizer: Any) ->
     u, g = 1.5 * draw(3, 50), draw(3, 50, seed=1)
     scale = 0.6 * quantizer.fit(u)
     levels = quantizer.levels(scale)
+    u[:, :2] = levels[:, [0, -1]]  # which are not inside
     near = proxmaps.hard(u, levels) / scale
     inside = (u > levels[:, :1]) & (u < levels[:, -1:])
     assert bool(inside.any())
@@ -117,6 +136,88 @@ def test_levels_that_a_fit_gives_in_any_order_have_their_own_gradients() -> None
     torch.testing.assert_close(found, torch.stack([upper, g.sum(-1) - upper], -1))
 
 
+def test_gradients_are_over_the_root_of_weights_and_largest_code() -> None:
+    """Of a row of n; rows without weights have none."""
+    params = {"long": draw(3, 40), "one": draw(3, 1), "none": draw(2, 0)}
+    grads = {k: draw(*p.shape, seed=1) for k, p in params.items()}
+    for normalize in (True, False):
+        link = pf.hard_prox(
+            pf.integer(4),
+            granularity=pf.per_channel(),
+            period=1,
+            learn=pf.learn(pf.sgd(1.0), normalize=normalize),
+        )
+        _, state = link.update(grads, link.init(params), params, pulled=())
+        _, own = link.pullback(grads, state, params)
+        for key, n in (("long", 40), ("one", 1)):
+            qparams = state.qparams[key]
+            some = params[key], grads[key], qparams, FLOAT64
+            wanted = of_rows("code", link.proxmap, link.quantizer, *some, state.slope)
+            wanted = wanted / (7 * n) ** 0.5 if normalize else wanted
+            torch.testing.assert_close(own[key], wanted, rtol=1e-14, atol=0)
+        assert own["none"].tolist() == [[0.0]] * 2
+
+
+def test_levels_that_an_earlier_version_kept_do_not_learn() -> None:
+    link = pf.hard_prox(pf.uniform(2), period=1, learn=pf.sgd(0.1))
+    params = {"w": draw(2, 6)}
+    _, state = link.update(params, link.init(params), params, pulled=())
+    levels = link.quantizer.levels(state.qparams["w"])
+    old = state._replace(qparams={"w": levels})
+    with pytest.raises(ValueError, match="hard_prox: the state holds levels of an earlier version"):
+        link.pullback(params, old, params)
+
+
+class shifted(pf.Quantizer):
+    """Levels from -2 a or -a on, by a bit of a."""
+
+    num_levels, num_qparams = 4, 1
+
+    def qparams(self, x: Tensor) -> Tensor:
+        return x.abs().amax(-1, keepdim=True) / 2
+
+    def grid(self, qparams: Tensor) -> Grid:
+        first = (64 * qparams).floor().remainder(2) - 2
+        return Grid(qparams, first, first + 3)
+
+
+class Passing(TorchDispatchMode):
+    """Sees operations and changes none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def plain_parq(u: Tensor, levels: Tensor, s: Tensor) -> Tensor:
+    return proxmaps.parq(u, levels, s)
+
+
+@pytest.mark.parametrize("quantizer", [*ALL[2:15:3], pf.codebook.nf4, shifted()], ids=repr)
+def test_rows_in_pieces_have_the_gradients_of_whole_rows(
+    quantizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs are made of many weights alone, one for each kind and map."""
+    made: list[Any] = []
+    monkeypatch.setattr(gradients, "compiled", lambda run, options: made.append(run) or run)
+    for name, number in {"_PIECE": 32, "_COMPILED_PIECE": 64, "_WIDTH": 8, "_SMALL": 15}.items():
+        monkeypatch.setattr(gradients, name, number)
+    kinds = KINDS if is_one_scale(quantizer) else KINDS[:2]
+    slope = torch.tensor(0.5, dtype=FLOAT64)
+    for compile in (False, True):
+        rows = gradients.RowGradients(compile=compile)
+        for shape in [(3, 5), (3, 40), (20, 5), (2, 19), (1, 65), (2, 8)]:
+            u, g = 1.3 * draw(*shape), draw(*shape, seed=1)
+            qparams = fitted(quantizer, u)
+            for kind, map in itertools.product(kinds, (proxmaps.parq, plain_parq)):
+                some = kind, map, quantizer, u, g, qparams, FLOAT64, slope
+                found, wanted = rows(*some), of_rows(*some)
+                torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+            assert len(made) == (2 * len(kinds) - 1 if compile and shape != (3, 5) else 0)
+    with Passing():
+        gradients.RowGradients(compile=True)(*some)
+    assert len(made) == 2 * len(kinds) - 1
+
+
 # Steps of qparams
 
 
@@ -127,6 +228,8 @@ def test_a_step_that_makes_a_scale_not_positive_or_anything_not_finite_is_not_ta
     found = moved(quantizer, old, step)
     wanted = torch.tensor([[1.0, -3.0], [0.5, 2.0], [1.0, 3.0], [torch.nan, 3.0]])
     torch.testing.assert_close(found, wanted, equal_nan=True)
+    assert moved(quantizer, old, step.double()).dtype == torch.float32
+    assert moved(quantizer, old, None) is old
 
 
 def test_zero_points_stay_and_free_levels_are_kept_in_order() -> None:
@@ -315,6 +418,10 @@ def test_a_compiled_step_learns_as_an_eager_one(kind: str) -> None:
 # Wrong use
 
 
+class fixed(pair):
+    learnable = (False, False)
+
+
 def test_a_link_that_learns_outside_of_a_chain_says_so() -> None:
     link = pf.hard_prox(pf.uniform(2), learn=pf.sgd(0.1))
     with pytest.raises(ValueError, match=r"hard_prox: it learns its levels.*put it in a chain"):
@@ -330,6 +437,11 @@ def test_a_link_that_learns_outside_of_a_chain_says_so() -> None:
             lambda: pf.hard_prox(pf.lsbq(2), learn=pf.learn(pf.sgd(0.1), "lsq")),
             ValueError,
             "2 qparams a row; take gradient='code'",
+        ),
+        (
+            lambda: pf.hard_prox(fixed(), learn=pf.sgd(0.1)),
+            ValueError,
+            r"fixed\(\) has no qparams that are learned; leave learn out",
         ),
         (lambda: pf.hard_prox(pf.lsbq(2), learn=True), TypeError, "expected a transformation"),
         (

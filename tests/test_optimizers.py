@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -66,31 +68,38 @@ def test_adam(settings: dict, pair) -> None:
 
 
 class Lion(torch.optim.Optimizer):
-    """As the paper's algorithm 2 says it."""
+    """As the paper's algorithm 2 says it; betas: those of one step after another."""
 
-    def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float):
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+    def __init__(self, params, lr: float, betas: list[tuple[float, float]], weight_decay: float):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.betas = itertools.cycle(betas)
 
     @torch.no_grad()
     def step(self) -> None:
+        b1, b2 = next(self.betas)
         for group in self.param_groups:
-            lr, (b1, b2), decay = group["lr"], group["betas"], group["weight_decay"]
+            lr, decay = group["lr"], group["weight_decay"]
             for p in (p for p in group["params"] if p.grad is not None):
                 m = self.state[p].setdefault("m", torch.zeros_like(p))
                 p -= lr * ((b1 * m + (1 - b1) * p.grad).sign() + decay * p)
                 m.mul_(b2).add_((1 - b2) * p.grad)
 
 
-@given(st.sampled_from([(0.9, 0.99), (0.0, 0.5)]), st.sampled_from([0.0, 0.3]))
-def test_lion(betas: tuple[float, float], decay: float) -> None:
+def cycled(numbers):
+    """A schedule that takes three numbers again and again."""
+    return lambda t: schedules.piecewise(numbers, (1, 2))(t % 3)
+
+
+@given(st.permutations([(0.9, 0.99), (0.0, 0.5), (0.4, 0.0)]), st.sampled_from([0.0, 0.3]))
+def test_lion(betas: list[tuple[float, float]], decay: float) -> None:
     rates = [0.1, 0.03, 0.01]
-    ours = pf.lion(lambda t: schedules.piecewise(rates, (1, 2))(t % 3), *betas, decay)
+    ours = pf.lion(cycled(rates), *map(cycled, zip(*betas, strict=True)), decay)
     for missing in (None, "matrix"):
         agree(ours, lambda p: Lion(p, 0.1, betas, decay), rates, missing=missing)
 
 
-@given(st.sampled_from([1, 2, 3]), st.sampled_from([0.0, 0.5, 1.0]))
-def test_lookahead(period: int, size: float) -> None:
+@given(st.sampled_from([1, 2, 3]), st.permutations([0.0, 0.5, 1.0]))
+def test_lookahead(period: int, sizes: list[float]) -> None:
     class Ahead(torch.optim.SGD):
         """As the paper's algorithm 1 says it."""
 
@@ -100,7 +109,7 @@ def test_lookahead(period: int, size: float) -> None:
             with torch.no_grad():
                 for p in self.param_groups[0]["params"] if self.count % period == 0 else ():
                     slow = self.slow[p]
-                    slow += size * (p - slow)
+                    slow += sizes[(self.count - 1) % 3] * (p - slow)
                     p.copy_(slow)
 
     def theirs(params):
@@ -108,7 +117,7 @@ def test_lookahead(period: int, size: float) -> None:
         made.slow = {p: p.detach().clone() for p in params}
         return made
 
-    agree(pf.lookahead(pf.sgd(0.1, 0.9), period, size), theirs, [0.1])
+    agree(pf.lookahead(pf.sgd(0.1, 0.9), period, cycled(sizes)), theirs, [0.1])
 
 
 class Free(torch.optim.Optimizer):
@@ -144,12 +153,11 @@ class Free(torch.optim.Optimizer):
 def test_schedule_free(b1: float, b2: float | None, decay: float) -> None:
     """SGD's and AdamW's form, by a learning rate that is warmed up, and what is evaluated."""
     rates = [0.01, 0.05, 0.1]
-    rate = schedules.piecewise(rates, (1, 2))
-    cycle = lambda t: rate(t % 3)  # noqa: E731
-    base = pf.sgd(cycle, weight_decay=decay)
+    rate = cycled(rates)
+    base = pf.sgd(rate, weight_decay=decay)
     if b2 is not None:
-        base = pf.adamw(cycle, b1=0.0, b2=b2, weight_decay=decay)
-    ours = pf.schedule_free(base, b1, lambda t: cycle(t) ** 2)
+        base = pf.adamw(rate, b1=0.0, b2=b2, weight_decay=decay)
+    ours = pf.schedule_free(base, b1, lambda t: rate(t) ** 2)
     made = []
 
     def theirs(params):
@@ -206,7 +214,7 @@ def test_muon_is_torch_s_bit_for_bit(settings: dict, dtype: torch.dtype) -> None
     mirror = {k: torch.nn.Parameter(p.clone()) for k, p in params.items()}
     rates = [0.02, 0.1, 0.05]
     theirs = torch.optim.Muon(mirror.values(), lr=0.02, **settings)
-    ours = pf.muon(lambda t: schedules.piecewise(rates, (1, 2))(t % 3), **settings)
+    ours = pf.muon(cycled(rates), **settings)
     state = ours.init(params)
     for t in range(9):
         theirs.param_groups[0]["lr"] = rates[t % 3]
@@ -245,14 +253,12 @@ def test_muon_takes_matrices_alone_and_says_which_are_none() -> None:
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_schedules_and_tensors_as_hyperparameters(name: str) -> None:
     rates = [0.1, 0.03, 0.01]
-    schedule = schedules.piecewise(rates, (1, 2))
-    cycle = lambda count: schedule(count % 3)  # noqa: E731 (a schedule is any function)
     decay = torch.tensor(1e-2, dtype=torch.float64)
     if name == "sgd":
-        ours = pf.sgd(cycle, momentum=0.9, weight_decay=decay)
+        ours = pf.sgd(cycled(rates), momentum=0.9, weight_decay=decay)
         theirs = lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-2)  # noqa: E731
     else:
-        ours = pf.adamw(cycle, weight_decay=decay)
+        ours = pf.adamw(cycled(rates), weight_decay=decay)
         theirs = lambda p: torch.optim.AdamW(p, 0.1, weight_decay=1e-2)  # noqa: E731
     agree(ours, theirs, rates)
 
@@ -281,7 +287,20 @@ def test_learning_rate_by_argument_wins() -> None:
     [
         (lambda: pf.sgd(-0.1), r"learning_rate must lie in \[0, inf\), got -0.1"),
         (lambda: pf.sgd(0.1, nesterov=True), "nesterov takes a momentum and no dampening"),
+        (lambda: pf.lion(0.1, b1=1.0), r"lion: b1 must lie in \[0, 1\), got 1.0"),
         (lambda: pf.lion(0.1, b2=1.0), r"lion: b2 must lie in \[0, 1\), got 1.0"),
+        (lambda: pf.lion(-0.1), r"lion: learning_rate must lie in \[0, inf\), got -0.1"),
+        (lambda: pf.lion(0.1, weight_decay=-1), r"lion: weight_decay must lie in \[0, inf\)"),
+        (lambda: pf.scale_by_lion(b1=-0.1), r"scale_by_lion: b1 must lie in \[0, 1\), got -0.1"),
+        (lambda: pf.scale_by_lion(b2=1.0), r"scale_by_lion: b2 must lie in \[0, 1\), got 1.0"),
+        (
+            lambda: pf.lookahead(pf.sgd(0.1), slow_step_size=1.5),
+            r"lookahead: slow_step_size must lie in \[0, 1\], got 1.5",
+        ),
+        (
+            lambda: pf.schedule_free(pf.sgd(0.1), weight=-1.0),
+            r"schedule_free: weight must lie in \[0, inf\), got -1.0",
+        ),
         (lambda: pf.adam(b1=1.0), r"b1 must lie in \[0, 1\), got 1.0"),
         (lambda: pf.adamw(weight_decay=-1), r"adamw: weight_decay must lie in \[0, inf\), got -1"),
     ],

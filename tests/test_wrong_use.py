@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import parq_fn as pf
-from parq_fn.foundation.tree import tree_map
+from parq_fn.foundation.tree import tree_leaves, tree_map
 from parq_fn.foundation.value import state_class
 
 PROX = pf.hard_prox(pf.lsbq(1), period=1)
-PARAMS = {"a": torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), "b": torch.ones(4)}
+PARAMS = {"a": torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), "b": torch.ones(1, 4)}
 GRADS = tree_map(torch.ones_like, PARAMS)
 
 #: Whole transformations of every kind, as users train with.
@@ -28,12 +28,19 @@ WHOLE: dict[str, Any] = {
     "partition": pf.partition({"x": pf.sgd(0.1), "y": pf.adam(0.1)}, {"a": "x", "*": "y"}),
     "accumulate": pf.accumulate(pf.chain(pf.sgd(0.1), PROX), 1),
     "apply_if_finite": pf.apply_if_finite(pf.chain(pf.sgd(0.1), PROX)),
+    "conditionally": pf.conditionally(pf.chain(pf.sgd(0.1), PROX), True),
+    "averaged": pf.averaged(pf.chain(pf.sgd(0.1), PROX), 0.9),
+    "monitor_flips": pf.monitor_flips(pf.chain(pf.sgd(0.1), PROX)),
+    "lookahead": pf.lookahead(pf.sgd(0.1), 2),
+    "schedule_free": pf.schedule_free(pf.sgd(0.1)),
 }
 #: Single links, which are given states of their own.
 SINGLE: dict[str, Any] = {
     "prox": PROX,
     "trace": pf.trace(0.9),
     "scale_by_adam": pf.scale_by_adam(),
+    "scale_by_lion": pf.scale_by_lion(),
+    "add_noise": pf.add_noise(0.1),
     "scale": pf.scale(2.0),
     "scale_by_learning_rate": pf.scale_by_learning_rate(0.1),
     "scale_by_schedule": pf.scale_by_schedule(pf.schedules.constant(1.0)),
@@ -42,6 +49,8 @@ SINGLE: dict[str, Any] = {
     "clip_by_global_norm": pf.clip_by_global_norm(1.0),
     "freeze": pf.freeze(),
     "stateless": pf.stateless(lambda updates, params: updates),
+    "muon": pf.muon(0.1),
+    "as_link": pf.as_link(torch.optim.Adam, lr=0.1),
 }
 WRONG = (TypeError, ValueError)
 
@@ -84,7 +93,7 @@ def test_params_as_many_as_links_are_no_state_of_theirs() -> None:
         four.weights(PROX.init(PARAMS), PARAMS)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", [*WHOLE, "muon", "as_link"])
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -98,20 +107,24 @@ def test_params_as_many_as_links_are_no_state_of_theirs() -> None:
     ids=["lacking", "unknown", "shape", "whole_numbers", "complex", "number"],
 )
 def test_gradients_that_do_not_fit_name_the_leaf(name: str, wrong: Any, message: str) -> None:
-    link = WHOLE[name]
+    link = (WHOLE | SINGLE)[name]
     with pytest.raises(WRONG, match=message):
         link.update(wrong, link.init(PARAMS), PARAMS)
 
 
-@pytest.mark.parametrize("name", ["trace", "scale_by_adam", "add_decayed_weights"])
+@pytest.mark.parametrize("name", ["trace", "scale_by_adam", "scale_by_lion", "add_decayed_weights"])
 def test_a_single_link_spreads_no_gradient_of_another_shape(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: the update of 'a' has shape"):
         SINGLE[name].update({**GRADS, "a": torch.ones(1, 3)}, SINGLE[name].init(PARAMS), PARAMS)
 
 
-def test_gradients_of_another_floating_dtype_are_taken() -> None:
-    link, grads = WHOLE["chain"], tree_map(torch.Tensor.bfloat16, GRADS)
-    updates, _ = link.update(grads, link.init(PARAMS), PARAMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", [*WHOLE, *SINGLE])
+def test_gradients_of_another_floating_dtype_change_no_dtype(name: str, dtype: torch.dtype) -> None:
+    link = (WHOLE | SINGLE)[name]
+    old = link.init(PARAMS)
+    updates, new = link.update(tree_map(lambda g: g.to(dtype), GRADS), old, PARAMS)
+    assert [leaf.dtype for leaf in tree_leaves(new)] == [leaf.dtype for leaf in tree_leaves(old)]
     assert pf.apply_updates(PARAMS, updates)["a"].dtype == torch.float32
 
 

@@ -113,3 +113,46 @@ _TRANSFORMS = (
 )
 for _name in ("transformation", "chain", "masked", "partition", "train"):
     _select(f"parq_fn/transforms/{_name}.py", *_TRANSFORMS)
+_LEARNING = ("tests/test_learn.py", "tests/optim/test_learned.py")
+_select("parq_fn/transforms/learn.py", _LEARNING[:1], _LEARNING[1:])
+_select("parq_fn/transforms/qparams_gradient.py", _LEARNING[:1], _LEARNING[1:])
+_select(
+    "parq_fn/transforms/prox_pullback.py",
+    ("tests/test_pullback.py", "tests/test_learn.py"),
+    ("tests/test_estimators.py", "tests/test_oscillation.py", "tests/optim/test_pullback.py"),
+)
+_select("parq_fn/transforms/oscillation.py", ("tests/test_oscillation.py",), _LEARNING[1:])
+_select(
+    "parq_fn/transforms/averaged.py",
+    ("tests/test_averaged.py", "tests/test_wrong_use.py"),
+    ("tests/test_transformation.py", "tests/optim/test_lent_weights.py", *_COMMON),
+)
+for _name in ("lion", "muon", "lookahead", "schedule_free"):
+    _select(
+        f"parq_fn/transforms/{_name}.py",
+        ("tests/test_optimizers.py", "tests/test_averaged.py", "tests/test_wrong_use.py"),
+        ("tests/laws/test_transformations.py", *_TRANSFORMS[0], *_COMMON),
+    )
+_select(
+    "parq_fn/transforms/conditionally.py",
+    ("tests/test_transformation.py", "tests/test_pullback.py", "tests/test_wrong_use.py"),
+    ("tests/laws/test_transformations.py", *_COMMON),
+)
+for _name in ("noise", "flips"):
+    _select(
+        f"parq_fn/transforms/{_name}.py",
+        (f"tests/test_{_name}.py", "tests/test_wrong_use.py"),
+        ("tests/test_pullback.py", "tests/laws/test_transformations.py"),
+    )
+_select(
+    "parq_fn/transforms/clipping.py",
+    ("tests/test_optimizers.py", "tests/test_transformation.py"),
+    _TRANSFORMS[1],
+)
+_select("parq_fn/optim/learned.py", _LEARNING[1:], ("tests/optim/test_parts.py",))
+_select("parq_fn/optim/engine/gradients.py", _LEARNING[:1], _LEARNING[1:])
+_select(
+    "parq_fn/optim/as_link.py",
+    ("tests/optim/test_as_link.py", "tests/test_wrong_use.py"),
+    ("tests/laws/test_transformations.py",),
+)
