@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
+from parq_fn.transforms.learn import moved
 from tests.optim.helpers import whole
 from tests.processes import on_processes
 
@@ -111,6 +112,31 @@ def test_a_held_weight_stays_on_its_level_and_its_latent_where_it_is(name: str) 
             assert torch.equal(w[was], levels.gather(-1, code.long())[was])
         before = held, u, code
     assert bool(before[0].any())
+
+
+@pytest.mark.parametrize("kind", ["code", "map"])
+@pytest.mark.parametrize("quantizer", [pf.uniform(2), pf.affine(2)], ids=repr)
+def test_a_held_weight_moves_the_level_that_it_is_on(quantizer: Any, kind: Any) -> None:
+    """And not the one that is nearest to its latent."""
+    how = pf.learn(pf.sgd(0.02), kind, normalize=False)
+    link = replace(LINK, quantizer=quantizer, period=1000, learn=how)
+    elsewhere, before = False, None
+    for t, (u, w, state) in enumerate(functional(link, 25)):
+        if before is not None:
+            old, at, q, held, code = before
+            own = q.clone().requires_grad_()
+            levels = quantizer.levels(own)
+            near = (old.unsqueeze(-1) - levels.detach().unsqueeze(1)).abs().argmin(-1)
+            index = torch.where(held, code.long(), near)
+            elsewhere |= bool((index != near).any())
+            made = levels.gather(-1, index)
+            torch.testing.assert_close(made.detach(), at)
+            (d,) = torch.autograd.grad((made * gradient(at, t)).sum(), own)
+            wanted = moved(quantizer, q, -0.02 * d)
+            torch.testing.assert_close(pf.read(state, "qparams")["w"], wanted)
+        held, code, q = (pf.read(state, name)["w"] for name in ("held", "code", "qparams"))
+        before = u, w, q, held, code
+    assert elsewhere
 
 
 def built(adapter: str, p: nn.Parameter, link: Any) -> Any:

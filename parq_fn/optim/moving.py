@@ -21,6 +21,7 @@ from parq_fn.optim.state import Group, wide
 from parq_fn.optim.wrapping import Wrapping
 from parq_fn.transforms.learn import gradient_of
 from parq_fn.transforms.links import times
+from parq_fn.transforms.oscillation import HeldState
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_pullback import strided
 from parq_fn.transforms.sharded import local, part_of
@@ -102,7 +103,9 @@ class Moving(Wrapping):
             state, latent = prox_state(self.state[p]), self._latents[p].detach()
             if concrete(link.active(state)):
                 part, grad = part_of(p, link.granularity), strided(local(p.grad))  # type: ignore[arg-type] # it has one
-                own = self.state[p]["qparams"], p.dtype
+                entries = self.state[p]
+                held = None if link.hold is None else _held(held_of(entries))
+                own = entries["qparams"], p.dtype, held
                 found[p] = gradient_of(link, grad, latent, part, state, own, self._of_rows)
         return found
 
@@ -172,6 +175,10 @@ class Moving(Wrapping):
         if own is not entries:
             merged = {**own, **{key: got for key, got in entries.items() if is_own(key)}}
             self.state[p] = self.base.state[latent] = merged
+
+
+def _held(state: HeldState) -> tuple[Tensor, Tensor]:
+    return local(state.held), local(state.code)
 
 
 def rate_of(group: Group) -> Tensor:

@@ -23,7 +23,7 @@ from parq_fn.foundation.tree import PyTree, select, tree_map
 from parq_fn.foundation.value import Value, briefly, show, value
 from parq_fn.quantizers import Quantizer
 from parq_fn.transforms.prox_state import LearningState, ProxState, in_rows, shrunk
-from parq_fn.transforms.qparams_gradient import KINDS, Kind, is_one_scale, of_rows
+from parq_fn.transforms.qparams_gradient import KINDS, Kind, is_one_scale, of_codes, of_rows
 from parq_fn.transforms.sharded import Part, local, summed_over_ranks
 from parq_fn.transforms.transformation import (
     Transformation,
@@ -119,22 +119,28 @@ def gradient_of(
     param: Tensor,
     part: Part,
     state: ProxState,
-    own: tuple[Tensor, torch.dtype],
+    own: tuple[Tensor, torch.dtype, tuple[Tensor, Tensor] | None],
     of_rows: Callable[..., Tensor] = of_rows,
 ) -> Tensor:
     """The gradient [..., m] of a leaf's qparams, normalized and summed over ranks.
 
-    grads: those of this rank's part. own: the leaf's qparams [..., m], and the dtype of its
-    weights. of_rows: what gives that of rows.
+    grads: those of this rank's part. own: the leaf's qparams [..., m], the dtype of its weights,
+    and, where the link holds weights, (which they are, codes of their levels) of this rank's part.
+    of_rows: what gives that of rows.
     """
-    qparams, dtype = own
+    qparams, dtype, held = own
     check_kept(link, qparams)
     whole, mine = in_rows(qparams), local(param)
     found = torch.zeros_like(of_part := whole[part.rows])
     if mine.numel():
         u, g = map(part.granularity.rows, (shrunk(mine, link.divisor(state)), grads))
         how = learner(link.learn).gradient, link.proxmap, link.quantizer
+        if held is not None:
+            here, codes = map(part.granularity.rows, held)
+            more = of_codes(link.quantizer, torch.where(here, g, 0.0), of_part, codes)
+            g = torch.where(here, 0.0, g)
         found = of_rows(*how, u, g, of_part, dtype, state.slope)
+        found = found if held is None else found + more
     found = of_all_rows(found, part, whole)
     found = summed_over_ranks(found, param) * normalization(link, link.granularity.shape(param)[1])
     return found.reshape(qparams.shape)

@@ -8,7 +8,7 @@ weights, gradients are handed on as they came, and those of the qparams are 0.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -60,14 +60,17 @@ def _own(link: Prox, grads: PyTree, state: ProxState, params: PyTree, like: PyTr
     """The gradients [..., m] of the qparams."""
     active = link.active(state)
 
-    def own(grad: Tensor, param: Tensor, like: Tensor, qparams: Tensor) -> Tensor:
+    def own(grad: Tensor, param: Tensor, like: Tensor, qparams: Tensor, *held: Tensor) -> Tensor:
         if concrete(active) is False:
             return torch.zeros_like(qparams)
         part = part_for(link, param, params)
-        found = gradient_of(link, strided(local(grad)), param, part, state, (qparams, like.dtype))
+        of_leaf = qparams, like.dtype, (local(held[0]), local(held[1])) if held else None
+        found = gradient_of(link, strided(local(grad)), param, part, state, of_leaf)
         return found if concrete(active) else torch.where(to_device(active, found), found, 0.0)
 
-    return tree_map(own, grads, params, like, state.qparams)
+    holds: Any = getattr(state, "oscillation", ())
+    held = (holds.held, holds.code) if holds else ()
+    return tree_map(own, grads, params, like, state.qparams, *held)
 
 
 def strided(grad: Tensor) -> Tensor:

@@ -170,6 +170,14 @@ def of_rows(
     return of_sums(kind, proxmap, quantizer, qparams, of, sums(kind, proxmap, u, grads, of, s))
 
 
+def of_codes(quantizer: Quantizer, grads: Tensor, qparams: Tensor, codes: Tensor) -> Tensor:
+    """dL/dqparams [r, m] of weights that are the levels of these indices [r, n], as held ones."""
+    found = grads.new_zeros((len(grads), quantizer.num_levels), dtype=qparams.dtype)
+    found = found.scatter_add(-1, codes.long().clamp(min=0), grads.to(qparams.dtype))
+    scale = quantizer.rounded(qparams) if is_one_scale(quantizer) else None
+    return of_sums("map", None, quantizer, qparams, Tables(qparams, None, None, scale), found)
+
+
 def derivatives_of(proxmap: Any) -> Derivatives | None:
     """Those that a map's file gives."""
     return proxmap.derivatives if isinstance(proxmap, ProxMap) else None
