@@ -30,7 +30,7 @@ def steps(transform: Any, count: int, params: Any = PARAMS) -> list[tuple[Any, A
 
 DECAYS = {
     "fixed": 0.7,
-    "tensor": torch.tensor(0.7),
+    "tensor": torch.tensor(0.2),
     "none": 0.0,
     "mean": lambda t: t / (t + 1),
     "falling": pf.schedules.linear(0.9, 0.1, 0, 6),
@@ -82,8 +82,15 @@ def test_weights_of_an_average_are_mapped_after_averaging(how: str) -> None:
     assert not torch.equal(found["b"], params["b"])
 
 
-def test_leaves_that_no_average_sees_have_their_own_weights() -> None:
-    transform = pf.chain(pf.sgd(0.1), pf.masked(pf.averaged(pf.identity(), 0.5), "w"), PROX)
+@pytest.mark.parametrize(
+    "links",
+    [
+        (pf.sgd(0.1), pf.masked(pf.averaged(pf.identity(), 0.5), "w")),
+        (pf.masked(pf.schedule_free(pf.sgd(0.1)), "w"),),
+    ],
+)
+def test_leaves_that_no_average_sees_have_their_own_weights(links: Any) -> None:
+    transform = pf.chain(*links, PROX)
     state, params = steps(transform, 4)[-1]
     found = pf.weights_of_average(transform, state, params)
     assert torch.equal(found["b"], params["b"])
@@ -124,6 +131,11 @@ def test_where_nothing_averages_there_are_no_weights_of_an_average() -> None:
     transform = pf.chain(pf.sgd(0.1), PROX)
     with pytest.raises(ValueError, match=r"nothing averages in chain\(.* averaged\("):
         pf.weights_of_average(transform, transform.init(PARAMS), PARAMS)
+    with pytest.raises(TypeError, match=r"weights_of_average: the transformation is 0.9, exp"):
+        pf.weights_of_average(0.9, transform.init(PARAMS), PARAMS)  # type: ignore[arg-type]
+    for wrapper in (pf.averaged(pf.sgd(0.1), 0.9), pf.schedule_free(pf.sgd(0.1))):
+        with pytest.raises(TypeError, match="its state is a dict, expected"):
+            pf.weights_of_average(wrapper, PARAMS, PARAMS)
     with pytest.raises(ValueError, match=r"averaged: decay must lie in \[0, 1\], got 1.5"):
         pf.averaged(pf.sgd(0.1), 1.5)
     with pytest.raises(ValueError, match=r"or averages them, and clip\(1.0\) behind it"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import optree
 import pytest
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,18 @@ def test_flips_are_the_share_of_weights_whose_level_changed(name: str) -> None:
         state, params = new, moved
     assert max(seen) > 0
     assert list(pf.tree.tree_leaves(pf.read(state, "flips"))) == [flips]
+    assert optree.tree_structure(state) == optree.tree_structure(transform.init(params))
+
+
+def test_the_only_weight_of_a_leaf_and_a_leaf_of_none() -> None:
+    transform = pf.monitor_flips(pf.chain(pf.sgd(1.0), pf.hard_prox(pf.lsbq(1), period=1)))
+    params = {"one": torch.ones(1), "none": torch.ones(0)}
+    state = transform.init(params)
+    for g in (0.0, 3.0):
+        grads = {k: torch.full_like(p, g) for k, p in params.items()}
+        updates, state = transform.update(grads, state, params)
+        params = pf.apply_updates(params, updates)
+    assert pf.read(state, "flips") == {"one": 1.0, "none": 0.0}
 
 
 def test_flips_of_an_adapter_are_in_the_state_of_its_parameters() -> None:

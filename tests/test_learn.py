@@ -80,7 +80,10 @@ def test_the_derivative_of_maps_in_qparams_is_that_of_autograd(quantizer: Any) -
 
 
 @pytest.mark.parametrize("quantizer", ALL, ids=repr)
-def test_by_code_each_level_has_the_gradients_of_its_weights(quantizer: Any) -> None:
+def test_by_code_each_level_has_the_gradients_of_its_weights(
+    quantizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In what a compiler traces too."""
     u, g = 1.3 * draw(5, 40), draw(5, 40, seed=1)
     qparams = fitted(quantizer, u)
     levels = quantizer.levels(qparams)
@@ -89,7 +92,8 @@ def test_by_code_each_level_has_the_gradients_of_its_weights(quantizer: Any) -> 
         for j, weight in enumerate(row):
             sums[i, int((levels[i] - weight).abs().argmin())] += g[i, j]
     wanted = torch.func.grad(lambda q: (sums * quantizer.levels(q)).sum())(qparams)
-    for map in (proxmaps.hard, proxmaps.parq):
+    for map, compiling in itertools.product((proxmaps.hard, proxmaps.parq), (False, True)):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda c=compiling: c)
         found = of_rows("code", map, quantizer, u, g, qparams, FLOAT64, torch.tensor(0.5))
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
@@ -145,10 +149,14 @@ def test_gradients_are_over_the_root_of_weights_and_largest_code() -> None:
             pf.integer(4),
             granularity=pf.per_channel(),
             period=1,
+            gradient=pf.estimators.inside(),
             learn=pf.learn(pf.sgd(1.0), normalize=normalize),
         )
-        _, state = link.update(grads, link.init(params), params, pulled=())
-        _, own = link.pullback(grads, state, params)
+        begun = link.init(params)
+        assert not any(d.any() for d in link.pullback(grads, begun, params)[1].values())
+        _, state = link.update(grads, begun, params, pulled=())
+        found, own = link.pullback(grads, state, params)
+        assert {k: g.shape for k, g in found.items()} == {k: p.shape for k, p in params.items()}
         for key, n in (("long", 40), ("one", 1)):
             qparams = state.qparams[key]
             some = params[key], grads[key], qparams, FLOAT64
@@ -218,6 +226,51 @@ def test_rows_in_pieces_have_the_gradients_of_whole_rows(
     assert len(made) == 2 * len(kinds) - 1
 
 
+def test_a_scale_of_zero_has_no_gradient_and_no_derivative_of_one() -> None:
+    u, g, s = draw(2, 30), draw(2, 30, seed=1), torch.tensor(0.5, dtype=FLOAT64)
+    for quantizer, kind in itertools.product((pf.integer(3), pf.codebook.nf4), KINDS):
+        q = quantizer.fit(u) * torch.tensor([[0.0], [1.0]])
+
+        def total(u: Tensor, kind: Any = kind, quantizer: Any = quantizer, q: Any = q) -> Any:
+            found = of_rows(kind, proxmaps.parq, quantizer, u, g, q, FLOAT64, s)
+            return found.square().sum(), found
+
+        derivative, found = torch.func.grad(total, has_aux=True)(u)
+        assert found[0] == 0
+        assert found[1] != 0
+        assert not derivative[0].any()
+        assert derivative.isfinite().all()
+
+
+def test_equal_levels_have_gradients_of_their_own() -> None:
+    """As where they are next to each other."""
+    u, g, s = 2 * draw(1, 60), draw(1, 60, seed=1), torch.tensor(0.5, dtype=FLOAT64)
+    for quantizer, q in (
+        (pf.lloyd_max(2), [[0.7, 0.7]]),
+        (pf.lloyd_max(2, symmetric=False), [[-0.5, 0.7, 0.7, 0.7]]),
+        (pf.lsbq(2, "optimal"), [[0.7, 0.7]]),
+    ):
+        tied = torch.tensor(q, dtype=FLOAT64)
+        near = tied * (1 + 1e-12 * torch.arange(tied.shape[-1]))
+        found, wanted = (
+            of_rows("code", proxmaps.hard, quantizer, u, g, one, FLOAT64, s) for one in (tied, near)
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["code", "map"])
+@pytest.mark.parametrize("quantizer", [pf.uniform(4), pf.codebook.fp4, pf.lsbq(2)], ids=repr)
+def test_gradients_of_narrow_numbers_are_summed_in_float32(quantizer: Any, kind: Any) -> None:
+    """Of levels that bfloat16 holds."""
+    u, g = (draw(3, 40, seed=seed).bfloat16() for seed in (0, 1))
+    qparams, s = quantizer.fit(u).log2().round().exp2(), torch.tensor(0.5)
+    for latent in (u, u.float()):
+        found = of_rows(kind, proxmaps.parq, quantizer, latent, g, qparams, torch.bfloat16, s)
+        wide = u.double(), g.double(), qparams.double(), FLOAT64
+        wanted = of_rows(kind, proxmaps.parq, quantizer, *wide, s)
+        torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
+
+
 # Steps of qparams
 
 
@@ -228,7 +281,9 @@ def test_a_step_that_makes_a_scale_not_positive_or_anything_not_finite_is_not_ta
     found = moved(quantizer, old, step)
     wanted = torch.tensor([[1.0, -3.0], [0.5, 2.0], [1.0, 3.0], [torch.nan, 3.0]])
     torch.testing.assert_close(found, wanted, equal_nan=True)
-    assert moved(quantizer, old, step.double()).dtype == torch.float32
+    with torch.device("meta"):
+        again = moved(quantizer, old, step.double())
+    torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
     assert moved(quantizer, old, None) is old
 
 
@@ -391,6 +446,24 @@ def test_seeds_are_trained_by_vmap_as_each_alone() -> None:
     for i in range(3):
         _, _, alone = run(LEARNED, 10, {k: p[i] for k, p in many.items()})
         torch.testing.assert_close({k: w[i] for k, w in together.items()}, alone)
+
+
+def test_an_example_of_a_batch_learns_from_its_own_count_of_updates_on() -> None:
+    """One that is before the first levels, one that learns them."""
+    link = pf.hard_prox(
+        pf.uniform(2), warmup=1, gradient=pf.estimators.damped(0.5), learn=pf.sgd(0.1, 0.9)
+    )
+    transform, params = pf.chain(pf.sgd(0.05), link), PARAMS
+    state, kept = transform.init(PARAMS), []
+    for t in range(4):
+        kept.append((tree_map(torch.cos, params), state, params))
+        updates, state = transform.update(kept[t][0], state, params)
+        params = pf.apply_updates(params, updates)
+    some = kept[0], kept[3]
+    together = tree_map(lambda *of: torch.stack(of), *some)
+    for function in (transform.update, transform.pullback):
+        wanted = tree_map(lambda *of: torch.stack(of), *(function(*one) for one in some))
+        torch.testing.assert_close(torch.vmap(function)(*together), wanted)
 
 
 @pytest.mark.rare

@@ -186,6 +186,12 @@ def test_every_link_pulls_back_at_the_params_that_its_weights_saw() -> None:
     assert torch.equal(found, 2 * (2 * grads["a"] + middle) + params["a"])
 
 
+def test_an_estimator_that_computes_in_a_wider_dtype_changes_no_dtype() -> None:
+    link = pf.hard_prox(pf.lsbq(1), period=1, gradient=lambda g, *_: 2 * g.double())
+    _, state = link.update(GRADS, link.init(PARAMS), PARAMS)
+    assert same(link.pullback(GRADS, state, PARAMS)[0], tree_map(lambda g: 2 * g, GRADS))
+
+
 def test_what_links_learn_is_handed_back_to_them() -> None:
     transform = pf.chain(
         pf.identity(),

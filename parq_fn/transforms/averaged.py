@@ -42,7 +42,7 @@ def share_of(total: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
     """(what the average moves to the next sample, the new sum of weights), from the sum so far."""
     decay = decay.to(torch.float64)
     new = decay * total + (1.0 - decay)
-    return torch.where(new > 0, (1.0 - decay) / torch.where(new > 0, new, 1.0), 0.0), new
+    return (1.0 - decay) / torch.where(new > 0, new, 1.0), new
 
 
 def moved(average: Tensor, latent: Tensor, share: Tensor) -> Tensor:

@@ -69,9 +69,7 @@ class monitor_flips(Around):
         inner = begun(self.inner, params)
         found: Any = None
         for _, own in prox_states(self.inner, inner):
-            none = tree_map(
-                lambda q: torch.zeros((), dtype=torch.float32, device=q.device), own.qparams
-            )
+            none = tree_map(lambda q: q.new_zeros((), dtype=torch.float32), own.qparams)
             found = none if found is None else merged(none, found)
         if found is None:
             raise ValueError(
@@ -103,7 +101,7 @@ def _flips(link: Prox, old: ProxState, new: ProxState, before: PyTree, after: Py
             return qparams
         part = part_of(param, link.granularity)
         one, other = _codes(link, old, qparams, param, part), _codes(link, new, others, moved, part)
-        turned = part.granularity.restore((one != other).to(torch.float32), local(param))
+        turned = part.granularity.restore(one != other, local(param))
         count = gathered(placed(turned, param).sum(dtype=torch.float32))
         return torch.where(to_device(fitted, count), count / max(param.numel(), 1), 0.0)
 

@@ -59,7 +59,7 @@ class Tables(NamedTuple):
 
 def is_one_scale(quantizer: Quantizer) -> bool:
     """Whether levels are a scale, the one qparam of a row, times a table."""
-    return quantizer.num_qparams == 1 and all(quantizer.scales)
+    return (*quantizer.scales,) == (True,)
 
 
 def tables(quantizer: Quantizer, qparams: Tensor, like: torch.dtype) -> Tables:
@@ -90,7 +90,7 @@ def sums(kind: Kind, proxmap: Any, u: Tensor, grads: Tensor, of: Tables, s: Tens
     code = _code(x, levels, of)
     if kind == "lsq":
         inside = (x > lowest(levels)) & (x < highest(levels))
-        code = torch.where(inside, code - x / _usable(of.scale).to(x.dtype), code)
+        code = torch.where(inside, code - x / _usable(of.scale), code)
     return _dot(g, code)
 
 
@@ -148,11 +148,11 @@ def of_sums(
     found, (k, m) = found.to(qparams.dtype), (quantizer.num_levels, quantizer.num_qparams)
     if quantizer.sorts and m in (k, k / 2):  # levels, or the upper half: equal ones stay apart
         own = found if m == k else found[..., m:] - found[..., :m].flip(-1)
-        order = qparams.argsort(stable=True, dim=-1)  # a fit may give any
-        return torch.zeros_like(own).scatter(-1, order, own)
+        order = qparams.argsort(stable=True)  # a fit may give any
+        return own.scatter(-1, order, own)
     pull: Any = torch.func.vjp(quantizer.levels, qparams)[1]
-    of_levels: Tensor = pull(found)[0]
-    return of_levels
+    (found,) = pull(found)
+    return found
 
 
 def of_rows(
@@ -228,5 +228,5 @@ def _by_autograd(proxmap: Any, x: Tensor, g: Tensor, levels: Any, c: Tensor) -> 
         multiples = torch.arange(levels.num_levels, dtype=x.dtype, device=x.device)
         levels = levels.level(multiples + levels.first)
     pull: Any = torch.func.vjp(lambda table: proxmap(x, table, c), levels)[1]
-    own: Tensor = pull(g)[0]
-    return own
+    (g,) = pull(g)
+    return g
