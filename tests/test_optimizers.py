@@ -196,7 +196,7 @@ def test_prox_links_stand_behind_what_moves_their_params(wrapper) -> None:
 
 MUONS = [
     {},
-    {"nesterov": False, "momentum": 0.8},
+    {"nesterov": False, "momentum": [0.8, 0.3, 0.9]},  # of one step after another
     {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.0},
     {"ns_steps": 3, "ns_coefficients": (2.0, -1.5, 0.5), "eps": 1e-3},
 ]
@@ -213,11 +213,14 @@ def test_muon_is_torch_s_bit_for_bit(settings: dict, dtype: torch.dtype) -> None
     params = {k: p.sign() * (2 + p.abs()) for k, p in params.items()}
     mirror = {k: torch.nn.Parameter(p.clone()) for k, p in params.items()}
     rates = [0.02, 0.1, 0.05]
-    theirs = torch.optim.Muon(mirror.values(), lr=0.02, **settings)
-    ours = pf.muon(cycled(rates), **settings)
+    momenta = settings.get("momentum")
+    theirs = torch.optim.Muon(mirror.values(), lr=0.02, **{**settings, "momentum": 0.95})
+    ours = pf.muon(cycled(rates), **settings | ({"momentum": cycled(momenta)} if momenta else {}))
     state = ours.init(params)
     for t in range(9):
         theirs.param_groups[0]["lr"] = rates[t % 3]
+        if momenta:
+            theirs.param_groups[0]["momentum"] = momenta[t % 3]
         grads = {k: torch.randn(s, dtype=dtype, generator=generator) for k, s in shapes.items()}
         grads["zero"].zero_()
         if t in (0, 4):
@@ -293,6 +296,12 @@ def test_learning_rate_by_argument_wins() -> None:
         (lambda: pf.lion(0.1, weight_decay=-1), r"lion: weight_decay must lie in \[0, inf\)"),
         (lambda: pf.scale_by_lion(b1=-0.1), r"scale_by_lion: b1 must lie in \[0, 1\), got -0.1"),
         (lambda: pf.scale_by_lion(b2=1.0), r"scale_by_lion: b2 must lie in \[0, 1\), got 1.0"),
+        (lambda: pf.muon(-0.1), r"muon: learning_rate must lie in \[0, inf\), got -0.1"),
+        (lambda: pf.muon(0.1, momentum=-1.0), r"muon: momentum must lie in \[0, inf\), got -1"),
+        (lambda: pf.muon(0.1, weight_decay=-1.0), r"muon: weight_decay must lie in \[0, inf\)"),
+        (lambda: pf.muon(0.1, eps=0.0), r"muon: eps must lie in \(0, inf\), got 0.0"),
+        (lambda: pf.muon(0.1, ns_steps=100), r"muon: ns_steps must lie in 1..99, got 100"),
+        (lambda: pf.muon(0.1, ns_coefficients=(1.0, 2.0)), "muon: expected 3 ns_coefficients"),
         (
             lambda: pf.lookahead(pf.sgd(0.1), slow_step_size=1.5),
             r"lookahead: slow_step_size must lie in \[0, 1\], got 1.5",

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import parq_fn as pf
+from parq_fn.foundation.tree import tree_map
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
 from parq_fn.transforms.learn import moved
 from tests.optim.helpers import whole
@@ -58,7 +59,14 @@ def functional(link: Any, steps: int) -> Any:
         yield params["w"], transform.weights(state, params)["w"], state
 
 
-def test_each_weight_is_held_as_a_loop_over_single_weights_holds_it() -> None:
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_each_weight_is_held_as_a_loop_over_single_weights_holds_it(scheduled: bool) -> None:
+    rates, bounds = [0.2] * 9, [0.3] * 9
+    link = LINK
+    if scheduled:  # at a threshold of 0 what turned back once
+        rates, bounds = [0.9, 0.1, 0.3] * 3, [0.3] * 5 + [0.2] * 2 + [0.0] * 2
+        threshold, momentum = (lambda t, of=of: torch.tensor(of)[t] for of in (bounds, rates))
+        link = replace(LINK, hold=pf.oscillation(threshold, momentum))
     quantizer, (r, n) = pf.uniform(2), START.shape
     u, w = START.clone(), START.clone()
     code = [[-1] * n for _ in range(r)]
@@ -67,8 +75,8 @@ def test_each_weight_is_held_as_a_loop_over_single_weights_holds_it() -> None:
     mean = [[0.0] * n for _ in range(r)]
     held = [[False] * n for _ in range(r)]
     levels = torch.zeros(r, 4, dtype=FLOAT64)
-    for t, (params, weights, _) in enumerate(functional(LINK, 9)):
-        g = gradient(w, t)
+    for t, (params, weights, state) in enumerate(functional(link, 9)):
+        m, g = rates[t], gradient(w, t)
         for i in range(r):
             for j in range(n):
                 u[i, j] -= 0.0 if held[i][j] else 0.3 * g[i, j]
@@ -86,15 +94,19 @@ def test_each_weight_is_held_as_a_loop_over_single_weights_holds_it() -> None:
                 else:
                     way = (k > old) - (k < old)
                     back = way != 0 and way == -last[i][j]
-                    often[i][j] = 0.2 * back + 0.8 * often[i][j]
-                    mean[i][j] = 0.2 * k + 0.8 * mean[i][j]
+                    often[i][j] = m * back + (1 - m) * often[i][j]
+                    mean[i][j] = m * k + (1 - m) * mean[i][j]
                     last[i][j] = way or last[i][j]
                 code[i][j] = k
-                if old >= 0 and often[i][j] > 0.3:
+                if old >= 0 and often[i][j] > bounds[t]:
                     held[i][j], code[i][j] = True, math.ceil(mean[i][j] - 0.5)
                 w[i, j] = levels[i, code[i][j]]
         torch.testing.assert_close(params, u, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(weights, w, rtol=1e-12, atol=1e-12)
+        free = ~torch.tensor(held)
+        torch.testing.assert_close(
+            pf.read(state, "frequency")["w"][free], torch.tensor(often)[free]
+        )
     count = sum(map(sum, held))
     assert 0 < count < r * n
 
@@ -223,6 +235,34 @@ def test_many_are_held_by_vmap_as_each_alone() -> None:
 
 
 NOISE = 0.8 * draw(15, 4, 6, seed=3)
+
+
+def test_an_example_of_a_batch_is_looked_at_from_its_own_count_of_updates_on() -> None:
+    transform = pf.chain(pf.sgd(0.3), replace(LINK, warmup=2))
+    params, state = {"w": START}, transform.init({"w": START})
+    kept = []
+    for t in range(8):
+        kept.append(({"w": gradient(params["w"], t)}, state, params))
+        updates, state = transform.update(*kept[t])
+        params = pf.apply_updates(params, updates)
+    some = kept[0], kept[7]
+    wanted = tree_map(lambda *of: torch.stack(of), *(transform.update(*one) for one in some))
+    together = tree_map(lambda *of: torch.stack(of), *some)
+    torch.testing.assert_close(torch.vmap(transform.update)(*together), wanted)
+
+
+def test_leaves_of_one_number_and_of_none_keep_their_dtypes() -> None:
+    transform = pf.chain(pf.sgd(0.3), pf.hard_prox(pf.uniform(2), period=1, hold=HOLD))
+    params = {"one": torch.tensor(1.0), "none": torch.zeros(2, 0)}
+    state = transform.init(params)
+    assert pf.read(state, "code")["one"] == -1
+    dtypes = tree_map(lambda leaf: leaf.dtype, state)
+    for t in range(3):
+        grads = tree_map(lambda p, t=t: (p + t).cos(), params)
+        updates, state = transform.update(grads, state, params)
+        params = pf.apply_updates(params, updates)
+        assert tree_map(lambda leaf: leaf.dtype, state) == dtypes
+        assert transform.weights(state, params)["none"].shape == (2, 0)
 
 
 @pytest.mark.parametrize("before", ["hard", "learned"])

@@ -28,6 +28,8 @@ WHOLE: dict[str, Any] = {
     "partition": pf.partition({"x": pf.sgd(0.1), "y": pf.adam(0.1)}, {"a": "x", "*": "y"}),
     "accumulate": pf.accumulate(pf.chain(pf.sgd(0.1), PROX), 1),
     "apply_if_finite": pf.apply_if_finite(pf.chain(pf.sgd(0.1), PROX)),
+    "holding": pf.chain(pf.sgd(0.1), pf.hard_prox(pf.lsbq(1), hold=pf.oscillation(0.1))),
+    "learning": pf.chain(pf.sgd(0.1), pf.hard_prox(pf.lsbq(1), learn=pf.sgd(0.1))),
     "conditionally": pf.conditionally(pf.chain(pf.sgd(0.1), PROX), True),
     "averaged": pf.averaged(pf.chain(pf.sgd(0.1), PROX), 0.9),
     "monitor_flips": pf.monitor_flips(pf.chain(pf.sgd(0.1), PROX)),

@@ -101,7 +101,7 @@ def code_of(link: Prox, state: ProxState, latent: Tensor, qparams: Tensor) -> Te
     """The index of the level that each weight of a leaf is nearest to, int16, like the leaf."""
     part, mine = part_of(latent, link.granularity), local(latent)
     if not mine.numel():
-        return torch.zeros_like(latent, dtype=torch.int16)
+        return latent.to(torch.int16)
     rows = part.granularity.rows(shrunk(mine, link.divisor(state)))
     levels = link.quantizer.levels_in(in_rows(qparams)[part.rows], rows.dtype)
     found = search(bounds(levels), rows).to(torch.int16)
@@ -126,13 +126,11 @@ def turned(
     begun, free = last >= 0, ~held
     way = (code - last).sign().to(torch.int8)
     changed = begun & free & (way != 0)
-    back = (changed & (way == -direction)).to(torch.float32)
-    moves = begun & free
-    frequency = torch.where(moves, m * back + (1 - m) * frequency, frequency)
-    now = code.to(torch.float32)
-    moved = torch.where(begun, m * now + (1 - m) * average, now)
+    back = changed & (way == -direction)
+    frequency = m * back + (1 - m) * frequency
+    moved = torch.where(begun, m * code + (1 - m) * average, code)
     average = torch.where(free, moved, average)
-    new = held | (moves & (frequency > threshold))
+    new = held | (frequency > threshold)
     middle = torch.ceil(average - 0.5).to(torch.int16)  # half goes down
     code = torch.where(held, last, torch.where(new, middle, code))
     return code, torch.where(changed, way, direction), frequency, average, new
@@ -145,9 +143,7 @@ def without_held(link: Prox, updates: PyTree, state: Any) -> PyTree:
             f"{name_of(link)}: its state is of a link without hold= and does not say what is held; "
             "a state belongs to the transformation whose init made it"
         )
-    return tree_map(
-        lambda u, h: torch.where(h, 0.0, u).to(u.dtype), updates, state.oscillation.held
-    )
+    return tree_map(lambda u, h: torch.where(h, 0.0, u), updates, state.oscillation.held)
 
 
 def with_held(link: Prox, state: Any, weights: PyTree, params: PyTree) -> PyTree:
