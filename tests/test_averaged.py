@@ -122,6 +122,9 @@ def test_latents_that_are_kept_have_memory_of_their_own_and_full_precision(
         kept = pf.read(state, name)["w"]
         assert kept.dtype == torch.float32
         assert kept.data_ptr() != params["w"].data_ptr()
+        if name != "slow":  # of params that were loaded since the average is theirs
+            found = pf.weights_of_average(transform, state, {"w": 2 * params["w"]})
+            assert torch.equal(found["w"], 2 * params["w"])
         updates, state = transform.update(params, state, params)
         assert updates["w"].dtype == dtype
         assert pf.read(state, name)["w"].dtype == torch.float32

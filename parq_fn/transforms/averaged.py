@@ -122,7 +122,7 @@ class averaged(Around):
             if isinstance(kept, Masked):
                 return kept
             begun = to_device(state.total > 0, kept)
-            return torch.where(begun, kept, param.to(kept.dtype))
+            return torch.where(begun, kept, param)
 
         return optree.tree_map(
             average, state.average, params, is_leaf=lambda x: isinstance(x, Masked)

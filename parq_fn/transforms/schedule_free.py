@@ -109,7 +109,6 @@ class schedule_free(Around):
         def average(z: Any, y: Tensor) -> Any:
             if isinstance(z, Masked):
                 return z
-            now = y.to(z.dtype)
-            return torch.where(to_device(state.calls > 0, z), z + times(now - z, 1.0 / b1), now)
+            return torch.where(to_device(state.calls > 0, z), z + times(y - z, 1.0 / b1), y)
 
         return optree.tree_map(average, state.fast, params, is_leaf=lambda z: isinstance(z, Masked))
