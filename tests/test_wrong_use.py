@@ -63,9 +63,9 @@ WRONG = (TypeError, ValueError)
 @pytest.mark.parametrize("name", [*WHOLE, *SINGLE])
 def test_params_in_the_place_of_the_state_are_refused(name: str) -> None:
     link = (WHOLE | SINGLE)[name]
-    state = link.init(PARAMS)
-    with pytest.raises(WRONG, match=r"the order is|update\(updates, state, params\)"):
-        link.update(GRADS, PARAMS, state)
+    for params in (link.init(PARAMS), PARAMS):
+        with pytest.raises(WRONG, match=r"the order is|update\(updates, state, params\)"):
+            link.update(GRADS, PARAMS, params)
 
 
 @pytest.mark.parametrize("name", WHOLE)
