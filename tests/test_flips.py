@@ -56,7 +56,8 @@ def test_flips_are_the_share_of_weights_whose_level_changed(name: str) -> None:
         state, params = new, moved
     assert max(seen) > 0
     assert list(pf.tree.tree_leaves(pf.read(state, "flips"))) == [flips]
-    assert optree.tree_structure(state) == optree.tree_structure(transform.init(params))
+    kinds = [optree.tree_map(lambda x: x.dtype, of) for of in (state, transform.init(params))]
+    assert kinds[0] == kinds[1]
 
 
 def test_the_only_weight_of_a_leaf_and_a_leaf_of_none() -> None:

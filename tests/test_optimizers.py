@@ -118,6 +118,7 @@ def test_lookahead(period: int, sizes: list[float]) -> None:
         return made
 
     agree(pf.lookahead(pf.sgd(0.1, 0.9), period, cycled(sizes)), theirs, [0.1])
+    assert pf.lookahead(pf.sgd(0.1)) == pf.lookahead(pf.sgd(0.1), 6, 0.5)  # as optax's
 
 
 class Free(torch.optim.Optimizer):

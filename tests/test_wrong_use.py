@@ -188,6 +188,10 @@ BUILT: dict[str, Callable[[Any], Any]] = {
     "partition": lambda link: pf.partition({"x": link}, {"*": "x"}),
     "accumulate": lambda link: pf.accumulate(link, 2),
     "apply_if_finite": lambda link: pf.apply_if_finite(link),
+    "conditionally": lambda link: pf.conditionally(link, True),
+    "averaged": lambda link: pf.averaged(link, 0.9),
+    "lookahead": lambda link: pf.lookahead(link),
+    "schedule_free": lambda link: pf.schedule_free(link),
     "value_and_grad": lambda link: pf.value_and_grad(lambda w: w["a"].sum(), link),
 }
 
@@ -298,6 +302,8 @@ SGD, ADAM, RATE = pf.sgd(0.1), pf.adam(0.1), pf.scale_by_learning_rate(0.1)
         lambda: pf.chain(pf.partition({"x": SGD, "y": ADAM}, {"*": "x"}), RATE, PROX),
         lambda: pf.chain(SGD, pf.apply_if_finite(pf.chain(RATE, PROX))),
         lambda: pf.chain(flip(), SGD, ADAM, PROX),
+        lambda: pf.chain(pf.conditionally(SGD, True), SGD, pf.muon(0.1), PROX),
+        lambda: pf.chain(pf.lion(0.1), pf.as_link(torch.optim.SGD), PROX),
     ],
 )
 def test_two_learning_rates_in_front_of_a_prox_link_are_refused(build: Any) -> None:
@@ -317,6 +323,7 @@ def test_two_learning_rates_in_front_of_a_prox_link_are_refused(build: Any) -> N
         lambda: pf.chain(pf.masked(pf.scale_by_adam(), "a"), PROX),
         lambda: pf.chain(pf.accumulate(pf.scale_by_adam(), 2), PROX),
         lambda: pf.chain(pf.partition({"x": pf.clip(1.0)}, {"*": "x"}), PROX),
+        lambda: pf.chain(pf.conditionally(pf.clip(1.0), True), pf.add_noise(0.1), PROX),
     ],
 )
 def test_no_learning_rate_in_front_of_a_prox_link_is_refused(build: Any) -> None:
@@ -341,6 +348,10 @@ def test_no_learning_rate_in_front_of_a_prox_link_is_refused(build: Any) -> None
         lambda: pf.chain(pf.partition({"x": SGD, "y": pf.freeze()}, {"*": "x"}), PROX),
         lambda: pf.chain(SGD, pf.partition({"x": PROX, "y": pf.identity()}, {"*": "x"})),
         lambda: pf.chain(SGD, pf.freeze(), PROX),
+        lambda: pf.chain(pf.conditionally(pf.scale_by_lion(), True), SGD, PROX),
+        lambda: pf.chain(pf.muon(0.1), PROX),
+        lambda: pf.chain(pf.as_link(torch.optim.SGD), PROX),
+        lambda: pf.chain(pf.conditionally(SGD, True), pf.add_noise(0.1), PROX),
         lambda: pf.chain(SGD, RATE),  # no prox link
     ],
 )
