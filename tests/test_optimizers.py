@@ -210,6 +210,7 @@ def test_muon_is_torch_s_bit_for_bit(settings: dict, dtype: torch.dtype) -> None
     and what is added to p is rounded before, to the last places."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"wide": (3, 40), "tall": (65, 33), "one": (1, 1), "zero": (4, 4)}
+    shapes |= {"column": (5, 1), "square": (9, 9)}
     params = {k: torch.randn(s, dtype=dtype, generator=generator) for k, s in shapes.items()}
     params = {k: p.sign() * (2 + p.abs()) for k, p in params.items()}
     mirror = {k: torch.nn.Parameter(p.clone()) for k, p in params.items()}
@@ -246,6 +247,8 @@ def test_muon_takes_matrices_alone_and_says_which_are_none() -> None:
         pf.muon(0.1, adjust_lr_fn="adamw")
     with pytest.raises(ValueError, match=r"muon: ns_steps must lie in 1..99, got 0"):
         pf.muon(0.1, ns_steps=0)
+    none = {"w": torch.zeros(3, 0)}
+    assert pf.muon(0.1).update(none, pf.muon(0.1).init(none), none)[0]["w"].shape == (3, 0)
     batch = {"w": torch.randn(3, 4, 5)}
     alone = [
         pf.muon(0.1).update({"w": w}, pf.muon(0.1).init({"w": w}), {"w": w}) for w in batch["w"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parq_fn.foundation.scalar import to_device
 from parq_fn.foundation.traits import TransformationTraits, shared
-from parq_fn.foundation.tree import Masked, PyTree, check_plain, tree_map
+from parq_fn.foundation.tree import Masked, PyTree, tree_map
 from parq_fn.foundation.value import show, state_class, value
 from parq_fn.proxmaps.levels import bounds, search
 from parq_fn.transforms.levels_of import merged, prox_states
@@ -65,7 +65,6 @@ class monitor_flips(Around):
 
     def init(self, params: PyTree) -> FlipsState:
         """The inner state, no flips."""
-        check_plain(params, "monitor_flips")
         inner = begun(self.inner, params)
         found: Any = None
         for _, own in prox_states(self.inner, inner):

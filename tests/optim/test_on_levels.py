@@ -51,3 +51,5 @@ def test_what_has_no_share_is_refused() -> None:
     base = torch.optim.SGD([p], lr=0.1)
     with pytest.raises(TypeError, match="expected a QuantOptimizer, got SGD"):
         share_on_levels(base)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the optimizer quantizes no weights"):
+        share_on_levels(QuantOptimizer(base))
