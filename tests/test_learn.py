@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import parq_fn as pf
 from parq_fn import proxmaps
+from parq_fn.foundation.traits import ProxTraits
 from parq_fn.foundation.tree import tree_map
 from parq_fn.optim.engine import gradients
+from parq_fn.proxmaps.proxmap import prox_map
 from parq_fn.quantizers.base import Grid
 from parq_fn.transforms.learn import moved
 from parq_fn.transforms.qparams_gradient import KINDS, is_one_scale, of_rows
@@ -83,19 +85,23 @@ def test_the_derivative_of_maps_in_qparams_is_that_of_autograd(quantizer: Any) -
 def test_by_code_each_level_has_the_gradients_of_its_weights(
     quantizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In what a compiler traces too."""
+    """In what a compiler traces too; of levels that a dtype rounds, as close as their middle is."""
     u, g = 1.3 * draw(5, 40), draw(5, 40, seed=1)
     qparams = fitted(quantizer, u)
-    levels = quantizer.levels(qparams)
-    sums = torch.zeros_like(levels)
-    for i, row in enumerate(u):
-        for j, weight in enumerate(row):
-            sums[i, int((levels[i] - weight).abs().argmin())] += g[i, j]
-    wanted = torch.func.grad(lambda q: (sums * quantizer.levels(q)).sum())(qparams)
-    for map, compiling in itertools.product((proxmaps.hard, proxmaps.parq), (False, True)):
+    for dtype, compiling in itertools.product((FLOAT64, torch.bfloat16), (False, True)):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+        levels = quantizer.levels_in(qparams, dtype).to(FLOAT64)
+        middle = (levels[:, 1:] + levels[:, :-1]) / 2
+        x = torch.cat([u[:, middle.shape[-1] :], 1.0001 * middle], -1)
+        sums = torch.zeros_like(levels)
+        for i, row in enumerate(x):
+            for j, weight in enumerate(row):
+                sums[i, int((levels[i] - weight).abs().argmin())] += g[i, j]
+        wanted = torch.func.grad(lambda q, s=sums: (s * quantizer.levels(q)).sum())(qparams)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda c=compiling: c)
-        found = of_rows("code", map, quantizer, u, g, qparams, FLOAT64, torch.tensor(0.5))
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        for map in (proxmaps.hard, proxmaps.parq):
+            found = of_rows("code", map, quantizer, x, g, qparams, dtype, torch.tensor(0.5))
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("quantizer", [pf.integer(3), pf.uniform(2), pf.codebook.nf4], ids=repr)
@@ -123,6 +129,19 @@ def test_a_map_of_ones_own_is_differentiated_by_autograd() -> None:
         found = of_rows("map", mean_and_level, quantizer, u, g, q, FLOAT64, torch.tensor(0.0))
         half = of_rows("code", None, quantizer, u, g, q, FLOAT64, torch.tensor(0.0))
         torch.testing.assert_close(found, 0.5 * half)
+
+
+def test_of_one_level_both_ends_of_the_cell_move_a_weight() -> None:
+    def middle(u: Tensor, levels: Tensor, c: Tensor) -> Tensor:
+        return levels.expand_as(u)
+
+    def halves(u: Tensor, lo: Tensor, hi: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        return (half := torch.full_like(u, 0.5)), half
+
+    u, g, s = draw(2, 30), draw(2, 30, seed=1), torch.tensor(0.5, dtype=FLOAT64)
+    own = prox_map(ProxTraits(elementwise=True), derivatives=halves)(middle)
+    found = of_rows("map", own, pair(), u, g, pair().fit(u), FLOAT64, s)
+    torch.testing.assert_close(found, g.sum(-1, keepdim=True).expand(2, 2))
 
 
 def test_levels_that_a_fit_gives_in_any_order_have_their_own_gradients() -> None:
@@ -196,8 +215,9 @@ class Passing(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def plain_parq(u: Tensor, levels: Tensor, s: Tensor) -> Tensor:
-    return proxmaps.parq(u, levels, s)
+def parq_of_rows(u: Tensor, levels: Tensor, s: Tensor) -> Tensor:
+    """Looks at whole rows."""
+    return proxmaps.parq(u - u.mean(-1, keepdim=True), levels, s)
 
 
 @pytest.mark.parametrize("quantizer", [*ALL[2:15:3], pf.codebook.nf4, shifted()], ids=repr)
@@ -213,10 +233,10 @@ def test_rows_in_pieces_have_the_gradients_of_whole_rows(
     slope = torch.tensor(0.5, dtype=FLOAT64)
     for compile in (False, True):
         rows = gradients.RowGradients(compile=compile)
-        for shape in [(3, 5), (3, 40), (20, 5), (2, 19), (1, 65), (2, 8)]:
+        for shape in [(3, 5), (3, 40), (20, 3), (2, 19), (1, 65), (2, 8)]:
             u, g = 1.3 * draw(*shape), draw(*shape, seed=1)
             qparams = fitted(quantizer, u)
-            for kind, map in itertools.product(kinds, (proxmaps.parq, plain_parq)):
+            for kind, map in itertools.product(kinds, (proxmaps.parq, parq_of_rows)):
                 some = kind, map, quantizer, u, g, qparams, FLOAT64, slope
                 found, wanted = rows(*some), of_rows(*some)
                 torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)

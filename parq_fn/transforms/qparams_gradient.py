@@ -144,8 +144,8 @@ def of_sums(
         if kind == "map" and derivatives_of(proxmap) is None:
             table = quantizer.levels(torch.ones_like(qparams))
             found = (found * table).sum(-1, keepdim=True)
-        return torch.where(of.scale == 0, 0.0, found).to(qparams.dtype)
-    found, (k, m) = found.to(qparams.dtype), (quantizer.num_levels, quantizer.num_qparams)
+        return torch.where(of.scale == 0, 0.0, found)
+    k, m = quantizer.num_levels, quantizer.num_qparams
     if quantizer.sorts and m in (k, k / 2):  # levels, or the upper half: equal ones stay apart
         own = found if m == k else found[..., m:] - found[..., :m].flip(-1)
         order = qparams.argsort(stable=True)  # a fit may give any
