@@ -119,7 +119,7 @@ def in_torch(build: Callable[..., Any], link: pf.Prox, sharded: bool = False) ->
         yield (
             {name: whole(p).detach() for name, p in latents.items()},
             {name: whole(p).detach() for name, p in named.items()},
-            {name: optimizer.levels(named[name]) for name in WEIGHTS},
+            {name: whole(optimizer.levels(named[name])) for name in WEIGHTS},
         )
 
 

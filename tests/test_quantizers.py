@@ -14,8 +14,8 @@ from torch import Tensor
 
 import parq_fn as pf
 from parq_fn.quantizers import reductions
-from parq_fn.quantizers.base import power_of_two
 from parq_fn.quantizers.lsbq import _codes, greedy
+from parq_fn.quantizers.powers import power_of_two
 from tests.helpers import sampled
 
 ALL = [
@@ -730,3 +730,13 @@ def test_levels_that_are_neighbouring_floats_are_fixed_points() -> None:
     levels = torch.stack([low, low.nextafter(torch.tensor(2.0))])[None]
     for w in (pf.proxmaps.hard, lambda u, q: pf.proxmaps.parq(u, q, 0.0)):
         assert torch.equal(w(levels, levels), levels)
+
+
+@every
+def test_extremes_says_whether_least_and_largest_weight_are_all_that_is_fitted_to(
+    quantizer: pf.Quantizer,
+) -> None:
+    rows = torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    rows = rows**5 * torch.tensor([1.0, 1e-30, 1e30, 3.0, 1.0]).double().unsqueeze(1)  # far ends
+    ends = torch.stack([rows.amin(1), rows.amax(1)], 1)
+    assert torch.equal(quantizer.fit(rows), quantizer.fit(ends)) == quantizer.extremes

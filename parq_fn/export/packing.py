@@ -343,7 +343,7 @@ def stream(
         link = levels = grid = table = None
         if name in found:
             link, qparams = found[name]
-            qparams = in_rows(qparams)
+            qparams = in_rows(gathered(qparams))
             levels = link.quantizer.levels_in(qparams, entry.dtype)
             grid = grid_of(link.quantizer, qparams, levels)
             if grid is None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parq_fn.optim.marks import AHEAD, BEHIND, BOTH, COPIED, LOADED, TAKEN, WRITTEN, Compare, seen
-from parq_fn.optim.old_states import Kept, like_saved, with_qparams
+from parq_fn.optim.old_states import Kept, like_saved, spread_rows, with_qparams
 from parq_fn.optim.places import Places
 from parq_fn.optim.saved import check_entries, check_state_dict, matched
 from parq_fn.optim.state import (
@@ -264,7 +264,7 @@ class LatentStore(Places):
         self, p: Tensor, mine: Entries, saved: Entries, kept: dict[str, Kept], label: str
     ) -> Entries:
         """Copies of saved entries; raises ValueError where they do not fit."""
-        saved = with_qparams(saved, kept)
+        saved = spread_rows(with_qparams(saved, kept), mine)
         saved = {key: got for key, got in saved.items() if key != "latent" or key in mine}
         like, where = like_saved(mine, saved, kept), f"loaded state dict, parameter {label!r}"
         check_entries(like, saved, where, self.owner.varies(p))

@@ -19,12 +19,13 @@ from parq_fn.optim.groups import is_quantized
 from parq_fn.optim.learned import held_of
 from parq_fn.optim.state import Group, wide
 from parq_fn.optim.wrapping import Wrapping
+from parq_fn.transforms.layout import part_of
 from parq_fn.transforms.learn import gradient_of
 from parq_fn.transforms.links import times
 from parq_fn.transforms.oscillation import HeldState
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_pullback import strided
-from parq_fn.transforms.sharded import local, part_of
+from parq_fn.transforms.sharded import local
 
 
 class Moving(Wrapping):

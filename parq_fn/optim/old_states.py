@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from parq_fn.quantizers import Quantizer
+from parq_fn.transforms.sharded import is_dtensor, spread_so
 
 _CANDIDATES = 17  # scales that are tried, of those between which levels say that it lies
 
@@ -48,6 +49,18 @@ def with_qparams(entries: dict[str, Any], kept: Mapping[str, Kept]) -> dict[str,
             new[key] = qparams_of(levels, own.quantizer) if levels.dim() == 2 else levels
         if isinstance(new.get(key), Tensor):
             new[key] = own.shaped(new[key])
+    return new
+
+
+def spread_rows(saved: dict[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved entries, with what belongs to rows placed as mine is: versions that kept it whole on
+    every rank saved it so."""
+    new = dict(saved)
+    for key, got in saved.items():
+        own = mine.get(key)
+        of_rows = bool({"qparams", "learn", "learned"} & {*key.split(".")})
+        if of_rows and is_dtensor(own) and isinstance(got, Tensor) and not is_dtensor(got):
+            new[key] = spread_so(got, own, own.placements) if got.dim() == own.dim() else got
     return new
 
 

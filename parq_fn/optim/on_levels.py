@@ -37,7 +37,7 @@ def share_on_levels(optimizer: QuantOptimizer) -> float:
         for p in group["params"]:
             if "qparams" not in optimizer.state.get(p, {}):
                 continue
-            levels = in_rows(optimizer.levels(p))
+            levels = in_rows(gathered(optimizer.levels(p)))
             rows = optimizer.link(group).granularity.rows(gathered(p.detach()))
             on += int((nearest(rows, levels) == rows).sum())
             total += rows.numel()

@@ -37,12 +37,14 @@ from parq_fn.optim.learned import HELD, held_entries, held_of, learned_together
 from parq_fn.optim.moving import Moving, rate_of
 from parq_fn.optim.state import Group, value_of
 from parq_fn.transforms.averaged import moved, share_of
+from parq_fn.transforms.layout import part_of
+from parq_fn.transforms.levels_of import levels_in
 from parq_fn.transforms.oscillation import HeldState, code_of, held_weight, turned
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_links import parq_prox
-from parq_fn.transforms.prox_state import ProxState, in_rows
+from parq_fn.transforms.prox_state import ProxState, rows_of
 from parq_fn.transforms.rounding import rounding
-from parq_fn.transforms.sharded import local, part_of
+from parq_fn.transforms.sharded import local
 
 #: What a group shows of its last step.
 _SHOWN = ("inverse_slope", "lr_sum")
@@ -73,9 +75,8 @@ class QuantOptimizer(Moving):
     zero; the base optimizer and the fits of levels are not. A map is compiled when it is first met,
     some seconds where annealing starts and where it ends, for which a CPU needs a C++ compiler; it
     pays where weights are many. torch.compile(optimizer.step) runs the step as it is.
-    average: the decay, a number or a schedule of the steps so far, of an average of every
-    parameter's latents, as `averaged` takes it; `with optimizer.averaged_weights():` has
-    parameters hold its weights.
+    average: the decay of an average of every parameter's latents, as `averaged` takes it; `with
+    optimizer.averaged_weights():` has parameters hold its weights.
 
     `param_groups` are the base's own, so a learning-rate scheduler may be built on either. A
     quantized group shows "inverse_slope" (the map's coefficient) and "lr_sum" as numbers, of the
@@ -314,8 +315,8 @@ class QuantOptimizer(Moving):
     def _job(self, link: Prox, p: Tensor) -> Job:
         """The map of this rank's part of a parameter."""
         entries, part = self.state[p], part_of(p, link.granularity)
-        latent, qparams = local(entries["latent"]), in_rows(entries["qparams"])[part.rows]
-        return Job(latent, qparams, part.granularity, local(p))
+        qparams = rows_of(link, entries["qparams"], p, part)
+        return Job(local(entries["latent"]), qparams, part.granularity, local(p))
 
     @settled
     def levels(self, p: Tensor) -> Tensor:
@@ -324,7 +325,7 @@ class QuantOptimizer(Moving):
         self._store.sync()
         for group in self.param_groups:
             if is_quantized(group) and any(p is own for own in group["params"]):
-                return self.link(group).quantizer.levels_in(self.state[p]["qparams"], p.dtype)
+                return levels_in(self.link(group).quantizer, self.state[p]["qparams"], p.dtype)
         shape = getattr(p, "shape", None)
         got = briefly(p) if shape is None else f"a parameter of shape {tuple(shape)}"
         raise ValueError(

@@ -22,7 +22,7 @@ from parq_fn.optim.state import Entries, Group, value_of
 from parq_fn.optim.tree_owner import TreeOwner, select
 from parq_fn.transforms.averaged import weights_of_average
 from parq_fn.transforms.chain import every_link
-from parq_fn.transforms.levels_of import prox_states
+from parq_fn.transforms.levels_of import levels_in, prox_states
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.rounding import rounding
 from parq_fn.transforms.sharded import local
@@ -252,7 +252,7 @@ class TransformOptimizer(Adapter):
         self._store.sync()
         name = next((name for name, own in self._tree.params.items() if own is p), None)
         found = [
-            link.quantizer.levels_in(qparams, p.dtype)
+            levels_in(link.quantizer, qparams, p.dtype)
             for link, own in prox_states(self.transformation, self._joined())
             for at, qparams in zip(names_of(own.qparams), tree_leaves(own.qparams), strict=True)
             if at == name

@@ -32,6 +32,7 @@ class affine(Quantizer):
     #: 2^bits levels.
     bits: int
     homogeneous = True
+    extremes = True
     num_qparams = 2
     positive = (True, False)
 

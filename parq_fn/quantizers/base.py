@@ -20,6 +20,7 @@ from parq_fn.quantizers.own import (
     check_tensor,
     is_own,
 )
+from parq_fn.quantizers.powers import power_of_two
 from parq_fn.quantizers.reductions import largest, pieces, sorted_columns
 
 _FAR = 2.0**32  # up to here, and down to its inverse, squares and sums are in range
@@ -102,6 +103,15 @@ class Quantizer(Value):
         """Whether the first qparam of a homogeneous quantizer bounds any row x: it is at most 256
         max|x| and at least mean|x| / 256, infinite where x holds an infinity (it may be where the
         sum of x overflows), and NaN where x holds one. Then rows need no look of their own.
+
+        A subclass with other qparams says so for itself.
+        """
+        return False
+
+    @attribute
+    def extremes(self) -> bool:
+        """Whether the fit of a row is that of its least and its largest weight alone, bit for bit.
+        Of a row that ranks have pieces of these are then all that is sent.
 
         A subclass with other qparams says so for itself.
         """
@@ -357,24 +367,6 @@ def fitted(quantizer: Any, rows: Tensor) -> Tensor:
         check_tensor(quantizer, "fit(rows)", qparams, shape, wide)
         check_levels(quantizer, qparams, quantizer.levels_in(qparams, qparams.dtype))
     return qparams
-
-
-def power_of_two(top: Tensor) -> Tensor:
-    """2 ** floor(log2 top), held to the range whose inverse is normal; 1 for 0.
-
-    Of the largest magnitude: exact, so that scaling by it rounds nothing, and
-    squares of huge or tiny rows neither overflow nor vanish.
-    """
-    top = top.detach()
-    tiny = torch.finfo(top.dtype).tiny
-    return torch.where(top > 0, power_below(top).clamp(tiny, 1 / tiny), 1.0)
-
-
-def power_below(x: Tensor) -> Tensor:
-    """2 ** floor(log2 x) for normal numbers x > 0, by their exponent bits; 0 for subnormal ones."""
-    wide = x.dtype == torch.float64
-    bits, mask = (torch.int64, 0x7FF0000000000000) if wide else (torch.int32, 0x7F800000)
-    return (x.view(bits) & mask).view(x.dtype)
 
 
 def under(magnitudes: Tensor, end: float, reach: float) -> Tensor:

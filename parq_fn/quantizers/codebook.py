@@ -45,6 +45,7 @@ class codebook(Quantizer):
 
     table: tuple[float, ...]
     homogeneous = True
+    extremes = True
     num_qparams = 1
     positive = (True,)
 

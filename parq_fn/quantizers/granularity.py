@@ -63,6 +63,11 @@ class Granularity(Value):
         """The weight's own dimensions without those that a row runs over: r rows, in this order."""
         return self.shape(weight)[:1]
 
+    def row_dims(self, weight: Tensor) -> tuple[int | None, ...]:
+        """Which of the weight's dimensions each of `row_shape` is; None for one that is no
+        dimension of the weight, such as that of blocks."""
+        return (None,) * len(self.row_shape(weight))
+
     def order(self, weight: Tensor) -> Order | None:
         """The order of elements in rows; None where rows are runs of the weight's own."""
         del weight
@@ -169,6 +174,9 @@ class per_channel(Granularity):
             return ()
         return tuple(weight.shape[d] for d in self.dims(weight))
 
+    def row_dims(self, weight: Tensor) -> tuple[int | None, ...]:
+        return self.dims(weight) if weight.dim() > 1 else ()
+
     def order(self, weight: Tensor) -> Order | None:
         if weight.dim() < 2 or self.axis == 0:
             return None
@@ -221,13 +229,13 @@ class per_block(Granularity):
         return weight.numel() // self.size, self.size
 
     def row_shape(self, weight: Tensor) -> tuple[int, ...]:
-        along, before = self.dims(weight), list[int]()
-        for d, size in enumerate(weight.shape):
-            if d == min(along):
-                before.append(self._length(weight) // self.size)
-            if d not in along:
-                before.append(size)
-        return tuple(before)
+        blocks = self._length(weight) // self.size
+        return tuple(blocks if d is None else weight.shape[d] for d in self.row_dims(weight))
+
+    def row_dims(self, weight: Tensor) -> tuple[int | None, ...]:
+        along = self.dims(weight)
+        kept = (None if d == min(along) else d for d in range(weight.dim()))
+        return tuple(d for d in kept if d not in along)
 
     def order(self, weight: Tensor) -> Order | None:
         along, rank = self.dims(weight), weight.dim()

@@ -59,6 +59,10 @@ class integer(Quantizer):
         return int(2**self.bits)
 
     @property
+    def extremes(self) -> bool:
+        return self.scale != "mean"
+
+    @property
     def largest_code(self) -> float:
         return float(self.num_levels // 2 - 1)
 

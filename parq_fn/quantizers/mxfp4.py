@@ -33,6 +33,7 @@ class mxfp4(Quantizer):
     """
 
     homogeneous = True
+    extremes = True
     telling = True
     num_levels = len(codebook.fp4.table)
     num_qparams = 1

@@ -41,6 +41,7 @@ class nvfp4(Quantizer):
     """
 
     homogeneous = True
+    extremes = True
     telling = True
     num_levels = len(codebook.fp4.table)
     num_qparams = 2

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parq_fn.quantizers.base import power_below
+from parq_fn.quantizers.powers import power_below
 
 
 class Format(NamedTuple):

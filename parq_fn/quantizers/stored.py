@@ -77,6 +77,10 @@ class stored(Quantizer):
         return self.quantizer.telling
 
     @property
+    def extremes(self) -> bool:
+        return self.quantizer.extremes
+
+    @property
     def num_levels(self) -> int:
         return self.quantizer.num_levels
 

@@ -121,6 +121,10 @@ class uniform(Scaled):
         return int(2**self.bits)
 
     @property
+    def extremes(self) -> bool:
+        return self.scale == "max" and not self.center
+
+    @property
     def traits(self) -> QuantizerTraits:
         return replace(
             super().traits,
@@ -163,6 +167,10 @@ class max_uniform(Scaled):
         return int(2**self.bits - 1)
 
     @property
+    def extremes(self) -> bool:
+        return not self.center
+
+    @property
     def largest_code(self) -> float:
         return float(self.num_levels // 2)
 
@@ -198,6 +206,7 @@ class asymmetric(Quantizer):
     #: 2^bits levels.
     bits: int
     homogeneous = True
+    extremes = True
     num_qparams = 2
     scales = positive = learnable = (True, False)
 
@@ -259,6 +268,10 @@ class ternary_uniform(Scaled):
     @property
     def num_levels(self) -> int:
         return 3
+
+    @property
+    def extremes(self) -> bool:
+        return not self.center
 
     @property
     def traits(self) -> QuantizerTraits:

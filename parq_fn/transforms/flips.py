@@ -13,10 +13,11 @@ from parq_fn.foundation.traits import TransformationTraits, shared
 from parq_fn.foundation.tree import Masked, PyTree, tree_map
 from parq_fn.foundation.value import show, state_class, value
 from parq_fn.proxmaps.levels import bounds, search
+from parq_fn.transforms.layout import Part, part_of
 from parq_fn.transforms.levels_of import merged, prox_states
 from parq_fn.transforms.prox_link import Prox
-from parq_fn.transforms.prox_state import ProxState, in_rows, shrunk
-from parq_fn.transforms.sharded import Part, gathered, local, part_of, placed
+from parq_fn.transforms.prox_state import ProxState, rows_of, shrunk
+from parq_fn.transforms.sharded import gathered, local, placed
 from parq_fn.transforms.train import apply_updates
 from parq_fn.transforms.transformation import begun, check_state, updated
 from parq_fn.transforms.wrappers import Around
@@ -111,5 +112,5 @@ def _flips(link: Prox, old: ProxState, new: ProxState, before: PyTree, after: Py
 def _codes(link: Prox, state: ProxState, qparams: Tensor, latent: Tensor, part: Part) -> Tensor:
     """The index of the nearest level of each weight that this rank has, [r, n]."""
     rows = part.granularity.rows(shrunk(local(latent), link.divisor(state)))
-    levels = link.quantizer.levels_in(in_rows(qparams)[part.rows], rows.dtype)
+    levels = link.quantizer.levels_in(rows_of(link, qparams, latent, part), rows.dtype)
     return search(bounds(levels), rows)

@@ -22,9 +22,10 @@ from parq_fn.foundation.scalar import concrete, to_device
 from parq_fn.foundation.tree import PyTree, select, tree_map
 from parq_fn.foundation.value import Value, briefly, show, value
 from parq_fn.quantizers import Quantizer
+from parq_fn.transforms.layout import Part, spread_to_rows, summed_to_rows
 from parq_fn.transforms.prox_state import LearningState, ProxState, in_rows, shrunk
 from parq_fn.transforms.qparams_gradient import KINDS, Kind, is_one_scale, of_codes, of_rows
-from parq_fn.transforms.sharded import Part, local, summed_over_ranks
+from parq_fn.transforms.sharded import local, placed
 from parq_fn.transforms.transformation import (
     Transformation,
     check_state,
@@ -122,7 +123,8 @@ def gradient_of(
     own: tuple[Tensor, torch.dtype, tuple[Tensor, Tensor] | None],
     of_rows: Callable[..., Tensor] = of_rows,
 ) -> Tensor:
-    """The gradient [..., m] of a leaf's qparams, normalized and summed over ranks.
+    """The gradient [..., m] of a leaf's qparams, normalized, summed over the ranks that have pieces
+    of a row and placed as the rows are.
 
     grads: those of this rank's part. own: the leaf's qparams [..., m], the dtype of its weights,
     and, where the link holds weights, (which they are, codes of their levels) of this rank's part.
@@ -130,7 +132,8 @@ def gradient_of(
     """
     qparams, dtype, held = own
     check_kept(link, qparams)
-    whole, mine = in_rows(qparams), local(param)
+    kept, mine = local(spread_to_rows(qparams, param, link.granularity)), local(param)
+    whole = in_rows(kept)
     found = torch.zeros_like(of_part := whole[part.rows])
     if mine.numel():
         u, g = map(part.granularity.rows, (shrunk(mine, link.divisor(state)), grads))
@@ -141,13 +144,13 @@ def gradient_of(
             g = torch.where(here, 0.0, g)
         found = of_rows(*how, u, g, of_part, dtype, state.slope)
         found = found if held is None else found + more
-    found = of_all_rows(found, part, whole)
-    found = summed_over_ranks(found, param) * normalization(link, link.granularity.shape(param)[1])
-    return found.reshape(qparams.shape)
+    found = of_all_rows(found, part, whole).view_as(kept)
+    found = found * normalization(link, link.granularity.shape(param)[1])
+    return summed_to_rows(found, param, link.granularity)
 
 
 def of_all_rows(found: Tensor, part: Part, whole: Tensor) -> Tensor:
-    """[R, m]: what a rank found for its rows [r, m], 0 for the others."""
+    """[R, m], as `whole`: what a rank found for its rows [r, m], 0 for the others."""
     if isinstance(part.rows, Tensor):  # pieces of rows, several of one among them
         return torch.zeros_like(whole).index_add(0, part.rows, found)
     if len(found) == len(whole):
@@ -172,13 +175,14 @@ def moved(quantizer: Quantizer, qparams: Tensor, step: Tensor | None) -> Tensor:
     learned; free levels in order."""
     if step is None:
         return qparams
-    new = (qparams + step).to(qparams.dtype)
+    old = local(qparams)
+    new = (old + local(step)).to(old.dtype)
     positive, learnable = (
         to_device(torch.tensor(flags, device="cpu"), new)
         for flags in (quantizer.positive, quantizer.learnable)
     )
     taken = learnable & new.isfinite() & ((new > 0) | ~positive)
-    return quantizer.ordered(torch.where(taken, new, qparams))
+    return placed(quantizer.ordered(torch.where(taken, new, old)), qparams)
 
 
 def needs_chain(link: Prox) -> ValueError:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import optree
+import torch
+from torch import Tensor
 
 from parq_fn.foundation.tree import Masked, PyTree, tree_map
 from parq_fn.foundation.value import show
 from parq_fn.transforms.chain import every_state
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_state import ProxState, check_prox_state
+from parq_fn.transforms.sharded import is_dtensor, local, placed_so
 from parq_fn.transforms.transformation import check_transformation
 
 
@@ -27,7 +31,8 @@ def levels_of(transformation: Any, state: Any) -> PyTree:
 
     The dimensions before k are those of the leaf without those that a row runs over; `Masked()`
     stands for a leaf without levels, zeros stand for those not yet fitted. Levels are in float32
-    or better; weights are mapped to them rounded to the weights' dtype.
+    or better; weights are mapped to them rounded to the weights' dtype. Those of a sharded leaf are
+    sharded as its rows are.
 
     transformation: any that prox links are in, however deep; where several quantize a leaf, the
     last.
@@ -45,11 +50,25 @@ def levels_of(transformation: Any, state: Any) -> PyTree:
     found: PyTree = None
     for link, own in prox_states(transformation, state):
         check_prox_state(link, own)
-        levels = tree_map(link.quantizer.known_levels, own.qparams)
+        levels = tree_map(partial(_placed, link.quantizer.known_levels), own.qparams)
         found = levels if found is None else merged(levels, found)
     if found is None:
         raise ValueError(f"levels_of: there is no prox link in {show(transformation)}")
     return found
+
+
+def levels_in(quantizer: Any, qparams: Tensor, dtype: torch.dtype) -> Tensor:
+    """`Quantizer.levels_in` of qparams [..., m], which may be sharded."""
+    return _placed(partial(quantizer.levels_in, dtype=dtype), qparams)
+
+
+def _placed(levels: Callable[[Tensor], Tensor], qparams: Tensor) -> Tensor:
+    """levels(qparams), sharded as qparams are."""
+    found = levels(local(qparams))
+    if not is_dtensor(qparams):
+        return found
+    shape = *qparams.shape[:-1], found.shape[-1]
+    return placed_so(found, qparams, qparams.placements, shape)
 
 
 def merged(first: PyTree, second: PyTree) -> PyTree:

@@ -22,8 +22,9 @@ from parq_fn.foundation.scalar import Scalar, at, concrete, to_device
 from parq_fn.foundation.tree import PyTree, select, tree_map
 from parq_fn.foundation.value import Value, state_class, value
 from parq_fn.proxmaps.levels import bounds, search
-from parq_fn.transforms.prox_state import ProxState, in_rows, shrunk
-from parq_fn.transforms.sharded import local, part_of, placed
+from parq_fn.transforms.layout import part_of
+from parq_fn.transforms.prox_state import ProxState, rows_of, shrunk
+from parq_fn.transforms.sharded import local, placed
 from parq_fn.transforms.transformation import name_of
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def code_of(link: Prox, state: ProxState, latent: Tensor, qparams: Tensor) -> Te
     if not mine.numel():
         return latent.to(torch.int16)
     rows = part.granularity.rows(shrunk(mine, link.divisor(state)))
-    levels = link.quantizer.levels_in(in_rows(qparams)[part.rows], rows.dtype)
+    levels = link.quantizer.levels_in(rows_of(link, qparams, latent, part), rows.dtype)
     found = search(bounds(levels), rows).to(torch.int16)
     return placed(part.granularity.restore(found, mine), latent)
 
@@ -166,6 +167,6 @@ def held_weight(
         return weight
     part = part_of(param, link.granularity)
     rows = part.granularity.rows
-    levels = link.quantizer.levels_in(in_rows(qparams)[part.rows], weight.dtype)
+    levels = link.quantizer.levels_in(rows_of(link, qparams, param, part), weight.dtype)
     found = levels.gather(-1, rows(code).long().clamp(min=0))
     return torch.where(held, part.granularity.restore(found, weight), weight)

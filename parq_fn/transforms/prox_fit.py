@@ -1,17 +1,25 @@
-"""The fit of a prox link: qparams of the updated latents, in the rows that are due."""
+"""The fit of a prox link: qparams of the updated latents, in the rows that are due.
+
+A rank fits the rows that it has whole, with no communication. Those that ranks have pieces of are
+fitted whole, each by one rank (`parq_fn.transforms.exchange`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import optree
 import torch
 from torch import Tensor
 
 from parq_fn.foundation.scalar import concrete, to_device
-from parq_fn.foundation.tree import PyTree, tree_leaves, tree_map
-from parq_fn.quantizers.base import fitted
+from parq_fn.foundation.tree import PyTree, tree_leaves
+from parq_fn.quantizers.base import fitted, nan_rows
+from parq_fn.transforms.exchange import extremes_of, fitted_whole, largest_of_all, lines_of
+from parq_fn.transforms.layout import across, local_row_shape, spread_to_rows, to_rows
 from parq_fn.transforms.prox_state import ProxState, shrunk
-from parq_fn.transforms.sharded import gathered
+from parq_fn.transforms.sharded import is_dtensor, local
 
 if TYPE_CHECKING:
     from parq_fn.transforms.prox_link import Prox
@@ -24,36 +32,103 @@ def refitted(link: Prox, state: ProxState, latents: PyTree, learns: Tensor | Non
     learns: whether qparams were learned in this update; then rows that can learn keep them: those
     that are finite, with scales above 0.
     """
-    due, first = link.due(state), state.count - 1 == link.warmup
     if learns is not None and concrete(learns) is False:
         learns = None
-    quantizer, m, known = link.quantizer, link.quantizer.num_qparams, learns is None
-    if learns is not None and concrete(learns):
-        rows = tree_leaves(state.qparams)
-        if all(concrete(can_learn(quantizer, one).all()) for one in rows):
-            return state
+    leaves, spec = optree.tree_flatten(state.qparams)
+    weights = tree_leaves(latents)
+    known = [
+        spread_to_rows(old, weight, link.granularity)
+        for old, weight in zip(leaves, weights, strict=True)
+    ]
+    todo = [i for i, old in enumerate(known) if not _learns_whole(link, local(old), learns)]
+    new = fits(link, state, [weights[i] for i in todo])
+    found = dict(zip(todo, new, strict=True))
+    made = [
+        to_rows(_taken(link, state, local(old), found[i], learns), weights[i], link.granularity)
+        if i in found
+        else old
+        for i, old in enumerate(known)
+    ]
+    return state._replace(qparams=optree.tree_unflatten(spec, made))
 
-    def fit(old: Tensor, latent: Tensor) -> Tensor:
-        shape = link.granularity.row_shape(latent)
-        new = fitted(
-            quantizer, link.granularity.rows(shrunk(gathered(latent), link.divisor(state)))
-        )
-        new = new.reshape(*shape, m).to(old.dtype)
-        if known and concrete(due) and concrete(new.sum().isfinite()):  # as then each of them is
+
+def _learns_whole(link: Prox, qparams: Tensor, learns: Tensor | None) -> bool:
+    """Whether all rows are known to learn, so that a fit would be thrown away. The same on all
+    ranks that have pieces of the rows."""
+    if learns is None or not concrete(learns):
+        return False
+    return bool(concrete(can_learn(link.quantizer, qparams).all()))
+
+
+def _taken(link: Prox, state: ProxState, old: Tensor, new: Tensor, learns: Tensor | None) -> Tensor:
+    """The new qparams [..., m] of a leaf in the rows that take them, the old ones in the others."""
+    due, first, quantizer = link.due(state), state.count - 1 == link.warmup, link.quantizer
+    new = new.to(old.dtype)
+    if learns is None and concrete(due) and concrete(new.sum().isfinite()):  # as then each is
+        return new
+    take = new.isfinite().all(-1, keepdim=True) | to_device(first, old)
+    take = to_device(due, old) & take
+    if learns is not None:
+        take = take & ~(to_device(learns, old) & can_learn(quantizer, old))
+    if old.shape[-1] != quantizer.num_qparams:  # levels of a version that kept them
+        if concrete(take.all()):
             return new
-        take = new.isfinite().all(-1, keepdim=True) | to_device(first, old)
-        take = to_device(due, old) & take
-        if learns is not None:
-            take = take & ~(to_device(learns, old) & can_learn(quantizer, old))
-        if old.shape[-1] != m:  # levels of a version that kept them
-            if concrete(take.all()):
-                return new
-            levels = old[..., -quantizer.num_levels :].reshape(*shape, -1)
-            old = quantizer.with_levels(torch.zeros_like(new), levels)
-            new = quantizer.with_levels(new, quantizer.levels(new))
-        return torch.where(take, new, old)
+        levels = old[..., -quantizer.num_levels :].reshape(*new.shape[:-1], -1)
+        old = quantizer.with_levels(torch.zeros_like(new), levels)
+        new = quantizer.with_levels(new, quantizer.levels(new))
+    return torch.where(take, new, old)
 
-    return state._replace(qparams=tree_map(fit, state.qparams, latents))
+
+def fits(link: Prox, state: ProxState, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Qparams [..., m] of the rows that this rank has, or has pieces of, of each leaf."""
+    quantizer, granularity, divisor = link.quantizer, link.granularity, link.divisor(state)
+    found: dict[int, Tensor] = {}
+    apart: dict[int, Any] = {}
+    for i, weight in enumerate(weights):
+        mine = shrunk(local(weight), divisor)
+        if across(weight, granularity):
+            lines = lines_of(weight, mine, granularity)
+            if getattr(quantizer, "extremes", False) and lines.rows == 1:
+                ends = _with_whole(quantizer, extremes_of(lines))
+                found[i] = lines.in_rows(ends.unsqueeze(1))
+            else:
+                apart[i] = lines
+        else:
+            rows, shape = granularity.rows(mine), local_row_shape(weight, granularity)
+            own = _with_whole(quantizer, rows) if is_dtensor(weight) else fitted(quantizer, rows)
+            found[i] = own.reshape(*shape, own.shape[-1])
+    m = quantizer.num_qparams + _num_whole(quantizer)
+    fitted_there = fitted_whole([*apart.values()], lambda rows: _with_whole(quantizer, rows), m)
+    found.update(zip(apart, fitted_there, strict=True))
+    return [_in_common(quantizer, found[i], weight) for i, weight in enumerate(weights)]
+
+
+# Of quantizers with qparams that all rows of a weight have in common, [r, m + num_whole] are what
+# stands in for qparams until all ranks are asked: the last are of these rows alone.
+
+
+def _num_whole(quantizer: Any) -> int:
+    return int(getattr(quantizer, "num_whole", 0))
+
+
+def _with_whole(quantizer: Any, rows: Tensor) -> Tensor:
+    found = fitted(quantizer, rows)
+    if not _num_whole(quantizer):
+        return found
+    whole = quantizer.whole(rows.to(found.dtype)).expand(len(rows), -1)
+    return torch.cat([found, whole], -1)
+
+
+def _in_common(quantizer: Any, found: Tensor, weight: Tensor) -> Tensor:
+    count = _num_whole(quantizer)
+    if not count or not is_dtensor(weight):
+        return found
+    whole = found[..., -count:].reshape(-1, count)
+    qparams = found[..., :-count]
+    whole = torch.cat([whole.new_zeros(1, count), whole]).amax(0)
+    own = qparams[..., :-count]
+    common = largest_of_all(whole, weight).expand(*own.shape[:-1], -1)
+    return torch.cat([own, nan_rows(common, own)], -1)
 
 
 def can_learn(quantizer: Any, qparams: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from parq_fn.quantizers import Quantizer
 from parq_fn.quantizers.granularity import Granularity, per_tensor
 from parq_fn.quantizers.own import check_counts
 from parq_fn.transforms.estimators import straight_through
+from parq_fn.transforms.layout import local_row_shape, to_rows
 from parq_fn.transforms.learn import check_learn, learn, learned, learner, needs_chain
 from parq_fn.transforms.links import times
 from parq_fn.transforms.oscillation import (
@@ -57,8 +58,8 @@ from parq_fn.transforms.prox_state import (
     LearningState,
     ProxState,
     check_prox_state,
-    in_rows,
     part_for,
+    rows_of,
     shrunk,
 )
 from parq_fn.transforms.rate import rate_at
@@ -112,10 +113,9 @@ class Prox(Link):
     had, and the other rows are left alone; at its very first fit it gets NaN for them, and
     so for weights, until a fit finds it finite again.
 
-    Leaves may be DTensors, sharded along dimension 0: qparams are then plain tensors, the same on
-    every rank, fitted to the gathered latent (one gather a leaf where they are due), and each
-    rank maps its own shard. A map that does not declare the trait elementwise needs whole rows
-    there: ValueError, on every rank alike, where one would have a piece of a row.
+    Leaves may be DTensors, on any mesh: qparams are placed as the rows are, and a rank fits and
+    maps its own. A row that ranks have pieces of is fitted by one of them. A map that does not
+    declare the trait elementwise needs whole rows: else ValueError, on every rank alike.
 
     Source: Jin et al., PARQ, arXiv 2503.15748, algorithm 1 (AProx); normal map: Qiu, Jiang,
     Milzarek, arXiv 2305.05828.
@@ -224,8 +224,9 @@ class Prox(Link):
             mine = local(param)
             if concrete(mine.isfinite().all()) is False:
                 raise ValueError(f"{who}: parameter {name!r} holds NaN or infinities")
-            shape = *self.granularity.row_shape(param), self.quantizer.num_qparams
-            return mine.new_zeros(shape, dtype=torch.promote_types(param.dtype, torch.float32))
+            shape = *local_row_shape(param, self.granularity), self.quantizer.num_qparams
+            zeros = mine.new_zeros(shape, dtype=torch.promote_types(param.dtype, torch.float32))
+            return to_rows(zeros, param, self.granularity)
 
         count = new_count()
         leaves, spec = optree.tree_flatten(params)
@@ -347,8 +348,8 @@ class Prox(Link):
             own = dtype or mine.dtype
             if not mine.numel():
                 return param.to(own)
-            rows = self._rows(mine, state, part.granularity)
-            rows = self._mapped(rows, in_rows(qparams)[part.rows], own, state.slope)
+            rows = part.granularity.rows(shrunk(mine, self.divisor(state)))
+            rows = self._mapped(rows, rows_of(self, qparams, param, part), own, state.slope)
             mapped = part.granularity.restore(rows, mine).to(own)
             if not known:
                 mapped = torch.where(to_device(active, mine), mapped, mine.to(own))
@@ -391,9 +392,6 @@ class Prox(Link):
 
     def _coefficient(self, step: Tensor) -> Tensor:
         return self.coefficient(step).to(torch.float64)
-
-    def _rows(self, latent: Tensor, state: ProxState, granularity: Granularity) -> Tensor:
-        return granularity.rows(shrunk(latent, self.divisor(state)))
 
 
 # of links that were pickled before they had one

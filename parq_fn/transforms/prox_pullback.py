@@ -15,9 +15,10 @@ from torch import Tensor
 
 from parq_fn.foundation.scalar import concrete, to_device
 from parq_fn.foundation.tree import PyTree, tree_map
+from parq_fn.transforms.layout import part_of
 from parq_fn.transforms.learn import gradient_of
-from parq_fn.transforms.prox_state import ProxState, in_rows, part_for, shrunk
-from parq_fn.transforms.sharded import local, part_of, placed
+from parq_fn.transforms.prox_state import ProxState, part_for, rows_of, shrunk
+from parq_fn.transforms.sharded import local, placed
 
 if TYPE_CHECKING:
     from parq_fn.transforms.prox_link import Prox
@@ -46,7 +47,7 @@ def pulled_back(
             return grad
         rows = part.granularity.rows
         u = rows(shrunk(mine, link.divisor(state)))
-        levels = link.quantizer.levels_in(in_rows(qparams)[part.rows], like.dtype)
+        levels = link.quantizer.levels_in(rows_of(link, qparams, param, part), like.dtype)
         found = link.gradient(rows(g), u, rows(local(weight)), levels, state.count)
         found = part.granularity.restore(found, mine).to(g.dtype)
         if not concrete(active):

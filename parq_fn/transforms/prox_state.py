@@ -10,7 +10,8 @@ from torch import Tensor
 from parq_fn.foundation.scalar import to_device
 from parq_fn.foundation.tree import PyTree, names_of, tree_leaves
 from parq_fn.foundation.value import show, state_class
-from parq_fn.transforms.sharded import Part, part_of
+from parq_fn.transforms.layout import Part, part_of, spread_to_rows
+from parq_fn.transforms.sharded import local
 from parq_fn.transforms.transformation import check_state, name_of
 
 
@@ -58,6 +59,15 @@ def check_prox_state(link: Any, state: Any) -> None:
 def in_rows(qparams: Tensor) -> Tensor:
     """Qparams [..., m] of a state as [r, m]."""
     return qparams.unsqueeze(0).flatten(0, -2)
+
+
+def rows_of(link: Any, qparams: Tensor, weight: Tensor, part: Part) -> Tensor:
+    """[r, m] of the rows that this rank has of a weight, or has pieces of, as its part says.
+
+    qparams: [..., m], those of a state that was begun before the weight was sharded too.
+    """
+    known = spread_to_rows(qparams, weight, link.granularity)
+    return in_rows(local(known))[part.rows]
 
 
 def shrunk(latent: Tensor, divisor: Tensor | None) -> Tensor:

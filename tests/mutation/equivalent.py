@@ -126,7 +126,7 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
     },
     "parq_fn/transforms/prox_fit.py": {
         "a quantizer gives a row finite levels or none": [
-            "refitted.fit: take = new.isfinite().all(-1, keepdim=True) | "
+            "_taken: take = new.isfinite().all(-1, keepdim=True) | "
             "to_device(first, old) -> take = new.isfinite().any(-1, keepdim=True) | "
             "to_device(first, old)",
         ],

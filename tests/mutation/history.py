@@ -165,11 +165,11 @@ FAULTS = [
     ),
     Fault(
         "shards are told apart as if a remainder of rows went to the last process",
-        "parq_fn/transforms/sharded.py",
-        "    size = -(-weight.shape[0] // weight.device_mesh.size(mesh_dim))  #",
-        "    size = max(1, weight.shape[0] // weight.device_mesh.size(mesh_dim))  #",
-        ("tests/optim/test_sharded.py",),
-        "test_r17 or test_r19",
+        "parq_fn/transforms/layout.py",
+        "        step = -(-_length(runs) // (ranks * factor)) or 1\n",
+        "        step = _length(runs) // (ranks * factor) or 1\n",
+        ("tests/test_layout.py",),
+        "indices",
         "5b58075",
     ),
     Fault(
@@ -390,8 +390,8 @@ FAULTS = [
     Fault(
         "a row that holds NaN at its first fit gets zeros for levels",
         "parq_fn/transforms/prox_fit.py",
-        "        take = new.isfinite().all(-1, keepdim=True) | to_device(first, old)\n",
-        "        take = new.isfinite().all(-1, keepdim=True)\n",
+        "    take = new.isfinite().all(-1, keepdim=True) | to_device(first, old)\n",
+        "    take = new.isfinite().all(-1, keepdim=True)\n",
         ("tests/test_prox.py",),
         "first_fit",
         "fa1353f",

@@ -20,7 +20,8 @@ from parq_fn import proxmaps
 from parq_fn.foundation.traits import ProxTraits, declares
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
 from parq_fn.optim.engine import passes
-from parq_fn.transforms.sharded import local, part_of
+from parq_fn.transforms.layout import part_of
+from parq_fn.transforms.sharded import local
 from tests.helpers import every_other, sampled
 from tests.optim.helpers import whole
 from tests.processes import on_processes

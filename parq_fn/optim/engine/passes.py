@@ -34,9 +34,10 @@ from parq_fn.optim.engine.rows import (
     with_even,
 )
 from parq_fn.quantizers.granularity import Granularity, per_channel
+from parq_fn.transforms.layout import across, local_row_shape, to_rows
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_state import ProxState, in_rows
-from parq_fn.transforms.sharded import gathered, is_dtensor
+from parq_fn.transforms.sharded import local
 
 _PIECE = 1 << 18  # elements that are mapped at a time
 _WIDTH = 1 << 10  # of the rows that a long row is cut into
@@ -77,10 +78,10 @@ def refit(
     alone = bool(getattr(link.quantizer, "num_whole", 0))
     small: dict[Any, dict[int, Tensor]] = {}
     for i, (latent, old) in enumerate(zip(latents, qparams, strict=True)):
-        # what is sharded is gathered, for which there may be no room but one by one
-        there = not (_on_cpu(latent) or is_dtensor(latent))
-        if not alone and 0 < latent.numel() <= (_SMALL_THERE if there else _SMALL):
-            rows = link.granularity.rows(gathered(latent))
+        mine = local(latent)
+        most = _SMALL if _on_cpu(mine) else _SMALL_THERE
+        if not alone and 0 < mine.numel() <= most and not across(latent, link.granularity):
+            rows = link.granularity.rows(mine)
             kind = rows.shape[1], rows.dtype, old.shape[-1], old.dtype, old.device
             small.setdefault(kind, {})[i] = rows
         else:
@@ -93,12 +94,15 @@ def refit(
         sizes = {i: rows.numel() for i, rows in together.items()}
         most = _TOGETHER if _on_cpu(next(iter(together.values()))) else _TOGETHER_THERE
         for chunk in chunks(sizes, most):
-            own = state._replace(qparams=[torch.cat([in_rows(qparams[i]) for i in chunk])])
+            known = [in_rows(local(qparams[i])) for i in chunk]
+            own = state._replace(qparams=[torch.cat(known)])
             new = of_rows.refit(own, [torch.cat([together[i] for i in chunk])], learns).qparams[0]
             for i, part in zip(
                 chunk, torch.split(new, [len(together[i]) for i in chunk]), strict=True
             ):
-                found[i] = part.reshape(*link.granularity.row_shape(latents[i]), -1).clone()
+                shape = local_row_shape(latents[i], link.granularity)
+                own_part = part.reshape(*shape, part.shape[-1]).clone()
+                found[i] = to_rows(own_part, latents[i], link.granularity)
     return [found[i] for i in range(len(latents))]
 
 

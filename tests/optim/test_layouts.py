@@ -1,0 +1,238 @@
+"""Weights on meshes of any shape: levels and weights are those of one process, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import parq_fn as pf
+from parq_fn.optim import (
+    QuantOptimizer,
+    TransformOptimizer,
+    load_checkpoint,
+    save_checkpoint,
+)
+from tests.helpers import every_case, sampled
+from tests.optim.helpers import whole
+from tests.processes import on_processes
+
+RATE = 0.125  # a product with which is exact, however steps are written
+SPAN: dict[str, Any] = {"anneal_start": 1, "anneal_end": 4, "period": 2}
+SHAPES = {"one": (12, 8), "two": (8, 12), "experts": (4, 4, 8), "uneven": (5, 6), "vector": (7,)}
+
+#: {name: (shape of the mesh, placements of a weight)}
+LAYOUTS: dict[str, Any] = {
+    "FSDP2": ((4,), [Shard(0)]),
+    "HSDP": ((2, 2), [Replicate(), Shard(0)]),
+    "rowwise": ((4,), [Shard(1)]),
+    "two": ((2, 2), [Shard(0), Shard(1)]),
+    "upright": ((2, 2), [Shard(1), Shard(0)]),
+    "twice": ((2, 2), [Shard(0), Shard(0)]),
+    "replicated": ((2, 2), [Shard(1), Replicate()]),
+    "last": ((2, 2), [Replicate(), Shard(-1)]),
+}
+CUTS: dict[str, pf.Granularity] = {
+    "tensor": pf.per_tensor(),
+    "channel": pf.per_channel(),
+    "columns": pf.per_channel(-1),
+    "block": pf.per_block(2),
+    "upright": pf.per_block(4, along=0),
+}
+QUANTIZERS = {"lsbq": pf.lsbq(2), "uniform": pf.uniform(2), "max": pf.integer(3)}
+
+
+def by_base(params: Any, link: pf.Prox, **options: Any) -> QuantOptimizer:
+    groups = [{"params": [*params.items()], "quant_bits": 2, "prox": link}]
+    return QuantOptimizer(torch.optim.SGD(groups, lr=RATE), **options)
+
+
+def by_tree(params: Any, link: pf.Prox) -> TransformOptimizer:
+    return TransformOptimizer([*params.items()], pf.chain(pf.sgd(RATE), link))
+
+
+ADAPTERS: dict[str, Any] = {
+    "QuantOptimizer": by_base,
+    "compiled": lambda params, link: by_base(params, link, compile=True),
+    "TransformOptimizer": by_tree,
+}
+
+
+def weights() -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
+
+
+def on_mesh(params: dict[str, Tensor], layout: str) -> dict[str, nn.Parameter]:
+    shape, placements = LAYOUTS[layout]
+    mesh, found = init_device_mesh("cpu", shape), {}
+    for name, p in params.items():
+        own = [Shard(q.dim % p.dim()) if isinstance(q, Shard) else q for q in placements]
+        found[name] = nn.Parameter(distribute_tensor(p, mesh, own))
+    return found
+
+
+def trained(optimizer: Any, params: dict[str, nn.Parameter], steps: int) -> None:
+    """Steps whose gradients are the sines of the latents, which no weight enters."""
+    for _ in range(steps):
+        for p in params.values():
+            entries = optimizer.state[p]
+            latent = entries.get("latent", p)
+            p.grad = torch.sin(latent.detach())
+        optimizer.step()
+
+
+def able(cut: str, name: str) -> bool:
+    """Whether a weight can be cut so."""
+    try:
+        CUTS[cut].shape(torch.empty(SHAPES[name]))
+    except ValueError:
+        return False
+    return True
+
+
+def as_traced() -> None:
+    """Compiled functions run as they are in this process, unless all cases are asked for: that
+    they give the same is tested elsewhere."""
+    if not every_case():
+        torch.compile = lambda function, **_: function  # type: ignore[assignment]
+
+
+def as_one_process(cases: list[tuple[str, str, str, str]]) -> None:
+    as_traced()
+    for layout, cut, quantizer, adapter in cases:
+        link = pf.parq_prox(QUANTIZERS[quantizer], **SPAN, granularity=CUTS[cut])
+        given = {name: p for name, p in weights().items() if able(cut, name)}
+        alone = {name: nn.Parameter(p.clone()) for name, p in given.items()}
+        split = on_mesh(given, layout)
+        one, other = (ADAPTERS[adapter](params, link) for params in (alone, split))
+        for steps in (1, 2, 3):
+            trained(one, alone, steps)
+            trained(other, split, steps)
+            for name, p in alone.items():
+                at = layout, cut, quantizer, adapter, name, steps
+                assert torch.equal(whole(split[name]), p), at
+                assert torch.equal(whole(other.levels(split[name])), one.levels(p)), at
+
+
+@pytest.mark.slow
+def test_every_layout_gives_the_weights_of_one_process(tmp_path: Path) -> None:
+    cases = sampled(itertools.product(LAYOUTS, CUTS, QUANTIZERS, ADAPTERS), 40)
+    on_processes(as_one_process, 4, tmp_path, cases)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one = nn.Linear(8, 12, bias=False)
+        self.two = nn.Linear(12, 8, bias=False)
+
+
+def tensor_parallel() -> None:
+    """FSDP2 over tensor parallelism, as torch makes it."""
+    as_traced()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    plan = {"one": ColwiseParallel(), "two": RowwiseParallel()}
+    for (cut, granularity), (adapter, build) in itertools.product(CUTS.items(), ADAPTERS.items()):
+        link = pf.parq_prox(pf.lsbq(2), **SPAN, granularity=granularity)
+        alone, net = Two(), Two()
+        parallelize_module(net, mesh["tensor"], plan)
+        fully_shard(net, mesh=mesh["data"])
+        params, split = (dict(each.named_parameters()) for each in (alone, net))
+        one, other = build(params, link), build(split, link)
+        for _ in range(4):
+            trained(one, params, 1)
+            trained(other, split, 1)
+            for name, p in params.items():
+                assert torch.equal(whole(split[name]), p), (cut, adapter, name)
+                assert torch.equal(whole(other.levels(split[name])), one.levels(p)), (cut, adapter)
+
+
+@pytest.mark.slow
+def test_fsdp2_over_tensor_parallelism_gives_the_weights_of_one_process(tmp_path: Path) -> None:
+    on_processes(tensor_parallel, 4, tmp_path)
+
+
+def resumed_elsewhere(folder: str, pairs: list[tuple[str, str, str, str]]) -> None:
+    """A checkpoint of one layout goes on in another."""
+    for i, (first, second, cut, adapter) in enumerate(pairs):
+        link = pf.parq_prox(pf.lsbq(2), **SPAN, granularity=CUTS[cut])
+        given = {name: p for name, p in weights().items() if able(cut, name)}
+        alone = nn.ParameterDict({name: nn.Parameter(p.clone()) for name, p in given.items()})
+        one, build = ADAPTERS[adapter](alone, link), ADAPTERS[adapter]
+        nets = [nn.ParameterDict(on_mesh(given, layout)) for layout in (first, second)]
+        before, after = (build(net, link) for net in nets)
+        for optimizer, net, steps in ((one, alone, 3), (before, nets[0], 3)):
+            trained(optimizer, dict(net), steps)
+        save_checkpoint(f"{folder}/{i}", nets[0], before)
+        load_checkpoint(f"{folder}/{i}", nets[1], after)
+        for steps in (0, 2):
+            trained(one, dict(alone), steps)
+            trained(after, dict(nets[1]), steps)
+            for name, p in alone.items():
+                at = first, second, cut, adapter, name, steps
+                assert torch.equal(whole(nets[1][name]), p), at
+                assert torch.equal(whole(after.levels(nets[1][name])), one.levels(p)), at
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_in_any_layout(tmp_path: Path) -> None:
+    adapters = ["QuantOptimizer", "TransformOptimizer"]
+    pairs = sampled(itertools.product(LAYOUTS, LAYOUTS, CUTS, adapters), 8)
+    on_processes(resumed_elsewhere, 4, tmp_path, str(tmp_path), pairs)
+
+
+def qparams_are_placed_as_rows() -> None:
+    expected = {
+        ("FSDP2", "channel"): (Shard(0),),
+        ("FSDP2", "tensor"): (Replicate(),),
+        ("FSDP2", "block"): (Shard(0),),
+        ("rowwise", "channel"): (Replicate(),),
+        ("rowwise", "block"): (Shard(1),),
+        ("rowwise", "columns"): (Shard(0),),
+        ("two", "block"): (Shard(0), Shard(1)),
+        ("two", "channel"): (Shard(0), Replicate()),
+    }
+    for (layout, cut), placements in expected.items():
+        params = {"w": on_mesh({"w": torch.randn(8, 16)}, layout)["w"].detach()}
+        state = pf.hard_prox(pf.lsbq(2), granularity=CUTS[cut]).init(params)
+        qparams: Any = state.qparams["w"]
+        assert qparams.placements == placements, (layout, cut)
+        assert qparams.shape == (*CUTS[cut].row_shape(params["w"]), 2)
+
+
+def rows_that_ranks_have_whole_need_no_collective() -> None:
+    for layout, cut in (("FSDP2", "channel"), ("FSDP2", "block"), ("rowwise", "block")):
+        params = on_mesh({"w": torch.randn(8, 16)}, layout)
+        optimizer = by_base(params, pf.hard_prox(pf.lsbq(2), granularity=CUTS[cut], period=1))
+        params["w"].grad = torch.ones_like(params["w"])
+        optimizer.step()
+        with CommDebugMode() as mode:
+            optimizer.step()
+        assert mode.get_total_counts() == 0, (layout, cut, mode.get_comm_counts())
+    for p in on_mesh({"w": torch.randn(8, 16)}, "FSDP2").values():
+        assert isinstance(p, DTensor)
+
+
+def placements_and_collectives() -> None:
+    qparams_are_placed_as_rows()
+    rows_that_ranks_have_whole_need_no_collective()
+
+
+@pytest.mark.slow
+def test_qparams_lie_where_rows_do_and_whole_rows_are_fitted_there(tmp_path: Path) -> None:
+    on_processes(placements_and_collectives, 4, tmp_path)

@@ -1,0 +1,140 @@
+"""Which rows of a sharded weight a rank has: against a weight whose elements are numbered."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import Partial, _StridedShard
+
+import parq_fn as pf
+from parq_fn.transforms.exchange import Lines, shared
+from parq_fn.transforms.layout import Layout, _layout, cuts_of, held
+from tests.cuts import dimensions
+
+
+def cut(whole: Tensor, mesh: Any, rank: Any, placements: Any) -> Tensor:
+    """What the rank at that coordinate has, cut as DTensor cuts it."""
+    for count, place, p in zip(mesh, rank, placements, strict=True):
+        if isinstance(p, Replicate):
+            continue
+        factor = getattr(p, "split_factor", 1)
+        chunks = list(torch.chunk(whole, count * factor, p.dim))
+        chunks += [chunks[0].narrow(p.dim, 0, 0)] * (count * factor - len(chunks))
+        whole = torch.cat(chunks[place::count], p.dim)
+    return whole
+
+
+def every_rank(mesh: Any) -> list[tuple[int, ...]]:
+    return list(itertools.product(*map(range, mesh)))
+
+
+@st.composite
+def sharded(draw: Any, granular: bool = True) -> tuple[Any, ...]:
+    """(shape, mesh, placements, granularity)."""
+    rank = draw(st.integers(1, 3))
+    shape = tuple(draw(st.lists(st.integers(1, 8), min_size=rank, max_size=rank)))
+    mesh = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=2)))
+    some = st.integers(0, rank - 1)
+    placements = [draw(st.one_of(st.just(Replicate()), st.builds(Shard, some))) for _ in mesh]
+    if len(mesh) == 2 and isinstance(placements[1], Shard) and draw(st.booleans()):
+        placements[0] = _StridedShard(placements[1].dim, split_factor=mesh[1])
+    kinds: list[Any] = [pf.per_tensor(), pf.per_channel(dimensions(draw, rank))]
+    along = dimensions(draw, rank)
+    length = 1
+    for d in along if isinstance(along, tuple) else (along,):
+        length *= shape[d]
+    sizes = [size for size in range(1, length + 1) if length % size == 0]
+    kinds.append(pf.per_block(draw(st.sampled_from(sizes)), along))
+    return shape, mesh, tuple(placements), draw(st.sampled_from(kinds))
+
+
+@given(sharded())
+def test_a_rank_holds_the_indices_that_torch_gives_it(case: Any) -> None:
+    shape, mesh, placements, _ = case
+    for rank, (d, size) in itertools.product(every_rank(mesh), enumerate(shape)):
+        own = [_first(p) if getattr(p, "dim", None) == d else Replicate() for p in placements]
+        runs = held(size, cuts_of(d, mesh, rank, placements))
+        index = [i for a, b in runs for i in range(a, b)]
+        assert cut(torch.arange(size), mesh, rank, own).tolist() == index
+
+
+def _first(p: Any) -> Any:
+    """The placement, of the first dimension."""
+    factor = getattr(p, "split_factor", None)
+    return Shard(0) if factor is None else _StridedShard(0, split_factor=factor)
+
+
+def layout_at(case: Any, rank: tuple[int, ...]) -> tuple[Tensor, Layout]:
+    """(this rank's part of a weight whose elements are numbered, its layout)."""
+    shape, mesh, placements, granularity = case
+    numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    mine = cut(numbers, mesh, rank, placements)
+    return mine, _layout(shape, tuple(mine.shape), mesh, rank, placements, granularity)
+
+
+@given(sharded())
+def test_each_element_has_the_qparams_of_its_row(case: Any) -> None:
+    shape, mesh, _, granularity = case
+    numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    rows = granularity.rows(numbers)
+    row_of = torch.empty(numbers.numel(), dtype=torch.int64)
+    row_of[rows.flatten()] = torch.arange(len(rows)).repeat_interleave(rows.shape[1])
+    qparams = torch.arange(len(rows)).reshape(*granularity.row_shape(numbers), 1)
+    pieces = False
+    for rank in every_rank(mesh):
+        mine, (part, own_placements, across) = layout_at(case, rank)
+        if not mine.numel():
+            continue
+        own = cut(qparams, mesh, rank, own_placements).unsqueeze(0).flatten(0, -2)[part.rows]
+        local = part.granularity.rows(mine)
+        assert len(own) == len(local)
+        assert torch.equal(row_of[local], own.expand_as(local))
+        assert torch.equal(part.granularity.restore(local, mine), mine)
+        counts = torch.bincount(row_of[mine.flatten()], minlength=len(rows))
+        pieces |= bool(((counts > 0) & (counts < rows.shape[1])).any())
+        if not across:  # its rows are whole, and in the order of what belongs to them
+            assert torch.equal(local, rows[own.flatten()])
+    assert part.cut == pieces
+
+
+def lines(count: int, *shape: int) -> Lines:
+    mine = torch.empty(count, *shape)
+    return Lines(mine, shape, (0,), 1, (count,), -1, None, (), (0,), (0,))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 50)), min_size=1, max_size=12),
+    st.lists(st.integers(1, 4), min_size=1, max_size=2),
+)
+def test_every_line_is_fitted_by_one_rank_that_has_room(given: Any, sizes: Any) -> None:
+    leaves = [lines(*one) for one in given]
+    largest = max(count * n for count, n in given)
+    seen: list[tuple[int, int]] = []
+    for turn in shared(leaves, sizes):
+        loads: dict[Any, int] = {}
+        for share in turn:
+            at = range(share.lines.start, share.lines.stop)
+            assert len(at)
+            seen += [(share.leaf, i) for i in at]
+            load = len(at) * given[share.leaf][1]
+            loads[share.owner] = loads.get(share.owner, 0) + load
+        assert max(loads.values()) <= largest
+        assert all(0 <= place < size for o in loads for place, size in zip(o, sizes, strict=True))
+    assert sorted(seen) == [(i, j) for i, (count, _) in enumerate(given) for j in range(count)]
+
+
+def test_tensors_of_one_size_are_spread_evenly() -> None:
+    for turn in shared([lines(1, 10)] * 8, [2, 2]):
+        assert sorted(share.owner for share in turn) == every_rank([2, 2])
+
+
+def test_sums_over_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match="a sum over ranks"):
+        _layout((4,), (4,), (2,), (0,), (Partial(),), pf.per_channel())
