@@ -78,6 +78,8 @@ transformations, with init, update and weights
     params      a tree of parameters of every kind
     plain       a dict {"w0": leaf} of float64 of ordinary size, for vmap; not beside params
     steps       a list of gradient trees for params, None here and there, or for plain
+    state       of a prox link that learns its levels one that updates of such params may have left;
+                of others the first
 all
     factor      a positive number in [0.01, 100]
     power       a power of two, 2^-10 to 2^10

@@ -21,6 +21,7 @@ from parq_fn.foundation.traits import (
 )
 from parq_fn.testing import strategies as own
 from parq_fn.testing.law import Law
+from parq_fn.transforms.prox_link import Prox
 
 Case = dict[str, Any]
 Names = Collection[str]
@@ -33,7 +34,7 @@ INPUTS = {
     "proxmap": ("levels", "any_levels", "u", "v", "c", "d", "any_c"),
     "quantizer": ("x", "short", "wild"),
     "schedule": ("start", "end", "step", "later", "whole", "every", "offset"),
-    "transformation": ("params", "plain", "steps"),
+    "transformation": ("params", "plain", "state", "steps"),
 }
 
 _COMMON: dict[str, st.SearchStrategy[Any]] = {
@@ -122,8 +123,9 @@ def transformation_case(
     names: Names,
     traits: TransformationTraits,
     params: st.SearchStrategy[Any] | None,
+    transformation: Any,
 ) -> Case:
-    """Inputs of these names for laws of transformations; params from the strategy, if any."""
+    """Inputs of these names for its laws; params from the strategy, if any."""
     case: Case = {"traits": traits}
     if "plain" in names:
         leaf = own.leaves(dtype=torch.float64, tame=True)
@@ -132,4 +134,9 @@ def transformation_case(
     else:
         case["params"] = draw(own.params() if params is None else params)
         case["steps"] = draw(own.training_steps(case["params"]))
+    if "state" in names:
+        learns = isinstance(transformation, Prox) and transformation.learn is not None
+        tree = case["plain" if "plain" in names else "params"]
+        states = own.learning_states(transformation, tree) if learns else None
+        case["state"] = transformation.init(tree) if states is None else draw(states)
     return case | _draw_common(draw, names)

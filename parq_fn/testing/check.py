@@ -223,7 +223,9 @@ def check_transformation(
     >>> check_transformation(sgd(0.1), laws={"update_is_pure"}, max_examples=5)
     """
     traits = all_laws.transformation_traits(transformation)
-    inputs = partial(cases.transformation_case, traits=traits, params=params)
+    inputs = partial(
+        cases.transformation_case, traits=traits, params=params, transformation=transformation
+    )
     chosen = all_laws.chosen("transformation", traits, laws)
     _check(transformation, chosen, inputs, max_examples)
 

@@ -145,7 +145,9 @@ def report(
         inputs = partial(cases.schedule_case, traits=traits)
     elif kind == "transformation":
         traits = all_laws.transformation_traits(operator)
-        inputs = partial(cases.transformation_case, traits=traits, params=params)
+        inputs = partial(
+            cases.transformation_case, traits=traits, params=params, transformation=operator
+        )
     else:
         raise ValueError(f"kind must be one of {', '.join(all_laws.ALL)}, got {kind!r}")
     chosen = all_laws.chosen(kind, traits, laws)

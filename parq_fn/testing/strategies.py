@@ -1,4 +1,5 @@
-"""Hypothesis strategies: rows, levels, coefficients, operators, parameter trees, gradients.
+"""Hypothesis strategies: rows, levels, qparams, coefficients, operators, states, parameter trees,
+gradients.
 
 All shrink toward small integers and short rows. Numbers are finite and, but for `magnitudes`,
 of ordinary size, so that laws of exact arithmetic can be held to small tolerances in float64.
@@ -6,6 +7,7 @@ of ordinary size, so that laws of exact arithmetic can be held to small toleranc
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -42,6 +44,7 @@ __all__ = [
     "coefficients",
     "dtypes",
     "latents",
+    "learning_states",
     "leaves",
     "levels",
     "numbers",
@@ -49,6 +52,7 @@ __all__ = [
     "problems",
     "prox_links",
     "proxmaps",
+    "qparams",
     "quantizers",
     "rows",
     "schedules",
@@ -170,6 +174,53 @@ def transformations(draw: Draw, *, prox: bool = True) -> Any:
     if wrap == "apply_if_finite":
         return pq.apply_if_finite(whole)
     return pq.accumulate(whole, 2) if wrap == "accumulate" else whole
+
+
+# Qparams, and states of links that learn them
+
+
+@functools.cache
+def _qparams_row(positive: tuple[bool, ...]) -> Strategy[tuple[float, ...]]:
+    return st.tuples(*[numbers(2.0**-6, 8.0) if above else numbers() for above in positive])
+
+
+@st.composite
+def qparams(
+    draw: Draw,
+    quantizer: pq.Quantizer,
+    *,
+    count: int | tuple[int, int] = (1, 3),
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Qparams [r, m] of a quantizer as learning may have left them: finite, above 0 where it keeps
+    them so, free levels in order; what it does not learn is that of a fit."""
+    low, high = (count, count) if isinstance(count, int) else count
+    r = draw(st.integers(low, high))
+    few = draw(st.lists(_qparams_row(quantizer.positive), min_size=min(r, 3), max_size=min(r, 3)))
+    values = torch.tensor((few * r)[:r], dtype=dtype).reshape(r, quantizer.num_qparams)
+    x = torch.cat([draw(rows(count=r, length=(1, 3), dtype=dtype)), values.new_ones(r, 1)], -1)
+    learnable = torch.tensor(quantizer.learnable)
+    return quantizer.ordered(torch.where(learnable, values, quantizer.fit(x)))
+
+
+@st.composite
+def learning_states(draw: Draw, link: pq.Prox, params: Any) -> Any:
+    """States of a prox link that learns, of those params, in which its map makes the weights:
+    `qparams` as above, and what moves them as it begins."""
+    begins = max(float(link.warmup), float(link.begins))
+    step = torch.tensor(math.ceil(begins) + draw(st.integers(0, 6)))
+    begun = link.init(params)
+
+    def of_leaf(zeros: Tensor) -> Tensor:
+        r = zeros.shape[:-1].numel()
+        return draw(qparams(link.quantizer, count=r, dtype=zeros.dtype)).reshape(zeros.shape)
+
+    return begun._replace(
+        count=step + 1,
+        slope=link.coefficient(step).double(),
+        lr_sum=torch.tensor(draw(numbers(0.0, 4.0)), dtype=torch.float64),
+        qparams=pq.tree.tree_map(of_leaf, begun.qparams),
+    )
 
 
 # Parameters and gradients

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import optree
@@ -220,6 +221,32 @@ def test_random_maps_run(drawn: Any) -> None:
 @given(strategies.quantizers(), strategies.rows(dtype=torch.bfloat16))
 def test_random_quantizers_run(quantizer: Any, x: Any) -> None:
     assert quantizer(x).shape == (x.shape[0], quantizer.num_levels)
+
+
+@given(st.data())
+def test_qparams_are_what_learning_may_leave(data: Any) -> None:
+    quantizer = data.draw(strategies.quantizers())
+    q = data.draw(strategies.qparams(quantizer, dtype=torch.float32))
+    assert q.dtype == torch.float32
+    assert torch.equal(q, quantizer.ordered(q))
+    assert (q[:, list(quantizer.positive)] > 0).all()
+    levels = quantizer.levels(q)
+    assert levels.isfinite().all()
+    assert (levels.diff(dim=-1) >= 0).all()
+    whole = q[:, [not scales for scales in quantizer.scales]]
+    assert torch.equal(whole, whole.round())
+
+
+@given(st.data())
+def test_states_of_links_that_learn_are_in_the_middle_of_a_training(data: Any) -> None:
+    link: Any = data.draw(strategies.prox_links())
+    link = replace(link, learn=pq.sgd(0.1))
+    params = data.draw(strategies.params())
+    state = data.draw(strategies.learning_states(link, params))
+    assert link.active(state)
+    first = pq.tree.tree_map(lambda x: (x.dtype, x.shape), link.init(params))
+    assert pq.tree.tree_map(lambda x: (x.dtype, x.shape), state) == first
+    link.weights(state, params)
 
 
 @given(st.data())

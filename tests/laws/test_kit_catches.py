@@ -515,6 +515,20 @@ class weights_of_the_delta(pq.hard_prox):
         return tree_map(lambda w, p: p + (w - p), hard, params)
 
 
+class learns_without_bounds(pq.hard_prox):
+    """Scales that go below 0 where a step is larger than they are."""
+
+    def update(self, updates: Any, state: Any, params: Any, **extra: Any) -> Any:
+        updates, new = super().update(updates, state, params, **extra)
+        if not self.active(state):
+            return updates, new
+        qparams = tree_map(
+            lambda d, q: None if d is None else q - 0.05 * d.sign(), extra["pulled"], state.qparams
+        )
+        moved = tree_map(lambda q, m: q if m is None else m, new.qparams, qparams)
+        return updates, new._replace(qparams=moved)
+
+
 class pulls_back_too_early(pq.hard_prox):
     """The estimator of levels that no step has fitted."""
 
@@ -540,6 +554,7 @@ def of_the_next_latent(g: Tensor, u: Tensor, w: Tensor, levels: Tensor, step: Te
     [
         (refits_every_step(pq.lsbq(2), period=2), "refits_when_due"),
         (weights_of_the_delta(pq.lsbq(2), period=1), "weights_are_mapped"),
+        (learns_without_bounds(pq.uniform(2), learn=pq.sgd(0.1)), "learns_within_bounds"),
         (
             pulls_back_too_early(pq.lsbq(1), gradient=pq.estimators.inside()),
             "waits_to_pull_back",

@@ -101,11 +101,16 @@ def refits_when_due(t: Prox, plain: PyTree, steps: Steps) -> Iterator[Claim]:
     "q_t learned  =>  levels(q_t) sorted and finite, q_t > 0 where positive",
     needs=("prox",),
 )
-def learns_within_bounds(t: Prox, params: PyTree, steps: Steps) -> Iterator[Claim]:
+def learns_within_bounds(t: Prox, params: PyTree, steps: Steps, state: PyTree) -> Iterator[Claim]:
     if t.learn is None:
         return
-    old, *rest = train(t, params, steps)
-    for here in rest:
+    for first in (None, state):
+        yield from _keeps_bounds(t, train(t, params, steps, first))
+
+
+def _keeps_bounds(t: Prox, training: Iterator[Point]) -> Iterator[Claim]:
+    old = next(training)
+    for here in training:
         pairs = zip(tree_leaves(old.state.qparams), tree_leaves(here.state.qparams), strict=True)
         for before, q in pairs:
             levels = t.quantizer.levels(in_rows(q))
