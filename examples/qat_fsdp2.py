@@ -9,6 +9,12 @@ AdamW is wrapped after `fully_shard`, and that is all that differs from a plain 
 Every `--save-every` steps parameters, latents, levels and moments are saved as a distributed
 checkpoint; the same command with `--resume`, on as many processes or others, resumes from the
 last whole one. On the same number of processes it resumes bit for bit.
+
+    torchrun --nproc-per-node 4 -m examples.qat_fsdp2 --tensor-parallel 2
+
+`--tensor-parallel` processes hold a layer together: the matrices that go into attention and into
+the inner layer by their rows, those that come out of them by their columns. Over these, FSDP2
+shards the rest of the mesh.
 """
 
 from __future__ import annotations
@@ -28,6 +34,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from tqdm import tqdm
 
 import parq_fn as pq
@@ -67,10 +79,11 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, t, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        n, t, width = x.shape  # a head's q, k and v lie together, and heads on any rank
+        own = self.qkv(self.norm1(x)).view(n, t, -1, 3, width // self.heads)
+        q, k, v = own.permute(3, 0, 2, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).reshape(n, t, width))
+        x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
@@ -97,9 +110,30 @@ def loss_of(net: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def shard(net: Transformer, mesh: DeviceMesh) -> None:
+    """mesh: of the dimensions "data" and "tensor", or "data" alone."""
+    names = mesh.mesh_dim_names or ()
     for block in net.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(net, mesh=mesh)
+        if "tensor" in names:
+            columns, rows = ColwiseParallel(), RowwiseParallel()
+            plan = {"qkv": columns, "out": rows, "up": columns, "down": rows}
+            parallelize_module(block, mesh["tensor"], plan)
+        fully_shard(block, mesh=mesh["data"])
+    fully_shard(net, mesh=mesh["data"])
+
+
+def clip(net: nn.Module, most: float) -> None:
+    """Scales all gradients so that their norm is at most that, those on meshes of other shapes
+    too."""
+    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    parts: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        parts.setdefault(getattr(grad, "device_mesh", None), []).append(grad)
+    norms = [nn.utils.get_total_norm(own) for own in parts.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack(whole))
+    for own in parts.values():
+        params = [p for p in net.parameters() if any(p.grad is grad for grad in own)]
+        nn.utils.clip_grads_with_norm_(params, most, total)
 
 
 def wrap(net: nn.Module, args: argparse.Namespace) -> QuantOptimizer:
@@ -110,7 +144,8 @@ def wrap(net: nn.Module, args: argparse.Namespace) -> QuantOptimizer:
         {"params": [(n, p) for n, p in named if mask[n]], "quant_bits": args.quant_bits},
         {"params": [(n, p) for n, p in named if not mask[n]]},
     ]
-    base = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    rates: dict[str, Any] = {"lr": args.lr, "betas": (0.9, 0.95), "weight_decay": 0.01}
+    base = torch.optim.AdamW(groups, **rates, foreach=False)  # parameters of several meshes
     prox = pq.parq_prox(
         pq.lsbq(2),
         anneal_start=args.steps // 5,
@@ -157,6 +192,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--seed", 0, "of the start and the batches", **whole)
     flag("--save-dir", Path("runs/qat_fsdp2"), "folder of the checkpoints", type=Path)
     flag("--save-every", 100, "steps between checkpoints", **count)
+    flag("--tensor-parallel", 1, "processes that hold a layer together", **count)
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
     parser.add_argument("--stop-after", type=at_least(0, int), help="end after so many steps")
     args = parser.parse_args(argv)
@@ -164,6 +200,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--width must be a multiple of 16, got {args.width}")
     if "RANK" not in os.environ:
         parser.error("start it by torchrun --nproc-per-node 2 -m examples.qat_fsdp2")
+    world, heads = int(os.environ["WORLD_SIZE"]), args.width // 16
+    if world % args.tensor_parallel or heads % args.tensor_parallel:
+        parser.error(
+            f"--tensor-parallel {args.tensor_parallel} has to divide the {world} processes and the "
+            f"{heads} heads of --width {args.width}"
+        )
     output_folder(args.save_dir)
     return args
 
@@ -178,10 +220,15 @@ def main(argv: Sequence[str] | None = None) -> float:
         torch.set_num_threads(1)
     dist.init_process_group("nccl" if gpu else "gloo")
     device = "cuda" if gpu else "cpu"
-    rank, first = dist.get_rank(), dist.get_rank() == 0
+    first = dist.get_rank() == 0
     torch.manual_seed(args.seed)
     net = Transformer(args.layers, args.width, args.width // 16, args.context).to(device)
-    shard(net, init_device_mesh(device, (dist.get_world_size(),)))
+    shape, names = (dist.get_world_size() // args.tensor_parallel,), ("data",)
+    if args.tensor_parallel > 1:
+        shape, names = (*shape, args.tensor_parallel), (*names, "tensor")
+    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    shard(net, mesh)
+    part = mesh["data"].get_local_rank()  # ranks that hold a layer together have one batch
     optimizer = wrap(net, args)
     train, test = load_text()
 
@@ -190,12 +237,12 @@ def main(argv: Sequence[str] | None = None) -> float:
     last = args.steps if args.stop_after is None else min(args.steps, args.stop_after)
     with tqdm(range(done + 1, last + 1), "training", disable=None if first else True) as progress:
         for step in progress:
-            own = torch.Generator().manual_seed((args.seed * 2**20 + step) * 2**12 + rank)
+            own = torch.Generator().manual_seed((args.seed * 2**20 + step) * 2**12 + part)
             tokens = batch(train, args.batch_size, args.context, own).to(device)
             optimizer.zero_grad()
             loss = loss_of(net, tokens)
             loss.backward()
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            clip(net, 1.0)
             optimizer.step()
             if step % args.save_every == 0 or step == last:
                 save_checkpoint(args.save_dir / f"step-{step:06d}", net, optimizer)

@@ -52,3 +52,11 @@ def test_killed_and_resumed_it_ends_as_if_left_alone(tmp_path: Path) -> None:
     assert result(run(folder, 2, "--resume")) == alone
     again = result(run(folder, 1, "--resume"))  # nothing is left to do
     assert again == alone.replace("2 processes", "1 processes")
+
+
+@pytest.mark.rare
+def test_training_goes_on_under_tensor_parallelism(tmp_path: Path) -> None:
+    run(tmp_path / "net", 2, "--stop-after", "20").end()
+    shown = result(run(tmp_path / "net", 4, "--resume", "--tensor-parallel", "2"))
+    assert "4 processes" in shown
+    assert "inverse slope 0.0000, on levels 1.0000" in shown
