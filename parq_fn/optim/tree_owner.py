@@ -19,10 +19,12 @@ from parq_fn.optim.old_states import Kept
 from parq_fn.optim.owner import Place
 from parq_fn.optim.saved import FOREIGN, check_keys
 from parq_fn.optim.state import Entries, Group, wide
+from parq_fn.transforms.chain import every_state
 from parq_fn.transforms.levels_of import prox_states
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.sharded import local
 from parq_fn.transforms.transformation import Transformation
+from parq_fn.transforms.wrappers import AccumulateState
 
 #: The entry that tells which prox links a parameter was trained with, but for a learning rate.
 DIGEST = "prox_links"
@@ -41,6 +43,7 @@ class TreeOwner:
     widens = True
     needs: frozenset[str] = frozenset()
     _learned: frozenset[str] = frozenset()  # what keys of a prox link's learning begin with
+    _gathered: frozenset[str] = frozenset()  # the keys of what `accumulate` gathers
 
     def __init__(
         self,
@@ -82,13 +85,17 @@ class TreeOwner:
         params: dict[str, Tensor] = {place.name: place.p for place in places}
         common: Entries = {}
         links: dict[str, list[Prox]] = {}
-        known, weigh, learned = {"latent"}, {"latent"}, set[str]()
+        known, weigh = {"latent"}, {"latent"}
+        learned, gathered = set[str](), set[str]()
         for part in parts:
             initial = part.transformation.init(select(part, latents))
             for owner, key, leaf in part.take_apart(initial):
                 (common if owner is None else made[params[owner]])[key] = leaf
             keys = {id(leaf): key for _, key, leaf in part.take_apart(initial)}
             known.update(keys.values())
+            for _, own in every_state(part.transformation, initial):
+                if isinstance(own, AccumulateState):
+                    gathered.update(keys[id(leaf)] for leaf in tree_leaves(own.total))
             for link, own in prox_states(part.transformation, initial):
                 weigh.update(keys[id(leaf)] for leaf in tree_leaves(own))
                 above = keys[id(own.count)].removesuffix("count")
@@ -100,7 +107,7 @@ class TreeOwner:
         for entries in made.values():
             entries.update(common)
         self.parts, self.params, self._known, self._weigh = parts, params, known, weigh
-        self._learned = frozenset(learned)
+        self._learned, self._gathered = frozenset(learned), frozenset(gathered)
         return made
 
     def adopted(self, p: Tensor, entries: Entries) -> None:
@@ -207,10 +214,11 @@ class TreeOwner:
     def with_first_fit(self, entries: Entries, stepped: Entries) -> Entries:
         """The entries of a parameter that is left alone in a step, with the step's qparams in the
         rows that had none: the next fit may be far, and without levels all weights would be 0.
-        Those of the first step are all the step's: links take copies of parameters there."""
+        Those of the first step are all the step's: links take copies of parameters there. So is
+        what gradients accumulate to, with which one update is made for all parameters."""
         if not self.trained(entries):
             return stepped
-        new = dict(entries)
+        new = {**entries, **{key: stepped[key] for key in self._gathered & entries.keys()}}
         for key in self._weigh & entries.keys():
             old, fitted = entries[key], stepped[key]
             if key.rpartition(".")[2] == "qparams" and old.shape == fitted.shape:

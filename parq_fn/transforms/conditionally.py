@@ -35,6 +35,9 @@ class conditionally(Around):
     """The inner update where condition(t) is not 0, t the updates before this one; elsewhere
     updates pass as they came and the inner state stands still.
 
+    So put it around links that leave gradients what they are: where links that take a learning rate
+    are off, gradients would be added to params as they are.
+
     What the inner transformation counts are the updates that it made: a schedule inside goes on
     where it stopped. Its weights and pullback are those of its state at every step, so that a prox
     link that is off maps by the levels that it has, and fits none.

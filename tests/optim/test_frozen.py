@@ -175,3 +175,18 @@ def test_a_parameter_that_was_frozen_as_levels_were_first_fitted_has_levels(adap
         if t == 1:
             assert torch.equal(params[0], before)
     assert params[0].unique().numel() == 4
+
+
+@pytest.mark.parametrize("calls", [(), (2, 3)])
+def test_gradients_that_were_gathered_before_a_parameter_was_frozen_count_once(
+    calls: tuple[int, ...],
+) -> None:
+    """They were kept over the update that they belong to, and added to those of the next one."""
+    p, q = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = TransformOptimizer([("p", p), ("q", q)], pf.accumulate(pf.sgd(1.0), 4))
+    for t in range(8):
+        p.requires_grad_(t not in calls)
+        ones_for(p, q)
+        optimizer.step()
+    assert p.item() == (-1 if calls else -2)
+    assert q.item() == -2
