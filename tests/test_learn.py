@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import parq_fn as pf
 from parq_fn import proxmaps
+from parq_fn.foundation.torch_private import compiler_options
 from parq_fn.foundation.traits import ProxTraits
 from parq_fn.foundation.tree import tree_map
 from parq_fn.optim.engine import gradients
 from parq_fn.proxmaps.proxmap import prox_map
 from parq_fn.quantizers.base import Grid
 from parq_fn.transforms.learn import moved
-from parq_fn.transforms.qparams_gradient import KINDS, is_one_scale, of_rows
+from parq_fn.transforms.qparams_gradient import KINDS, is_one_scale, of_codes, of_rows
 from tests.helpers import pairwise, sampled
 
 FLOAT64 = torch.float64
@@ -226,7 +227,7 @@ def test_rows_in_pieces_have_the_gradients_of_whole_rows(
 ) -> None:
     """Programs are made of many weights alone, one for each kind and map."""
     made: list[Any] = []
-    monkeypatch.setattr(gradients, "compiled", lambda run, options: made.append(run) or run)
+    monkeypatch.setattr(gradients, "compiled", lambda run, options: made.append(options) or run)
     kinds = KINDS if is_one_scale(quantizer) else KINDS[:2]
     slope = torch.tensor(0.5, dtype=FLOAT64)
 
@@ -250,7 +251,7 @@ def test_rows_in_pieces_have_the_gradients_of_whole_rows(
             assert len(made) == (2 * len(kinds) - 1 if compile and shape != (3, 5) else 0)
     with Passing():
         gradients.RowGradients(compile=True)(*some)
-    assert len(made) == 2 * len(kinds) - 1
+    assert made == [compiler_options("cpu", two=False, narrow=False)] * (2 * len(kinds) - 1)
 
 
 def test_a_scale_of_zero_has_no_gradient_and_no_derivative_of_one() -> None:
@@ -283,6 +284,21 @@ def test_equal_levels_have_gradients_of_their_own() -> None:
             of_rows("code", proxmaps.hard, quantizer, u, g, one, FLOAT64, s) for one in (tied, near)
         )
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("quantizer", ALL[:-1], ids=repr)
+def test_weights_that_are_held_at_levels_have_the_gradients_of_those_on_them(
+    quantizer: Any,
+) -> None:
+    g = draw(5, 40, seed=1).bfloat16()
+    qparams = quantizer.fit(draw(5, 30)).abs() + 0.1 * torch.arange(quantizer.num_qparams)
+    levels = quantizer.levels(qparams)
+    codes = torch.arange(200).reshape(5, 40).remainder(levels.shape[-1]).to(torch.int16)
+    u = levels.gather(-1, codes.long())
+    wanted = of_rows("code", None, quantizer, u, g, qparams, FLOAT64, torch.tensor(0.5))
+    for lowest in (0, -1):  # -1 where a weight has no level yet, which counts for the lowest
+        found = of_codes(quantizer, g, qparams, torch.where(codes == 0, lowest, codes))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["code", "map"])

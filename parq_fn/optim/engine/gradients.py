@@ -53,11 +53,11 @@ class RowGradients:
         like: torch.dtype,
         s: Tensor,
     ) -> Tensor:
-        """dL/dqparams [r, m] of rows u and grads [r, n]."""
+        """dL/dqparams [r, m] of rows u and grads [r, n], r and n above 0."""
         if kind == "map" and derivatives_of(proxmap) is None:  # rows are to be whole
             return of_rows(kind, proxmap, quantizer, u, grads, qparams, like, s)
         (r, n), cut = u.shape, self.compile and not in_dispatch_mode() and u.numel() > _SMALL
-        step = max(1, (_COMPILED_PIECE if cut else _PIECE) // max(n, 1))
+        step = max(1, (_COMPILED_PIECE if cut else _PIECE) // n)
         found = []
         for a in range(0, r, step):
             some = slice(a, a + step)
@@ -119,7 +119,7 @@ def _of_parts(table: Any, parts: int) -> Any:
 
 def _in_pieces(kind: Kind, proxmap: Any, u: Tensor, grads: Tensor, of: Tables, s: Tensor) -> Tensor:
     total: Tensor | None = None
-    for a, b in _columns(u.shape[1], max(1, _PIECE // max(u.shape[0], 1))):
+    for a, b in _columns(u.shape[1], max(1, _PIECE // len(u))):
         part = sums(kind, proxmap, u[:, a:b], grads[:, a:b], of, s)
         total = part if total is None else total + part
     assert total is not None
