@@ -69,6 +69,17 @@ def test_doubles_are_rounded_once() -> None:
     assert float(np.float16(x)) == 1 + 2.0**-10
 
 
+@pytest.mark.parametrize("dtype", [*FORMATS, "e8m0"], ids=str)
+def test_the_derivative_of_rounding_is_one(dtype: Any) -> None:
+    """Of zero, of numbers below the normal ones and beyond the largest as well."""
+    x = torch.tensor([0.0, 1e-42, 1e-9, 0.3, 5.0, 3.2e38])
+
+    def total(x: Tensor) -> Tensor:
+        return (to_e8m0(x) if dtype == "e8m0" else to_format(x, dtype)).sum()
+
+    assert torch.func.grad(total)(x).tolist() == [1.0] * 6
+
+
 def test_nan_stays() -> None:
     every = torch.tensor([2**31 - 1, 0x7F800001, -1, 0x7FC00000]).to(torch.int32)
     for dtype in FORMATS:
