@@ -17,6 +17,7 @@ from parq_fn.foundation.torch_private import compiler_options
 from parq_fn.foundation.traits import ProxTraits
 from parq_fn.foundation.tree import tree_map
 from parq_fn.optim.engine import gradients
+from parq_fn.proxmaps import binary_relax, hard, parq, proxquant, soft
 from parq_fn.proxmaps.proxmap import prox_map
 from parq_fn.quantizers.base import Grid
 from parq_fn.transforms.learn import moved
@@ -80,6 +81,17 @@ def test_the_derivative_of_maps_in_qparams_is_that_of_autograd(quantizer: Any) -
         steep = {proxmaps.parq: 1 / s if s > 0 else 1, proxmaps.soft: s if s < torch.inf else 1}
         size = g.abs().sum() * quantizer.largest_code * max(1.0, float(steep.get(map, 1)))
         assert float((found - wanted).abs().max() / size) < 1e-13, (map, coefficient)
+
+
+def test_where_a_map_rounds_its_derivatives_are_those_of_rounding() -> None:
+    """At midpoints and levels too, and of cells without width."""
+    u = torch.linspace(-3, 3, 13, dtype=FLOAT64)
+    for hi in (1.0, -1.0):
+        ends = torch.full_like(u, -1.0), torch.full_like(u, hi)
+        wanted = hard.derivatives(u, *ends, torch.tensor(0.0))
+        for map, c in ((parq, 0.0), (soft, torch.inf), (binary_relax, 1.0), (proxquant, torch.inf)):
+            found = map.derivatives(u, *ends, torch.tensor(c, dtype=FLOAT64))
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("quantizer", ALL, ids=repr)

@@ -74,7 +74,7 @@ def test_the_derivative_of_rounding_is_one(dtype: Any) -> None:
     """Of zero, of numbers below the normal ones and beyond the largest as well."""
     x = torch.tensor([0.0, 1e-42, 1e-9, 0.3, 5.0, 3.2e38])
 
-    def total(x: Tensor) -> Tensor:
+    def total(x: torch.Tensor) -> torch.Tensor:
         return (to_e8m0(x) if dtype == "e8m0" else to_format(x, dtype)).sum()
 
     assert torch.func.grad(total)(x).tolist() == [1.0] * 6

@@ -24,6 +24,25 @@ _SLOPED = (
 _PER_ROW = "least_squares_levels: per_row = (n + 1) * (num_levels + 64 if exact else 20) -> "
 _ROWS = "least_squares_levels: rows = max(1, min(_CHUNK // n, _DOUBLES // per_row)) -> "
 
+_COUNTED = "_segments: if torch.compiler.is_compiling() or (plain and m < LINEAR_SEARCH_MAX): -> "
+_STEP = "RowGradients.__call__: step = max(1, (_COMPILED_PIECE if cut else _PIECE) // n) -> "
+_COLUMNS = (
+    "_in_pieces: for a, b in _columns(u.shape[1], max(1, _PIECE // len(u))): -> "
+    "for a, b in _columns(u.shape[1], "
+)
+_KEY = (
+    "RowGradients._program: key = (kind, id(proxmap), even, of.codes is None, of.scale is None) -> "
+)
+_OWN = "RowGradients._compiled: own = of.of(lambda x: _of_parts(x, parts)) if parts > 1 else of -> "
+
+
+def _sizes(name: str, power: int, zeros: bool = True) -> list[str]:
+    """Other numbers than 1 << power, 0 among them or not."""
+    none = [f"1 >> {power}", f"0 << {power}"] if zeros else []
+    others = [*none, f"2 << {power}", f"1 << {power + 1}", f"1 << {power - 1}"]
+    return [f": {name} = 1 << {power} -> {name} = {other}" for other in others]
+
+
 EQUIVALENT: dict[str, dict[str, list[str]]] = {
     "parq_fn/quantizers/granularity.py": {
         "the longer way to the same rows": [
@@ -63,6 +82,14 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
         ],
     },
     "parq_fn/proxmaps/parq.py": {
+        "at a kink of the map, where both slopes are derivatives": [
+            "parq_derivatives: upper = (line >= hi).to(u.dtype) -> upper = (line > hi).to(u.dtype)",
+            "parq_derivatives: lower = (line < lo).to(u.dtype) -> lower = (line <= lo).to(u.dtype)",
+        ],
+        "a choice that is made, or is not, where s is known": [
+            "parq_derivatives: if is_plain(s) and s > 0: -> if not (is_plain(s) and s > 0):",
+            "parq_derivatives: if is_plain(s) and s > 0: -> if is_plain(s) and s > 1:",
+        ],
         "two ways to the same weights, of which one is faster": [
             ": _LINES_MAX = 5 -> _LINES_MAX = 6",
             ": _LINES_MAX = 5 -> _LINES_MAX = 4",
@@ -244,6 +271,106 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
         "levels of equal error": [
             "_polish: best = torch.where(error < least, levels, best) -> "
             "best = torch.where(error <= least, levels, best)",
+        ],
+    },
+    "parq_fn/transforms/averaged.py": {
+        "what is divided by where the sum of weights is 0, as the weight then is": [
+            "share_of: return ((1.0 - decay) / torch.where(new > 0, new, 1.0), new) -> "
+            "return ((1.0 - decay) / torch.where(new > 0, new, 2.0), new)",
+        ],
+        "torch.lerp rounds a weight of one number to the dtype of the others": [
+            "moved: end, weight = (local(latent).to(mine.dtype), to_device(share, mine)"
+            ".to(mine.dtype)) -> end, weight = (local(latent).to(mine.dtype), "
+            "to_device(share, mine))",
+        ],
+    },
+    "parq_fn/transforms/muon.py": {
+        "torch.lerp rounds a weight of one number to the dtype of the others": [
+            "_mixed: weight = to_device(share, one).to(one.dtype) -> "
+            "weight = to_device(share, one)",
+        ],
+    },
+    "parq_fn/transforms/flips.py": {
+        "counts in int64 are the same numbers": [
+            "_flips.share: count = gathered(placed(turned, param).sum(dtype=torch.float32)) -> "
+            "count = gathered(placed(turned, param).sum())",
+        ],
+    },
+    "parq_fn/transforms/schedule_free.py": {
+        "a weight that is the same at every step cancels": [
+            "schedule_free: weight: Scalar = 1.0 -> weight: Scalar = 2.0",
+        ],
+        "what is divided by where the sum of weights is 0, as the weight then is": [
+            "schedule_free.update: c = weight / total.where(total > 0, 1.0) -> "
+            "c = weight / total.where(total > 0, 2.0)",
+        ],
+    },
+    "parq_fn/transforms/qparams_gradient.py": {
+        "two ways to the same gradients, of which one is faster": [
+            "tables: even = quantizer.even_in(qparams, like) if one and quantizer.num_levels > 2 "
+            "else None -> even = quantizer.even_in(qparams, like) if one and "
+            "quantizer.num_levels > 3 else None",
+            "of_sums: if quantizer.sorts and m in (k, k / 2): -> "
+            "if quantizer.sorts and m in (k, k * 2):",
+            "of_sums: if quantizer.sorts and m in (k, k / 2): -> "
+            "if quantizer.sorts and m in (k, k / 3):",
+            "of_sums: if quantizer.sorts and m in (k, k / 2): -> "
+            "if quantizer.sorts and m in (k, k / 1):",
+            "_segments: plain = is_plain(values) and is_plain(x) -> "
+            "plain = is_plain(values) or is_plain(x)",
+            _COUNTED + "if not (torch.compiler.is_compiling() or "
+            "(plain and m < LINEAR_SEARCH_MAX)):",
+            _COUNTED + "if torch.compiler.is_compiling() and (plain and m < LINEAR_SEARCH_MAX):",
+            _COUNTED + "if torch.compiler.is_compiling() or (plain or m < LINEAR_SEARCH_MAX):",
+            _COUNTED + "if torch.compiler.is_compiling() or (plain and m <= LINEAR_SEARCH_MAX):",
+            _COUNTED + "if torch.compiler.is_compiling() or (plain and m >= LINEAR_SEARCH_MAX):",
+        ],
+        "torch sorts stably on a CPU whatever is asked": [
+            "of_sums: order = qparams.argsort(stable=True) -> "
+            "order = qparams.argsort(stable=False)",
+        ],
+        "what is divided by where the scale is 0, and the gradient is": [
+            "_usable: return torch.where(scale == 0, 1.0, scale) -> "
+            "return torch.where(scale == 0, 2.0, scale)",
+        ],
+    },
+    "parq_fn/optim/engine/gradients.py": {
+        "how many weights are taken at a time, for speed: what they add is added up": [
+            *_sizes("_PIECE", 18),
+            *_sizes("_COMPILED_PIECE", 24),
+            *_sizes("_WIDTH", 10, zeros=False),
+            *_sizes("_SMALL", 14),
+            _STEP + "step = max(2, (_COMPILED_PIECE if cut else _PIECE) // n)",
+            _STEP + "step = max(1, (_COMPILED_PIECE if cut else _PIECE) * n)",
+            _STEP + "step = max(1, (_COMPILED_PIECE if not cut else _PIECE) // n)",
+            _COLUMNS + "min(1, _PIECE // len(u))):",
+            _COLUMNS + "max(2, _PIECE // len(u))):",
+            _COLUMNS + "max(1, _PIECE * len(u))):",
+        ],
+        "the same programs by other keys": [
+            _KEY + "key = (kind, id(proxmap), even, of.codes is not None, of.scale is None)",
+            _KEY + "key = (kind, id(proxmap), even, of.codes is None, of.scale is not None)",
+        ],
+        "both are the length of the row": [
+            "RowGradients._compiled: width = _WIDTH if n > _WIDTH else n -> "
+            "width = _WIDTH if n >= _WIDTH else n",
+        ],
+        "tables that are repeated once": [
+            _OWN + "own = of.of(lambda x: _of_parts(x, parts)) if parts >= 1 else of",
+            _OWN + "own = of.of(lambda x: _of_parts(x, parts)) if parts > 0 else of",
+        ],
+    },
+    "parq_fn/optim/on_levels.py": {
+        "a graph that nobody asks for": [
+            "share_on_levels: rows = optimizer.link(group).granularity.rows(gathered(p.detach()))"
+            " -> rows = optimizer.link(group).granularity.rows(gathered(p))",
+        ],
+    },
+    "parq_fn/quantizers/rounding.py": {
+        "the least normal number is rounded to itself in both ways": [
+            "to_format: return _passing(torch.where(held.abs() < 2.0 ** least, subnormal, "
+            "normal), x) -> return _passing(torch.where(held.abs() <= 2.0 ** least, subnormal, "
+            "normal), x)",
         ],
     },
 }
