@@ -102,6 +102,8 @@ def test_a_quantizer_of_ones_own_with_a_scale_of_the_tensor() -> None:
             return torch.cat([x, x], -1)[:, :2]
 
     assert shared()(torch.tensor([[1.0, 3.0], [0.0, -8.0]])).tolist() == [[-6, 10], [-12, 4]]
+    rows = torch.tensor([[1.0, 3.0], [0.0, -8.015625]])  # rounded: -8.0, and a mean of -4.0
+    assert pf.stored(shared(), torch.bfloat16)(rows).tolist() == [[-6, 10], [-12, 4]]
     with pytest.raises(ValueError, match=r"expected \(1, 1\): \[r, num_qparams - num_whole\]"):
         wrong()(torch.ones(1, 2))
     with pytest.raises(Violation, match="rows_alone"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ def about_mean(qparams: Tensor, levels: Callable[[Tensor], Tensor]) -> Tensor:
 def ordered_about_mean(qparams: Tensor, ordered: Callable[[Tensor], Tensor]) -> Tensor:
     """`ordered` qparams [..., m + 1], of which the last is a mean."""
     return torch.cat([ordered(qparams[..., :-1]), qparams[..., -1:]], -1)
+
+
+def of_inner(name: str) -> Any:
+    """The property that gives that of the quantizer inside, `quantizer`."""
+    return property(lambda self: getattr(self.quantizer, name))
 
 
 @value
@@ -56,14 +62,8 @@ class centered(Quantizer):
                 "their means would each change; use it by itself"
             )
 
-    @property
-    def homogeneous(self) -> bool:
-        """Where the quantizer is."""
-        return self.quantizer.homogeneous
-
-    @property
-    def num_levels(self) -> int:
-        return self.quantizer.num_levels
+    homogeneous, num_levels = of_inner("homogeneous"), of_inner("num_levels")
+    largest_code, sorts = of_inner("largest_code"), of_inner("sorts")
 
     @property
     def num_qparams(self) -> int:
@@ -80,14 +80,6 @@ class centered(Quantizer):
     @property
     def learnable(self) -> tuple[bool, ...]:
         return (*self.quantizer.learnable, True)
-
-    @property
-    def largest_code(self) -> float:
-        return self.quantizer.largest_code
-
-    @property
-    def sorts(self) -> bool:
-        return self.quantizer.sorts
 
     def ordered(self, qparams: Tensor) -> Tensor:
         return ordered_about_mean(qparams, self.quantizer.ordered)

@@ -10,7 +10,7 @@ from torch import Tensor
 from parq_fn.foundation.traits import QuantizerTraits
 from parq_fn.foundation.value import briefly, value
 from parq_fn.quantizers.base import Grid, Quantizer
-from parq_fn.quantizers.centered import centered
+from parq_fn.quantizers.centered import centered, of_inner
 from parq_fn.quantizers.rounding import to_e8m0, to_format
 
 
@@ -67,46 +67,11 @@ class stored(Quantizer):
                 f"{own.num_qparams} qparams for {own.num_levels} level(s); use torch.bfloat16"
             )
 
-    @property
-    def homogeneous(self) -> bool:
-        """Of its fit, which is the quantizer's."""
-        return self.quantizer.homogeneous
-
-    @property
-    def telling(self) -> bool:
-        return self.quantizer.telling
-
-    @property
-    def extremes(self) -> bool:
-        return self.quantizer.extremes
-
-    @property
-    def num_levels(self) -> int:
-        return self.quantizer.num_levels
-
-    @property
-    def num_qparams(self) -> int:
-        return self.quantizer.num_qparams
-
-    @property
-    def scales(self) -> tuple[bool, ...]:
-        return self.quantizer.scales
-
-    @property
-    def positive(self) -> tuple[bool, ...]:
-        return self.quantizer.positive
-
-    @property
-    def learnable(self) -> tuple[bool, ...]:
-        return self.quantizer.learnable
-
-    @property
-    def largest_code(self) -> float:
-        return self.quantizer.largest_code
-
-    @property
-    def sorts(self) -> bool:
-        return self.quantizer.sorts
+    # Its fit is the quantizer's, and so is what is learned.
+    homogeneous, telling, extremes = map(of_inner, ("homogeneous", "telling", "extremes"))
+    num_levels, num_qparams, scales = map(of_inner, ("num_levels", "num_qparams", "scales"))
+    positive, learnable, sorts = map(of_inner, ("positive", "learnable", "sorts"))
+    largest_code, num_whole, whole = map(of_inner, ("largest_code", "num_whole", "whole"))
 
     def ordered(self, qparams: Tensor) -> Tensor:
         return self.quantizer.ordered(qparams)
@@ -117,6 +82,7 @@ class stored(Quantizer):
         return QuantizerTraits(
             scale_exact=own.scale_exact and self.dtype != torch.float16,  # of few exponents
             widens=own.widens,
+            whole=own.whole,
             symmetric=own.symmetric,
             includes_zero=own.includes_zero,
             evenly_spaced=own.evenly_spaced,
