@@ -109,7 +109,7 @@ def normal_like(like: Tensor, key: Tensor) -> Tensor:
     bits = _mixed(_mixed(index * _GOLDEN + to_device(key, mine)))
     wide = torch.promote_types(mine.dtype, torch.float32)
     high, low = ((bits >> s) & 0xFFFFFFFF for s in (32, 0))
-    radius = (-2.0 * ((high.to(wide) + 0.5) * 2.0**-32).log()).clamp(min=0.0).sqrt()
+    radius = (-2.0 * ((high.to(wide) + 0.5) * 2.0**-32).log()).sqrt()
     return placed((radius * (low.to(wide) * (2.0 * math.pi * 2.0**-32)).cos()).to(mine.dtype), like)
 
 
