@@ -130,6 +130,13 @@ def test_latents_that_are_kept_have_memory_of_their_own_and_full_precision(
         assert pf.read(state, name)["w"].dtype == torch.float32
 
 
+def test_a_first_step_of_no_weight_leaves_the_average_at_the_start() -> None:
+    transform = pf.schedule_free(pf.sgd(0.1), weight=lambda t: t.double())
+    ((state, params),) = steps(transform, 1)
+    assert not torch.equal(params["b"], PARAMS["b"])
+    torch.testing.assert_close(pf.weights_of_average(transform, state, params), PARAMS)
+
+
 def test_where_nothing_averages_there_are_no_weights_of_an_average() -> None:
     transform = pf.chain(pf.sgd(0.1), PROX)
     with pytest.raises(ValueError, match=r"nothing averages in chain\(.* averaged\("):
