@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from parq_fn.optim.engine import gradients
 from parq_fn.proxmaps import binary_relax, hard, parq, proxquant, soft
 from parq_fn.proxmaps.proxmap import prox_map
 from parq_fn.quantizers.base import Grid
-from parq_fn.transforms.learn import moved
+from parq_fn.transforms.learn import moved, of_all_rows
 from parq_fn.transforms.qparams_gradient import KINDS, is_one_scale, of_codes, of_rows
 from tests.helpers import pairwise, sampled
 
@@ -324,6 +325,17 @@ def test_gradients_of_narrow_numbers_are_summed_in_float32(quantizer: Any, kind:
         wide = u.double(), g.double(), qparams.double(), FLOAT64
         wanted = of_rows(kind, proxmaps.parq, quantizer, *wide, s)
         torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [slice(1, 3), slice(3, 5), [3, 3], [4, 0], slice(None)])
+def test_what_a_rank_found_of_its_rows_is_added_to_none_of_the_others(rows: Any) -> None:
+    whole, mine = torch.ones(5, 2), torch.arange(5)[rows]
+    found = draw(len(mine), 2).float()
+    wanted = torch.zeros(5, 2)
+    for row, own in zip(mine, found, strict=True):
+        wanted[row] += own
+    part: Any = SimpleNamespace(rows=mine if isinstance(rows, list) else rows)
+    assert torch.equal(of_all_rows(found, part, whole), wanted)
 
 
 # Steps of qparams

@@ -151,6 +151,27 @@ def test_a_held_weight_moves_the_level_that_it_is_on(quantizer: Any, kind: Any) 
     assert elsewhere
 
 
+@pytest.mark.parametrize("kind", ["code", "map"])
+def test_levels_learn_of_held_weights_as_autograd_does(kind: Any) -> None:
+    span = pf.parq_prox(pf.lsbq(2), anneal_start=1, anneal_end=40, granularity=pf.per_channel())
+    link = replace(span, hold=HOLD, learn=pf.learn(pf.sgd(0.01), kind, normalize=False))
+    *_, (u, _, (_, state)) = functional(link, 12)
+    held, code = state.oscillation.held["w"], state.oscillation.code["w"].long()
+    assert 0 < int(held.sum()) < held.numel()
+    g = draw(4, 6, seed=7)
+
+    def total(qparams: Tensor) -> Tensor:
+        levels = link.quantizer.levels(qparams)
+        near = (u.unsqueeze(-1) - levels.detach().unsqueeze(1)).abs().argmin(-1)
+        free = levels.gather(-1, near)
+        if kind == "map":
+            free = link.proxmap(u, levels, state.slope)
+        return (g * torch.where(held, levels.gather(-1, code), free)).sum()
+
+    _, own = link.pullback({"w": g}, state, {"w": u})
+    torch.testing.assert_close(own["w"], torch.func.grad(total)(state.qparams["w"]))
+
+
 def built(adapter: str, p: nn.Parameter, link: Any) -> Any:
     if adapter == "TransformOptimizer":
         return TransformOptimizer([("w", p)], pf.chain(pf.sgd(0.3), link))

@@ -290,6 +290,14 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "weight = to_device(share, one)",
         ],
     },
+    "parq_fn/transforms/oscillation.py": {
+        "an average that the first code takes the place of": [
+            "none_held: floats = (filled(0, torch.float32), filled(0, torch.float32)) -> "
+            "floats = (filled(0, torch.float32), filled(1, torch.float32))",
+            "none_held: floats = (filled(0, torch.float32), filled(0, torch.float32)) -> "
+            "floats = (filled(0, torch.float32), filled(-1, torch.float32))",
+        ],
+    },
     "parq_fn/transforms/flips.py": {
         "counts in int64 are the same numbers": [
             "_flips.share: count = gathered(placed(turned, param).sum(dtype=torch.float32)) -> "
