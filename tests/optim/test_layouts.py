@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ QUANTIZERS = {"lsbq": pf.lsbq(2), "uniform": pf.uniform(2), "max": pf.integer(3)
 
 
 def by_base(params: Any, link: pf.Prox, **options: Any) -> QuantOptimizer:
-    groups = [{"params": [*params.items()], "quant_bits": 2, "prox": link}]
+    groups = [{"params": [*params.items()], "prox": link}]
     return QuantOptimizer(torch.optim.SGD(groups, lr=RATE), **options)
 
 
@@ -228,9 +229,59 @@ def rows_that_ranks_have_whole_need_no_collective() -> None:
         assert isinstance(p, DTensor)
 
 
+def states_of_before_load() -> None:
+    """Versions that kept qparams whole on every rank saved them so."""
+    learn = pf.learn(pf.sgd(0.01, momentum=0.9))
+    for layout, adapter in (("FSDP2", "QuantOptimizer"), ("two", "TransformOptimizer")):
+        for granularity in (pf.per_channel(), pf.per_tensor()):
+            link = pf.parq_prox(pf.lsbq(2), **SPAN, granularity=granularity, learn=learn)
+            params, others = (on_mesh({"w": weights()["one"]}, layout) for _ in range(2))
+            before, after = (ADAPTERS[adapter](own, link) for own in (params, others))
+            trained(before, params, 3)
+            saved = before.state_dict()
+            for entries in saved["state"].values():
+                rows = [
+                    key for key in entries if {"qparams", "learn", "learned"} & {*key.split(".")}
+                ]
+                entries.update({key: whole(entries[key]) for key in rows})
+            after.load_state_dict(saved)
+            for optimizer, own in ((before, params), (after, others)):
+                trained(optimizer, own, 2)
+            assert torch.equal(whole(params["w"]), whole(others["w"])), (layout, granularity)
+
+
+def copies_go_on() -> None:
+    """A deep copy, and a state dict on each rank, go on as the optimizer does."""
+    link = pf.parq_prox(pf.lsbq(2), **SPAN, granularity=pf.per_channel())
+    for adapter in ("QuantOptimizer", "TransformOptimizer"):
+        params = on_mesh({"w": weights()["one"]}, "upright")
+        optimizer = ADAPTERS[adapter](params, link)
+        trained(optimizer, params, 2)
+        copied, net = copy.deepcopy((optimizer, params))
+        for one, own in ((optimizer, params), (copied, net)):
+            trained(one, own, 3)
+        assert torch.equal(whole(net["w"]), whole(params["w"])), adapter
+
+
+def other_dtypes_and_quantizers() -> None:
+    quantizers = [pf.nvfp4(), pf.mxfp4(), pf.asymmetric(2), pf.lsbq(2, "optimal")]
+    for layout, quantizer in itertools.product(("rowwise", "two", "HSDP"), quantizers):
+        link = pf.hard_prox(quantizer, period=1, granularity=pf.per_block(4))
+        given = {"w": weights()["one"].bfloat16()}
+        alone, split = {"w": nn.Parameter(given["w"].clone())}, on_mesh(given, layout)
+        for optimizer, own in ((by_base(alone, link), alone), (by_base(split, link), split)):
+            for _ in range(3):
+                own["w"].grad = torch.ones_like(own["w"])
+                optimizer.step()
+        assert torch.equal(whole(split["w"]), alone["w"]), (layout, quantizer)
+
+
 def placements_and_collectives() -> None:
     qparams_are_placed_as_rows()
     rows_that_ranks_have_whole_need_no_collective()
+    states_of_before_load()
+    copies_go_on()
+    other_dtypes_and_quantizers()
 
 
 @pytest.mark.slow
