@@ -573,6 +573,8 @@ def test_a_link_that_learns_outside_of_a_chain_says_so() -> None:
     [
         (lambda: pf.learn(0.1), TypeError, "the transformation of learn"),
         (lambda: pf.learn(pf.sgd(0.1), gradient="exact"), ValueError, "'code', 'map' or 'lsq'"),
+        (lambda: pf.learn(pf.scale_by_adam()), ValueError, r"pass no learning rate.* keep one"),
+        (lambda: pf.learn(pf.chain(pf.sgd(0.1), pf.adam(0.1))), ValueError, r"2 learning rate"),
         (
             lambda: pf.hard_prox(pf.lsbq(2), learn=pf.learn(pf.sgd(0.1), "lsq")),
             ValueError,

@@ -129,8 +129,10 @@ def test_hyperparameters_have_derivatives_and_wrong_ones_are_refused() -> None:
     assert pf.add_noise(1.0) == pf.add_noise(1.0, 0.55, 0)  # the paper's
     with pytest.raises(ValueError, match="add_noise: gamma must lie in"):
         pf.add_noise(1.0, math.inf)
-    with pytest.raises(ValueError, match="add_noise: seed must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match=r"add_noise: seed must lie in 0\.\..*, got -1"):
         pf.add_noise(1.0, seed=-1)
+    with pytest.raises(ValueError, match="add_noise: seed must lie"):
+        pf.add_noise(1.0, seed=2**63)
     with pytest.raises(ValueError, match=r"add_noise: eta must lie in \[0, inf\), got -1.0"):
         pf.add_noise(-1.0)
     with pytest.raises(TypeError, match="add_noise: seed must be a whole number"):

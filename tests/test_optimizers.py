@@ -305,7 +305,9 @@ def test_learning_rate_by_argument_wins() -> None:
         (lambda: pf.muon(0.1, weight_decay=-1.0), r"muon: weight_decay must lie in \[0, inf\)"),
         (lambda: pf.muon(0.1, eps=0.0), r"muon: eps must lie in \(0, inf\), got 0.0"),
         (lambda: pf.muon(0.1, ns_steps=100), r"muon: ns_steps must lie in 1..99, got 100"),
-        (lambda: pf.muon(0.1, ns_coefficients=(1.0, 2.0)), "muon: expected 3 ns_coefficients"),
+        (lambda: pf.muon(0.1, ns_coefficients=(1.0, 2.0)), "muon: expected a tuple of 3 ns_coeff"),
+        (lambda: pf.muon(0.1, ns_coefficients=3.0), "tuple of 3 ns_coefficients, got 3.0"),
+        (lambda: pf.muon(0.1, ns_coefficients=(1.0, torch.inf, 2.0)), r"ns_coefficients\[1\] must"),
         (
             lambda: pf.lookahead(pf.sgd(0.1), slow_step_size=1.5),
             r"lookahead: slow_step_size must lie in \[0, 1\], got 1.5",

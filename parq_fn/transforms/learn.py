@@ -31,6 +31,7 @@ from parq_fn.transforms.transformation import (
     check_state,
     check_transformation,
     name_of,
+    rates_of,
     updated,
 )
 
@@ -53,7 +54,8 @@ class learn(Value):
 
     learn=sgd(1e-3) is short for learn=learn(sgd(1e-3)).
 
-    Raises TypeError for what is no transformation, ValueError for another gradient.
+    Raises TypeError for what is no transformation, ValueError for one in which gradients pass no
+    learning rate, or more than one, and for another gradient.
 
     >>> from parq_fn import adam, chain, hard_prox, integer, learn, sgd
     >>> chain(sgd(0.1), hard_prox(integer(4), learn=learn(adam(1e-3), gradient="lsq")))
@@ -74,6 +76,13 @@ class learn(Value):
         if self.gradient not in KINDS:
             raise ValueError(
                 f"learn: gradient must be 'code', 'map' or 'lsq', got {self.gradient!r}"
+            )
+        least, most = rates_of(self.transformation)
+        if most == 0 or least > 1:
+            raise ValueError(
+                f"learn: gradients of qparams pass {most or 'no'} learning rate(s) in "
+                f"{self.transformation!r}, which is to turn them into increments; keep one, as in "
+                "sgd, adam or adamw, or as scale_by_learning_rate(...)"
             )
 
 

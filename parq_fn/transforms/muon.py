@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parq_fn.foundation.checks import NOT_NEGATIVE, POSITIVE, check_numbers, check_whole
+from parq_fn.foundation.checks import FINITE, NOT_NEGATIVE, POSITIVE, check_numbers, check_whole
 from parq_fn.foundation.scalar import Scalar, at, new_count, to_device
 from parq_fn.foundation.traits import PER_LEAF, TransformationTraits
 from parq_fn.foundation.tree import (
@@ -97,8 +97,10 @@ class muon(Link):
         check_numbers("muon", NOT_NEGATIVE, schedules=True, momentum=self.momentum, **rates)
         check_numbers("muon", POSITIVE, eps=self.eps)
         check_whole("muon", 1, 99, ns_steps=self.ns_steps)
-        if len(self.ns_coefficients) != 3:
-            raise ValueError(f"muon: expected 3 ns_coefficients, got {self.ns_coefficients}")
+        given: Any = self.ns_coefficients
+        if not isinstance(given, tuple) or len(given) != 3:
+            raise ValueError(f"muon: expected a tuple of 3 ns_coefficients, got {given!r}")
+        check_numbers("muon", FINITE, **{f"ns_coefficients[{i}]": x for i, x in enumerate(given)})
         if self.adjust_lr_fn not in _RATES:
             raise ValueError(
                 f"muon: adjust_lr_fn must be one of {', '.join(map(repr, _RATES))}, got "

@@ -72,7 +72,7 @@ class add_noise(Link):
     def __post_init__(self) -> None:
         check_numbers("add_noise", NOT_NEGATIVE, schedules=True, eta=self.eta)
         check_numbers("add_noise", FINITE, schedules=True, gamma=self.gamma)
-        check_whole("add_noise", 0, seed=self.seed)
+        check_whole("add_noise", 0, 2**63 - 1, seed=self.seed)
 
     def init(self, params: PyTree) -> NoiseState:
         """A count of 0, and the seed."""
