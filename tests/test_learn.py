@@ -16,7 +16,7 @@ import parq_fn as pf
 from parq_fn import proxmaps
 from parq_fn.foundation.torch_private import compiler_options
 from parq_fn.foundation.traits import ProxTraits
-from parq_fn.foundation.tree import tree_map
+from parq_fn.foundation.tree import tree_leaves, tree_map
 from parq_fn.optim.engine import gradients
 from parq_fn.proxmaps import binary_relax, hard, parq, proxquant, soft
 from parq_fn.proxmaps.proxmap import prox_map
@@ -357,6 +357,7 @@ def test_a_step_that_makes_a_scale_not_positive_or_anything_not_finite_is_not_ta
 def test_zero_points_stay_and_free_levels_are_kept_in_order() -> None:
     q = torch.tensor([[1.0, 3.0]])
     assert moved(pf.asymmetric(2), q, torch.ones(1, 2)).tolist() == [[2.0, 3.0]]
+    pf.hard_prox(pf.asymmetric(2), learn=pf.sgd(0.1))  # its scale is learned
     levels, step = torch.tensor([[-1.0, 0.0, 0.5, 2.0]]), torch.tensor([[0.0, 1.0, 0.0, 0.0]])
     free = pf.lloyd_max(2, symmetric=False)
     assert moved(free, levels, step).tolist() == [[-1.0, 0.5, 1.0, 2.0]]
@@ -526,6 +527,7 @@ def test_an_example_of_a_batch_learns_from_its_own_count_of_updates_on() -> None
         kept.append((tree_map(torch.cos, params), state, params))
         updates, state = transform.update(kept[t][0], state, params)
         params = pf.apply_updates(params, updates)
+    assert all(leaf.any() for leaf in tree_leaves(kept[3][1][1].learned))  # moments are kept
     some = kept[0], kept[3]
     together = tree_map(lambda *of: torch.stack(of), *some)
     for function in (transform.update, transform.pullback):
@@ -558,6 +560,18 @@ def test_a_compiled_step_learns_as_an_eager_one(kind: str) -> None:
 # Wrong use
 
 
+class like_one:
+    """Has what a prox link asks of a quantizer, and no more."""
+
+    num_levels = num_qparams = 2
+
+    def fit(self, rows: Tensor) -> Tensor:
+        return torch.stack([rows.amin(-1), rows.amax(-1)], -1)
+
+    def levels_in(self, qparams: Tensor, dtype: torch.dtype) -> Tensor:
+        return qparams.to(dtype)
+
+
 class fixed(pair):
     learnable = (False, False)
 
@@ -566,6 +580,14 @@ def test_a_link_that_learns_outside_of_a_chain_says_so() -> None:
     link = pf.hard_prox(pf.uniform(2), learn=pf.sgd(0.1))
     with pytest.raises(ValueError, match=r"hard_prox: it learns its levels.*put it in a chain"):
         link.update(PARAMS, link.init(PARAMS), PARAMS)
+
+
+def test_the_state_of_a_link_that_does_not_learn_is_refused() -> None:
+    link = pf.hard_prox(pf.uniform(2), period=1)
+    _, state = link.update(PARAMS, link.init(PARAMS), PARAMS)
+    learning = replace(link, learn=pf.sgd(0.1))
+    with pytest.raises(TypeError, match="its state is a ProxState, expected the LearningState"):
+        learning.update(PARAMS, state, PARAMS, pulled=state.qparams)
 
 
 @pytest.mark.parametrize(
@@ -584,6 +606,11 @@ def test_a_link_that_learns_outside_of_a_chain_says_so() -> None:
             lambda: pf.hard_prox(fixed(), learn=pf.sgd(0.1)),
             ValueError,
             r"fixed\(\) has no qparams that are learned; leave learn out",
+        ),
+        (
+            lambda: pf.hard_prox(like_one(), learn=pf.sgd(0.1)),
+            TypeError,
+            "learn= takes a quantizer of the class Quantizer, got like_one",
         ),
         (lambda: pf.hard_prox(pf.lsbq(2), learn=True), TypeError, "expected a transformation"),
         (

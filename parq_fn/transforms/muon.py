@@ -182,5 +182,5 @@ def _sum(p: Tensor, factor: Tensor, direction: Tensor) -> Tensor:
     of a float32 and a bfloat16 is exact."""
     if p.dtype == torch.float64:
         return p + times(direction.to(p.dtype), factor)
-    factor = to_device(factor, p).to(torch.float32).to(torch.float64)
+    factor = to_device(factor, p).to(torch.float32)
     return (p.to(torch.float64) + factor * direction.to(torch.float64)).to(p.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import parq_fn as pf
 from parq_fn import schedules
-from parq_fn.foundation.tree import tree_map
+from parq_fn.foundation.tree import tree_leaves, tree_map
 from parq_fn.optim import TransformOptimizer
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -48,6 +48,7 @@ def test_steps_and_state_are_the_optimizer_s_bit_for_bit(name: str, dtype: torch
     optimizer = kind(mirror.values(), lr=0.01, **settings)
     link = pf.as_link(kind, lr=0.01, **settings)
     state = link.init(params)
+    assert not any(leaf.any() for leaf in tree_leaves(state.entries))
     for t in range(12):
         grads: dict[str, Any] = draw(generator, dtype, shapes)
         if t in (0, 1, 5):
@@ -142,6 +143,21 @@ class Growing(torch.optim.SGD):
         return super().step(closure)
 
 
+class Noting(torch.optim.SGD):
+    """Keeps what is None at every step."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["note"] = None
+        return super().step(closure)
+
+
+def test_what_an_optimizer_keeps_as_none_is_no_state_of_the_link() -> None:
+    _step(link := pf.as_link(Noting, lr=0.1, momentum=0.9), 3)
+    assert list(link.init({"w": torch.ones(2)}).entries) == ["momentum_buffer"]
+
+
 def _step(link: Any, steps: int = 1) -> None:
     params = {"w": torch.ones(2)}
     state = link.init(params)
@@ -172,6 +188,13 @@ def _step(link: Any, steps: int = 1) -> None:
             lambda: _step(pf.as_link(torch.optim.Muon)),
             ValueError,
             "parameter 'w' cannot be stepped: ValueError: Muon only supports 2D",
+        ),
+        (
+            lambda: torch.vmap(
+                lambda w: pf.as_link(torch.optim.SGD).init({"v": torch.ones(2), "w": w}).updates
+            )(torch.ones(2, 2)),
+            RuntimeError,
+            "not under torch.vmap",
         ),
         (
             lambda: torch.vmap(pf.as_link(torch.optim.SGD).init)({"w": torch.ones(2, 2)}),
