@@ -519,7 +519,7 @@ def test_seeds_are_trained_by_vmap_as_each_alone() -> None:
 def test_an_example_of_a_batch_learns_from_its_own_count_of_updates_on() -> None:
     """One that is before the first levels, one that learns them."""
     link = pf.hard_prox(
-        pf.uniform(2), warmup=1, gradient=pf.estimators.damped(0.5), learn=pf.sgd(0.1, 0.9)
+        pf.uniform(2), warmup=1, gradient=lambda g, *_: 2 * g, learn=pf.sgd(0.1, 0.9)
     )
     transform, params = pf.chain(pf.sgd(0.05), link), PARAMS
     state, kept = transform.init(PARAMS), []

@@ -49,6 +49,11 @@ def is_wrapped(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def in_function_transform() -> bool:
+    """Whether vmap, grad or another transformation of torch.func runs, whatever of."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def memory_of(tensor: Tensor) -> int | None:
     """A number that tensors have in common where they share memory, wrapped ones too; None of a
     tensor without memory of its own, such as a sparse one."""

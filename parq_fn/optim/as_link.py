@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer, SparseAdam
 
 from parq_fn.foundation.scalar import Scalar, at, new_count
-from parq_fn.foundation.torch_private import is_wrapped, not_traced
+from parq_fn.foundation.torch_private import in_function_transform, not_traced
 from parq_fn.foundation.traits import PER_LEAF, TransformationTraits
 from parq_fn.foundation.tree import (
     Masked,
@@ -125,7 +125,7 @@ class OptimizerLink(Link):
         """Zeros for what the optimizer will keep."""
         check_floating(params, repr(self))
         leaves, spec = optree.tree_flatten(params)
-        self._refuse_wrapped(leaves)
+        self._refuse_transformed()
         named = zip(leaves, names_of(params), strict=True)
         found = [self._first(leaf, name) for leaf, name in named]
         keys = sorted({key for entries in found for key in entries})
@@ -135,8 +135,8 @@ class OptimizerLink(Link):
         }
         return OptimizerState(new_count(), tree_map(lambda _: new_count(), params), entries)
 
-    def _refuse_wrapped(self, leaves: list[Any]) -> None:
-        if any(isinstance(leaf, Tensor) and is_wrapped(leaf) for leaf in leaves):
+    def _refuse_transformed(self) -> None:
+        if in_function_transform():
             raise RuntimeError(
                 f"{self!r} runs torch's optimizer on the host, and not under torch.vmap, "
                 "torch.func.grad or a tracer; take sgd, adam, adamw, lion or muon there"
@@ -161,7 +161,7 @@ class OptimizerLink(Link):
         spec, leaves, grads, counts, *columns = columns_of(
             params, updates, state.updates, *state.entries.values()
         )
-        self._refuse_wrapped([*leaves, *grads, *counts, state.calls])
+        self._refuse_transformed()
         olds = [
             {key: got for key, got in zip(keys, row, strict=True) if isinstance(got, Tensor)}
             for row in zip(*columns, strict=True)

@@ -183,4 +183,4 @@ def _sum(p: Tensor, factor: Tensor, direction: Tensor) -> Tensor:
     if p.dtype == torch.float64:
         return p + times(direction.to(p.dtype), factor)
     factor = to_device(factor, p).to(torch.float32)
-    return (p.to(torch.float64) + factor * direction.to(torch.float64)).to(p.dtype)
+    return (p + factor * direction.to(torch.float64)).to(p.dtype)

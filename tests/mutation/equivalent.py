@@ -24,6 +24,7 @@ _SLOPED = (
 _PER_ROW = "least_squares_levels: per_row = (n + 1) * (num_levels + 64 if exact else 20) -> "
 _ROWS = "least_squares_levels: rows = max(1, min(_CHUNK // n, _DOUBLES // per_row)) -> "
 
+_BUILT = "OptimizerLink.__post_init__: self._built([torch.zeros(1, 1)], [{}], new_count()) -> "
 _COUNTED = "_segments: if torch.compiler.is_compiling() or (plain and m < LINEAR_SEARCH_MAX): -> "
 _STEP = "RowGradients.__call__: step = max(1, (_COMPILED_PIECE if cut else _PIECE) // n) -> "
 _COLUMNS = (
@@ -366,6 +367,31 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
         "tables that are repeated once": [
             _OWN + "own = of.of(lambda x: _of_parts(x, parts)) if parts >= 1 else of",
             _OWN + "own = of.of(lambda x: _of_parts(x, parts)) if parts > 0 else of",
+        ],
+    },
+    "parq_fn/optim/as_link.py": {
+        "a stand-in of any size and values: an optimizer keeps the same entries": [
+            _BUILT + "self._built([torch.zeros(2, 1)], [{}], new_count())",
+            _BUILT + "self._built([torch.zeros(0, 1)], [{}], new_count())",
+            _BUILT + "self._built([torch.zeros(1, 2)], [{}], new_count())",
+            _BUILT + "self._built([torch.zeros(1, 0)], [{}], new_count())",
+            "OptimizerLink._first: stand_in = torch.zeros_like(leaf).requires_grad_() -> "
+            "stand_in = torch.ones_like(leaf).requires_grad_()",
+            "OptimizerLink._first: stand_in.grad = torch.ones_like(leaf) -> "
+            "stand_in.grad = torch.zeros_like(leaf)",
+        ],
+        "the tests run where there are no other generators than the CPU's": [
+            "OptimizerLink._first: with torch.random.fork_rng(devices=[]): -> "
+            "with torch.random.fork_rng():",
+        ],
+        "torch's optimizers step without a graph": [
+            "OptimizerLink.update: p.grad = grads[i].detach().to(p.dtype, copy=True) -> "
+            "p.grad = grads[i].to(p.dtype, copy=True)",
+        ],
+    },
+    "parq_fn/transforms/learn.py": {
+        "the longer way to the same": [
+            "learned: if concrete(learns) is not True: -> if concrete(learns) is not False:",
         ],
     },
     "parq_fn/optim/on_levels.py": {

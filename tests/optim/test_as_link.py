@@ -158,6 +158,57 @@ def test_what_an_optimizer_keeps_as_none_is_no_state_of_the_link() -> None:
     assert list(link.init({"w": torch.ones(2)}).entries) == ["momentum_buffer"]
 
 
+class Spoiling(torch.optim.SGD):
+    """Changes gradients in their place, as a clipping optimizer does."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.clamp_(-0.5, 0.5)
+        return super().step(closure)
+
+
+def test_an_optimizer_that_changes_gradients_changes_copies_of_them() -> None:
+    link, grads = pf.as_link(Spoiling, lr=1.0), {"w": torch.full((2,), 3.0)}
+    updates, _ = link.update(grads, link.init(ONES), ONES)
+    assert updates["w"].tolist() == [-0.5, -0.5]
+    assert grads["w"].tolist() == [3.0, 3.0]
+
+
+class Strict(torch.optim.SGD):
+    """Takes a Python number for its rate; its state is wider from the second step on."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        assert type(lr) is float
+        super().__init__(params, lr)
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["seen"] = torch.ones(1).double() + self.state[p].get("seen", 0)
+        return super().step(closure)
+
+
+def test_rates_are_numbers_and_entries_keep_their_dtypes() -> None:
+    link = pf.as_link(Strict, lr=torch.tensor(0.5))
+    narrow = link.init(ONES)
+    narrow = narrow._replace(entries={"seen": {"w": narrow.entries["seen"]["w"].float()}})
+    _, state = link.update(ONES, narrow, ONES)
+    assert state.entries["seen"]["w"].dtype == torch.float32
+
+
+SGD, ONES = pf.as_link(torch.optim.SGD, momentum=0.9), {"w": torch.ones(2)}
+BEGUN = SGD.init(ONES)
+
+
+def test_params_and_gradients_of_a_graph_leave_none_behind() -> None:
+    params = {"w": torch.ones(2, requires_grad=True)}
+    state = SGD.init(params)
+    for _ in range(2):
+        updates, state = SGD.update({"w": 2 * params["w"]}, state, params)
+        assert not any(leaf.requires_grad for leaf in tree_leaves((updates, state)))
+
+
 def _step(link: Any, steps: int = 1) -> None:
     params = {"w": torch.ones(2)}
     state = link.init(params)
@@ -202,14 +253,21 @@ def _step(link: Any, steps: int = 1) -> None:
             "not under torch.vmap",
         ),
         (
-            lambda: torch.func.grad(
-                lambda g: pf.as_link(torch.optim.SGD).update(
-                    {"w": g}, pf.as_link(torch.optim.SGD).init({"w": torch.ones(2)}),
-                    {"w": torch.ones(2)},
-                )[0]["w"].sum()
-            )(torch.ones(2)),
+            lambda: torch.func.grad(lambda g: SGD.update({"w": g}, BEGUN, ONES)[0]["w"].sum())(
+                torch.ones(2)
+            ),
             RuntimeError,
             "not under torch.vmap, torch.func.grad",
+        ),
+        (
+            lambda: torch.vmap(lambda g: SGD.update({"w": g}, BEGUN, ONES)[0])(torch.ones(3, 2)),
+            RuntimeError,
+            "not under torch.vmap",
+        ),
+        (  # of params that are not transformed
+            lambda: torch.vmap(lambda g: SGD.init(ONES).calls + g)(torch.ones(3)),
+            RuntimeError,
+            "not under torch.vmap",
         ),
     ],
 )  # fmt: skip
