@@ -59,6 +59,12 @@ class Lines(NamedTuple):
             for d, n in zip(self.dims, self.shape, strict=True)
         ]
 
+    def is_uneven(self, d: int) -> bool:
+        """Whether strided placements cut the weight's dimension d into pieces of several sizes."""
+        cuts = cuts_of(d, tuple(self.mesh.shape), self.mesh.get_coordinate(), self.placements)
+        size = self.shape[self.dims.index(d)]
+        return any(cut.factor > 1 for cut in cuts) and size % math.prod(c.ranks for c in cuts) > 0
+
     def in_rows(self, found: Tensor) -> Tensor:
         """[lines, rows of each, m] as [..., m], by the dimensions of this rank's rows."""
         m = found.shape[-1]
@@ -113,12 +119,13 @@ def lines_of(weight: Any, latent: Tensor, granularity: Granularity) -> Lines:
         sharing,
     )
     expected = tuple(sum(b - a for a, b in runs) for runs in found.runs(rank))
-    if tuple(own.shape[1:]) != expected:
+    if tuple(own.shape[1:]) != expected or any(found.is_uneven(d) for d in along):
         raise ValueError(
-            f"a weight of shape {shape} is placed as {placements}, by which this rank had "
-            f"{expected} of its dimensions {tuple(along)}, and has {tuple(own.shape[1:])}: torch "
-            "shards it otherwise than its placements say, as FSDP2 does beside tensor parallelism "
-            "where sizes cannot be divided"
+            f"a weight of shape {shape} is placed as {placements} on a mesh {tuple(mesh.shape)}, "
+            f"which does not divide its dimensions {tuple(along)}: FSDP2 over tensor parallelism "
+            "shards these otherwise than torch's placements say, so that rows cannot be put "
+            "together; take sizes that the mesh divides, or rows that ranks have whole, such as "
+            "those of per_channel()"
         )
     return found
 

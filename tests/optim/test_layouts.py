@@ -163,6 +163,24 @@ def tensor_parallel() -> None:
                 assert torch.equal(whole(other.levels(split[name])), one.levels(p)), (cut, adapter)
 
 
+def uneven() -> None:
+    """Rows that torch itself cannot put together: an error on every rank, and none waits."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for rows, quantizer in itertools.product((9, 10), (pf.lsbq(2), pf.integer(2))):
+        net = nn.Sequential(nn.Linear(8, rows, bias=False))
+        parallelize_module(net, mesh["tensor"], {"0": ColwiseParallel()})
+        fully_shard(net, mesh=mesh["data"])
+        optimizer = by_base(dict(net.named_parameters()), pf.hard_prox(quantizer, period=1))
+        net[0].weight.grad = torch.ones_like(net[0].weight)
+        with pytest.raises(ValueError, match="take sizes that the mesh divides"):
+            optimizer.step()
+
+
+@pytest.mark.slow
+def test_rows_that_torch_cannot_put_together_are_refused_on_every_rank(tmp_path: Path) -> None:
+    on_processes(uneven, 4, tmp_path)
+
+
 @pytest.mark.slow
 def test_fsdp2_over_tensor_parallelism_gives_the_weights_of_one_process(tmp_path: Path) -> None:
     on_processes(tensor_parallel, 4, tmp_path)
