@@ -499,6 +499,17 @@ def test_a_row_whose_levels_cannot_learn_is_fitted_where_due() -> None:
     assert pf.read(state, "qparams")["w"][0] > 0
 
 
+@pytest.mark.parametrize("around", [lambda t: pf.lookahead(t, 1), pf.schedule_free], ids=["l", "s"])
+def test_what_moves_levels_starts_from_those_that_were_fitted(around: Any) -> None:
+    """And not from the zeros before: scales went back towards these."""
+    link = pf.hard_prox(pf.uniform(2), period=1, learn=around(pf.sgd(0.0)))
+    transform = pf.chain(pf.sgd(0.1), link)
+    _, first, _ = run(transform, 1)
+    _, state, _ = run(transform, 5)
+    torch.testing.assert_close(pf.read(state, "qparams"), pf.read(first, "qparams"))
+    assert pf.read(first, "qparams")["a"] > 0
+
+
 def test_a_link_whose_mask_holds_for_nothing_has_nothing_to_learn() -> None:
     link = pf.hard_prox(pf.uniform(2), period=1, learn=pf.sgd(0.1))
     transform, params = pf.chain(pf.sgd(0.5), pf.masked(link, False)), torch.ones(2)

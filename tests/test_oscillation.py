@@ -221,7 +221,8 @@ def test_held_weights_are_on_their_level_in_averages_and_roundings_too(adapter: 
 def sharded_as_alone() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for adapter in ("QuantOptimizer", "TransformOptimizer"):
-        for link in (LINK, replace(LINK, granularity=pf.per_tensor())):
+        whole_rows = replace(LINK, granularity=pf.per_tensor())
+        for link in (LINK, whole_rows, replace(whole_rows, learn=pf.sgd(0.01))):
             alone, net = (nn.Linear(6, 4, bias=False, dtype=FLOAT64) for _ in range(2))
             for module in (alone, net):
                 module.weight.data.copy_(START)
