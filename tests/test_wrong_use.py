@@ -478,3 +478,20 @@ def test_steps_are_batched_differentiated_and_traced_as_without_checks() -> None
     torch.compiler.reset()
     compiled = torch.compile(stepped, fullgraph=True, backend="eager")
     assert torch.equal(compiled(PARAMS, GRADS)["a"], stepped(PARAMS, GRADS)["a"])
+
+
+@pytest.mark.parametrize("learn", [None, pf.sgd(0.1)], ids=repr)
+def test_the_state_of_another_quantizer_is_refused(learn: Any) -> None:
+    """Its one number of a row was taken for the row's levels, all weights for that number."""
+    links = (pf.hard_prox(q, period=9, learn=learn) for q in (pf.uniform(2), pf.affine(2)))
+    one, other = (pf.chain(pf.sgd(0.1), link) for link in links)
+    params = {"w": torch.tensor([1.0, -3.0, 2.0])}
+    _, state = one.update(params, one.init(params), params)
+    message = r"affine\(2\) has 2 qparam\(s\) a row, and the state 1; a state belongs to"
+    for use in (
+        lambda: other.weights(state, params),
+        lambda: pf.levels_of(other, state),
+        *([] if learn is None else [lambda: other.update(params, state, params)]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()

@@ -263,10 +263,17 @@ class Quantizer(Value):
         return torch.cat([qparams, levels.to(qparams.dtype)], -1)
 
     def known_levels(self, qparams: Tensor) -> Tensor:
-        """[..., k]: the levels of qparams [..., m], or those that were kept in their place."""
-        if qparams.shape[-1] == self.num_qparams:
-            return self.levels(qparams)
-        return qparams[..., -self.num_levels :]
+        """[..., k]: the levels of qparams [..., m], or those that were kept in their place.
+
+        Raises ValueError for what is neither, such as another quantizer's.
+        """
+        (k, m), given = (self.num_levels, self.num_qparams), qparams.shape[-1]
+        if given not in (m, k, m + k):
+            raise ValueError(
+                f"{self!r} has {m} qparam(s) a row, and the state {given}; a state belongs to the "
+                "transformation whose init made it"
+            )
+        return self.levels(qparams) if given == m else qparams[..., -k:]
 
     def known_grid(self, qparams: Tensor) -> Grid | None:
         """The `grid` of qparams [r, m]; None too where levels were kept in their place."""

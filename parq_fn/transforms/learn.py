@@ -117,6 +117,7 @@ def normalization(link: Prox, n: int) -> float:
 def check_kept(link: Prox, qparams: Tensor) -> None:
     """Raises ValueError for a state of a version that kept levels, which have no gradient."""
     if qparams.shape[-1] != link.quantizer.num_qparams:
+        link.quantizer.known_levels(qparams)  # of another quantizer they are none
         raise ValueError(
             f"{name_of(link)}: the state holds levels of an earlier version, which do not learn; "
             "take steps without learn= until levels were fitted anew"
