@@ -174,7 +174,8 @@ def test_levels_that_a_fit_gives_in_any_order_have_their_own_gradients() -> None
 
 
 def test_gradients_are_over_the_root_of_weights_and_largest_code() -> None:
-    """Of a row of n; rows without weights have none."""
+    """Of a row of n, unless they are not to be; rows without weights have none."""
+    assert pf.learn(pf.sgd(1.0)) == pf.learn(pf.sgd(1.0), "code", normalize=True)
     params = {"long": draw(3, 40), "one": draw(3, 1), "none": draw(2, 0)}
     grads = {k: draw(*p.shape, seed=1) for k, p in params.items()}
     for normalize in (True, False):

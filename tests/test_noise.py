@@ -127,6 +127,7 @@ def test_hyperparameters_have_derivatives_and_wrong_ones_are_refused() -> None:
     assert not noise(pf.add_noise(0.0), params)[0]["w"].any()
     assert torch.func.grad(total)(torch.zeros_like(eta)) == 0
     assert pf.add_noise(1.0) == pf.add_noise(1.0, 0.55, 0)  # the paper's
+    pf.add_noise(1.0, seed=2**63 - 1)
     with pytest.raises(ValueError, match="add_noise: gamma must lie in"):
         pf.add_noise(1.0, math.inf)
     with pytest.raises(ValueError, match=r"add_noise: seed must lie in 0\.\..*, got -1"):

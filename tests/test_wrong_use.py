@@ -199,6 +199,13 @@ BUILT: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.parametrize("how", ["accumulate", "apply_if_finite", "conditionally", "averaged"])
+def test_wrappers_refuse_a_module_for_params_whatever_is_inside(how: str) -> None:
+    link = BUILT[how](pf.GradientTransformation(init=_init, update=_update))
+    with pytest.raises(TypeError, match=r"got a Linear, expected a tree .*use functional"):
+        link.init(nn.Linear(3, 2))
+
+
 @pytest.mark.parametrize("how", BUILT)
 @pytest.mark.parametrize(
     ("link", "message"),

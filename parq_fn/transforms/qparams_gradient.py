@@ -204,8 +204,6 @@ def _segments(values: Tensor, x: Tensor, boundaries: Tensor) -> Tensor:
     """[r, m + 1]: sums of values [r, n] over the x that lie between neighbours of the sorted
     boundaries [r, m]."""
     m = boundaries.shape[-1]
-    if m == 0:
-        return values.sum(-1, keepdim=True)
     plain = is_plain(values) and is_plain(x)
     if torch.compiler.is_compiling() or (plain and m < LINEAR_SEARCH_MAX):
         above = [values.sum(-1)]  # of all, and of those above each boundary

@@ -24,6 +24,10 @@ _SLOPED = (
 _PER_ROW = "least_squares_levels: per_row = (n + 1) * (num_levels + 64 if exact else 20) -> "
 _ROWS = "least_squares_levels: rows = max(1, min(_CHUNK // n, _DOUBLES // per_row)) -> "
 
+_DEVIATION = (
+    "add_noise.update: scale = torch.where(variance > 0, torch.where(variance > 0, variance, 1.0)"
+    ".sqrt(), 0.0) -> scale = torch.where(variance > 0, torch.where(variance > 0, variance, "
+)
 _BUILT = "OptimizerLink.__post_init__: self._built([torch.zeros(1, 1)], [{}], new_count()) -> "
 _COUNTED = "_segments: if torch.compiler.is_compiling() or (plain and m < LINEAR_SEARCH_MAX): -> "
 _STEP = "RowGradients.__call__: step = max(1, (_COMPILED_PIECE if cut else _PIECE) // n) -> "
@@ -327,6 +331,8 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "if quantizer.sorts and m in (k, k / 1):",
             "_segments: plain = is_plain(values) and is_plain(x) -> "
             "plain = is_plain(values) or is_plain(x)",
+            "_segments: flags = torch.empty_like(x) if plain else None -> "
+            "flags = torch.empty_like(x) if not plain else None",
             _COUNTED + "if not (torch.compiler.is_compiling() or "
             "(plain and m < LINEAR_SEARCH_MAX)):",
             _COUNTED + "if torch.compiler.is_compiling() and (plain and m < LINEAR_SEARCH_MAX):",
@@ -387,6 +393,12 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
         "torch's optimizers step without a graph": [
             "OptimizerLink.update: p.grad = grads[i].detach().to(p.dtype, copy=True) -> "
             "p.grad = grads[i].to(p.dtype, copy=True)",
+        ],
+    },
+    "parq_fn/transforms/noise.py": {
+        "a number where the result is not used: a variance of 0": [
+            _DEVIATION + "2.0).sqrt(), 0.0)",
+            _DEVIATION + "0.0).sqrt(), 0.0)",
         ],
     },
     "parq_fn/transforms/learn.py": {

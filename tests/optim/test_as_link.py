@@ -225,6 +225,7 @@ def _step(link: Any, steps: int = 1) -> None:
         (lambda: pf.as_link(torch.optim.SGD([torch.ones(1)])), TypeError, "SGD; give its class"),
         (lambda: pf.as_link(torch.optim.SGD, lr=-1.0), ValueError, "Invalid learning rate"),
         (lambda: pf.as_link(torch.optim.SGD, rate=1.0), TypeError, "rate"),
+        (lambda: pf.as_link(Strict), TypeError, "as_link: Strict has no default for lr; give one"),
         (
             lambda: _step(pf.as_link(Counting)),
             ValueError,
