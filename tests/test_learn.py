@@ -529,18 +529,17 @@ def test_seeds_are_trained_by_vmap_as_each_alone() -> None:
 
 
 def test_an_example_of_a_batch_learns_from_its_own_count_of_updates_on() -> None:
-    """One that is before the first levels, one that learns them."""
-    link = pf.hard_prox(
-        pf.uniform(2), warmup=1, gradient=lambda g, *_: 2 * g, learn=pf.sgd(0.1, 0.9)
-    )
+    """One that has levels and is not mapped to them yet, one that learns them."""
+    learn: Any = {"gradient": lambda g, *_: 2 * g, "learn": pf.sgd(0.1, 0.9)}
+    link = pf.parq_prox(pf.uniform(2), anneal_start=3, anneal_end=9, period=1, **learn)
     transform, params = pf.chain(pf.sgd(0.05), link), PARAMS
     state, kept = transform.init(PARAMS), []
-    for t in range(4):
+    for t in range(7):
         kept.append((tree_map(torch.cos, params), state, params))
         updates, state = transform.update(kept[t][0], state, params)
         params = pf.apply_updates(params, updates)
-    assert all(leaf.any() for leaf in tree_leaves(kept[3][1][1].learned))  # moments are kept
-    some = kept[0], kept[3]
+    assert all(leaf.any() for leaf in tree_leaves(kept[6][1][1].learned))  # moments are kept
+    some = kept[2], kept[6]
     together = tree_map(lambda *of: torch.stack(of), *some)
     for function in (transform.update, transform.pullback):
         wanted = tree_map(lambda *of: torch.stack(of), *(function(*one) for one in some))

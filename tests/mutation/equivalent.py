@@ -340,6 +340,10 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             _COUNTED + "if torch.compiler.is_compiling() or (plain and m <= LINEAR_SEARCH_MAX):",
             _COUNTED + "if torch.compiler.is_compiling() or (plain and m >= LINEAR_SEARCH_MAX):",
         ],
+        "the tests run on the device that is the default": [
+            "_by_autograd: multiples = torch.arange(levels.num_levels, dtype=x.dtype, "
+            "device=x.device) -> multiples = torch.arange(levels.num_levels, dtype=x.dtype)",
+        ],
         "torch sorts stably on a CPU whatever is asked": [
             "of_sums: order = qparams.argsort(stable=True) -> "
             "order = qparams.argsort(stable=False)",
@@ -399,6 +403,10 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
         "a number where the result is not used: a variance of 0": [
             _DEVIATION + "2.0).sqrt(), 0.0)",
             _DEVIATION + "0.0).sqrt(), 0.0)",
+        ],
+        "the tests run on the device that is the default": [
+            "normal_like: index = torch.arange(like.numel(), device=mine.device)"
+            ".reshape(like.shape) -> index = torch.arange(like.numel()).reshape(like.shape)",
         ],
     },
     "parq_fn/transforms/learn.py": {
