@@ -251,6 +251,20 @@ def test_a_run_goes_on_with_weights_held_and_levels_moved_otherwise(adapter: str
         train(other, another, 2, 4)
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_state_that_has_lost_what_moves_levels_is_refused(adapter: str) -> None:
+    """It was begun anew in silence, though the digest says that levels were learned so."""
+    net = Net()
+    optimizer = ADAPTERS[adapter](net, learning("hard", "channel", "code"))
+    train(net, optimizer, 3)
+    saved = optimizer.state_dict()
+    for entries in saved["state"].values():
+        for key in [key for key in entries if "learn" in key]:
+            del entries[key]
+    with pytest.raises(ValueError, match=r"learn.* missing; it was saved by another"):
+        optimizer.load_state_dict(saved)
+
+
 def test_a_link_may_have_the_name_of_what_is_learned() -> None:
     """Its state was not loaded, and begun anew in silence."""
     nets = [Net(), Net()]
