@@ -139,6 +139,18 @@ def test_weights_are_on_levels_that_were_learned_bit_for_bit(how: str, dtype: to
     assert bool((net.one.weight.unsqueeze(-1) == levels.unsqueeze(1)).any(-1).all())
 
 
+def test_the_only_parameter_of_a_group_learns_with_a_count_of_its_own() -> None:
+    net = Net()
+    link = replace(LINKS["hard"], learn=pf.adam(0.01))
+    optimizer = QuantOptimizer(
+        torch.optim.SGD([{"params": [net.one.weight], "prox": link}], lr=0.1)
+    )
+    train(net, optimizer, 2)
+    before = optimizer.levels(net.one.weight)
+    train(net, optimizer, 1, 2)
+    assert not torch.equal(optimizer.levels(net.one.weight), before)
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("way", ["state_dict", "deepcopy", "checkpoint"])
 @pytest.mark.parametrize("steps", [1, 4])
