@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import parq_fn as pf
 from tests.benchmarks import __main__ as suite
-from tests.benchmarks import measure, peer, prox_pass
+from tests.benchmarks import measure, peer, prox_pass, scale
 from tests.benchmarks.measure import interleaved, ratio, table
 from tests.benchmarks.report import Found, combined, geometric_mean, overall, show
 
@@ -141,3 +142,18 @@ def test_a_wrong_weight_is_noticed(monkeypatch) -> None:
     monkeypatch.setattr(prox_pass, "plain", off)  # far from what float64 gives
     with pytest.raises(AssertionError):
         prox_pass.check(link, state, jobs, {})
+
+
+def test_small_models_on_many_ranks_keep_the_limits_of_communication_and_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    block = [((16, 32), 0), ((8, 32), 0), ((64, 32), 0), ((32, 16), 1), ((32, 64), 1)]
+    tiny = [scale.Matrix(*one) for one in block] + [scale.Matrix((8, 16, 64), None)]
+    monkeypatch.setattr(scale, "MODELS", {"tiny": lambda: tiny})
+    for how, rows in {"tensor": pf.per_tensor(), "block": pf.per_block(4)}.items():
+        monkeypatch.setitem(scale.GRANULARITIES, how, lambda _, rows=rows: rows)
+    found = list(scale.rows(["tiny"], [8], 2))
+    assert not [row for row in found if row.missed]
+    sent = {(row.layout, row.granularity) for row in found if row.costs.received}
+    assert sent >= {("FSDP2", "tensor"), ("columns", "channel")}
+    assert all(row.costs.qparams for row in found)

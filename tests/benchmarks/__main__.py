@@ -8,7 +8,8 @@ Groups:
   learning whole compiled steps that learn their levels, against steps that keep them
   sweep  a grid of trainings in one program, against one after another
   gpu    the pass, steps and a captured graph on a GPU
-Packed layers are measured by python -m tests.benchmarks.packed.
+Packed layers are measured by python -m tests.benchmarks.packed; what training on up to thousands of
+ranks sends and holds is counted by python -m tests.benchmarks.scale.
 
 The published package is measured beside them where it is installed: pip install -e '.[bench]'.
 On the same inputs it is asserted that eager and compiled forms agree bit for bit, and with
