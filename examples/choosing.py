@@ -226,8 +226,8 @@ def train(task: Task, link: Link, seeds: Sequence[int]) -> list[float]:
     return scores.tolist()
 
 
-def results(task: Task, file: Path, compared: Iterable[Link]) -> dict[str, list[float]]:
-    """{link: scores}: those of the file, and those of links it lacks, which are added to it.
+def kept_results(task: Task, file: Path) -> dict[str, list[float]]:
+    """{link: scores} of a file.
 
     Raises UserError for a line of the file that is no result, as of a run that was cut off.
     """
@@ -241,6 +241,15 @@ def results(task: Task, file: Path, compared: Iterable[Link]) -> dict[str, list[
                 raise UserError(f"{file}, line {number} is no result; delete that line") from None
             if (name, steps, count) == (task.name, task.steps, task.seeds):
                 found[link] = scores
+    return found
+
+
+def results(task: Task, file: Path, compared: Iterable[Link]) -> dict[str, list[float]]:
+    """{link: scores}: those of the file, and those of links it lacks, which are added to it.
+
+    Raises UserError as `kept_results`.
+    """
+    found = kept_results(task, file)
     links = {str(link(task)): link for link in compared}
     left = [link for name, link in links.items() if name not in found]
     for link in tqdm(left, task.name, disable=None):

@@ -9,7 +9,7 @@ scored by the share of test images that it names right. `bytes` is a transformer
 parameters that predicts the next byte of the sources of Python's standard library, scored by its
 test loss in bits a byte. All have the same steps, rates, starts and batches, levels are of output
 channels, and nothing was tuned for any of them. The seeds of a method are trained at once, by
-`torch.vmap`.
+`torch.vmap`, the numbers of bits by `--workers` processes.
 
 Prints means with their standard errors, and differences from straight-through of the same seeds;
 writes both as methods.json and draws methods.png in --save-dir. Every result is added to
@@ -18,9 +18,12 @@ results.jsonl there, and what is there is not trained again.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -34,11 +37,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import parq_fn as pq
 from examples import choosing
-from examples.choosing import Link, Task, results, text
+from examples.choosing import Link, Task, kept_results, results, text
 from examples.options import at_least, name_of_bits
 from examples.qat_fsdp2 import Transformer, batch
 from parq_fn import estimators
-from parq_fn.foundation.command import Parser, command, output_folder
+from parq_fn.foundation.command import Parser, UserError, command, output_folder
 from parq_fn.foundation.value import value
 
 FULL, BASE = "full precision", "straight-through"
@@ -243,6 +246,33 @@ def draw(found: dict[str, Scores]) -> Figure:
 # The command line.
 
 
+def in_processes(parts: Sequence[Sequence[int]], args: argparse.Namespace) -> None:
+    """Trains the bits of each part in a process of its own, which adds to the same file. What is
+    there is left out, and a part alone is left to the caller.
+
+    Raises UserError where a process fails.
+    """
+    parts = [part for part in parts if part]
+    if len(parts) < 2:
+        return
+    flags = ["--threads", str(args.threads), "--workers", "1", "--save-dir", str(args.save_dir)]
+    flags += ["--tiny"] * args.tiny + ["--tasks", *args.tasks]
+    for name in ("seeds", "steps"):
+        given = getattr(args, name)
+        flags += [] if given is None else [f"--{name}", str(given)]
+    flags += ["--methods", *args.methods] if args.methods else []
+    command = [sys.executable, "-m", "examples.methods", *flags, "--bits"]
+    running = [
+        subprocess.Popen([*command, *map(str, part)], stdout=subprocess.DEVNULL) for part in parts
+    ]
+    try:
+        if any(process.wait() for process in running):
+            raise UserError("a process of --workers has failed; its error stands above")
+    finally:
+        for process in running:
+            process.kill()
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Scores]:
     """Trains what is not there yet, prints the tables, writes them and the figure."""
     parser = Parser("examples.methods", __doc__)
@@ -259,7 +289,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Scores]:
     parser.add_argument("--seeds", type=at_least(1, int), default=None, help="of each method")
     parser.add_argument("--steps", type=at_least(10, int), default=None, help="of a training")
     parser.add_argument("--tiny", action="store_true", help="10 steps and 2 seeds, for a try")
-    parser.add_argument("--threads", type=at_least(1, int), default=1, help="of the CPU")
+    about = "of a CPU, for each process"
+    parser.add_argument("--threads", type=at_least(1, int), default=1, help=about)
+    about = "processes, each of which trains some of the bits (default: one for each core)"
+    parser.add_argument("--workers", type=at_least(1, int), default=os.cpu_count(), help=about)
     parser.add_argument(
         "--save-dir", type=Path, default=Path("runs/methods"), help="for all that is written"
     )
@@ -269,18 +302,31 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Scores]:
     given = {"steps": args.steps or (10 if args.tiny else None)}
     given["seeds"] = args.seeds or (2 if args.tiny else None)
     print(f"results are kept in {folder / 'results.jsonl'}", file=sys.stderr)
-    links = compared(args.bits or ([0, 2] if args.tiny else [1, 0, 2, 3]), args.methods)
-    found: dict[str, Scores] = {}
-    for name in args.tasks:
-        task = TASKS[name]._replace(**{k: v for k, v in given.items() if v is not None})
-        with sdpa_kernel(SDPBackend.MATH):  # others have no rule for vmap
-            kept = results(task, folder / "results.jsonl", links.values())
-        scores = found[name] = {key: kept[str(link(task))] for key, link in links.items()}
-        runs = f"{task.seeds} seeds of {task.steps} steps"
-        print(table(f"{name}: {task.of}, {runs}, mean ± standard error", scores))
-        print(
-            table(f"{name}: differences from {BASE}, of the same seeds", differences(scores), "+")
+    bits = args.bits or ([0, 2] if args.tiny else [1, 0, 2, 3])
+    links = compared(bits, args.methods)
+    given = {key: number for key, number in given.items() if number is not None}
+    tasks, file = [TASKS[name]._replace(**given) for name in args.tasks], folder / "results.jsonl"
+    there = {task.name: kept_results(task, file) for task in tasks}
+    todo = [
+        b
+        for b in bits
+        if any(
+            str(link(task)) not in there[task.name]
+            for task in tasks
+            for (_, own), link in links.items()
+            if own == b
         )
+    ]
+    in_processes([todo[i :: args.workers] for i in range(args.workers)], args)
+    found: dict[str, Scores] = {}
+    for task in tasks:
+        with sdpa_kernel(SDPBackend.MATH):  # others have no rule for vmap
+            kept = results(task, file, links.values())
+        scores = found[task.name] = {key: kept[str(link(task))] for key, link in links.items()}
+        runs = f"{task.seeds} seeds of {task.steps} steps"
+        print(table(f"{task.name}: {task.of}, {runs}, mean ± standard error", scores))
+        title = f"{task.name}: differences from {BASE}, of the same seeds"
+        print(table(title, differences(scores), "+"))
     draw(found).savefig(folder / "methods.png", dpi=120)
     report = {
         task: [

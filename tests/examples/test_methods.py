@@ -10,6 +10,7 @@ import pytest
 
 from examples import methods
 from examples.choosing import Link, Task
+from parq_fn.foundation.command import UserError
 
 
 def test_a_table_has_every_method_and_a_figure_and_a_file_are_kept(
@@ -22,7 +23,7 @@ def test_a_table_has_every_method_and_a_figure_and_a_file_are_kept(
         return [float(len(trained) + seed) for seed in seeds]
 
     monkeypatch.setattr("examples.choosing.train", counted)
-    flags = ["--tiny", "--bits", "0", "1", "2", "3", "--save-dir", str(tmp_path)]
+    flags = ["--tiny", "--bits", "0", "1", "2", "3", "--save-dir", str(tmp_path), "--workers", "1"]
     found = methods.main(flags)
     digits = methods.TASKS["digits"]
     names = {str(link(digits)) for link in methods.compared(range(4)).values()}
@@ -44,6 +45,24 @@ def test_the_program_trains_both_tasks(task: Task, tmp_path: Path) -> None:
     found = methods.main([*flags, task.name, "--save-dir", str(tmp_path)])[task.name]
     assert set(found) == {(name, 0) for name in (methods.FULL, methods.BASE, "TTQ")}
     assert all(math.isfinite(score) for scores in found.values() for score in scores)
+
+
+@pytest.mark.slow
+def test_processes_train_the_bits_that_are_not_there_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--steps", "10", "--seeds", "1", "--methods", "LSQ", "--tasks", "digits"]
+    flags += ["--save-dir", str(tmp_path), "--workers", "2", "--bits", "1", "2"]
+    found = methods.main(flags)["digits"]
+    assert set(found) == {(name, b) for name in (methods.FULL, methods.BASE, "LSQ") for b in (1, 2)}
+    monkeypatch.setattr("subprocess.Popen", None)  # all is there
+    assert methods.main(flags)["digits"] == found
+    (tmp_path / "results.jsonl").unlink()
+    monkeypatch.undo()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "torch.py").write_text("raise ImportError\n")
+    with pytest.raises(UserError, match="a process of --workers has failed"):
+        methods.main(flags)
 
 
 def test_a_link_s_name_tells_methods_apart() -> None:
