@@ -271,6 +271,7 @@ def in_processes(parts: Sequence[Sequence[int]], args: argparse.Namespace) -> No
     finally:
         for process in running:
             process.kill()
+            process.wait()
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Scores]:

@@ -3,6 +3,7 @@ do. None of them is silent."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -485,6 +486,22 @@ def test_steps_are_batched_differentiated_and_traced_as_without_checks() -> None
     torch.compiler.reset()
     compiled = torch.compile(stepped, fullgraph=True, backend="eager")
     assert torch.equal(compiled(PARAMS, GRADS)["a"], stepped(PARAMS, GRADS)["a"])
+
+
+@pytest.mark.parametrize("learn", [None, pf.sgd(0.1)], ids=repr)
+def test_the_state_of_another_granularity_is_refused(learn: Any) -> None:
+    """The numbers of one row were taken for those of all."""
+    cuts = (pf.per_tensor(), pf.per_channel())
+    links = [pf.hard_prox(pf.uniform(2), granularity=c, period=1, learn=learn) for c in cuts]
+    params = {"w": torch.tensor([[1.0, -3.0], [0.5, 2.0]])}
+    for one, other in itertools.permutations(pf.chain(pf.sgd(0.1), link) for link in links):
+        _, state = one.update(params, one.init(params), params)
+        for use in (
+            lambda other=other, state=state: other.weights(state, params),
+            lambda other=other, state=state: other.update(params, state, params),
+        ):
+            with pytest.raises(ValueError, match="of other rows; a state belongs to"):
+                use()
 
 
 @pytest.mark.parametrize("learn", [None, pf.sgd(0.1)], ids=repr)

@@ -22,8 +22,8 @@ from parq_fn.foundation.scalar import concrete, to_device
 from parq_fn.foundation.tree import PyTree, select, tree_map
 from parq_fn.foundation.value import Value, briefly, show, value
 from parq_fn.quantizers import Quantizer
-from parq_fn.transforms.layout import Part, spread_to_rows, summed_to_rows
-from parq_fn.transforms.prox_state import LearningState, ProxState, in_rows, shrunk
+from parq_fn.transforms.layout import Part, summed_to_rows
+from parq_fn.transforms.prox_state import LearningState, ProxState, held_rows, in_rows, shrunk
 from parq_fn.transforms.qparams_gradient import KINDS, Kind, is_one_scale, of_codes, of_rows
 from parq_fn.transforms.sharded import local, placed
 from parq_fn.transforms.transformation import (
@@ -142,7 +142,7 @@ def gradient_of(
     """
     qparams, dtype, held = own
     check_kept(link, qparams)
-    kept, mine = local(spread_to_rows(qparams, param, link.granularity)), local(param)
+    kept, mine = held_rows(link, qparams, param), local(param)
     whole = in_rows(kept)
     found = torch.zeros_like(of_part := whole[part.rows])
     if mine.numel():

@@ -17,8 +17,8 @@ from parq_fn.foundation.scalar import concrete, to_device
 from parq_fn.foundation.tree import PyTree, tree_leaves
 from parq_fn.quantizers.base import fitted, nan_rows
 from parq_fn.transforms.exchange import extremes_of, fitted_whole, largest_of_all, lines_of
-from parq_fn.transforms.layout import across, local_row_shape, spread_to_rows, to_rows
-from parq_fn.transforms.prox_state import ProxState, shrunk
+from parq_fn.transforms.layout import across, local_row_shape, to_rows
+from parq_fn.transforms.prox_state import ProxState, held_rows, shrunk
 from parq_fn.transforms.sharded import is_dtensor, local
 
 if TYPE_CHECKING:
@@ -36,19 +36,13 @@ def refitted(link: Prox, state: ProxState, latents: PyTree, learns: Tensor | Non
         learns = None
     leaves, spec = optree.tree_flatten(state.qparams)
     weights = tree_leaves(latents)
-    known = [
-        spread_to_rows(old, weight, link.granularity)
-        for old, weight in zip(leaves, weights, strict=True)
-    ]
-    todo = [i for i, old in enumerate(known) if not _learns_whole(link, local(old), learns)]
-    new = fits(link, state, [weights[i] for i in todo])
-    found = dict(zip(todo, new, strict=True))
-    made = [
-        to_rows(_taken(link, state, local(old), found[i], learns), weights[i], link.granularity)
-        if i in found
-        else old
-        for i, old in enumerate(known)
-    ]
+    known = [held_rows(link, *pair) for pair in zip(leaves, weights, strict=True)]
+    todo = [i for i, old in enumerate(known) if not _learns_whole(link, old, learns)]
+    new = dict(zip(todo, fits(link, state, [weights[i] for i in todo]), strict=True))
+    made = []
+    for i, (old, weight) in enumerate(zip(known, weights, strict=True)):
+        taken = _taken(link, state, old, new[i], learns) if i in new else old
+        made.append(to_rows(taken, weight, link.granularity))
     return state._replace(qparams=optree.tree_unflatten(spec, made))
 
 

@@ -64,10 +64,25 @@ def in_rows(qparams: Tensor) -> Tensor:
 def rows_of(link: Any, qparams: Tensor, weight: Tensor, part: Part) -> Tensor:
     """[r, m] of the rows that this rank has of a weight, or has pieces of, as its part says.
 
-    qparams: [..., m], those of a state that was begun before the weight was sharded too.
+    qparams: [..., m], as `held_rows` takes them.
     """
-    known = spread_to_rows(qparams, weight, link.granularity)
-    return in_rows(local(known))[part.rows]
+    return in_rows(held_rows(link, qparams, weight))[part.rows]
+
+
+def held_rows(link: Any, qparams: Tensor, weight: Tensor) -> Tensor:
+    """[..., m] of the rows that this rank has of a weight, or has pieces of.
+
+    qparams: [..., m], those of a state that was begun before the weight was sharded too.
+    Raises ValueError for those of other rows.
+    """
+    rows = link.granularity.row_shape(weight)
+    if qparams.shape[:-1] != rows:
+        raise ValueError(
+            f"{name_of(link)}: {link.granularity!r} makes rows {tuple(rows)} of a weight of shape "
+            f"{tuple(weight.shape)}, and the state has qparams {tuple(qparams.shape)}, of other "
+            "rows; a state belongs to the transformation whose init made it"
+        )
+    return local(spread_to_rows(qparams, weight, link.granularity))
 
 
 def shrunk(latent: Tensor, divisor: Tensor | None) -> Tensor:

@@ -60,7 +60,8 @@ def plain(link: Prox, state: ProxState, jobs: Sequence[Job]) -> None:
     """weight <- link.weights(state, latent), for each of the jobs."""
     for latent, qparams, granularity, weight in jobs:
         own = dataclasses.replace(link, granularity=granularity)
-        of_rows = state._replace(qparams=[qparams])
+        shape = *granularity.row_shape(latent), qparams.shape[-1]
+        of_rows = state._replace(qparams=[qparams.reshape(shape)])
         weight.copy_(own.weights(of_rows, [latent], dtype=weight.dtype)[0])
 
 
