@@ -75,6 +75,8 @@ def held_rows(link: Any, qparams: Tensor, weight: Tensor) -> Tensor:
     qparams: [..., m], those of a state that was begun before the weight was sharded too.
     Raises ValueError for those of other rows.
     """
+    if torch.compiler.is_compiling():  # of dimensions that it may know nothing of
+        return local(qparams)
     rows = link.granularity.row_shape(weight)
     if qparams.shape[:-1] != rows:
         raise ValueError(
