@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
 import parq_fn as pf
 from parq_fn.transforms.exchange import Lines, shared
-from parq_fn.transforms.layout import Layout, _layout, cuts_of, held
+from parq_fn.transforms.layout import Layout, Sharding, _layout
 from tests.cuts import dimensions
 
 
@@ -60,7 +60,7 @@ def test_a_rank_holds_the_indices_that_torch_gives_it(case: Any) -> None:
     shape, mesh, placements, _ = case
     for rank, (d, size) in itertools.product(every_rank(mesh), enumerate(shape)):
         own = [_first(p) if getattr(p, "dim", None) == d else Replicate() for p in placements]
-        runs = held(size, cuts_of(d, mesh, rank, placements))
+        runs = Sharding(shape, mesh, placements).runs(d, rank)
         index = [i for a, b in runs for i in range(a, b)]
         assert cut(torch.arange(size), mesh, rank, own).tolist() == index
 
@@ -76,7 +76,7 @@ def layout_at(case: Any, rank: tuple[int, ...]) -> tuple[Tensor, Layout]:
     shape, mesh, placements, granularity = case
     numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
     mine = cut(numbers, mesh, rank, placements)
-    return mine, _layout(shape, tuple(mine.shape), mesh, rank, placements, granularity)
+    return mine, _layout(Sharding(shape, mesh, placements), tuple(mine.shape), rank, granularity)
 
 
 @given(sharded())
@@ -106,7 +106,7 @@ def test_each_element_has_the_qparams_of_its_row(case: Any) -> None:
 
 def lines(count: int, *shape: int) -> Lines:
     mine = torch.empty(count, *shape)
-    return Lines(mine, shape, (0,), 1, (count,), -1, None, (), (0,), (0,))
+    return Lines(mine, shape, (0,), 1, (count,), -1, None, Sharding((), (), ()), (0,), (0,))
 
 
 @given(
@@ -137,4 +137,4 @@ def test_tensors_of_one_size_are_spread_evenly() -> None:
 
 def test_sums_over_ranks_are_refused() -> None:
     with pytest.raises(ValueError, match="a sum over ranks"):
-        _layout((4,), (4,), (2,), (0,), (Partial(),), pf.per_channel())
+        _layout(Sharding((4,), (2,), (Partial(),)), (4,), (0,), pf.per_channel())

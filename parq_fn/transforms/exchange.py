@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parq_fn.quantizers.granularity import Granularity, per_block
-from parq_fn.transforms.layout import Runs, cuts_of, held, layout_of
+from parq_fn.transforms.layout import Runs, Sharding, layout_of, sharding_of
 
 
 class Lines(NamedTuple):
@@ -37,7 +37,7 @@ class Lines(NamedTuple):
     kept: tuple[int, ...]  # how many indices choose the line, by dimension
     place: int  # where among these dimensions that of a line's rows belongs; none if it has one row
     mesh: Any
-    placements: tuple[Any, ...]
+    lies: Sharding  # of the weight
     across: tuple[int, ...]  # of the mesh: those that cut lines
     sharing: tuple[int, ...]  # these and those that replicate them
 
@@ -53,17 +53,13 @@ class Lines(NamedTuple):
 
     def runs(self, rank: Sequence[int]) -> list[Runs]:
         """Which indices of each dimension of a line the rank at that coordinate has."""
-        mesh = tuple(self.mesh.shape)
-        return [
-            held(n, cuts_of(d, mesh, rank, self.placements))
-            for d, n in zip(self.dims, self.shape, strict=True)
-        ]
+        return [self.lies.runs(d, rank) for d in self.dims]
 
     def is_uneven(self, d: int) -> bool:
         """Whether strided placements cut the weight's dimension d into pieces of several sizes."""
-        cuts = cuts_of(d, tuple(self.mesh.shape), self.mesh.get_coordinate(), self.placements)
-        size = self.shape[self.dims.index(d)]
-        return any(cut.factor > 1 for cut in cuts) and size % math.prod(c.ranks for c in cuts) > 0
+        cuts = self.lies.cuts(d, self.mesh.get_coordinate())
+        strided, ranks = any(cut.factor > 1 for cut in cuts), math.prod(cut.ranks for cut in cuts)
+        return strided and self.lies.shape[d] % ranks > 0
 
     def in_rows(self, found: Tensor) -> Tensor:
         """[lines, rows of each, m] as [..., m], by the dimensions of this rank's rows."""
@@ -114,7 +110,7 @@ def lines_of(weight: Any, latent: Tensor, granularity: Granularity) -> Lines:
         tuple(latent.shape[d] for d in chosen),
         dims.index(None) if None in dims else -1,
         mesh,
-        placements,
+        sharding_of(weight),
         layout.across,
         sharing,
     )

@@ -93,8 +93,7 @@ def layout_of(weight: DTensor, granularity: Granularity) -> Layout:
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank outside of the mesh has no part"
     mine = tuple(local(weight).shape)
-    own = tuple(weight.shape), mine, tuple(mesh.shape), tuple(coordinate), weight.placements
-    found = _layout(*own, granularity)
+    found = _layout(sharding_of(weight), mine, tuple(coordinate), granularity)
     rows = found.part.rows
     if isinstance(rows, Tensor):
         found = found._replace(part=found.part._replace(rows=rows.to(local(weight).device)))
@@ -104,6 +103,11 @@ def layout_of(weight: DTensor, granularity: Granularity) -> Layout:
 def across(weight: Tensor, granularity: Granularity) -> tuple[int, ...]:
     """The dimensions of its mesh along which ranks have pieces of a weight's rows."""
     return layout_of(weight, granularity).across if is_dtensor(weight) else ()
+
+
+def sharding_of(weight: DTensor) -> Sharding:
+    """How a DTensor lies on its mesh."""
+    return Sharding(tuple(weight.shape), tuple(weight.device_mesh.shape), weight.placements)
 
 
 def to_rows(mine: Tensor, weight: Tensor, granularity: Granularity) -> Tensor:
@@ -187,27 +191,33 @@ def sharded_along(placement: Any) -> int | None:
     return getattr(placement, "dim", None) if not placement.is_partial() else None
 
 
-def cuts_of(
-    dim: int, mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
-) -> list[Cut]:
-    """How the mesh cuts a dimension, for the rank at that coordinate."""
-    return [
-        Cut(mesh[i], coordinate[i], getattr(p, "split_factor", 1))
-        for i, p in enumerate(placements)
-        if sharded_along(p) == dim
-    ]
+class Sharding(NamedTuple):
+    """How a weight lies on the ranks of a mesh."""
 
+    shape: tuple[int, ...]  # the weight's
+    mesh: tuple[int, ...]  # sizes of its dimensions
+    placements: tuple[Placement, ...]
 
-def _every_rank(
-    dims: Iterable[int], mesh: Sequence[int], placements: Sequence[Placement]
-) -> Iterator[tuple[int, ...]]:
-    """Coordinates, one for each way in which the mesh cuts these dimensions."""
-    chosen = {*dims}
-    ways = [
-        range(size) if sharded_along(p) in chosen else range(1)
-        for size, p in zip(mesh, placements, strict=True)
-    ]
-    return itertools.product(*ways)
+    def runs(self, dim: int, rank: Sequence[int]) -> Runs:
+        """The indices of a dimension of the weight that the rank at that coordinate has."""
+        return held(self.shape[dim], self.cuts(dim, rank))
+
+    def cuts(self, dim: int, rank: Sequence[int]) -> list[Cut]:
+        """How the mesh cuts that dimension, for that rank."""
+        return [
+            Cut(self.mesh[i], rank[i], getattr(p, "split_factor", 1))
+            for i, p in enumerate(self.placements)
+            if sharded_along(p) == dim
+        ]
+
+    def every_rank(self, dims: Iterable[int]) -> Iterator[tuple[int, ...]]:
+        """Coordinates, one for each way in which the mesh cuts these dimensions."""
+        chosen = {*dims}
+        ways = [
+            range(size) if sharded_along(p) in chosen else range(1)
+            for size, p in zip(self.mesh, self.placements, strict=True)
+        ]
+        return itertools.product(*ways)
 
 
 # Layouts, which depend on shapes alone.
@@ -215,15 +225,11 @@ def _every_rank(
 
 @lru_cache(maxsize=4096)
 def _layout(
-    shape: tuple[int, ...],
-    mine: tuple[int, ...],
-    mesh: tuple[int, ...],
-    coordinate: tuple[int, ...],
-    placements: tuple[Placement, ...],
-    granularity: Granularity,
+    lies: Sharding, mine: tuple[int, ...], coordinate: tuple[int, ...], granularity: Granularity
 ) -> Layout:
     from torch.distributed.tensor import Replicate
 
+    shape, mesh, placements = lies
     weight = torch.empty(shape, device="meta")
     r, n = granularity.shape(weight)
     if any(p.is_partial() for p in placements):
@@ -234,7 +240,7 @@ def _layout(
     dims = granularity.row_dims(weight)
     whole_blocks = False
     if isinstance(granularity, per_block):
-        whole_blocks = _ends_with_blocks(granularity, weight, mesh, placements)
+        whole_blocks = _ends_with_blocks(granularity, weight, lies)
         first = granularity.dims(weight)[0]
         dims = tuple(first if d is None and whole_blocks else d for d in dims)
     found: list[Placement] = []
@@ -260,13 +266,13 @@ def _layout(
             "cannot be told; give a granularity shape alone, or use per_channel or per_block"
         )
     if isinstance(granularity, per_block):
-        own = shape, mine, mesh, placements, granularity
-        part = _pieces(*own, coordinate)
-        every = _every_rank(granularity.dims(weight), mesh, placements)
-        cut = any(_piece(*own, other) < granularity.size for other in every)
+        along = granularity.dims(weight)
+        part = _pieces(granularity, along, lies, coordinate, mine)
+        every = (_places(along, lies, other) for other in lies.every_rank(along))
+        cut = any(_piece(granularity.size, places) < granularity.size for places in every)
         return layout._replace(part=part._replace(cut=cut))
     if dims == (None,):
-        return layout._replace(part=_run(shape, n, mesh, placements, coordinate, granularity))
+        return layout._replace(part=_run(n, lies, coordinate, granularity))
     return layout._replace(part=Part(granularity, slice(None), cut))  # a part of every row
 
 
@@ -280,19 +286,17 @@ def _along(placement: Any, dim: int) -> Placement:
     return same
 
 
-def _ends_with_blocks(
-    blocks: per_block, weight: Tensor, mesh: Sequence[int], placements: Sequence[Placement]
-) -> bool:
+def _ends_with_blocks(blocks: per_block, weight: Tensor, lies: Sharding) -> bool:
     """Whether all ranks hold whole blocks, those that a DTensor of blocks would have there."""
     first, *others = blocks.dims(weight)
-    if any(sharded_along(p) in others for p in placements):
+    if any(sharded_along(p) in others for p in lies.placements):
         return False
     inner = math.prod(weight.shape[d] for d in others)
     count = weight.shape[first] * inner // blocks.size
-    for rank in _every_rank([first], mesh, placements):
-        cuts = cuts_of(first, mesh, rank, placements)
-        runs = [(a * inner, b * inner) for a, b in held(weight.shape[first], cuts)]
-        of_blocks = [(a * blocks.size, b * blocks.size) for a, b in held(count, cuts)]
+    for rank in lies.every_rank([first]):
+        runs = [(a * inner, b * inner) for a, b in lies.runs(first, rank)]
+        whole = held(count, lies.cuts(first, rank))
+        of_blocks = [(a * blocks.size, b * blocks.size) for a, b in whole]
         if _joined(runs) != _joined(of_blocks):
             return False
     return True
@@ -309,83 +313,55 @@ def _joined(runs: Runs) -> Runs:
     return found
 
 
-def _places(
-    shape: tuple[int, ...],
-    mesh: tuple[int, ...],
-    placements: tuple[Placement, ...],
-    blocks: per_block,
-    coordinate: Sequence[int],
-) -> Tensor:
+def _places(along: Sequence[int], lies: Sharding, rank: Sequence[int]) -> Tensor:
     """The place, in what blocks are cut from, of each element that a rank holds of it."""
     places = torch.zeros(1, dtype=torch.int64)
-    for d in blocks.dims(torch.empty(shape, device="meta")):
-        runs = held(shape[d], cuts_of(d, mesh, coordinate, placements))
+    for d in along:
+        runs = lies.runs(d, rank)
         index = torch.cat([torch.arange(0), *(torch.arange(a, b) for a, b in runs)])
-        places = (places[:, None] * shape[d] + index).flatten()
+        places = (places[:, None] * lies.shape[d] + index).flatten()
     return places
 
 
-def _piece(
-    shape: tuple[int, ...],
-    mine: tuple[int, ...],
-    mesh: tuple[int, ...],
-    placements: tuple[Placement, ...],
-    blocks: per_block,
-    coordinate: Sequence[int],
-) -> int:
-    """The longest pieces that end where blocks do, and where what a rank holds does."""
-    del mine
-    places = _places(shape, mesh, placements, blocks, coordinate)
+def _piece(size: int, places: Tensor) -> int:
+    """The longest pieces that end where blocks of that size do, and where the places do."""
     if not len(places):
-        return blocks.size
-    ends = (places.diff() != 1) | (places[1:] % blocks.size == 0)
+        return size
+    ends = (places.diff() != 1) | (places[1:] % size == 0)
     starts = (ends.nonzero().flatten() + 1).tolist()
-    return math.gcd(blocks.size, len(places), *starts)
+    return math.gcd(size, len(places), *starts)
 
 
 def _pieces(
-    shape: tuple[int, ...],
-    mine: tuple[int, ...],
-    mesh: tuple[int, ...],
-    placements: tuple[Placement, ...],
     blocks: per_block,
-    coordinate: Sequence[int],
+    along: Sequence[int],
+    lies: Sharding,
+    rank: Sequence[int],
+    mine: tuple[int, ...],
 ) -> Part:
     """Of blocks that ranks have pieces of: pieces that no block's end lies in."""
-    own = shape, mesh, placements, blocks, coordinate
-    size = _piece(shape, mine, mesh, placements, blocks, coordinate)
-    index = _places(*own)[::size] // blocks.size
-    along = blocks.dims(torch.empty(shape, device="meta"))
-    place, count = min(along), math.prod(shape[d] for d in along) // blocks.size
+    places = _places(along, lies, rank)
+    size = _piece(blocks.size, places)
+    index = places[::size] // blocks.size
+    place, count = min(along), math.prod(lies.shape[d] for d in along) // blocks.size
     before = math.prod(mine[:place])
-    after = math.prod(mine[d] for d in range(place, len(shape)) if d not in along)
+    after = math.prod(mine[d] for d in range(place, len(mine)) if d not in along)
     rows = torch.arange(before)[:, None, None] * count + index[:, None]
     rows = rows * after + torch.arange(after)
     return Part(per_block(size, blocks.along), rows.flatten())
 
 
-def _run(
-    shape: tuple[int, ...],
-    n: int,
-    mesh: tuple[int, ...],
-    placements: tuple[Placement, ...],
-    coordinate: Sequence[int],
-    granularity: Granularity,
-) -> Part:
+def _run(n: int, lies: Sharding, rank: Sequence[int], granularity: Granularity) -> Part:
     """Of rows of n that are runs of the weight: those that the shard lies in."""
-    inner = math.prod(shape[1:])
-
-    def of(rank: Sequence[int]) -> Runs:
-        return _joined(held(shape[0], cuts_of(0, mesh, rank, placements)))
-
-    every = [of(rank) for rank in _every_rank([0], mesh, placements)]
-    other = any(sharded_along(p) not in (None, 0) for p in placements)
+    inner = math.prod(lies.shape[1:])
+    every = [_joined(lies.runs(0, other)) for other in lies.every_rank([0])]
+    other = any(sharded_along(p) not in (None, 0) for p in lies.placements)
     if other or any(len(runs) > 1 for runs in every):
         raise ValueError(
-            f"it is placed as {placements}; rows of {granularity!r} can be told from shards along "
-            "the first dimension only, each of them one run"
+            f"it is placed as {lies.placements}; rows of {granularity!r} can be told from shards "
+            "along the first dimension only, each of them one run"
         )
-    first, last = (of(coordinate) or [(0, 0)])[0]
+    first, last = (_joined(lies.runs(0, rank)) or [(0, 0)])[0]
     start, stop = first * inner, last * inner
     begin, end = start // n, -(-stop // n)
     cut = any(a * inner % n or b * inner % n for runs in every for a, b in runs)
