@@ -24,7 +24,7 @@ from parq_fn.transforms.learn import gradient_of
 from parq_fn.transforms.links import times
 from parq_fn.transforms.oscillation import HeldState
 from parq_fn.transforms.prox_link import Prox
-from parq_fn.transforms.prox_pullback import strided
+from parq_fn.transforms.prox_pullback import own_part
 from parq_fn.transforms.sharded import local
 
 
@@ -103,7 +103,7 @@ class Moving(Wrapping):
                 continue
             state, latent = prox_state(self.state[p]), self._latents[p].detach()
             if concrete(link.active(state)):
-                part, grad = part_of(p, link.granularity), strided(local(p.grad))  # type: ignore[arg-type] # it has one
+                part, grad = part_of(p, link.granularity), own_part(p.grad, p)  # type: ignore[arg-type] # it has one
                 entries = self.state[p]
                 held = None if link.hold is None else _held(held_of(entries))
                 own = entries["qparams"], p.dtype, held

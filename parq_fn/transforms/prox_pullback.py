@@ -18,7 +18,7 @@ from parq_fn.foundation.tree import PyTree, tree_map
 from parq_fn.transforms.layout import part_of
 from parq_fn.transforms.learn import gradient_of
 from parq_fn.transforms.prox_state import ProxState, part_for, rows_of, shrunk
-from parq_fn.transforms.sharded import local, placed
+from parq_fn.transforms.sharded import is_dtensor, local, placed
 
 if TYPE_CHECKING:
     from parq_fn.transforms.prox_link import Prox
@@ -42,7 +42,7 @@ def pulled_back(
         weights = link.weights(state, params)
 
     def bent(grad: Tensor, param: Tensor, weight: Tensor, like: Tensor, qparams: Tensor) -> Tensor:
-        part, mine, g = part_of(param, link.granularity), local(param), strided(local(grad))
+        part, mine, g = part_of(param, link.granularity), local(param), own_part(grad, param)
         if not mine.numel():
             return grad
         rows = part.granularity.rows
@@ -66,7 +66,7 @@ def _own(link: Prox, grads: PyTree, state: ProxState, params: PyTree, like: PyTr
             return torch.zeros_like(qparams)
         part = part_for(link, param, params)
         of_leaf = qparams, like.dtype, (local(held[0]), local(held[1])) if held else None
-        found = gradient_of(link, strided(local(grad)), param, part, state, of_leaf)
+        found = gradient_of(link, own_part(grad, param), param, part, state, of_leaf)
         return found if concrete(active) else torch.where(to_device(active, found), found, 0.0)
 
     holds: Any = getattr(state, "oscillation", ())
@@ -74,6 +74,10 @@ def _own(link: Prox, grads: PyTree, state: ProxState, params: PyTree, like: PyTr
     return tree_map(own, grads, params, like, state.qparams, *held)
 
 
-def strided(grad: Tensor) -> Tensor:
-    """The gradient with all its elements; that of an embedding may be sparse."""
-    return grad if grad.layout == torch.strided else grad.to_dense()
+def own_part(grad: Tensor, param: Tensor) -> Tensor:
+    """This rank's part of a gradient, which torch may have placed otherwise than the param, with
+    all its elements; that of an embedding may be sparse."""
+    if is_dtensor(grad) and is_dtensor(param) and grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    mine = local(grad)
+    return mine if mine.layout == torch.strided else mine.to_dense()

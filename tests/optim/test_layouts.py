@@ -295,12 +295,36 @@ def other_dtypes_and_quantizers() -> None:
         assert torch.equal(whole(split["w"]), alone["w"]), (layout, quantizer)
 
 
+def gradients_placed_otherwise() -> None:
+    """torch places gradients of hand-sharded weights as it likes."""
+    learn = pf.learn(pf.sgd(0.01))
+    links = [
+        pf.parq_prox(pf.uniform(2), **SPAN, learn=learn, granularity=pf.per_channel()),
+        pf.hard_prox(pf.uniform(2), gradient=pf.estimators.inside(), period=1),
+    ]
+    for link, adapter in itertools.product(links, ("QuantOptimizer", "TransformOptimizer")):
+        for layout, placement in (("FSDP2", Shard(1)), ("rowwise", Shard(0)), ("rowwise", None)):
+            runs = [on_mesh({"w": weights()["one"]}, layout) for _ in range(2)]
+            for params, moved in zip(runs, (False, True), strict=True):
+                optimizer = ADAPTERS[adapter](params, link)
+                for step in range(4):
+                    p: Any = params["w"]
+                    whole_grad = torch.sin(torch.arange(p.numel()) + step).reshape(p.shape)
+                    own = [placement or Replicate()] if moved else p.placements
+                    p.grad = None
+                    p.grad = distribute_tensor(whole_grad, p.device_mesh, own)
+                    optimizer.step()
+            one, two = (whole(params["w"]) for params in runs)
+            assert torch.equal(one, two), (link, adapter, layout)
+
+
 def placements_and_collectives() -> None:
     qparams_are_placed_as_rows()
     rows_that_ranks_have_whole_need_no_collective()
     states_of_before_load()
     copies_go_on()
     other_dtypes_and_quantizers()
+    gradients_placed_otherwise()
 
 
 @pytest.mark.slow
