@@ -14,8 +14,9 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
 import parq_fn as pf
-from parq_fn.transforms.exchange import Lines, shared
+from parq_fn.transforms.exchange import shared
 from parq_fn.transforms.layout import Layout, Sharding, _layout
+from parq_fn.transforms.lines import Lines
 from tests.cuts import dimensions
 
 

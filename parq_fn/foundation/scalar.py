@@ -58,13 +58,18 @@ def concrete(tensor: Tensor) -> Any:
     >>> concrete(torch.tensor(3))
     3
     """
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+    if not may_be_read(tensor):
         return None
     try:
         value: Any = tensor.item()
     except RuntimeError:  # vmap, fake and meta tensors each refuse with one
         return None
     return value if isinstance(value, (bool, int, float)) else None  # else a symbol of a tracer's
+
+
+def may_be_read(tensor: Tensor) -> bool:
+    """Whether `concrete` looks into a tensor: on the CPU, in no function that a compiler traces."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -99,6 +99,13 @@ def writes_to(tensor: Tensor) -> int:
     return tensor._version
 
 
+def inner_shard(tensor: Tensor) -> Tensor:
+    """The tensor in which a DTensor keeps this rank's part: `to_local()` of a parameter is a view
+    of it, made anew at each call."""
+    found: Tensor = tensor._local_tensor  # type: ignore[attr-defined] # a DTensor has it
+    return found
+
+
 def copy_each(into: list[Tensor], of: list[Tensor]) -> None:
     """Copies tensors into others, of all in few operations."""
     torch._foreach_copy_(into, of)

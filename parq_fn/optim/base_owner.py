@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -299,3 +299,19 @@ def scalars(state: ProxState) -> Entries:
 def prox_state(entries: dict[str, Any]) -> ProxState:
     """The state of a link that has one parameter, of its entries."""
     return ProxState(entries["count"], entries["slope"], entries["lr_sum"], [entries["qparams"]])
+
+
+def by_step(
+    params: Iterable[Tensor], state: Mapping[Tensor, Entries]
+) -> dict[tuple[int, float], list[Tensor]]:
+    """Parameters by the count and the sum of learning rates of their link, of which those that
+    were never frozen have the same."""
+    known: dict[tuple[int, int], tuple[int, float]] = {}  # read once of tensors that many share
+    found: dict[tuple[int, float], list[Tensor]] = {}
+    for p in params:
+        count, lr_sum = state[p]["count"], state[p]["lr_sum"]
+        own = id(count), id(lr_sum)
+        if own not in known:
+            known[own] = int(count), float(lr_sum)
+        found.setdefault(known[own], []).append(p)
+    return found

@@ -87,9 +87,12 @@ class Moving(Wrapping):
     def _gradient(self, p: Tensor, group: Group) -> Tensor:
         """That of the latent, from that of the parameter."""
         latent, state = self._latents[p], prox_state(self.state[p])
-        grads = [p.grad.to(latent.dtype)]  # type: ignore[union-attr] # it has one
-        link, seen = replace(self.link(group), learn=None), [latent.detach()]
-        found: Tensor = link.pullback(grads, state, seen, weights=[p.detach()])[0][0]
+        grad = p.grad.to(latent.dtype)  # type: ignore[union-attr] # it has one
+        link = self.link(group)
+        if not link.bends:
+            return grad
+        link, seen = replace(link, learn=None), [latent.detach()]
+        found: Tensor = link.pullback([grad], state, seen, weights=[p.detach()])[0][0]
         return found
 
     def _gradients_of_qparams(

@@ -28,7 +28,7 @@ from parq_fn.foundation.torch_private import not_traced
 from parq_fn.foundation.value import briefly, check_flags
 from parq_fn.optim.adapter import settled
 from parq_fn.optim.base_optimizer import check_base, check_not_kept
-from parq_fn.optim.base_owner import BaseOwner, prox_state, scalars
+from parq_fn.optim.base_owner import BaseOwner, by_step, prox_state, scalars
 from parq_fn.optim.engine.gradients import RowGradients
 from parq_fn.optim.engine.passes import Job, Pass, refit
 from parq_fn.optim.groups import KEYS, check_group, is_quantized, link_of
@@ -264,12 +264,7 @@ class QuantOptimizer(Moving):
     def _map_group(self, group: Group, before: Before) -> None:
         """before: gets (entries or group, what stood there) of all that it changes."""
         link, rate = self.link(group), rate_of(group)
-        by_state: dict[tuple[int, float], list[Tensor]] = {}
-        for p in group["params"]:  # those that were never frozen share theirs
-            if p.requires_grad:
-                entries = self.state[p]
-                key = int(entries["count"]), float(entries["lr_sum"])
-                by_state.setdefault(key, []).append(p)
+        by_state = by_step([p for p in group["params"] if p.requires_grad], self.state)
         for params in by_state.values():
             old, entries = prox_state(self.state[params[0]]), [self.state[p] for p in params]
             state = link.advance(old, rate)

@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 from parq_fn.foundation.torch_private import (
     hooks_after_load,
     hooks_before_load,
+    inner_shard,
     is_composed,
     is_flat,
     parts_copied,
     writes_to,
 )
-from parq_fn.transforms.sharded import local
+from parq_fn.transforms.sharded import is_dtensor, local
 
 Group = dict[str, Any]
 Entries = dict[str, Any]
@@ -30,6 +31,8 @@ BEYOND = "base_state"
 def wide(p: Tensor) -> torch.dtype:
     """The dtype of the parameter's latent: float32 or better; that of whole numbers their own."""
     if not (p.is_floating_point() or p.is_complex()):
+        return p.dtype
+    if p.dtype is torch.float32:  # without asking torch at every step
         return p.dtype
     return torch.promote_types(p.dtype, torch.float32)
 
@@ -98,7 +101,7 @@ def refuse_reshaped(who: str, shape: tuple[int, ...], p: Tensor, name: str) -> N
 def versions(p: Tensor) -> tuple[int, ...]:
     """What tells that a parameter was written since: torch's counts of writes to it and to the
     local tensor of a sharded one, and where that lies."""
-    mine = local(p)
+    mine = inner_shard(p) if is_dtensor(p) else p
     return writes_to(p), writes_to(mine), mine.data_ptr()
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parq_fn.foundation.scalar import concrete, is_plain
+from parq_fn.foundation.scalar import concrete, is_plain, may_be_read
 
 #: As tensors, for a number is made one at each operation.
 _HALF, _ONE = torch.tensor(0.5, device="cpu"), torch.tensor(1.0, device="cpu")
@@ -159,7 +159,7 @@ def inverse_of(
     no half of a level and no inverse is subnormal: 8 tiny <= step, 4 (m + 1) step <= largest. A
     step of 0, whose levels are all 0, takes any inverse; NaN gives NaN.
     """
-    if count < 2 or not step.numel():
+    if count < 2 or not step.numel() or not may_be_read(step):
         return None
     known, wide = step.detach(), torch.promote_types(dtype, torch.float32)
     written, used = torch.finfo(dtype), [torch.finfo(step.dtype), torch.finfo(wide)]

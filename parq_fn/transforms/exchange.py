@@ -7,8 +7,7 @@ the numbers to the others. Owners are chosen by what each has to do already, and
 know: shapes and placements. So a weight is received once for each dimension that cuts it, by some
 rank, and no rank has more of it at a time than the largest weight.
 
-What is unit here is a line: all rows of a weight along the dimensions that a row runs over. Of
-blocks that is the run that they are cut from, else it is a row.
+What is sent and fitted at once are whole lines (`parq_fn.transforms.lines`).
 """
 
 from __future__ import annotations
@@ -23,50 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parq_fn.quantizers.granularity import Granularity, per_block
-from parq_fn.transforms.layout import Runs, Sharding, layout_of, sharding_of
-
-
-class Lines(NamedTuple):
-    """The lines of a sharded weight that this rank has pieces of."""
-
-    mine: Tensor  # [lines, ...]: its pieces, by the dimensions that a line runs over
-    shape: tuple[int, ...]  # of a whole line
-    dims: tuple[int, ...]  # the weight's own that these are
-    size: int  # weights of a row
-    kept: tuple[int, ...]  # how many indices choose the line, by dimension
-    place: int  # where among these dimensions that of a line's rows belongs; none if it has one row
-    mesh: Any
-    lies: Sharding  # of the weight
-    across: tuple[int, ...]  # of the mesh: those that cut lines
-    sharing: tuple[int, ...]  # these and those that replicate them
-
-    @property
-    def rows(self) -> int:
-        """How many rows a line has."""
-        return math.prod(self.shape) // self.size
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """What lines that are sent together have in common."""
-        return self.mesh, self.across, self.sharing, self.mine.dtype, self.mine.device
-
-    def runs(self, rank: Sequence[int]) -> list[Runs]:
-        """Which indices of each dimension of a line the rank at that coordinate has."""
-        return [self.lies.runs(d, rank) for d in self.dims]
-
-    def is_uneven(self, d: int) -> bool:
-        """Whether strided placements cut the weight's dimension d into pieces of several sizes."""
-        cuts = self.lies.cuts(d, self.mesh.get_coordinate())
-        strided, ranks = any(cut.factor > 1 for cut in cuts), math.prod(cut.ranks for cut in cuts)
-        return strided and self.lies.shape[d] % ranks > 0
-
-    def in_rows(self, found: Tensor) -> Tensor:
-        """[lines, rows of each, m] as [..., m], by the dimensions of this rank's rows."""
-        m = found.shape[-1]
-        if self.place < 0:
-            return found.reshape(*self.kept, m)
-        return found.reshape(*self.kept, -1, m).movedim(-2, self.place)
+from parq_fn.transforms.lines import Lines, Pieces, at, put_together
 
 
 class Share(NamedTuple):
@@ -82,50 +38,6 @@ class Share(NamedTuple):
         return int(self.lines.stop - self.lines.start)
 
 
-def lines_of(weight: Any, latent: Tensor, granularity: Granularity) -> Lines:
-    """The lines of a sharded weight.
-
-    latent: this rank's part of what is fitted to.
-    Raises ValueError for a part that is not of the shape that the placements say.
-    """
-    layout, rank = layout_of(weight, granularity), weight.device_mesh.get_coordinate()
-    shape, dims = tuple(weight.shape), granularity.row_dims(weight)
-    chosen = [d for d in dims if d is not None]
-    along: Sequence[int] = [d for d in range(weight.dim()) if d not in chosen]
-    if isinstance(granularity, per_block):
-        along = granularity.dims(weight)
-    mesh, placements = weight.device_mesh, weight.placements
-    count = math.prod(latent.shape[d] for d in chosen)
-    own = latent.permute(*chosen, *along).reshape(count, *(latent.shape[d] for d in along))
-    sharing = tuple(
-        i
-        for i, p in enumerate(placements)
-        if mesh.size(i) > 1 and (i in layout.across or p.is_replicate())
-    )
-    found = Lines(
-        own,
-        tuple(shape[d] for d in along),
-        tuple(along),
-        granularity.shape(weight)[1],
-        tuple(latent.shape[d] for d in chosen),
-        dims.index(None) if None in dims else -1,
-        mesh,
-        sharding_of(weight),
-        layout.across,
-        sharing,
-    )
-    expected = tuple(sum(b - a for a, b in runs) for runs in found.runs(rank))
-    if tuple(own.shape[1:]) != expected or any(found.is_uneven(d) for d in along):
-        raise ValueError(
-            f"a weight of shape {shape} is placed as {placements} on a mesh {tuple(mesh.shape)}, "
-            f"which does not divide its dimensions {tuple(along)}: FSDP2 over tensor parallelism "
-            "shards these otherwise than torch's placements say, so that rows cannot be put "
-            "together; take sizes that the mesh divides, or rows that ranks have whole, such as "
-            "those of per_channel()"
-        )
-    return found
-
-
 def extremes_of(lines: Lines) -> Tensor:
     """[lines, 2]: the least and the largest weight of each whole line, on every rank."""
     flat = lines.mine.flatten(1)
@@ -139,22 +51,27 @@ def extremes_of(lines: Lines) -> Tensor:
     return ends
 
 
-def fitted_whole(leaves: Sequence[Lines], fit: Callable[[Tensor], Tensor], m: int) -> list[Tensor]:
+def fitted_whole(
+    leaves: Sequence[Lines], fit: Callable[[Tensor], Tensor], m: int, *, together: bool
+) -> list[Tensor]:
     """[..., m] of the rows that this rank has pieces of, for each of the leaves, as `fit` gives
-    [r, m] for whole rows [r, n]. Every rank of the meshes calls it."""
+    [r, m] for whole rows [r, n]. Every rank of the meshes calls it.
+
+    together: whether rows of several leaves are given to `fit` at once.
+    """
     found: dict[int, Tensor] = {}
     kinds: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
         kinds.setdefault(leaf.kind, []).append(i)
     for places in kinds.values():
         some = [leaves[i] for i in places]
-        found.update(zip(places, _of_a_kind(some, fit, m), strict=True))
+        found.update(zip(places, _of_a_kind(some, fit, m, together), strict=True))
     return [found[i] for i in range(len(leaves))]
 
 
 def _of_a_kind(
-    leaves: Sequence[Lines], fit: Callable[[Tensor], Tensor], m: int
-) -> Iterator[Tensor]:
+    leaves: Sequence[Lines], fit: Callable[[Tensor], Tensor], m: int, together: bool
+) -> list[Tensor]:
     mesh, sharing = leaves[0].mesh, leaves[0].sharing
     sizes = [mesh.size(d) for d in sharing]
     here = tuple(mesh.get_local_rank(d) for d in sharing)
@@ -162,30 +79,61 @@ def _of_a_kind(
     every: list[Share] = []
     for shares in shared(leaves, sizes):
         every += shares
-        for share, whole in _received(leaves, shares, here):
-            leaf = leaves[share.leaf]
-            mine.append(fit(whole.reshape(share.size * leaf.rows, leaf.size)).flatten())
-    lengths: dict[tuple[int, ...], int] = {}
-    for share in every:
-        length = share.size * leaves[share.leaf].rows * m
-        lengths[share.owner] = lengths.get(share.owner, 0) + length
+        mine += _fitted_here(leaves, shares, here, fit, together)
+    lengths = [share.size * leaves[share.leaf].rows * m for share in every]
+    sent: dict[tuple[int, ...], list[int]] = {}  # of each owner, shares in turn
+    for i, share in enumerate(every):
+        sent.setdefault(share.owner, []).append(i)
+    longest = max((sum(lengths[i] for i in one) for one in sent.values()), default=0)
     dtype = torch.promote_types(leaves[0].mine.dtype, torch.float32)
-    own = leaves[0].mine.new_zeros(max(lengths.values(), default=0), dtype=dtype)
+    own = leaves[0].mine.new_zeros(longest, dtype=dtype)
     if mine:
-        together = torch.cat(mine)
-        own[: len(together)] = together
-    for d in sharing if own.numel() else ():
+        flat = torch.cat([found.flatten() for found in mine])
+        own[: len(flat)] = flat
+    for d in sharing if longest else ():
         own = _from_all(own, mesh.get_group(d), mesh.size(d))
-    parts: list[list[Tensor]] = [[] for _ in leaves]
-    starts = dict.fromkeys(lengths, 0)
-    for share in every:
-        start, rows = starts[share.owner], share.size * leaves[share.leaf].rows
-        starts[share.owner] = start + rows * m
-        sent = own[share.owner[::-1]][start : start + rows * m]
-        parts[share.leaf].append(sent.view(share.size, -1, m))
-    for leaf, part in zip(leaves, parts, strict=True):
-        empty = own.new_zeros(0, leaf.rows, m)
-        yield leaf.in_rows(torch.cat([empty, *part]))
+    # of one owner after another what its shares have, and what fills it up
+    order: list[int] = []
+    cuts: list[int] = []
+    for place in itertools.product(*(range(size) for size in sizes[::-1])):
+        places = sent.get(place[::-1], [])
+        order += [*places, -1]
+        used = [lengths[i] for i in places]
+        cuts += [*used, longest - sum(used)]
+    came = dict(zip(order, torch.split(own.flatten(), cuts), strict=True))
+    parts: list[list[Tensor]] = [[own.new_zeros(0)] for _ in leaves]
+    for i, share in enumerate(every):
+        parts[share.leaf].append(came[i])
+    return [
+        leaf.in_rows(torch.cat(part).view(len(leaf.mine), leaf.rows, m))
+        for leaf, part in zip(leaves, parts, strict=True)
+    ]
+
+
+def _fitted_here(
+    leaves: Sequence[Lines],
+    shares: Sequence[Share],
+    here: tuple[int, ...],
+    fit: Callable[[Tensor], Tensor],
+    together: bool,
+) -> list[Tensor]:
+    """[r, m] of the rows of each of the shares that this rank fits."""
+    received = _received(leaves, shares, here)
+    alike: dict[Any, list[int]] = {}
+    for i in received:
+        leaf = leaves[shares[i].leaf]
+        alike.setdefault((leaf.shape, leaf.size) if together else i, []).append(i)
+    found: dict[int, Tensor] = {}
+    for places in alike.values():
+        leaf, sizes = leaves[shares[places[0]].leaf], [shares[i].size for i in places]
+        whole = leaf.mine.new_empty(sum(sizes), *leaf.shape)
+        for i, into in zip(places, torch.split(whole, sizes), strict=True):
+            put_together(into, leaves[shares[i].leaf], received.pop(i))
+        rows = fit(whole.view(len(whole) * leaf.rows, leaf.size))
+        found.update(
+            zip(places, torch.split(rows, [size * leaf.rows for size in sizes]), strict=True)
+        )
+    return [found[i] for i in sorted(found)]
 
 
 def largest_of_all(mine: Tensor, weight: Any) -> Tensor:
@@ -234,8 +182,8 @@ def shared(leaves: Sequence[Lines], sizes: Sequence[int]) -> Iterator[list[Share
 
 def _received(
     leaves: Sequence[Lines], shares: Sequence[Share], here: tuple[int, ...]
-) -> Iterator[tuple[Share, Tensor]]:
-    """(share, its whole lines) of those that this rank is to fit."""
+) -> dict[int, Pieces]:
+    """The shares that this rank is to fit, by their places among all."""
     first = leaves[0]
     mesh, across, sharing = first.mesh, first.across, first.sharing
     cutting = [sharing.index(d) for d in across]
@@ -247,11 +195,8 @@ def _received(
     copies = [k for k in range(len(sharing)) if k not in cutting]
     # pieces on their way: of a share, from the rank at these places along `across`
     start = tuple(here[k] for k in cutting)
-    sent: dict[tuple[int, tuple[int, ...]], Tensor] = {
-        (i, start): leaves[share.leaf].mine[share.lines].flatten()
-        for i, share in enumerate(shares)
-        if is_mine(share, copies)
-    }
+    own = enumerate(_cut_apart(leaves, shares))
+    sent = {(i, start): piece for i, piece in own if is_mine(shares[i], copies)}
     for step, k in enumerate(cutting):
         known, size = copies + cutting[:step], mesh.size(sharing[k])
         out: list[list[Tensor]] = [[] for _ in range(size)]
@@ -261,44 +206,46 @@ def _received(
         wanted = [i for i, share in enumerate(shares) if is_mine(share, [*known, k])]
         before = list(itertools.product(*ways))
         coming = [
-            [(i, (*b, source, *start[step + 1 :])) for i in wanted for b in before]
+            {
+                (i, places): _length(leaves[shares[i].leaf], shares[i], rank, across, places)
+                for i in wanted
+                for places in ((*b, source, *start[step + 1 :]) for b in before)
+            }
             for source in range(size)
         ]
-        lengths = {
-            key: _length(leaves[shares[key[0]].leaf], shares[key[0]], rank, across, key[1])
-            for keys in coming
-            for key in keys
+        lengths = [list(one.values()) for one in coming]
+        got = _exchanged(first.mine, out, list(map(sum, lengths)), mesh, sharing[k])
+        cuts = [length for one in lengths for length in one]
+        sent = dict(
+            zip((key for one in coming for key in one), torch.split(got, cuts), strict=True)
+        )
+    found = {i: Pieces({}, None) for i in wanted}
+    if all(one == lengths[0] for one in lengths):
+        columns = itertools.groupby(coming[0].items(), lambda item: item[0][0])
+        widths = [sum(length for _, length in one) for _, one in columns]
+        whole = got.view(size, sum(widths))
+        found = {
+            i: Pieces({}, column)
+            for i, column in zip(wanted, torch.split(whole, widths, 1), strict=True)
         }
-        got = _exchanged(
-            first.mine, out, [sum(map(lengths.__getitem__, keys)) for keys in coming], mesh,
-            sharing[k],
-        )  # fmt: skip
-        flat = [key for keys in coming for key in keys]
-        sent = dict(zip(flat, torch.split(got, [lengths[key] for key in flat]), strict=True))
-    for i, share in enumerate(shares):
-        if not is_mine(share, range(len(sharing))):
-            continue
-        leaf = leaves[share.leaf]
-        whole = leaf.mine.new_empty(share.size, *leaf.shape)
-        for key, piece in sent.items():
-            if key[0] == i:
-                _put(whole, piece, leaf.runs(_at(rank, across, key[1])))
-        yield share, whole
-
-
-def _at(rank: Sequence[int], across: Sequence[int], places: Sequence[int]) -> list[int]:
-    """The coordinate of the rank at other places along some dimensions of the mesh."""
-    found = list(rank)
-    for d, place in zip(across, places, strict=True):
-        found[d] = place
+    for (i, places), piece in sent.items():
+        found[i].each[places] = piece
     return found
+
+
+def _cut_apart(leaves: Sequence[Lines], shares: Sequence[Share]) -> Iterator[Tensor]:
+    """This rank's pieces of each of the shares, flat; of a leaf there are all or none."""
+    for leaf, own in itertools.groupby(shares, lambda share: share.leaf):
+        mine = leaves[leaf].mine
+        width = math.prod(mine.shape[1:])
+        yield from torch.split(mine.reshape(-1), [share.size * width for share in own])
 
 
 def _length(
     leaf: Lines, share: Share, rank: Sequence[int], across: Sequence[int], places: Sequence[int]
 ) -> int:
     """Weights of a share's lines that the rank at these places has."""
-    runs = leaf.runs(_at(rank, across, places))
+    runs = leaf.runs(at(rank, across, places))
     return share.size * math.prod(sum(b - a for a, b in own) for own in runs)
 
 
@@ -311,14 +258,3 @@ def _exchanged(
     splits = [sum(map(len, pieces)) for pieces in out]
     dist.all_to_all_single(got, flat, lengths, splits, group=mesh.get_group(d))
     return got
-
-
-def _put(whole: Tensor, piece: Tensor, runs: Sequence[Runs]) -> None:
-    """Writes a rank's piece of lines, flat, to its places in them."""
-    sizes = [sum(b - a for a, b in own) for own in runs]
-    piece = piece.view(len(whole), *sizes)
-    ends = [list(itertools.accumulate((b - a for a, b in own), initial=0)) for own in runs]
-    for places in itertools.product(*(range(len(own)) for own in runs)):
-        there = [slice(None), *(slice(*own[i]) for own, i in zip(runs, places, strict=True))]
-        here = [slice(None), *(slice(e[i], e[i + 1]) for e, i in zip(ends, places, strict=True))]
-        whole[tuple(there)] = piece[tuple(here)]

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parq_fn.foundation.torch_private import inner_shard
 from parq_fn.foundation.value import value
 from parq_fn.quantizers.granularity import Granularity, per_block
 from parq_fn.transforms.sharded import is_dtensor, local, placed_so, spread_so
@@ -92,11 +93,11 @@ def layout_of(weight: DTensor, granularity: Granularity) -> Layout:
     mesh = weight.device_mesh
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank outside of the mesh has no part"
-    mine = tuple(local(weight).shape)
-    found = _layout(sharding_of(weight), mine, tuple(coordinate), granularity)
+    mine = inner_shard(weight)
+    found = _layout(sharding_of(weight), tuple(mine.shape), tuple(coordinate), granularity)
     rows = found.part.rows
     if isinstance(rows, Tensor):
-        found = found._replace(part=found.part._replace(rows=rows.to(local(weight).device)))
+        found = found._replace(part=found.part._replace(rows=rows.to(mine.device)))
     return found
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from parq_fn.foundation.scalar import concrete, to_device
 from parq_fn.foundation.tree import PyTree, tree_leaves
 from parq_fn.quantizers.base import fitted, nan_rows
-from parq_fn.transforms.exchange import extremes_of, fitted_whole, largest_of_all, lines_of
+from parq_fn.transforms.exchange import extremes_of, fitted_whole, largest_of_all
 from parq_fn.transforms.layout import across, local_row_shape, to_rows
+from parq_fn.transforms.lines import lines_of
 from parq_fn.transforms.prox_state import ProxState, held_rows, shrunk
 from parq_fn.transforms.sharded import is_dtensor, local
 
@@ -92,7 +93,12 @@ def fits(link: Prox, state: ProxState, weights: Sequence[Tensor]) -> list[Tensor
             own = _with_whole(quantizer, rows) if is_dtensor(weight) else fitted(quantizer, rows)
             found[i] = own.reshape(*shape, own.shape[-1])
     m = quantizer.num_qparams + _num_whole(quantizer)
-    fitted_there = fitted_whole([*apart.values()], lambda rows: _with_whole(quantizer, rows), m)
+    fitted_there = fitted_whole(
+        [*apart.values()],
+        lambda rows: _with_whole(quantizer, rows),
+        m,
+        together=not _num_whole(quantizer),
+    )
     found.update(zip(apart, fitted_there, strict=True))
     return [_in_common(quantizer, found[i], weight) for i, weight in enumerate(weights)]
 

@@ -58,7 +58,7 @@ def check_prox_state(link: Any, state: Any) -> None:
 
 def in_rows(qparams: Tensor) -> Tensor:
     """Qparams [..., m] of a state as [r, m]."""
-    return qparams.unsqueeze(0).flatten(0, -2)
+    return qparams if qparams.dim() == 2 else qparams.unsqueeze(0).flatten(0, -2)
 
 
 def rows_of(link: Any, qparams: Tensor, weight: Tensor, part: Part) -> Tensor:
@@ -66,7 +66,8 @@ def rows_of(link: Any, qparams: Tensor, weight: Tensor, part: Part) -> Tensor:
 
     qparams: [..., m], as `held_rows` takes them.
     """
-    return in_rows(held_rows(link, qparams, weight))[part.rows]
+    held = in_rows(held_rows(link, qparams, weight))
+    return held if part.rows == slice(None) else held[part.rows]
 
 
 def held_rows(link: Any, qparams: Tensor, weight: Tensor) -> Tensor:

@@ -4,17 +4,20 @@
     python -m tests.benchmarks.scale --models 8B --ranks 8 64 --json FILE
 
 The quantized matrices of language models are laid out on so many ranks, as meta tensors on a
-process group that sends nothing. One rank of them after another makes a step without a fit and a
-refit of `uniform(2)`: counted are collectives, the bytes that they bring, the operations that are
-dispatched, and the most bytes of tensors that were made on the way and not yet freed. A row is the
-mean over the ranks that were asked (`--sample`), which lie evenly among all.
+process group that sends nothing. One rank of them after another makes the refit and the prox
+pass of a step of QuantOptimizer, with `parq_prox(uniform(2), ...)` as it anneals: counted are
+collectives, the bytes that they bring, the operations that are dispatched, and the most bytes of
+tensors that were made on the way and not yet freed. A row is the mean over the ranks that were
+asked (`--sample`), which lie evenly among all.
 
 Ends with an error where a figure misses its limit:
 
 - a step without a fit has no collective;
 - refits by channel and by block of weights that are sharded by rows bring 0 bytes;
 - refits per tensor bring each rank at most 2/N of the weights' bytes, N the number of ranks;
-- qparams take at most their bytes over the product of the dimensions that shard rows, and 1 %.
+- qparams take at most their bytes over the product of the dimensions that shard rows, and 1 %;
+- a refit dispatches at most 200 operations for each weight, and a step without one at most 20 where
+  a rank has a million elements of a weight or fewer: more take a GPU longer than to start on them.
 """
 
 from __future__ import annotations
@@ -39,9 +42,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import parq_fn as pf
 from examples.options import at_least
 from parq_fn.foundation.command import Parser, command, output_file
+from parq_fn.optim.engine.passes import Job, Pass
+from parq_fn.optim.engine.passes import refit as refitted
+from parq_fn.transforms.layout import part_of
+from parq_fn.transforms.prox_state import rows_of
+from parq_fn.transforms.sharded import local
 from tests.benchmarks.measure import table
 
 TENSOR = 8  # ranks that hold a layer together
+STEP_OPERATIONS, REFIT_OPERATIONS = 20, 200  # the most for each weight
+FEW = 10**6  # elements for which it takes a GPU longer to start an operation than to do it
 COPIES = 8  # of the weights, where groups of ranks hold them whole
 
 
@@ -150,6 +160,7 @@ class Costs(NamedTuple):
     """What one rank does and holds; bytes, and operations for each weight."""
 
     weights: float  # all of them, float32
+    elements: float  # that the rank has of a weight, the mean
     step_collectives: float
     step_operations: float
     collectives: float  # of a refit, as what follows
@@ -178,26 +189,36 @@ def on_rank(rank: int, ranks: int, layout: str, matrices: Sequence[Matrix], how:
 
 def _of_cut(granularity: Any, params: dict[str, Tensor]) -> Costs:
     """Of weights whose rows are cut alike."""
-    link = pf.hard_prox(pf.uniform(2), granularity=granularity, period=1)
-    state = link.advance(link.init(params), torch.zeros(()))
+    link = pf.parq_prox(
+        pf.uniform(2), anneal_start=0, anneal_end=4, granularity=granularity, period=1
+    )
+    state = link.init(params)
+    for _ in range(3):
+        state = link.advance(state, torch.zeros(()))
+    latents = [*params.values()]
+    weights = [torch.empty_like(local(p)) for p in latents]
     with Counted() as refit:
-        state = link.refit(state, params)
+        found = refitted(link, state, latents, [*state.qparams.values()])
     with Counted() as step:
-        link.weights(state, params)
+        parts = [part_of(p, granularity) for p in latents]
+        rows = [rows_of(link, *own) for own in zip(found, latents, parts, strict=True)]
+        each = zip(latents, rows, parts, weights, strict=True)
+        Pass()(link, state, [Job(local(p), q, part.granularity, w) for p, q, part, w in each])
     shard = 0.0
-    for p, q in zip(params.values(), state.qparams.values(), strict=True):
+    for p, q in zip(latents, found, strict=True):
         rows = zip(p.device_mesh.shape, q.placements, strict=True)
         shard += q.nbytes / math.prod(n for n, placement in rows if placement.is_shard())
     count = len(params)
     return Costs(
-        sum(p.nbytes for p in params.values()),
+        sum(p.nbytes for p in latents),
+        sum(weight.numel() for weight in weights) / count,
         step.collectives,
         step.operations / count,
         refit.collectives,
         refit.received,
         refit.operations / count,
         refit.most,
-        sum(q.to_local().nbytes for q in state.qparams.values()),
+        sum(q.to_local().nbytes for q in found),
         shard,
     )
 
@@ -207,7 +228,7 @@ def _added(parts: Sequence[Costs], counts: Sequence[int]) -> Costs:
     total = Costs(*map(sum, zip(*parts, strict=True)))
     weighted = {
         key: sum(getattr(one, key) * n for one, n in zip(parts, counts, strict=True)) / sum(counts)
-        for key in ("operations", "step_operations")
+        for key in ("elements", "operations", "step_operations")
     }
     return total._replace(**weighted, peak=max(one.peak for one in parts))
 
@@ -245,6 +266,10 @@ class Row(NamedTuple):
             found.append(
                 f"a refit brings {costs.received * self.ranks / costs.weights:.3g}/N of the weights"
             )
+        if costs.elements <= FEW and costs.step_operations > STEP_OPERATIONS:
+            found.append(f"a step dispatches {costs.step_operations:.1f} operations a weight")
+        if costs.operations > REFIT_OPERATIONS:
+            found.append(f"a refit dispatches {costs.operations:.1f} operations a weight")
         if costs.qparams > 1.01 * costs.shard:
             found.append(f"qparams take {costs.qparams:.3g} bytes, of {costs.shard:.3g}")
         return found

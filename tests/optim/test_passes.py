@@ -76,17 +76,22 @@ def both(fast: Pass, link: Prox, state: ProxState, jobs: list[Job]) -> None:
     st.lists(st.sampled_from(SHAPES), max_size=6),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 12),
     st.integers(0, 2**20),
 )
 def test_in_pieces_and_together(
-    kind, quantizer, granularity, shapes, dtype, shrink, step, seed
+    kind, quantizer, granularity, shapes, dtype, shrink, there, step, seed
 ) -> None:
+    """There: as on a GPU, where larger ones are mapped together."""
     link = LINKS[kind](quantizer, granularity=granularity, shrink=shrink, learning_rate=0.1)
     generator = torch.Generator().manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
     latents = [torch.randn(shape, generator=generator, dtype=wide) for shape in shapes]
-    both(Pass(), link, state_at(link, step), jobs_of(link, latents, dtype))
+    with pytest.MonkeyPatch.context() as patch:
+        if there:
+            patch.setattr(passes, "_on_cpu", lambda _: False)
+        both(Pass(), link, state_at(link, step), jobs_of(link, latents, dtype))
 
 
 @pytest.mark.parametrize("n", [1023, 1024, 1 << 18, (1 << 18) + 1, (1 << 19) + 1500])
@@ -190,10 +195,11 @@ def test_small_parameters_get_their_levels_together(
         state = state_at(link, step)
         old = link.init([torch.ones_like(latent) for latent in latents]).qparams
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(passes, "_SMALL", 250)
+            patch.setattr(passes, "_ON_CPU", passes._ON_CPU._replace(small=250))
             if there:
                 patch.setattr(passes, "_on_cpu", lambda _: False)
-                patch.setattr(passes, "_TOGETHER_THERE", 5000)
+                few = passes._FITTED_THERE._replace(at_once=5000)
+                patch.setattr(passes, "_FITTED_THERE", few)
             found = refit(link, state, latents, old)
         for latent, qparams, got in zip(latents, old, found, strict=True):
             want = link.refit(state._replace(qparams=[qparams]), [latent]).qparams[0]

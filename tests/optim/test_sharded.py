@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import parq_fn as pf
 from parq_fn import ProxState
@@ -301,3 +302,25 @@ def test_a_refit_sends_each_weight_to_one_rank_and_other_steps_send_nothing(
     tmp_path: Path,
 ) -> None:
     on_processes(collectives, 2, tmp_path)
+
+
+@pytest.mark.parametrize("granularity", [pf.per_channel(), pf.per_tensor()], ids=str)
+def test_a_sharded_step_starts_few_operations_for_each_parameter(granularity: Any) -> None:
+    """On one of eight ranks that do not answer. What torch's SGD does is not counted."""
+    prox = pf.parq_prox(pf.uniform(2), **SPAN, granularity=granularity)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        mesh = init_device_mesh("cpu", (8,))
+        cut = [DTensor.from_local(torch.randn(8, 96), mesh, [Shard(0)]) for _ in range(60)]
+        params = [nn.Parameter(p) for p in cut]
+        base = torch.optim.SGD([{"params": params, "quant_bits": 2}], lr=0.0, foreach=True)
+        optimizer = QuantOptimizer(base, prox)
+        for t in range(6):
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            with Counted() as counted:
+                optimizer.step()
+            most = 20 if t % 2 else 200
+            assert counted.operations <= most * len(params), t
+    finally:
+        dist.destroy_process_group()

@@ -25,10 +25,12 @@ from parq_fn.foundation.torch_private import copy_each, in_dispatch_mode
 from parq_fn.optim.engine.chunks import chunks
 from parq_fn.optim.engine.programs import Programs
 from parq_fn.optim.engine.rows import (
+    AT_ONCE,
     Maps,
     Rows,
     Spare,
     in_columns,
+    of_a_kind,
     of_other_rows,
     some_rows,
     with_even,
@@ -42,9 +44,19 @@ from parq_fn.transforms.sharded import local
 _PIECE = 1 << 18  # elements that are mapped at a time
 _WIDTH = 1 << 10  # of the rows that a long row is cut into
 _FEW_LEVELS = 8  # times as many weights as levels in a row: levels are made for all at once
-_SMALL = 1 << 12  # elements of a parameter that is fitted or mapped with others
-_TOGETHER = 1 << 16  # elements of those fitted or mapped at once
-_SMALL_THERE, _TOGETHER_THERE = 1 << 22, 1 << 24  # fitted, where operations take longer to start
+_WIDE = 1 << 10  # of a row from which on only rows of one length are mapped with others
+
+
+class Together(NamedTuple):
+    """Which parameters are fitted or mapped with others."""
+
+    small: int  # the most elements of one
+    at_once: int  # of all that are
+
+
+_ON_CPU = Together(1 << 12, 1 << 16)
+# where an operation takes longer to start than to go through such a parameter
+_FITTED_THERE, _MAPPED_THERE = Together(1 << 22, 1 << 24), Together(1 << 20, 1 << 22)
 
 
 class Job(NamedTuple):
@@ -80,7 +92,7 @@ def refit(
     small: dict[Any, dict[int, Tensor]] = {}
     for i, (latent, old) in enumerate(zip(latents, qparams, strict=True)):
         mine = local(latent)
-        most = _SMALL if _on_cpu(mine) else _SMALL_THERE
+        most = (_ON_CPU if _on_cpu(mine) else _FITTED_THERE).small
         if not alone and 0 < mine.numel() <= most and not across(latent, link.granularity):
             rows = link.granularity.rows(mine)
             kind = rows.shape[1], rows.dtype, old.shape[-1], old.dtype, old.device
@@ -93,8 +105,8 @@ def refit(
     of_rows = dataclasses.replace(link, granularity=per_channel())
     for together in small.values():
         sizes = {i: rows.numel() for i, rows in together.items()}
-        most = _TOGETHER if _on_cpu(next(iter(together.values()))) else _TOGETHER_THERE
-        for chunk in chunks(sizes, most):
+        where = _ON_CPU if _on_cpu(next(iter(together.values()))) else _FITTED_THERE
+        for chunk in chunks(sizes, where.at_once):
             known = [in_rows(local(qparams[i])) for i in chunk]
             own = state._replace(qparams=[torch.cat(known)])
             new = of_rows.refit(own, [torch.cat([together[i] for i in chunk])], learns).qparams[0]
@@ -136,15 +148,16 @@ class Pass:
         wholes: list[Rows] = []
         small: dict[Any, list[Rows]] = {}
         for rows in all_rows:
-            if rows.latent.numel() <= _SMALL and maps.link.elementwise:
-                width = 1 << (rows.latent.shape[1] - 1).bit_length()
+            if rows.latent.numel() <= _mapped(rows).small and maps.link.elementwise:
+                n = rows.latent.shape[1]
+                width = n if n >= _WIDE else 1 << (n - 1).bit_length()
                 small.setdefault((width, *rows.kind), []).append(rows)
             else:
                 wholes.append(rows)
         self._run(maps, wholes, compiled)
         for (width, *_), alike in small.items():
             sizes = {i: rows.latent.shape[0] * width for i, rows in enumerate(alike)}
-            for chunk in chunks(sizes, _TOGETHER):
+            for chunk in chunks(sizes, _mapped(alike[0]).at_once):
                 self._run_together(maps, [alike[i] for i in chunk], width, compiled)
         for rows, (*_, granularity, weight) in zip(all_rows, jobs, strict=True):
             if rows.weight.data_ptr() != weight.data_ptr():
@@ -170,13 +183,26 @@ class Pass:
             return
         wholes = with_even(maps, wholes)
         spare = _spare([whole for whole in wholes if whole.even is not None])
-        for whole in wholes:
-            how, (r, n) = maps.of(whole), whole.latent.shape
-            few = r == 1 or n > _PIECE or n >= _FEW_LEVELS * how.quantizer.num_levels
-            if whole.even is None and few:  # else as many as weights, and made for each piece
-                whole = how.with_levels(whole)
-            for piece in _pieces(whole) if maps.link.elementwise else [whole]:
-                how.write(piece, spare)
+        few = [whole for whole in wholes if _has_few_levels(maps, whole)]
+        for places in of_a_kind(few):
+            for chunk in chunks({i: len(few[i].table) for i in places}, AT_ONCE):
+                parts = [few[i] for i in chunk]
+                _write(maps, maps.of(parts[0]).with_levels(parts), spare)
+        _write(maps, [whole for whole in wholes if not _has_few_levels(maps, whole)], spare)
+
+
+def _has_few_levels(maps: Maps, whole: Rows) -> bool:
+    """Whether levels are made for all of its rows at once; else they are as many as weights, and
+    made for each piece."""
+    (r, n), k = whole.latent.shape, maps.link.quantizer.num_levels
+    return whole.even is None and (r == 1 or n > _PIECE or n >= _FEW_LEVELS * k)
+
+
+def _write(maps: Maps, wholes: Sequence[Rows], spare: Spare | None) -> None:
+    for whole in wholes:
+        how = maps.of(whole)
+        for piece in _pieces(whole) if maps.link.elementwise else [whole]:
+            how.write(piece, spare)
 
 
 def _spare(wholes: Sequence[Rows]) -> Spare | None:
@@ -185,6 +211,10 @@ def _spare(wholes: Sequence[Rows]) -> Spare | None:
     if not wholes or not is_plain(first := wholes[0].weight.detach()):
         return None
     return Spare(first, min(_PIECE, max(whole.latent.numel() for whole in wholes)))
+
+
+def _mapped(rows: Rows) -> Together:
+    return _ON_CPU if _on_cpu(rows.latent) else _MAPPED_THERE
 
 
 def _on_cpu(tensor: Tensor) -> bool:
@@ -209,7 +239,9 @@ def _rows_of(job: Job, *, contiguous: bool) -> Rows:
 def _cut(buffer: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     """The rows of a buffer, as parts of these shapes."""
     parts = torch.split(buffer, [r for r, _ in shapes])
-    return [part[:, :n] for part, (_, n) in zip(parts, shapes, strict=True)]
+    width = buffer.shape[1]
+    each = zip(parts, shapes, strict=True)
+    return [part if n == width else part[:, :n] for part, (_, n) in each]
 
 
 def _pieces(whole: Rows) -> Iterator[Rows]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parq_fn.foundation.scalar import is_number, to_device
+from parq_fn.foundation.scalar import is_number, may_be_read, to_device
 from parq_fn.optim.engine.chunks import chunks
 from parq_fn.proxmaps.even import COUNTED_MAX, Even
 from parq_fn.proxmaps.levels import Levels, bounds, prepare
@@ -17,7 +17,7 @@ from parq_fn.quantizers import Quantizer
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_state import ProxState, shrunk
 
-_AT_ONCE = 1 << 16  # rows whose levels are made together
+AT_ONCE = 1 << 16  # rows whose levels are made together
 
 
 class Rows(NamedTuple):
@@ -84,11 +84,15 @@ class Map(NamedTuple):
             return quantizer.inverse_steps(qparams, dtype)
         return None
 
-    def with_levels(self, rows: Rows) -> Rows:
-        """The rows with their levels, made once, and with bounds where these help."""
-        levels = self.quantizer.levels_in(rows.table, rows.weight.dtype)
-        bound = bounds(levels.to(self.dtype)) if self.uses_bounds else None
-        return rows._replace(qparams=None, levels=levels, bound=bound)
+    def with_levels(self, parts: Sequence[Rows]) -> list[Rows]:
+        """Rows of one kind with their levels, made once, and with bounds where these help."""
+        levels = self.quantizer.levels_in(tables(parts), parts[0].weight.dtype)
+        own = torch.split(levels, sizes := sizes_of(parts))
+        bound: Sequence[Tensor | None] = [None] * len(sizes)
+        if self.uses_bounds:
+            bound = torch.split(bounds(levels.to(self.dtype)), sizes)
+        each = zip(parts, own, bound, strict=True)
+        return [part._replace(qparams=None, levels=q, bound=b) for part, q, b in each]
 
     def even(self, rows: Sequence[Rows]) -> Even | None:
         """The levels of all these rows, of one kind, where a rounding finds each of them."""
@@ -154,13 +158,14 @@ def with_even(maps: Maps, wholes: Sequence[Rows]) -> list[Rows]:
     wholes = list(wholes)
     for places in of_a_kind(wholes):
         sizes = dict(zip(places, sizes_of([wholes[i] for i in places]), strict=True))
-        todo = chunks(sizes, _AT_ONCE)
+        todo = chunks(sizes, AT_ONCE)
         while todo:
             chunk = todo.pop()
             parts = [wholes[i] for i in chunk]
             even, start = maps.of(parts[0]).even(parts), 0
             if even is None:
-                todo += [[i] for i in chunk] if len(chunk) > 1 else []
+                alone = len(chunk) > 1 and may_be_read(parts[0].table)
+                todo += [[i] for i in chunk] if alone else []
                 continue
             for i in chunk:
                 own = even.rows(slice(start, start + sizes[i])) if len(chunk) > 1 else even
