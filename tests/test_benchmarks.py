@@ -148,7 +148,7 @@ def test_small_models_on_many_ranks_keep_the_limits_of_communication_and_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     block = [((16, 32), 0), ((8, 32), 0), ((64, 32), 0), ((32, 16), 1), ((32, 64), 1)]
-    tiny = [scale.Matrix(*one) for one in block] + [scale.Matrix((8, 16, 64), None)]
+    tiny = 4 * [*(scale.Matrix(*one) for one in block), scale.Matrix((8, 16, 64), None)]
     monkeypatch.setattr(scale, "MODELS", {"tiny": lambda: tiny})
     for how, rows in {"tensor": pf.per_tensor(), "block": pf.per_block(4)}.items():
         monkeypatch.setitem(scale.GRANULARITIES, how, lambda _, rows=rows: rows)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parq_fn.transforms.lines import Lines, Pieces, at, put_together
+from parq_fn.transforms.lines import Lines, Pieces, at, put_together, weights_of_a_line
 
 
 class Share(NamedTuple):
@@ -245,8 +245,8 @@ def _length(
     leaf: Lines, share: Share, rank: Sequence[int], across: Sequence[int], places: Sequence[int]
 ) -> int:
     """Weights of a share's lines that the rank at these places has."""
-    runs = leaf.runs(at(rank, across, places))
-    return share.size * math.prod(sum(b - a for a, b in own) for own in runs)
+    coordinate = tuple(at(rank, across, places))
+    return share.size * weights_of_a_line(leaf.lies, leaf.dims, coordinate)
 
 
 def _exchanged(

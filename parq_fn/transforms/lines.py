@@ -134,6 +134,12 @@ def put_together(into: Tensor, leaf: Lines, pieces: Pieces) -> None:
     into.view(sizes).copy_(found.permute(by_line))
 
 
+@lru_cache(maxsize=1 << 14)
+def weights_of_a_line(lies: Sharding, dims: tuple[int, ...], rank: tuple[int, ...]) -> int:
+    """How many weights of each line the rank at that coordinate has."""
+    return math.prod(sum(b - a for a, b in lies.runs(d, rank)) for d in dims)
+
+
 @lru_cache(maxsize=1024)
 def _order(
     lies: Sharding, dims: tuple[int, ...], across: tuple[int, ...]
