@@ -426,9 +426,9 @@ FAULTS = [
     # Adapters
     Fault(
         "parameters that were frozen in turn share a sum of learning rates",
-        "parq_fn/optim/quantized.py",
-        '                key = int(entries["count"]), float(entries["lr_sum"])\n',
-        '                key = int(entries["count"]), 0.0\n',
+        "parq_fn/optim/base_owner.py",
+        "            known[own] = int(count), float(lr_sum)\n",
+        "            known[own] = int(count), 0.0\n",
         ("tests/optim/test_frozen.py",),
         "frozen_in_turn",
         "0813a2e",
@@ -455,8 +455,8 @@ FAULTS = [
     Fault(
         "rows of a map of whole rows are cut to pieces",
         "parq_fn/optim/engine/passes.py",
-        "            for piece in _pieces(whole) if maps.link.elementwise else [whole]:\n",
-        "            for piece in _pieces(whole):\n",
+        "        for piece in _pieces(whole) if maps.link.elementwise else [whole]:\n",
+        "        for piece in _pieces(whole):\n",
         ("tests/optim/test_whole_rows.py",),
         "adapters_give_the_weights",
         "a24ee36",
