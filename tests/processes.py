@@ -58,7 +58,9 @@ def _leave_seconds(folder: str) -> None:
 # Ranks of a process group
 
 
-def _rank(rank: int, work: Callable[..., None], world: int, folder: str, args: Any) -> None:
+def _rank(
+    rank: int, work: Callable[..., None], world: int, folder: str, apart: float | None, args: Any
+) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
@@ -66,25 +68,30 @@ def _rank(rank: int, work: Callable[..., None], world: int, folder: str, args: A
         init_method=f"file://{folder}/rendezvous-{world}-{work.__name__}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=apart or 30),
     )
     try:
         work(*args)
-        dist.barrier()
+        if apart is None:
+            dist.barrier()
     finally:
-        dist.destroy_process_group()
+        if apart is None:
+            dist.destroy_process_group()
         _leave_seconds(folder)
     os._exit(0)  # gloo's threads may abort a process that unwinds while they end
 
 
-def on_processes(work: Callable[..., None], world: int, folder: Path, *args: Any) -> None:
+def on_processes(
+    work: Callable[..., None], world: int, folder: Path, *args: Any, apart: float | None = None
+) -> None:
     """Runs work(*args) on `world` ranks; raises what one of them raised, or after two minutes.
 
     A collective that hangs is an error after thirty seconds.
+    apart: or after so many; then ranks may end before the others, by os._exit(0).
     """
     _server()
     running = start_processes(
-        _rank, (work, world, str(folder), args), world, join=False, start_method="forkserver"
+        _rank, (work, world, str(folder), apart, args), world, join=False, start_method="forkserver"
     )
     end = time.monotonic() + 120
     try:

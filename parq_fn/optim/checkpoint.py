@@ -63,7 +63,9 @@ def save_checkpoint(
 
     Raises ValueError, before anything is written, for an empty path, and for one that holds
     something else than a checkpoint; TypeError for others that are neither; OSError, on every rank,
-    where the system refuses to write, as on a full disk. The old checkpoint is then still there.
+    where the system refuses to write, as on a full disk: the old checkpoint is then still there;
+    RuntimeError where a rank has ended, or does not come within the process group's timeout: the
+    old one is there, or the new one whole, and the next save removes what else was written.
 
     >>> import tempfile
     >>> import torch
@@ -102,6 +104,11 @@ def save_checkpoint(
 
 def _cause_of(error: BaseException, final: Path) -> BaseException:
     """What the system said to a rank, of what torch made of it, or all that was said."""
+    if many() and isinstance(error, RuntimeError):
+        return RuntimeError(
+            f"checkpoint {final} was not saved by all ranks: {error}. A checkpoint that was there "
+            "is whole, or the new one is"
+        )
     if not isinstance(error, CheckpointException):
         return error
     causes = [cause for cause, _ in error.failures.values()]

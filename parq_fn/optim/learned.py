@@ -16,9 +16,10 @@ from torch import Tensor
 from parq_fn.optim.leafwise import Part
 from parq_fn.optim.state import Entries
 from parq_fn.transforms.learn import learned, learner
-from parq_fn.transforms.oscillation import HeldState
+from parq_fn.transforms.oscillation import HeldState, code_of, held_weight, turned
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_state import LearningState, ProxState
+from parq_fn.transforms.sharded import local
 
 #: What the keys of these entries begin with, and those of `HeldState`.
 PREFIX, HELD = "learn.", "hold."
@@ -81,3 +82,17 @@ def held_entries(state: HeldState) -> Entries:
 def held_of(entries: Entries) -> HeldState:
     """That state, from the entries."""
     return HeldState._make(entries[HELD + key] for key in HeldState._fields)
+
+
+def with_held(link: Prox, entries: dict[str, Any], p: Tensor, weight: Tensor) -> Tensor:
+    """This rank's part of a parameter's weights, those that are held on their level."""
+    if link.hold is None:
+        return weight
+    code, held = (local(entries[HELD + key]) for key in ("code", "held"))
+    return held_weight(link, p, weight, entries["qparams"], code, held)
+
+
+def observed(link: Prox, state: ProxState, entries: dict[str, Any]) -> HeldState:
+    """What a parameter's step makes of the weights that are held."""
+    code = code_of(link, state, entries["latent"], entries["qparams"])
+    return HeldState._make(turned(link, state.count - 1, code, *held_of(entries)))

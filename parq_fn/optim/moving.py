@@ -100,6 +100,7 @@ class Moving(Wrapping):
     ) -> dict[Tensor, Tensor]:
         """Those of parameters whose links learn, of the gradients at the weights that they hold."""
         found: dict[Tensor, Tensor] = {}
+        labels: dict[Tensor, str] = {}
         for p in moved:
             link = self.link(groups[p]) if is_quantized(groups[p]) else None
             if link is None or link.learn is None:
@@ -110,7 +111,9 @@ class Moving(Wrapping):
                 entries = self.state[p]
                 held = None if link.hold is None else _held(held_of(entries))
                 own = entries["qparams"], p.dtype, held
-                found[p] = gradient_of(link, grad, latent, part, state, own, self._of_rows)
+                labels = labels or {place.p: place.label for place in self._store.places()}
+                how = self._of_rows, labels[p]
+                found[p] = gradient_of(link, grad, latent, part, state, own, *how)
         return found
 
     def _step_base(self, chunk: list[Tensor], groups: dict[Tensor, Group]) -> None:

@@ -33,13 +33,13 @@ from parq_fn.optim.engine.gradients import RowGradients
 from parq_fn.optim.engine.passes import Job, Pass, refit
 from parq_fn.optim.groups import KEYS, check_group, is_quantized, link_of
 from parq_fn.optim.latents import LatentStore
-from parq_fn.optim.learned import HELD, held_entries, held_of, learned_together
+from parq_fn.optim.learned import held_entries, learned_together, observed, with_held
 from parq_fn.optim.moving import Moving, rate_of
 from parq_fn.optim.state import Group, value_of
 from parq_fn.transforms.averaged import moved, share_of
+from parq_fn.transforms.collective import RanksError
 from parq_fn.transforms.layout import part_of
 from parq_fn.transforms.levels_of import levels_in
-from parq_fn.transforms.oscillation import HeldState, code_of, held_weight, turned
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_links import parq_prox
 from parq_fn.transforms.prox_state import ProxState, rows_of
@@ -48,6 +48,11 @@ from parq_fn.transforms.sharded import local
 
 #: What a group shows of its last step.
 _SHOWN = ("inverse_slope", "lr_sum")
+#: What is said where ranks could not refit together.
+_HALF = (
+    "Half of the step is done: the base optimizer has moved the latents, counts and levels are as "
+    "before it"
+)
 #: What keeps compiled programs, which are not copied.
 _MADE: dict[str, Any] = {"_pass": Pass, "_of_rows": RowGradients}
 #: (entries or group, what stood there) of each that a step changes.
@@ -247,18 +252,22 @@ class QuantOptimizer(Moving):
         self._store.check_not_lent("step")
         self._store.sync()
         before: Before = []
+        has_moved = False
         try:
             with torch.no_grad():
                 self._move()
+                has_moved = True
                 for group in self.param_groups:
                     if is_quantized(group):
                         self._map_group(group, before)
                 if self.average is not None:
                     self._take_averages(self.average)
-        except BaseException:
+        except BaseException as error:
             for values, old in reversed(before):
                 values.update(old)
             self._store.stopped()
+            if has_moved and isinstance(error, RanksError):
+                error.args = (f"{error}. {_HALF}",)
             raise
 
     def _map_group(self, group: Group, before: Before) -> None:
@@ -269,28 +278,30 @@ class QuantOptimizer(Moving):
             old, entries = prox_state(self.state[params[0]]), [self.state[p] for p in params]
             state = link.advance(old, rate)
             learns = None if link.learn is None else link.active(old)
-            if learns is not None and learns:
+            fits = concrete(link.due(state)) is not False
+            if fits or (learns is not None and learns):
                 labels = {place.p: place.label for place in self._store.places()}
+            if learns is not None and learns:
                 pulled = {labels[p]: self._pulled.get(p) for p in params}
                 named = dict(zip(pulled, entries, strict=True))
                 for name, new in learned_together(link, state, named, pulled).items():
                     before.append((named[name], {key: named[name][key] for key in new}))
                     named[name].update(new)
-            if concrete(link.due(state)) is not False:
+            if fits:
                 latents, known = ([one[k] for one in entries] for k in ("latent", "qparams"))
-                fitted = refit(link, state, latents, known, learns)
+                fitted = refit(link, state, latents, known, learns, [labels[p] for p in params])
                 for one, qparams in zip(entries, fitted, strict=True):
                     before.append((one, {"qparams": one["qparams"]}))
                     one["qparams"] = qparams
             if link.hold is not None and link.active(state):
                 for one in entries:
-                    new = held_entries(_observed(link, state, one))
+                    new = held_entries(observed(link, state, one))
                     before.append((one, {key: one[key] for key in new}))
                     one.update(new)
             self._pass(link, state, [self._job(link, p) for p in params])
             for p in params:
                 if link.hold is not None:
-                    local(p).copy_(_with_held(link, self.state[p], p, local(p)))
+                    local(p).copy_(with_held(link, self.state[p], p, local(p)))
                 before.append((self.state[p], scalars(prox_state(self.state[p]))))
                 self.state[p].update(scalars(state))
                 self._store.wrote(p)
@@ -333,7 +344,7 @@ class QuantOptimizer(Moving):
         link, state = self.link(group), prox_state(self.state[p])
         job = self._job(link, p)._replace(weight=torch.empty_like(local(p)))
         self._pass(link, state, [job])
-        return _with_held(link, self.state[p], p, job.weight)
+        return with_held(link, self.state[p], p, job.weight)
 
     def _rounded(self) -> Iterator[tuple[Tensor, Tensor]]:
         for group in self.param_groups:
@@ -375,20 +386,7 @@ class QuantOptimizer(Moving):
 def _weight_at(link: Prox, entries: dict[str, Any], latent: Tensor, p: Tensor) -> Tensor:
     """This rank's part of the weights that a latent has with a parameter's qparams."""
     made = local(link.weights(prox_state(entries), [latent], dtype=p.dtype)[0])
-    return _with_held(link, entries, p, made)
-
-
-def _with_held(link: Prox, entries: dict[str, Any], p: Tensor, weight: Tensor) -> Tensor:
-    """This rank's part of a parameter's weights, those that are held on their level."""
-    if link.hold is None:
-        return weight
-    code, held = (local(entries[HELD + key]) for key in ("code", "held"))
-    return held_weight(link, p, weight, entries["qparams"], code, held)
-
-
-def _observed(link: Prox, state: ProxState, entries: dict[str, Any]) -> HeldState:
-    code = code_of(link, state, entries["latent"], entries["qparams"])
-    return HeldState._make(turned(link, state.count - 1, code, *held_of(entries)))
+    return with_held(link, entries, p, made)
 
 
 def _show(group: Group, state: ProxState) -> None:

@@ -38,11 +38,18 @@ def together(work: Callable[[], T]) -> T:
 
 
 def gathered(got: T) -> list[T]:
-    """That of each rank."""
+    """That of each rank. Raises RuntimeError where one has ended or does not come."""
     found: list[Any] = [got]
     if many():
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, got)
+        rank, world = rank_and_world()
+        found = [None] * world
+        try:
+            dist.all_gather_object(found, got)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {rank} waited for the other {world - 1}, and one has ended, or did not come "
+                f"within the process group's timeout. What torch said: {error}"
+            ) from error
     return found
 
 

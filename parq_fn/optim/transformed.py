@@ -22,10 +22,11 @@ from parq_fn.optim.state import Entries, Group, value_of
 from parq_fn.optim.tree_owner import TreeOwner, select
 from parq_fn.transforms.averaged import weights_of_average
 from parq_fn.transforms.chain import every_link
+from parq_fn.transforms.collective import RanksError
 from parq_fn.transforms.levels_of import levels_in, prox_states
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.rounding import rounding
-from parq_fn.transforms.sharded import local
+from parq_fn.transforms.sharded import is_dtensor, local
 from parq_fn.transforms.train import apply_updates
 from parq_fn.transforms.transformation import (
     Transformation,
@@ -190,13 +191,19 @@ class TransformOptimizer(Adapter):
             extra, parts = {"learning_rate": rates}, self._whole()
         if any(decay is not None for decay in decays.values()):
             extra["weight_decay"] = decays
+        frozen = {name for name, p in self._tree.params.items() if not p.requires_grad}
+        if frozen and any(map(is_dtensor, self._tree.params.values())):
+            extra["frozen"] = frozen  # ranks are to be alike in it
         done: list[str] = []
         try:
             for part in parts:
                 common |= self._update_part(part, extra, flush)
                 done += part.names
-        except BaseException:
+        except BaseException as error:
             self._store.stopped([self._tree.params[name] for name in done])
+            if isinstance(error, RanksError):
+                some = f"Updated are {len(done)} parameters before these; all else is as before"
+                error.args = (f"{error}. {some if done else 'All is as before'} the step",)
             raise
         self._tree.share(common)
         self._store.shared(common)

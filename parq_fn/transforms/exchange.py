@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from parq_fn.transforms.collective import from_all, to_each
 from parq_fn.transforms.lines import Lines, Pieces, at, put_together, weights_of_a_line
 
 
@@ -46,7 +46,7 @@ def extremes_of(lines: Lines) -> Tensor:
     else:
         ends = flat.new_tensor([torch.inf, -torch.inf]).expand(len(flat), 2)
     for d in lines.across if ends.numel() else ():
-        every = _from_all(ends.contiguous(), lines.mesh.get_group(d), lines.mesh.size(d))
+        every = from_all(ends.contiguous(), lines.mesh, d, [lines.name])
         ends = torch.stack([every[..., 0].amin(0), every[..., 1].amax(0)], -1)
     return ends
 
@@ -91,7 +91,7 @@ def _of_a_kind(
         flat = torch.cat([found.flatten() for found in mine])
         own[: len(flat)] = flat
     for d in sharing if longest else ():
-        own = _from_all(own, mesh.get_group(d), mesh.size(d))
+        own = from_all(own, mesh, d, [leaf.name for leaf in leaves])
     # of one owner after another what its shares have, and what fills it up
     order: list[int] = []
     cuts: list[int] = []
@@ -136,20 +136,13 @@ def _fitted_here(
     return [found[i] for i in sorted(found)]
 
 
-def largest_of_all(mine: Tensor, weight: Any) -> Tensor:
-    """The largest over all ranks that a weight lies on, element by element."""
+def largest_of_all(mine: Tensor, weight: Any, name: str) -> Tensor:
+    """The largest over all ranks that a weight of that name lies on, element by element."""
     mesh = weight.device_mesh
     for d in range(mesh.ndim):
         if mesh.size(d) > 1:
-            mine = _from_all(mine, mesh.get_group(d), mesh.size(d)).amax(0)
+            mine = from_all(mine, mesh, d, [name]).amax(0)
     return mine
-
-
-def _from_all(mine: Tensor, group: Any, size: int) -> Tensor:
-    """[ranks, ...]: that of each rank of a group."""
-    found = mine.new_empty((size, *mine.shape))
-    dist.all_gather_single(found.view(-1), mine.reshape(-1), group=group)
-    return found
 
 
 def shared(leaves: Sequence[Lines], sizes: Sequence[int]) -> Iterator[list[Share]]:
@@ -214,7 +207,8 @@ def _received(
             for source in range(size)
         ]
         lengths = [list(one.values()) for one in coming]
-        got = _exchanged(first.mine, out, list(map(sum, lengths)), mesh, sharing[k])
+        names = [leaves[i].name for i in sorted({share.leaf for share in shares})]
+        got = to_each(first.mine, out, list(map(sum, lengths)), mesh, sharing[k], names)
         cuts = [length for one in lengths for length in one]
         sent = dict(
             zip((key for one in coming for key in one), torch.split(got, cuts), strict=True)
@@ -247,14 +241,3 @@ def _length(
     """Weights of a share's lines that the rank at these places has."""
     coordinate = tuple(at(rank, across, places))
     return share.size * weights_of_a_line(leaf.lies, leaf.dims, coordinate)
-
-
-def _exchanged(
-    like: Tensor, out: list[list[Tensor]], lengths: list[int], mesh: Any, d: int
-) -> Tensor:
-    """What all ranks along a dimension of the mesh send to this one, who sends them `out`."""
-    flat = torch.cat([like.new_zeros(0), *(piece for pieces in out for piece in pieces)])
-    got = like.new_empty(sum(lengths))
-    splits = [sum(map(len, pieces)) for pieces in out]
-    dist.all_to_all_single(got, flat, lengths, splits, group=mesh.get_group(d))
-    return got

@@ -18,12 +18,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from parq_fn.foundation.torch_private import inner_shard
 from parq_fn.foundation.value import value
 from parq_fn.quantizers.granularity import Granularity, per_block
+from parq_fn.transforms.collective import summed
 from parq_fn.transforms.sharded import is_dtensor, local, placed_so, spread_so
 
 if TYPE_CHECKING:
@@ -128,13 +128,12 @@ def spread_to_rows(whole: Tensor, weight: Tensor, granularity: Granularity) -> T
     return spread_so(whole, weight, layout_of(weight, granularity).placements)
 
 
-def summed_to_rows(mine: Tensor, weight: Tensor, granularity: Granularity) -> Tensor:
-    """[..., m] placed as the weight's rows are, summed over the ranks that have pieces of the same
-    rows, of which this one has `mine`; of a plain weight `mine`."""
+def summed_to_rows(mine: Tensor, weight: Tensor, granularity: Granularity, name: str) -> Tensor:
+    """[..., m] placed as the rows of the weight of that name are, summed over the ranks that have
+    pieces of the same rows, of which this one has `mine`; of a plain weight `mine`."""
     if is_dtensor(weight):
         for d in across(weight, granularity):
-            mine = mine.contiguous()
-            dist.all_reduce(mine, group=weight.device_mesh.get_group(d))
+            mine = summed(mine, weight.device_mesh, d, [name])
     return to_rows(mine, weight, granularity)
 
 

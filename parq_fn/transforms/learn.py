@@ -132,13 +132,14 @@ def gradient_of(
     state: ProxState,
     own: tuple[Tensor, torch.dtype, tuple[Tensor, Tensor] | None],
     of_rows: Callable[..., Tensor] = of_rows,
+    name: str = "",
 ) -> Tensor:
     """The gradient [..., m] of a leaf's qparams, normalized, summed over the ranks that have pieces
     of a row and placed as the rows are.
 
     grads: those of this rank's part. own: the leaf's qparams [..., m], the dtype of its weights,
     and, where the link holds weights, (which they are, codes of their levels) of this rank's part.
-    of_rows: what gives that of rows.
+    of_rows: what gives that of rows. name: the leaf's, for errors.
     """
     qparams, dtype, held = own
     check_kept(link, qparams)
@@ -156,7 +157,7 @@ def gradient_of(
         found = found if held is None else found + more
     found = of_all_rows(found, part, whole).view_as(kept)
     found = found * normalization(link, link.granularity.shape(param)[1])
-    return summed_to_rows(found, param, link.granularity)
+    return summed_to_rows(found, param, link.granularity, name)
 
 
 def of_all_rows(found: Tensor, part: Part, whole: Tensor) -> Tensor:

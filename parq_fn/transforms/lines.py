@@ -31,6 +31,7 @@ class Lines(NamedTuple):
     lies: Sharding  # of the weight
     across: tuple[int, ...]  # of the mesh: those that cut lines
     sharing: tuple[int, ...]  # these and those that replicate them
+    name: str = ""  # the weight's, for errors
 
     @property
     def rows(self) -> int:
@@ -60,8 +61,8 @@ class Lines(NamedTuple):
         return found.reshape(*self.kept, -1, m).movedim(-2, self.place)
 
 
-def lines_of(weight: Any, latent: Tensor, granularity: Granularity) -> Lines:
-    """The lines of a sharded weight.
+def lines_of(weight: Any, latent: Tensor, granularity: Granularity, name: str) -> Lines:
+    """The lines of a sharded weight of that name.
 
     latent: this rank's part of what is fitted to.
     Raises ValueError for a part that is not of the shape that the placements say.
@@ -91,6 +92,7 @@ def lines_of(weight: Any, latent: Tensor, granularity: Granularity) -> Lines:
         sharding_of(weight),
         layout.across,
         sharing,
+        name,
     )
     expected = tuple(sum(b - a for a, b in runs) for runs in found.runs(rank))
     if tuple(own.shape[1:]) != expected or any(found.is_uneven(d) for d in along):

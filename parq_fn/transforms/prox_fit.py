@@ -6,7 +6,7 @@ fitted whole, each by one rank (`parq_fn.transforms.exchange`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import optree
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from parq_fn.foundation.scalar import concrete, to_device
-from parq_fn.foundation.tree import PyTree, tree_leaves
+from parq_fn.foundation.tree import PyTree, names_of, tree_leaves
 from parq_fn.quantizers.base import fitted, nan_rows
+from parq_fn.transforms.agreement import check_alike, finite, log_not_finite
 from parq_fn.transforms.exchange import extremes_of, fitted_whole, largest_of_all
 from parq_fn.transforms.layout import across, local_row_shape, to_rows
 from parq_fn.transforms.lines import lines_of
@@ -26,23 +27,46 @@ if TYPE_CHECKING:
     from parq_fn.transforms.prox_link import Prox
 
 
-def refitted(link: Prox, state: ProxState, latents: PyTree, learns: Tensor | None) -> ProxState:
+def refitted(
+    link: Prox,
+    state: ProxState,
+    latents: PyTree,
+    learns: Tensor | None,
+    *,
+    frozen: Collection[str] = (),
+    parts: Sequence[tuple[str, int]] = (),
+) -> ProxState:
     """The state with qparams fitted to the latents, where they are due and the fit is finite; at
     the first fit all are taken.
 
     learns: whether qparams were learned in this update; then rows that can learn keep them: those
     that are finite, with scales above 0.
+    frozen: names of leaves whose new qparams the caller does not take; the same on all ranks.
+    parts: (name, rows) of the parameters whose rows those of the only leaf are.
+    Raises RanksError where ranks refit different leaves together, or one of them does not come.
     """
+    check_alike(link, state, latents, frozen)
     if learns is not None and concrete(learns) is False:
         learns = None
     leaves, spec = optree.tree_flatten(state.qparams)
     weights = tree_leaves(latents)
     known = [held_rows(link, *pair) for pair in zip(leaves, weights, strict=True)]
-    todo = [i for i, old in enumerate(known) if not _learns_whole(link, old, learns)]
-    new = dict(zip(todo, fits(link, state, [weights[i] for i in todo]), strict=True))
+    asked = _num_whole(link.quantizer) > 0  # all ranks are, whatever rows they have
+    todo = [
+        i
+        for i, (old, weight) in enumerate(zip(known, weights, strict=True))
+        if (asked and is_dtensor(weight)) or not _learns_whole(link, old, learns)
+    ]
+    names = names_of(latents) if any(is_dtensor(weights[i]) for i in todo) else [""] * len(weights)
+    own = fits(link, state, {i: weights[i] for i in todo}, names)
+    new = {i: found.to(known[i].dtype) for i, found in own.items()}
+    whole = finite(new, weights)
+    odd = {i: new[i] for i, usable in whole.items() if usable is False}
+    if odd and concrete(link.due(state)):
+        log_not_finite(link, state, latents, odd, parts)
     made = []
     for i, (old, weight) in enumerate(zip(known, weights, strict=True)):
-        taken = _taken(link, state, old, new[i], learns) if i in new else old
+        taken = _taken(link, state, old, new[i], whole[i], learns) if i in new else old
         made.append(to_rows(taken, weight, link.granularity))
     return state._replace(qparams=optree.tree_unflatten(spec, made))
 
@@ -55,11 +79,20 @@ def _learns_whole(link: Prox, qparams: Tensor, learns: Tensor | None) -> bool:
     return bool(concrete(can_learn(link.quantizer, qparams).all()))
 
 
-def _taken(link: Prox, state: ProxState, old: Tensor, new: Tensor, learns: Tensor | None) -> Tensor:
-    """The new qparams [..., m] of a leaf in the rows that take them, the old ones in the others."""
+def _taken(
+    link: Prox,
+    state: ProxState,
+    old: Tensor,
+    new: Tensor,
+    whole: bool | None,
+    learns: Tensor | None,
+) -> Tensor:
+    """The new qparams [..., m] of a leaf in the rows that take them, the old ones in the others.
+
+    whole: whether the new ones are known to be finite.
+    """
     due, first, quantizer = link.due(state), state.count - 1 == link.warmup, link.quantizer
-    new = new.to(old.dtype)
-    if learns is None and concrete(due) and concrete(new.sum().isfinite()):  # as then each is
+    if learns is None and concrete(due) and whole:
         return new
     take = new.isfinite().all(-1, keepdim=True) | to_device(first, old)
     take = to_device(due, old) & take
@@ -74,15 +107,18 @@ def _taken(link: Prox, state: ProxState, old: Tensor, new: Tensor, learns: Tenso
     return torch.where(take, new, old)
 
 
-def fits(link: Prox, state: ProxState, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Qparams [..., m] of the rows that this rank has, or has pieces of, of each leaf."""
+def fits(
+    link: Prox, state: ProxState, weights: Mapping[int, Tensor], names: Sequence[str]
+) -> dict[int, Tensor]:
+    """Qparams [..., m] of the rows that this rank has, or has pieces of, of leaves by their places
+    among the names."""
     quantizer, granularity, divisor = link.quantizer, link.granularity, link.divisor(state)
     found: dict[int, Tensor] = {}
     apart: dict[int, Any] = {}
-    for i, weight in enumerate(weights):
+    for i, weight in weights.items():
         mine = shrunk(local(weight), divisor)
         if across(weight, granularity):
-            lines = lines_of(weight, mine, granularity)
+            lines = lines_of(weight, mine, granularity, names[i])
             if getattr(quantizer, "extremes", False) and lines.rows == 1:
                 ends = _with_whole(quantizer, extremes_of(lines))
                 found[i] = lines.in_rows(ends.unsqueeze(1))
@@ -100,7 +136,7 @@ def fits(link: Prox, state: ProxState, weights: Sequence[Tensor]) -> list[Tensor
         together=not _num_whole(quantizer),
     )
     found.update(zip(apart, fitted_there, strict=True))
-    return [_in_common(quantizer, found[i], weight) for i, weight in enumerate(weights)]
+    return {i: _in_common(quantizer, found[i], weights[i], names[i]) for i in weights}
 
 
 # Of quantizers with qparams that all rows of a weight have in common, [r, m + num_whole] are what
@@ -119,7 +155,7 @@ def _with_whole(quantizer: Any, rows: Tensor) -> Tensor:
     return torch.cat([found, whole], -1)
 
 
-def _in_common(quantizer: Any, found: Tensor, weight: Tensor) -> Tensor:
+def _in_common(quantizer: Any, found: Tensor, weight: Tensor, name: str) -> Tensor:
     count = _num_whole(quantizer)
     if not count or not is_dtensor(weight):
         return found
@@ -127,7 +163,7 @@ def _in_common(quantizer: Any, found: Tensor, weight: Tensor) -> Tensor:
     qparams = found[..., :-count]
     whole = torch.cat([whole.new_zeros(1, count), whole]).amax(0)
     own = qparams[..., :-count]
-    common = largest_of_all(whole, weight).expand(*own.shape[:-1], -1)
+    common = largest_of_all(whole, weight, name).expand(*own.shape[:-1], -1)
     return torch.cat([own, nan_rows(common, own)], -1)
 
 

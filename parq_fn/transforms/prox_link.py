@@ -252,11 +252,10 @@ class Prox(Link):
     ) -> tuple[PyTree, ProxState]:
         """The updates, and the qparams of params + updates where they are due.
 
-        updates, state, params, extra: as of every link.
+        updates, state, params, extra: as of every link; of extra `frozen` is what `refit` takes.
         learning_rate: in the place of the link's own.
         pulled: the gradients of the qparams, where the link learns, as `pullback` gives them.
         """
-        del extra
         check_prox_state(self, state)
         needed = self.shrink or self.draws
         rate = rate_at(
@@ -282,7 +281,8 @@ class Prox(Link):
         if not fits and self.hold is None:
             return updates, state
         latents = apply_updates(params, updates)
-        state = self.refit(state, latents, learns) if fits else state
+        if fits:
+            state = self.refit(state, latents, learns, frozen=extra.get("frozen", ()))
         return updates, state if self.hold is None else observed(self, state, latents)
 
     # The parts of an update, for adapters whose latents other code moves.
@@ -309,13 +309,15 @@ class Prox(Link):
         assert self.normal_map is not None
         return rate / as_scalar(self.normal_map)
 
-    def refit(self, state: ProxState, latents: PyTree, learns: Tensor | None = None) -> ProxState:
+    def refit(
+        self, state: ProxState, latents: PyTree, learns: Tensor | None = None, **extra: Any
+    ) -> ProxState:
         """The state with qparams fitted to the updated latents, where they are due.
 
-        state, latents: of this update.
         learns: whether qparams were learned in this update; then rows that are finite keep them.
+        extra: frozen, names of leaves whose new qparams the caller does not take; parts.
         """
-        return refitted(self, state, latents, learns)
+        return refitted(self, state, latents, learns, **extra)
 
     def active(self, state: ProxState) -> Tensor:
         """Whether the map makes the weights; else they are the params."""

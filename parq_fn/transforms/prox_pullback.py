@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parq_fn.foundation.scalar import concrete, to_device
-from parq_fn.foundation.tree import PyTree, tree_map
+from parq_fn.foundation.tree import PyTree, names_of, tree_leaves, tree_map
 from parq_fn.transforms.layout import part_of
 from parq_fn.transforms.learn import gradient_of
 from parq_fn.transforms.prox_state import ProxState, part_for, rows_of, shrunk
@@ -59,14 +59,16 @@ def pulled_back(
 
 def _own(link: Prox, grads: PyTree, state: ProxState, params: PyTree, like: PyTree) -> PyTree:
     """The gradients [..., m] of the qparams."""
-    active = link.active(state)
+    active, leaves = link.active(state), tree_leaves(params)
+    names = names_of(params) if any(map(is_dtensor, leaves)) else []
 
     def own(grad: Tensor, param: Tensor, like: Tensor, qparams: Tensor, *held: Tensor) -> Tensor:
         if concrete(active) is False:
             return torch.zeros_like(qparams)
         part = part_for(link, param, params)
         of_leaf = qparams, like.dtype, (local(held[0]), local(held[1])) if held else None
-        found = gradient_of(link, own_part(grad, param), param, part, state, of_leaf)
+        name = next((n for n, leaf in zip(names, leaves, strict=False) if leaf is param), "")
+        found = gradient_of(link, own_part(grad, param), param, part, state, of_leaf, name=name)
         return found if concrete(active) else torch.where(to_device(active, found), found, 0.0)
 
     holds: Any = getattr(state, "oscillation", ())

@@ -83,9 +83,14 @@ def refit(
     latents: Sequence[Tensor],
     qparams: Sequence[Tensor],
     learns: Tensor | None = None,
+    names: Sequence[str] = (),
 ) -> list[Tensor]:
     """link.refit of each latent, bit for bit: of small ones with rows of one length together, but
-    for quantizers to which all rows of a tensor are one whole."""
+    for quantizers to which all rows of a tensor are one whole.
+
+    names: of the parameters, by default their places.
+    """
+    names = names or [str(i) for i in range(len(latents))]
     found: dict[int, Tensor] = {}
     large: list[int] = []
     alone = bool(getattr(link.quantizer, "num_whole", 0))
@@ -99,9 +104,9 @@ def refit(
             small.setdefault(kind, {})[i] = rows
         else:
             large.append(i)
-    own = state._replace(qparams=[qparams[i] for i in large])
-    fitted = link.refit(own, [latents[i] for i in large], learns).qparams
-    found.update(zip(large, fitted, strict=True))
+    own = state._replace(qparams={names[i]: qparams[i] for i in large})
+    fitted = link.refit(own, {names[i]: latents[i] for i in large}, learns).qparams
+    found.update((i, fitted[names[i]]) for i in large)
     of_rows = dataclasses.replace(link, granularity=per_channel())
     for together in small.values():
         sizes = {i: rows.numel() for i, rows in together.items()}
@@ -109,10 +114,10 @@ def refit(
         for chunk in chunks(sizes, where.at_once):
             known = [in_rows(local(qparams[i])) for i in chunk]
             own = state._replace(qparams=[torch.cat(known)])
-            new = of_rows.refit(own, [torch.cat([together[i] for i in chunk])], learns).qparams[0]
-            for i, part in zip(
-                chunk, torch.split(new, [len(together[i]) for i in chunk]), strict=True
-            ):
+            whole = torch.cat([together[i] for i in chunk])
+            parts = [(names[i], len(together[i])) for i in chunk]
+            new = of_rows.refit(own, [whole], learns, parts=parts).qparams[0]
+            for i, part in zip(chunk, torch.split(new, [n for _, n in parts]), strict=True):
                 shape = local_row_shape(latents[i], link.granularity)
                 own_part = part.reshape(*shape, part.shape[-1]).clone()
                 found[i] = to_rows(own_part, latents[i], link.granularity)
