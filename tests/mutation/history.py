@@ -175,8 +175,8 @@ FAULTS = [
     Fault(
         "sharded latents are gathered in every step, due or not",
         "parq_fn/optim/quantized.py",
-        "            if concrete(link.due(state)) is not False:\n",
-        "            if True:\n",
+        "            fits = concrete(link.due(state)) is not False\n",
+        "            fits = True\n",
         ("tests/optim/test_sharded.py",),
         "collectives",
         "5b58075",
