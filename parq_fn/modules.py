@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from parq_fn.foundation.torch_private import BATCH_NORM, no_recomputing, writes_to
+from parq_fn.foundation.torch_private import BATCH_NORM, flattened_by, no_recomputing, writes_to
 from parq_fn.foundation.tree import matches
 from parq_fn.foundation.value import briefly
 
@@ -28,6 +28,8 @@ _WRAPPERS = {
     "train it with a torch.optim adapter",
     "FullyShardedDataParallel": "is sharded by FSDP1, which flattens weights; shard it by "
     "torch.distributed.fsdp.fully_shard and train it with a torch.optim adapter",
+    "DeepSpeedEngine": "is trained by DeepSpeed, by an optimizer of its own; give functional its "
+    ".module, and average the gradients of the functional loop",
     "DistributedDataParallel": "averages gradients of its own weights alone; give functional its "
     ".module, and average the gradients of the functional loop",
     "DataParallel": "calls copies with its own weights; give functional its .module",
@@ -59,8 +61,8 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
     own weights; checkpoint the whole call.
 
     Raises TypeError for what is no module, and for those whose forward does not call their own
-    parts: under FSDP, DistributedDataParallel, DataParallel, TorchScript; ValueError for a lazy
-    module that has seen no input, and for one that has parameters and all of them frozen.
+    parts: under FSDP, DeepSpeed, DistributedDataParallel, DataParallel, TorchScript; ValueError
+    for a lazy module that has seen no input, and for one whose parameters are all frozen.
 
     A mask made for the whole module names frozen parameters too: take what params has,
     {name: weight_mask(module)[name] for name in params}.
@@ -78,6 +80,12 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
                     f"functional: module {name or 'itself'!r} {_WRAPPERS[kind.__name__]}"
                 )
     own = dict(module.named_parameters())
+    for name, p in own.items():
+        if (what := flattened_by(p)) is not None:
+            raise TypeError(
+                f"functional: parameter {name!r} is flattened by {what}, which loses its rows; "
+                "give functional the module as it was before"
+            )
     names = {name for name, p in own.items() if p.requires_grad}
     if own and not names:
         raise ValueError(

@@ -134,9 +134,11 @@ def parts_copied(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 BATCH_NORM = nn.modules.batchnorm._NormBase
 
 
-def is_flat(p: Tensor) -> bool:
-    """Whether a parameter is one of FSDP1's, flattened with others."""
-    return bool(getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False))
+def flattened_by(p: Tensor) -> str | None:
+    """What has flattened a parameter, to cut it where no row ends; None where nothing has."""
+    if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
+        return "FSDP1"
+    return "ZeRO of DeepSpeed" if hasattr(p, "ds_id") else None  # stage 3 has one for each
 
 
 def no_recomputing(message: str) -> AbstractContextManager[None]:

@@ -38,6 +38,12 @@ def check_base(base: Any) -> None:
     """Raises TypeError for what is no optimizer, and for one that does not move the parameters of
     its groups by itself: a wrapper of another, and those that torch has for other gradients."""
     name, inner = type(base).__name__, _optimizer_in(base)
+    if _is_of_deepspeed(base) or _is_of_deepspeed(inner):
+        raise TypeError(
+            f"QuantOptimizer: {name} is one of DeepSpeed's, which keeps flat parts of parameters, "
+            "without the rows that levels are of; give the torch.optim optimizer itself, and "
+            "shard with torch.distributed.fsdp.fully_shard in the place of ZeRO"
+        )
     if inner is not None and not isinstance(base, Adapter):
         raise TypeError(
             f"QuantOptimizer: {name} is around another optimizer, {type(inner).__name__}, and "
@@ -61,9 +67,16 @@ def _optimizer_in(base: Any) -> Any:
     """An optimizer that another has among its attributes; None where there is none."""
     for got in _attributes(base).values():
         for one in _members(got):
-            if isinstance(one, Optimizer):
+            if isinstance(one, Optimizer) or _is_of_deepspeed(one):
                 return one
     return None
+
+
+def _is_of_deepspeed(got: Any) -> bool:
+    """Whether it is an engine of DeepSpeed's or one of its wrappers, which are no subclasses of
+    torch's optimizers as its own Adam and Lion are."""
+    kinds = () if isinstance(got, Optimizer) else type(got).__mro__
+    return any(kind.__module__.partition(".")[0] == "deepspeed" for kind in kinds)
 
 
 def _attributes(base: Any) -> dict[str, Any]:

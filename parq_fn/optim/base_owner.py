@@ -19,7 +19,7 @@ from parq_fn.optim.learned import HELD, PREFIX, held_entries, laid_out, learning
 from parq_fn.optim.old_states import Kept, with_qparams
 from parq_fn.optim.owner import Place
 from parq_fn.optim.saved import FOREIGN, check_keys
-from parq_fn.optim.state import Entries, Group, wide
+from parq_fn.optim.state import ZERO, Entries, Group, wide
 from parq_fn.transforms.oscillation import none_held
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_state import ProxState
@@ -73,7 +73,7 @@ class BaseOwner:
         if self.base.param_groups is not self.optimizer.param_groups:
             raise ValueError(
                 "QuantOptimizer: the base optimizer has new param_groups; load a state through "
-                "the QuantOptimizer, not through its base"
+                f"the QuantOptimizer, not through its base. {ZERO}"
             )
 
     def kind(self, group: Group) -> dict[str, Any]:

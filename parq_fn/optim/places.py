@@ -16,6 +16,7 @@ from parq_fn.optim.marks import AHEAD, BOTH, COPIED, Mark, seen
 from parq_fn.optim.owner import Owner, Place
 from parq_fn.optim.saved import check_entries, check_keys
 from parq_fn.optim.state import (
+    ZERO,
     Entries,
     beside,
     check_dtype,
@@ -28,6 +29,8 @@ from parq_fn.optim.state import (
     versions,
     wide,
 )
+
+_FEWER = f"build another optimizer to leave some out. {ZERO}"
 
 
 class Places:
@@ -52,7 +55,8 @@ class Places:
         """Entries for all parameters of the groups that are new, or an error and none.
 
         begin: off where the state has them already.
-        Raises TypeError for parameters of FSDP1; ValueError for two of one name, and as the owner.
+        Raises TypeError for parameters of FSDP1 or ZeRO; ValueError for two of one name, and as
+        the owner.
         """
         groups, first = self.optimizer.param_groups, len(self._order)
         names = dict(self._names)
@@ -209,16 +213,19 @@ class Places:
     def _check_groups(self) -> None:
         who, groups = self.owner.who, self.optimizer.param_groups
         if len(groups) != len(self._order):
+            what = "add groups with its own add_param_group"
             raise ValueError(
-                f"{who}: had {len(self._order)} groups and has {len(groups)}; add groups with its "
-                "own add_param_group"
+                f"{who}: had {len(self._order)} groups and has {len(groups)}; "
+                f"{_FEWER if len(groups) < len(self._order) else what}"
             )
         for index, group in enumerate(groups):
             known, kind = self._order[index], self._kinds[index]
             if len(known) != len(group["params"]):
+                what = "add parameters with add_param_group"
                 raise ValueError(
                     f"{who}: group {index} had {len(known)} parameters and has "
-                    f"{len(group['params'])}; add parameters with add_param_group"
+                    f"{len(group['params'])}; "
+                    f"{_FEWER if len(group['params']) < len(known) else what}"
                 )
             for key, now in self.owner.kind(group).items():
                 if now != kind.get(key):

@@ -102,8 +102,8 @@ class QuantOptimizer(Moving):
     average "average", float32 or better and like the parameter, "average_count" [], int64, and the
     sum of its weights, "average_total" [], float64.
 
-    Raises TypeError for an optimizer around another, what is no prox link, and FSDP1's flat
-    parameters; ValueError for other unfit optimizers, where there is a link and no group has
+    Raises TypeError for an optimizer around another, what is no prox link, and flat parameters
+    (FSDP1, ZeRO); ValueError for other unfit optimizers, where there is a link and no group has
     quant_bits, bits and no link, for other keys "quant_...", two parameters of one name, a base
     whose state has names of those above, and as the quantizer and granularity do.
 

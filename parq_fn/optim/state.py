@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from parq_fn.foundation.torch_private import (
+    flattened_by,
     hooks_after_load,
     hooks_before_load,
     inner_shard,
     is_composed,
-    is_flat,
     parts_copied,
     writes_to,
 )
@@ -26,6 +26,11 @@ Entries = dict[str, Any]
 
 #: Where the first group of a saved state holds what a base optimizer keeps that is of no parameter.
 BEYOND = "base_state"
+#: In messages about groups that it may have changed.
+ZERO = (
+    "ZeRO of DeepSpeed flattens the parameters of a group and steps groups apart; shard with "
+    "torch.distributed.fsdp.fully_shard in its place"
+)
 
 
 def wide(p: Tensor) -> torch.dtype:
@@ -61,10 +66,11 @@ def check_dtype(who: str, p: Tensor, latent: Tensor, name: str) -> None:
 
 
 def refuse_flat(who: str, p: Tensor, name: str) -> None:
-    """Raises TypeError for a parameter of FSDP1."""
-    if is_flat(p):
+    """Raises TypeError for a parameter of FSDP1 or of DeepSpeed's ZeRO."""
+    what = flattened_by(p)
+    if what is not None:
         raise TypeError(
-            f"{who}: parameter {name!r} is flattened by FSDP1, which loses its rows; "
+            f"{who}: parameter {name!r} is flattened by {what}, which loses its rows; "
             "shard with torch.distributed.fsdp.fully_shard"
         )
 
@@ -93,8 +99,7 @@ def refuse_reshaped(who: str, shape: tuple[int, ...], p: Tensor, name: str) -> N
     if len(shape) != p.dim():
         raise ValueError(
             f"{who}: parameter {name!r} had the shape {shape} and has {tuple(p.shape)} now, which "
-            "lost what its rows are, as flattening does (ZeRO of DeepSpeed); exchange it for one "
-            "of as many dimensions, or shard with torch.distributed.fsdp.fully_shard"
+            f"lost what its rows are; exchange it for one of as many dimensions. {ZERO}"
         )
 
 

@@ -69,10 +69,10 @@ class TransformOptimizer(Adapter):
     them ("0.trace", "1.qparams"), what is shared by all parameters in each one's;
     `transformation_state` has them as the transformation does, for `read`.
 
-    Raises TypeError for what is no transformation and for FSDP1's flat parameters; ValueError
-    for a weight decay where no link takes one, two parameters of one name, fields of the
-    transformation's state that would have one name, groups added to a prox link that has taken
-    steps, and as the transformation's init does.
+    Raises TypeError for what is no transformation and for flat parameters (FSDP1, ZeRO);
+    ValueError for a weight decay where no link takes one, two parameters of one name, fields of
+    the transformation's state that would have one name, groups added to a prox link that has
+    taken steps, and as the transformation's init does.
 
     >>> from parq_fn import chain, hard_prox, lsbq, masked, sgd
     >>> from parq_fn.optim import TransformOptimizer

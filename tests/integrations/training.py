@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
+from tests.helpers import python_blocks, run_blocks
 
 BATCHES = 12
 PROX = pf.parq_prox(pf.lsbq(2), anneal_start=2, anneal_end=10, period=2, warmup=1)
@@ -56,12 +62,14 @@ def schedule(optimizer: Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * BATCHES)
 
 
-def plain_loop(adapter: str, clip: float | None = None, every: int = 1) -> tuple[nn.Module, Any]:
-    """The stacks' task without a stack: an epoch, gradients of `every` batches added up."""
+def plain_loop(
+    adapter: str, clip: float | None = None, every: int = 1, epochs: int = 1
+) -> tuple[nn.Module, Any]:
+    """The stacks' task without a stack: gradients of `every` batches are added up."""
     net = network()
     optimizer = ADAPTERS[adapter](net)
     scheduler = schedule(optimizer)
-    for i, (inputs, targets) in enumerate(data()):
+    for i, (inputs, targets) in enumerate([*data()] * epochs):
         (loss_of(net, inputs, targets) / every).backward()
         if (i + 1) % every == 0:
             if clip is not None:
@@ -72,6 +80,21 @@ def plain_loop(adapter: str, clip: float | None = None, every: int = 1) -> tuple
     return net, optimizer
 
 
+def of_the_page(engine: str) -> dict[str, Any]:
+    """Runs the code of the page on engines for one of them, and gives the names it defines."""
+    page = Path(__file__).parents[2] / "notebooks" / "howto" / "engines.md"
+    first, *blocks = python_blocks(page.read_text())
+    (own,) = (b for b in blocks if re.search(rf"^(from|import) {engine}\b", b, re.M))
+    return run_blocks([first, own], {"__name__": "__main__"})
+
+
+def as_torchrun_tells() -> None:
+    """What torchrun has in a rank's environment, which stacks read."""
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+
+
 def check_on_levels(net: nn.Module, optimizer: Any) -> None:
     for name, p in net.named_parameters():
         if name.endswith("weight"):
@@ -80,5 +103,7 @@ def check_on_levels(net: nn.Module, optimizer: Any) -> None:
 
 
 def check_same(one: nn.Module, other: nn.Module) -> None:
+    """In all bits, those of a sharded one gathered."""
     for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+        p, q = (t.full_tensor() if isinstance(t, DTensor) else t for t in (p, q))
         assert torch.equal(p, q), name

@@ -78,6 +78,32 @@ def test_a_parameter_exchanged_for_a_flat_one_is_refused(adapter: str, trained: 
         optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("groups", "had", "has", "apart"),
+    [(1, 2, 1, True), (1, 1, 1, True), (2, 1, 1, True), (1, 2, 1, False), (1, 2, 0, False)],
+)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_groups_that_zero_of_deepspeed_flattens_are_refused(
+    adapter: str, groups: int, had: int, has: int, apart: bool
+) -> None:
+    """One flat parameter in the place of a group's: stages 1 and 2 step each group as the only
+    one, stage 3 leaves the others empty."""
+    params = parameters(had)
+    optimizer = ADAPTERS[adapter](params)
+    if groups == 2:
+        more: Any = nn.Parameter(torch.zeros(4))
+        named = ("more", more) if adapter == "TransformOptimizer" else more
+        optimizer.add_param_group({"params": [named]})
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in params]))
+    group = optimizer.param_groups[0]
+    group["params"] = [flat][:has]
+    if apart:
+        optimizer.param_groups = [group]
+    ones_for(flat)
+    with pytest.raises(ValueError, match=r"ZeRO of DeepSpeed flattens .*fully_shard"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("method", ["step", "state_dict"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_a_parameter_flattened_in_place_is_refused(adapter: str, method: str) -> None:

@@ -292,6 +292,21 @@ def test_optimizers_around_others_are_refused_by_name() -> None:
         QuantOptimizer(bases.Borrows(groups_of(Net())), LATE)
 
 
+def test_optimizers_of_deepspeed_are_refused_by_name() -> None:
+    """They are no subclasses of torch's, and hold what the groups of the inner one were flattened
+    to; accelerate has a wrapper of its own around them."""
+    runtime = {"__module__": "deepspeed.runtime.base_optimizer"}
+    own = type("ZeROOptimizer", (), runtime)
+    zero: Any = type("DeepSpeedZeroOptimizer", (own,), {"param_groups": [], **runtime})()
+    zero.optimizer = torch.optim.AdamW(groups_of(Net()), lr=0.1)
+    engine = type("DeepSpeedEngine", (nn.Module,), runtime)()
+    for got in (zero, engine, bases.AroundNothingOfTorchs(zero)):
+        with pytest.raises(TypeError, match=f"{type(got).__name__} is .*DeepSpeed's.*fully_shard"):
+            QuantOptimizer(got, LATE)
+    fused = type("FusedAdam", (bases.Plain,), {"__module__": "deepspeed.ops.adam.fused_adam"})
+    QuantOptimizer(fused(groups_of(Net())), LATE)  # an optimizer as torch's are
+
+
 @pytest.mark.parametrize(
     ("kind", "attribute"), [(bases.KeepsParameters, "mine"), (bases.KeepsTheModule, "model")]
 )

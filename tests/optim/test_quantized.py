@@ -578,14 +578,22 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     assert equal(real.tensors(), before)
 
 
-def test_parameters_of_fsdp1_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("mark", "name"), [("_is_flat_param", "FSDP1"), ("ds_id", "ZeRO of DeepSpeed")]
+)
+def test_parameters_that_are_cut_where_no_row_ends_are_refused(mark: str, name: str) -> None:
     flat = nn.Parameter(torch.ones(4))
-    flat._is_flat_param = True  # what FSDP1 sets
+    setattr(flat, mark, True)  # what each sets
     base = torch.optim.SGD([{"params": [flat], "quant_bits": 1}], lr=0.1)
-    with pytest.raises(TypeError, match=r"'0 of group 0' is .* shard with .*fully_shard"):
+    wanted = rf"'0 of group 0' is flattened by {name}, .* shard with .*fully_shard"
+    with pytest.raises(TypeError, match=wanted):
         QuantOptimizer(base, pf.hard_prox(pf.lsbq(1)))
-    with pytest.raises(TypeError, match=r"'0 of group 0' is .* shard with .*fully_shard"):
+    with pytest.raises(TypeError, match=wanted):
         pf.optim.TransformOptimizer([flat], pf.sgd(0.1))
+    net = nn.Linear(2, 2)
+    net.weight = flat
+    with pytest.raises(TypeError, match=f"parameter 'weight' is flattened by {name}"):
+        pf.functional(net)
 
 
 def test_compile_is_a_choice_of_two() -> None:
