@@ -118,7 +118,13 @@ def test_by_code_each_level_has_the_gradients_of_its_weights(
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("quantizer", [pf.integer(3), pf.uniform(2), pf.codebook.nf4], ids=repr)
+OF_ONE_SCALE = [
+    *(pf.integer(3), pf.uniform(2), pf.codebook.nf4),
+    *(pf.uniform(1), pf.lsbq(1), pf.lsbq(0), pf.ternary_uniform()),
+]
+
+
+@pytest.mark.parametrize("quantizer", OF_ONE_SCALE, ids=repr)
 def test_lsq_has_the_residual_inside_and_the_end_level_beyond(quantizer: Any) -> None:
     u, g = 1.5 * draw(3, 50), draw(3, 50, seed=1)
     scale = 0.6 * quantizer.fit(u)

@@ -39,6 +39,8 @@ def wrapped(net: nn.Module) -> QuantOptimizer:
 
 OPTIMIZER = wrapped(NET)
 SGD = torch.optim.SGD(NET.parameters(), lr=0.1)
+WARMED = pf.chain(pf.sgd(0.1), pf.hard_prox(pf.lsbq(1), warmup=2))
+APPLIED = TransformOptimizer(OTHER.named_parameters(), WARMED)
 ANNEALED: dict[str, Any] = {"anneal_start": 5, "anneal_end": 50}
 
 
@@ -84,6 +86,34 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "an optimizer for a transformation": (
         lambda: TransformOptimizer(NET.parameters(), SGD),  # type: ignore[arg-type]
         r"is torch.optim's SGD, .*give it to parq_fn.optim.QuantOptimizer\(",
+    ),
+    "a class of torch's for what moves levels": (
+        lambda: pf.hard_prox(pf.uniform(2), learn=torch.optim.Adam),  # type: ignore[arg-type]
+        r"is torch.optim's Adam, .*make one of torch's, as_link\(Adam, lr=\.\.\.\)",
+    ),
+    "levels of an optimizer, as of a transformation": (
+        lambda: pf.levels_of(OPTIMIZER, OPTIMIZER.state),
+        r"levels_of: the transformation is a QuantOptimizer, .* optimizer.levels\(p\)",
+    ),
+    "levels of a TransformOptimizer, as of its transformation": (
+        lambda: pf.levels_of(APPLIED, APPLIED.state),
+        "is a TransformOptimizer; give its transformation and its transformation_state",
+    ),
+    "averages of an optimizer, as of a transformation": (
+        lambda: pf.weights_of_average(OPTIMIZER, OPTIMIZER.state, {}),  # type: ignore[arg-type]
+        r"is a QuantOptimizer, .*with optimizer.averaged_weights\(\)",
+    ),
+    "an optimizer for a state": (
+        lambda: pf.read(OPTIMIZER, "qparams"),
+        r"got a QuantOptimizer; an optimizer's entries of a parameter are in optimizer.state\[p\]",
+    ),
+    "levels before the first step": (
+        lambda: OPTIMIZER.levels(NET[0].weight),
+        r"levels: none are fitted yet: the first step past warmup=0 of hard_prox\(.*, and 0 were",
+    ),
+    "levels in the warmup": (
+        lambda: APPLIED.levels(OTHER[0].weight),
+        "none are fitted yet: the first step past warmup=2 of hard_prox",
     ),
     "levels by name": (
         lambda: OPTIMIZER.levels("0.weight"),  # type: ignore[arg-type]

@@ -215,6 +215,27 @@ def test_apply_if_finite_skips_the_whole_step(bad: float) -> None:
                 inner.update(tree(3), state.inner, params)[1])  # fmt: skip
 
 
+def test_transformations_of_leaves_on_meta_keep_their_counts_on_the_cpu() -> None:
+    """Such leaves give shapes alone: nothing is read from them, and no count becomes one."""
+    params = {"w": torch.ones(4, 3, device="meta")}
+    own = pf.chain(pf.sgd(0.1), PROX)
+    for link in (
+        own,
+        pf.apply_if_finite(own),
+        pf.apply_if_finite(own, limit=1),
+        pf.accumulate(own, 2),
+        pf.averaged(own, 0.9),
+        pf.conditionally(own, lambda t: t > 0),
+        pf.monitor_flips(own),
+        pf.lookahead(pf.sgd(0.1)),
+    ):
+        state = link.init(params)
+        updates, after = link.update(params, state, params)
+        assert updates["w"].is_meta
+        for old, new in zip(tree_leaves(state), tree_leaves(after), strict=True):
+            assert (old.device, old.shape) == (new.device, new.shape)
+
+
 def test_apply_if_finite_makes_what_is_not_finite_after_its_limit() -> None:
     """And skips again after one that is finite."""
     params = {"w": torch.zeros(1)}

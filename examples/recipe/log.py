@@ -101,10 +101,11 @@ class Log:
 
 
 def levels_of(net: nn.Module, optimizer: QuantOptimizer) -> dict[str, float]:
-    """Each level of every quantized parameter, the mean over its rows."""
+    """Each fitted level of every quantized parameter, the mean over its rows."""
     found = {}
     for name, p in net.named_parameters():
-        if "qparams" in optimizer.state.get(p, {}):
+        qparams = optimizer.state.get(p, {}).get("qparams")
+        if qparams is not None and bool(qparams.any()):
             levels = optimizer.levels(p)
             means = levels.float().reshape(-1, levels.shape[-1]).mean(0).tolist()
             found |= {f"levels/{name}/{i}": mean for i, mean in enumerate(means)}

@@ -169,3 +169,20 @@ def check_boundaries(who: str, what: str, count: int, boundaries: Sequence[Any])
     known = [b for b in map(readable, boundaries) if b is not None]
     if any(not a < b for a, b in itertools.pairwise(known)):
         raise ValueError(f"{who}: boundaries must increase, got {tuple(boundaries)}")
+
+
+def instead_of(got: Any) -> str:
+    """What to say of an optimizer in the place of a transformation."""
+    name = getattr(got, "__name__", type(got).__name__)
+    if hasattr(got, "transformation_state"):
+        return f"a {name}; give its transformation and its transformation_state"
+    if hasattr(got, "averaged_weights"):
+        return (
+            f"a {name}, expected a transformation; an optimizer has methods of its own: "
+            "optimizer.levels(p), `with optimizer.averaged_weights():`, optimizer.state[p]"
+        )
+    return (
+        f"torch.optim's {name}, expected a transformation such as sgd, adam or adamw; make one of "
+        f"torch's, as_link({name}, lr=...), or to train a module with it, give it to "
+        "parq_fn.optim.QuantOptimizer(optimizer, prox)"
+    )

@@ -102,7 +102,11 @@ def _entry_of(state: Any, name: str, who: str) -> _Entry:
         raise TypeError(f"{who} takes ({order}), got a {type(name).__name__} for the name")
     if not isinstance(state, dict | list | tuple):
         check_nodes(state, f"{who}: the state")
-        hint = "; use its transformation_state" if hasattr(state, "transformation_state") else ""
+        hint = ""
+        if hasattr(state, "transformation_state"):
+            hint = "; use its transformation_state"
+        elif hasattr(state, "param_groups"):
+            hint = "; an optimizer's entries of a parameter are in optimizer.state[p], by name"
         raise TypeError(
             f"{who} takes the state that a transformation's init or update gave, got a "
             f"{type(state).__name__}{hint}"

@@ -13,9 +13,16 @@ from torch.optim import Optimizer
 from parq_fn.foundation.scalar import new_count
 from parq_fn.optim.base_optimizer import template_of, varying, widened
 from parq_fn.optim.base_saving import beyond_of, restored, saved
-from parq_fn.optim.digest import digest
+from parq_fn.optim.digest import are_same_links, digest
 from parq_fn.optim.groups import KEYS, is_ours, is_quantized
-from parq_fn.optim.learned import HELD, PREFIX, held_entries, laid_out, learning_begun
+from parq_fn.optim.learned import (
+    HELD,
+    PREFIX,
+    by_exact_names,
+    held_entries,
+    laid_out,
+    learning_begun,
+)
 from parq_fn.optim.old_states import Kept, with_qparams
 from parq_fn.optim.owner import Place
 from parq_fn.optim.saved import FOREIGN, check_keys
@@ -86,8 +93,9 @@ class BaseOwner:
         return KEYS if is_quantized(saved) else ()
 
     def begin(self, fresh: list[Place], places: list[Place]) -> dict[Tensor, Entries]:
-        del places
-        return {place.p: {**self._entries(place), **self._averaged(place.p)} for place in fresh}
+        return {
+            place.p: {**self._entries(place, places), **self._averaged(place.p)} for place in fresh
+        }
 
     def _averaged(self, p: Tensor) -> Entries:
         """An average that nothing was added to."""
@@ -97,11 +105,13 @@ class BaseOwner:
         count = new_count()
         return dict(zip(AVERAGE, (average, count, count.to(torch.float64)), strict=True))
 
-    def _entries(self, place: Place) -> Entries:
+    def _entries(self, place: Place, places: list[Place]) -> Entries:
         p, group, _, label = place
         if not is_quantized(group):
             return {**self._template(place, p), **self._learned(p, p), "updates": self._updates(p)}
-        link = self.link(group)
+        link = whole = self.link(group)
+        if link.learn is not None:
+            link = by_exact_names(whole, {own.label: own.p for own in places if own.group is group})
         state = link.init({label: p.detach()})
         latent = p.detach().clone().to(wide(p))
         return {
@@ -113,7 +123,7 @@ class BaseOwner:
             **scalars(state),
             **(laid_out(link, [label], state)[label] if link.learn is not None else {}),
             **({} if link.hold is None else held_entries(none_held(latent))),
-            "link": digest(link),
+            "link": digest(whole),
         }
 
     def _template(self, place: Place, latent: Tensor) -> Entries:
@@ -236,10 +246,28 @@ class BaseOwner:
             for (p, entries), (_, own), (_, (_, mine)) in zip(rows, made, parts, strict=True)
         ]
 
+    def check_links(self, p: Tensor, mine: Entries, saved: Entries, where: str) -> None:
+        if not are_same_links(mine.get("link"), saved.get("link")):
+            link, had = self._link_of(p), saved.get("qparams")
+            m = had.shape[-1] if isinstance(had, Tensor) and had.dim() else 0
+            own = link.quantizer.num_qparams
+            other, here = (f", of {m} qparam(s) a row,", f", of {own}") if m != own else ("", "")
+            raise ValueError(
+                f"{where}: it was trained with another prox link{other} than {link!r}{here}; build "
+                'the optimizer with that one, or delete its entry "link" from the saved "state" to '
+                "go on with this"
+            )
+
     def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
         """Entries of the base optimizer alone, as of training in full precision, too; an average
-        that was not saved begins anew, one that is not kept is left out."""
-        saved = {key: got for key, got in saved.items() if key not in AVERAGE or key in mine}
+        that was not saved begins anew."""
+        lost = sorted({*AVERAGE} & saved.keys() - mine.keys())
+        if lost:
+            raise ValueError(
+                f"loaded state dict, parameter {label!r}: it has an average of its latents, and "
+                "this optimizer keeps none; build QuantOptimizer(..., average=...), or delete its "
+                f'entries {", ".join(lost)} from the saved "state" to go on without'
+            )
         saved = {**{key: got for key, got in self._averaged(p).items() if key in mine}, **saved}
         quantized = any(map(is_of_link, saved))
         if quantized and "qparams" not in mine:
@@ -250,12 +278,6 @@ class BaseOwner:
         if "updates" in saved and (quantized or "qparams" not in mine):
             if "link" in mine and "link" not in saved:
                 saved = {**learning_begun(mine, saved, (PREFIX, HELD)), "link": mine["link"]}
-            if "link" in mine and int(saved["link"]) != int(mine["link"]):
-                raise ValueError(
-                    f"loaded state dict, parameter {label!r}: it was trained with another prox "
-                    f"link than {self._link_of(p)!r}; build the optimizer with that one, or delete "
-                    'its entry "link" from the saved "state" to go on with this'
-                )
             self._check_keys(p, mine.keys() - {"latent"}, saved, label)
             return saved
         trained = self.trained({"updates": 1, **saved})

@@ -247,6 +247,13 @@ def fit(folder: Path, index: Metadata, optimizer: Optimizer, state: dict[str, An
         for key in (*_LINKS, *AVERAGE):
             if f"{_STATE}{name}.{key}" not in stored:
                 own.pop(key, None)
+            elif key in AVERAGE and isinstance(optimizer, QuantOptimizer) and key not in own:
+                raise ValueError(
+                    f"checkpoint {folder}: it has an average of the latents of parameter {name!r}, "
+                    "and the optimizer keeps none; build QuantOptimizer(..., average=...), or "
+                    "load the model alone, load_checkpoint(folder, model), and begin with its "
+                    "weights as latents"
+                )
     _check_links(folder, index, entries)
 
 

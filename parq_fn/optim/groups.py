@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from typing import Any
 
 from torch import Tensor
@@ -78,6 +79,27 @@ def check_group(group: Group, index: int, prox: Prox | None, base: Group) -> Non
         )
     if (bits is None or bits < 16) and "lr" not in group:
         raise ValueError(f"{where} has no lr, which the prox link needs")
+
+
+def check_some(groups: list[Group], prox: Prox | None, *, none: bool) -> None:
+    """Raises ValueError where no group of a new optimizer uses its link; warns where each of them
+    says prox=None, so that nothing is quantized.
+
+    prox: the optimizer's link; none: whether all groups had a "prox" before links were taken out.
+    """
+    if any(group.get(key) is not None for group in groups for key in ("quant_bits", "quant_prox")):
+        return
+    if prox is not None:
+        raise ValueError(
+            "QuantOptimizer: no group has quant_bits below 16; give one such as "
+            '{"params": ..., "quant_bits": 2}'
+        )
+    if none:
+        warnings.warn(
+            'QuantOptimizer: every group has "prox": None and there is no other link, so nothing '
+            "is quantized; give a group a prox link, or leave the key out for full precision",
+            stacklevel=4,
+        )
 
 
 def _is_whole(got: Any) -> bool:

@@ -267,7 +267,12 @@ class LatentStore(Places):
         saved = spread_rows(with_qparams(saved, kept), mine)
         saved = {key: got for key, got in saved.items() if key != "latent" or key in mine}
         like, where = like_saved(mine, saved, kept), f"loaded state dict, parameter {label!r}"
+        self.owner.check_links(p, mine, saved, where)
+        others = [key for key, own in kept.items() if not own.holds(saved.get(key))]
+        like = {key: got for key, got in like.items() if key not in others}
         check_entries(like, saved, where, self.owner.varies(p))
+        for key in others:
+            raise ValueError(f"{where}: {kept[key].unlike(key, saved[key])}")
         entries = self.owner.fits(p, mine, saved, label)
         return {key: loaded(got, mine.get(key), p) for key, got in entries.items()}
 

@@ -8,6 +8,7 @@ laid out over the parameters: what belongs to one with that one, what all share 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +21,18 @@ from parq_fn.transforms.oscillation import HeldState, code_of, held_weight, turn
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_state import LearningState, ProxState
 from parq_fn.transforms.sharded import local
+from parq_fn.transforms.transformation import pinned
 
 #: What the keys of these entries begin with, and those of `HeldState`.
 PREFIX, HELD = "learn.", "hold."
+
+
+def by_exact_names(link: Prox, params: Mapping[str, Tensor]) -> Prox:
+    """The link, whose masks and labels of what moves qparams say of some of the parameters what
+    they say of all of these."""
+    how = learner(link.learn)
+    inside = pinned(how.transformation, dict(params))
+    return replace(link, learn=replace(how, transformation=inside))
 
 
 def laid_out(link: Prox, names: list[str], state: Any) -> dict[str, Entries]:

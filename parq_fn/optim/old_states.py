@@ -33,6 +33,19 @@ class Kept(NamedTuple):
         m, k = self.quantizer.num_qparams, self.quantizer.num_levels
         return shape[:-1] == self.row_shape and shape[-1:] in ((m,), (m + k,))
 
+    def holds(self, got: Any) -> bool:
+        """Whether it is a tensor that fits, or none at all."""
+        return not isinstance(got, Tensor) or self.fits(got.shape)
+
+    def unlike(self, key: str, got: Tensor) -> str:
+        """What to say of a tensor that does not fit."""
+        m, shape = self.quantizer.num_qparams, (*self.row_shape, self.quantizer.num_qparams)
+        return (
+            f"{key} has shape {tuple(got.shape)}, expected {shape}: {m} for each row of "
+            f"{self.quantizer!r}; it was trained with another quantizer, or with other rows: "
+            "build the optimizer with those"
+        )
+
 
 def with_qparams(entries: dict[str, Any], kept: Mapping[str, Kept]) -> dict[str, Any]:
     """Entries of a parameter, with qparams in place of levels [r, k]: where a row has one scale,

@@ -12,7 +12,8 @@ from parq_fn.transforms.sharded import gathered
 def share_on_levels(optimizer: QuantOptimizer) -> float:
     """#{w = a level of its row} / #{w}, over all quantized weights w, bit for bit.
 
-    A sharded parameter is gathered, one at a time, so every rank calls it. NaN is on no level.
+    A sharded parameter is gathered, one at a time, so every rank calls it. NaN is on no level, nor
+    is a weight whose levels are not fitted yet.
     Raises TypeError for another optimizer, ValueError where none of its weights are quantized.
 
     >>> import torch
@@ -37,10 +38,13 @@ def share_on_levels(optimizer: QuantOptimizer) -> float:
         for p in group["params"]:
             if "qparams" not in optimizer.state.get(p, {}):
                 continue
+            link = optimizer.link(group)
+            total += p.numel()
+            if int(optimizer.state[p]["count"]) <= link.warmup:
+                continue
             levels = in_rows(gathered(optimizer.levels(p)))
-            rows = optimizer.link(group).granularity.rows(gathered(p.detach()))
+            rows = link.granularity.rows(gathered(p.detach()))
             on += int((nearest(rows, levels) == rows).sum())
-            total += rows.numel()
     if not total:
         raise ValueError("share_on_levels: the optimizer quantizes no weights")
     return on / total

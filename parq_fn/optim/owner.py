@@ -82,6 +82,9 @@ class Owner(Protocol):
         """Saved entries of each parameter as they are to be kept, and what the state dict holds
         besides taken over; raises ValueError, and changes nothing, where that does not fit."""
 
+    def check_links(self, p: Tensor, mine: Entries, saved: Entries, where: str) -> None:
+        """Raises ValueError for a saved state of other prox links."""
+
     def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
         """Entries of a saved state, completed by the parameter's own; raises ValueError where they
         do not fit."""

@@ -31,15 +31,21 @@ from parq_fn.optim.base_optimizer import check_base, check_not_kept
 from parq_fn.optim.base_owner import BaseOwner, by_step, prox_state, scalars
 from parq_fn.optim.engine.gradients import RowGradients
 from parq_fn.optim.engine.passes import Job, Pass, refit
-from parq_fn.optim.groups import KEYS, check_group, is_quantized, link_of
+from parq_fn.optim.groups import KEYS, check_group, check_some, is_quantized, link_of
 from parq_fn.optim.latents import LatentStore
-from parq_fn.optim.learned import held_entries, learned_together, observed, with_held
+from parq_fn.optim.learned import (
+    by_exact_names,
+    held_entries,
+    learned_together,
+    observed,
+    with_held,
+)
 from parq_fn.optim.moving import Moving, rate_of
 from parq_fn.optim.state import Group, value_of
 from parq_fn.transforms.averaged import moved, share_of
 from parq_fn.transforms.collective import RanksError
 from parq_fn.transforms.layout import part_of
-from parq_fn.transforms.levels_of import levels_in
+from parq_fn.transforms.levels_of import fitted_levels
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.prox_links import parq_prox
 from parq_fn.transforms.prox_state import ProxState, rows_of
@@ -81,7 +87,8 @@ class QuantOptimizer(Moving):
     some seconds where annealing starts and where it ends, for which a CPU needs a C++ compiler; it
     pays where weights are many. torch.compile(optimizer.step) runs the step as it is.
     average: the decay of an average of every parameter's latents, as `averaged` takes it; `with
-    optimizer.averaged_weights():` has parameters hold its weights.
+    optimizer.averaged_weights():` has parameters hold its weights. A loaded average goes on with
+    this decay, one that was not saved begins anew; where none is kept, loading one is refused.
 
     `param_groups` are the base's own, so a learning-rate scheduler may be built on either. A
     quantized group shows "inverse_slope" (the map's coefficient) and "lr_sum" as numbers, of the
@@ -154,15 +161,11 @@ class QuantOptimizer(Moving):
             self, base_optimizer, self.link, self._weight, average=average is not None
         )
         self._store, self._latents = LatentStore(self, owner), owner.latents
+        none = all("prox" in group for group in self.param_groups)
         self._enter(self.param_groups)
+        check_some(self.param_groups, prox, none=none)
         quantized = [place for place in self._store.places() if is_quantized(place.group)]
         check_not_kept(base_optimizer, {place.p: place.label for place in quantized})
-        asked = any(group.get("quant_bits") is not None for group in self.param_groups)
-        if prox is not None and not asked and not quantized:
-            raise ValueError(
-                "QuantOptimizer: no group has quant_bits below 16; give one such as "
-                '{"params": ..., "quant_bits": 2}'
-            )
 
     # Groups and their parameters.
 
@@ -284,7 +287,8 @@ class QuantOptimizer(Moving):
             if learns is not None and learns:
                 pulled = {labels[p]: self._pulled.get(p) for p in params}
                 named = dict(zip(pulled, entries, strict=True))
-                for name, new in learned_together(link, state, named, pulled).items():
+                own = by_exact_names(link, {labels[p]: p for p in group["params"]})
+                for name, new in learned_together(own, state, named, pulled).items():
                     before.append((named[name], {key: named[name][key] for key in new}))
                     named[name].update(new)
             if fits:
@@ -327,11 +331,12 @@ class QuantOptimizer(Moving):
     @settled
     def levels(self, p: Tensor) -> Tensor:
         """The levels [..., k] of a quantized parameter, in its dtype; see `levels_of`. Raises
-        ValueError for what this optimizer does not quantize."""
+        ValueError for what this optimizer does not quantize, and before the step that fits them."""
         self._store.sync()
         for group in self.param_groups:
             if is_quantized(group) and any(p is own for own in group["params"]):
-                return levels_in(self.link(group).quantizer, self.state[p]["qparams"], p.dtype)
+                count, qparams = (self.state[p][key] for key in ("count", "qparams"))
+                return fitted_levels(self.link(group), count, qparams, p.dtype)
         shape = getattr(p, "shape", None)
         got = briefly(p) if shape is None else f"a parameter of shape {tuple(shape)}"
         raise ValueError(

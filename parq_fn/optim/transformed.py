@@ -23,7 +23,7 @@ from parq_fn.optim.tree_owner import TreeOwner, select
 from parq_fn.transforms.averaged import weights_of_average
 from parq_fn.transforms.chain import every_link
 from parq_fn.transforms.collective import RanksError
-from parq_fn.transforms.levels_of import levels_in, prox_states
+from parq_fn.transforms.levels_of import fitted_levels, prox_states
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.rounding import rounding
 from parq_fn.transforms.sharded import is_dtensor, local
@@ -254,12 +254,13 @@ class TransformOptimizer(Adapter):
     def levels(self, p: Tensor) -> Tensor:
         """The levels [..., k] of a quantized parameter, in its dtype; see `levels_of`.
 
-        Raises ValueError for a parameter that no prox link of the transformation quantizes.
+        Raises ValueError for a parameter that no prox link of the transformation quantizes, and
+        before the step that fits them.
         """
         self._store.sync()
         name = next((name for name, own in self._tree.params.items() if own is p), None)
         found = [
-            levels_in(link.quantizer, qparams, p.dtype)
+            (link, own.count, qparams)
             for link, own in prox_states(self.transformation, self._joined())
             for at, qparams in zip(names_of(own.qparams), tree_leaves(own.qparams), strict=True)
             if at == name
@@ -269,7 +270,7 @@ class TransformOptimizer(Adapter):
                 f"levels: a parameter of shape {tuple(p.shape)} is none that this optimizer "
                 "quantizes; give one that a prox link of its transformation sees"
             )
-        return found[-1]
+        return fitted_levels(*found[-1], p.dtype)
 
     def _rounded(self) -> Iterator[tuple[Tensor, Tensor]]:
         for part in self._tree.parts:

@@ -3,6 +3,7 @@ parameters."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,14 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from parq_fn.foundation.tree import names_of, tree_leaves
-from parq_fn.optim.digest import digest
+from parq_fn.optim.digest import are_same_links, digest
 from parq_fn.optim.leafwise import Part, parts_of
 from parq_fn.optim.learned import learning_begun
 from parq_fn.optim.old_states import Kept
 from parq_fn.optim.owner import Place
 from parq_fn.optim.saved import FOREIGN, check_keys
 from parq_fn.optim.state import Entries, Group, wide
-from parq_fn.transforms.chain import every_state
+from parq_fn.transforms.chain import every_link, every_state
 from parq_fn.transforms.levels_of import prox_states
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.sharded import local
@@ -168,7 +169,27 @@ class TreeOwner:
         groups: list[Group],
         state_dict: dict[str, Any],
     ) -> list[tuple[Tensor, Entries | None]]:
+        names = {p: name for name, p in self.params.items()}
+        for p, entries in rows:
+            more = sorted(key for key in {*(entries or {})} - self._known if "." in key)
+            if more:
+                warnings.warn(
+                    f"loaded state dict: of parameter {names[p]!r} it has entries of other links "
+                    f"than the transformation, which has no {', '.join(more)}; they are kept as "
+                    "they were saved, and no step changes them",
+                    stacklevel=5,
+                )
+                break
         return rows
+
+    def check_links(self, p: Tensor, mine: Entries, saved: Entries, where: str) -> None:
+        if not are_same_links(mine.get(DIGEST), saved.get(DIGEST)):
+            links = [link for link in every_link(self.transformation) if isinstance(link, Prox)]
+            raise ValueError(
+                f"{where}: it was trained with other prox links than the transformation has, "
+                f"{', '.join(map(repr, links))}; build the optimizer with those, or delete the "
+                f"entries {DIGEST!r} to go on with these"
+            )
 
     def fits(self, p: Tensor, mine: Entries, saved: Entries, label: str) -> Entries:
         del p
@@ -176,11 +197,6 @@ class TreeOwner:
         if DIGEST not in saved:
             saved = learning_begun(mine, saved, self._learned)
             saved |= {key: mine[key] for key in (DIGEST,) if key in mine}
-        if DIGEST in mine and int(saved[DIGEST]) != int(mine[DIGEST]):
-            raise ValueError(
-                f"{where}: it was trained with other prox links than the transformation has; build "
-                f"the optimizer with those, or delete the entries {DIGEST!r} to go on with these"
-            )
         check_keys(mine.keys() - {"latent"}, saved, where, FOREIGN)
         return saved
 

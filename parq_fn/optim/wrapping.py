@@ -13,6 +13,7 @@ from parq_fn.foundation.torch_private import own_attributes
 from parq_fn.optim.adapter import Adapter, settled
 from parq_fn.optim.base_optimizer import copied
 from parq_fn.optim.base_owner import BaseOwner
+from parq_fn.optim.groups import is_quantized
 from parq_fn.optim.state import BEYOND, unshared
 from parq_fn.transforms.prox_link import Prox
 
@@ -26,6 +27,8 @@ class Wrapping(Adapter):
 
     def _shown(self) -> dict[str, Any]:
         shown: dict[str, Any] = {"base": type(self.base).__name__}
+        if not any(map(is_quantized, self.param_groups)):
+            return {**shown, "prox": self.prox, "quantized": "nothing"}
         return shown if self.prox is None else {**shown, "prox": self.prox}
 
     @settled

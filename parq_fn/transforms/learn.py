@@ -48,7 +48,8 @@ class learn(Value):
         gradients: clip in it, and undo a loss scale before `update`.
     gradient: "code" (the sum of the gradients at the weights nearest to each level, at every
         coefficient), "map" (the exact derivative of the weights in their levels), or for
-        quantizers of one scale "lsq" (LSQ's). See `parq_fn.transforms.qparams_gradient`.
+        quantizers of one scale "lsq" (LSQ's, of any number of levels; its paper has no grid of 1
+        bit). See `parq_fn.transforms.qparams_gradient`.
     normalize: whether gradients are divided by sqrt(n c), n the weights of a row, c the quantizer's
         `largest_code`.
 

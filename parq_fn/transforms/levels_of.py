@@ -57,9 +57,16 @@ def levels_of(transformation: Any, state: Any) -> PyTree:
     return found
 
 
-def levels_in(quantizer: Any, qparams: Tensor, dtype: torch.dtype) -> Tensor:
-    """`Quantizer.levels_in` of qparams [..., m], which may be sharded."""
-    return _placed(partial(quantizer.levels_in, dtype=dtype), qparams)
+def fitted_levels(link: Prox, count: Tensor, qparams: Tensor, dtype: torch.dtype) -> Tensor:
+    """`Quantizer.levels_in` of a parameter's qparams [..., m], which may be sharded, after `count`
+    updates of the link. Raises ValueError before the first fit."""
+    if int(count) <= link.warmup:
+        raise ValueError(
+            f"levels: none are fitted yet: the first step past warmup={link.warmup} of "
+            f"{show(link)} fits them, and {int(count)} were taken; before that weights are the "
+            "latents"
+        )
+    return _placed(partial(link.quantizer.levels_in, dtype=dtype), qparams)
 
 
 def _placed(levels: Callable[[Tensor], Tensor], qparams: Tensor) -> Tensor:

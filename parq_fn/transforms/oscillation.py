@@ -47,7 +47,9 @@ class oscillation(Value):
     """For a prox link's `hold=`: weights whose level keeps turning back are held at their average.
 
     A weight is held once the running frequency f of its turns exceeds the threshold; f and the
-    average code move by the momentum m a step (see the module). A held weight stays held.
+    average code move by the momentum m a step (see the module). A held weight stays held: where
+    other code edits it in a module that an optimizer trains, the edit reaches its latent alone, and
+    the next step puts the weight on its level again.
 
     Both are numbers, 0-d tensors or schedules of the count of updates. Raises ValueError for a
     threshold below 0 and a momentum outside [0, 1].

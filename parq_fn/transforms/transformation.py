@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
+from parq_fn.foundation.checks import instead_of
 from parq_fn.foundation.reading import check_nodes
 from parq_fn.foundation.torch_private import is_optimizer
 from parq_fn.foundation.traits import PER_LEAF, TransformationTraits, traits_of
@@ -371,11 +372,7 @@ class GradientTransformation(Value):
 def check_transformation(link: Any, where: str) -> None:
     """Raises TypeError unless the link is an object with init, update and weights."""
     if is_optimizer(link):
-        raise TypeError(
-            f"{where} is torch.optim's {getattr(link, '__name__', name_of(link))}, expected a "
-            "transformation such as sgd, adam or adamw; to train with torch's, give it to "
-            "parq_fn.optim.QuantOptimizer(optimizer, prox)"
-        )
+        raise TypeError(f"{where} is {instead_of(link)}")
     if isinstance(link, type):
         raise TypeError(f"{where} is the class {link.__name__}; call it: {link.__name__}(...)")
     missing = [m for m in ("init", "update", "weights") if not callable(getattr(link, m, None))]

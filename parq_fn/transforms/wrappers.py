@@ -317,7 +317,8 @@ class apply_if_finite(Around):
                 updates = found
         finite = torch.ones((), dtype=torch.bool, device="cpu")
         for leaf in tree_leaves((updates, pulled)):
-            finite = to_device(finite, leaf) & gathered(leaf.isfinite().all())
+            if not leaf.is_meta:  # which holds no values, and counts as finite
+                finite = to_device(finite, leaf) & gathered(leaf.isfinite().all())
         out, inner = updated(self.inner, updates, state.inner, params, **handed(pulled), **extra)
         zeros = tree_map(torch.zeros_like, out)
         made = finite

@@ -118,6 +118,8 @@ def test_a_parameter_flattened_in_place_is_refused(adapter: str, method: str) ->
 
 OTHERS: dict[str, Callable[[Any], Any]] = {
     "quantizer": lambda prox: replace(prox, quantizer=pf.lsbq(2, "optimal")),
+    "qparams": lambda prox: replace(prox, quantizer=pf.uniform(2)),
+    "granularity": lambda prox: replace(prox, granularity=pf.per_channel()),
     "map": lambda _: pf.soft_prox(pf.lsbq(2), anneal_start=1000, anneal_end=2000),
     "schedule": lambda prox: replace(prox, anneal_end=2001),
     "period": lambda prox: replace(prox, period=3),
@@ -144,6 +146,28 @@ def test_a_state_of_another_link_is_refused(
     }
     with pytest.raises(ValueError, match=r"was trained with (another|other) prox link"):
         load[way]()
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_state_of_another_quantizer_is_refused_by_the_names_of_links(
+    adapter: str, deleted: bool
+) -> None:
+    """Not by a shape, which says nothing to who changed the quantizer; nor where the digest was
+    deleted, as the first error advises."""
+    a, b = parameters(2)
+    of_two = replace(LATE, quantizer=pf.lsbq(2))
+    state = ADAPTERS[adapter]([a], replace(LATE, quantizer=pf.uniform(2))).state_dict()
+    message = r"'p?0.*': it was trained with (an)?other prox link.*parq_prox\(lsbq\(2\), "
+    if deleted:
+        for entries in state["state"].values():
+            entries.pop("link", None), entries.pop("prox_links", None)
+        message = r"qparams has shape \(1,\), expected \(2,\): 2 for each row of lsbq\(2\); it was"
+    with pytest.raises(ValueError, match=message) as caught:
+        ADAPTERS[adapter]([b], of_two).load_state_dict(state)
+    if adapter == "QuantOptimizer" and not deleted:
+        assert "of 1 qparam(s) a row, than" in str(caught.value)
+        assert ", of 2; build" in str(caught.value)
 
 
 def test_a_transformation_may_be_resumed_with_another_learning_rate() -> None:
@@ -224,6 +248,21 @@ def test_an_optimizer_prints_what_it_was_built_with(adapter: str) -> None:
     expected = {"QuantOptimizer": f"prox: {LATE}", "TransformOptimizer": "transformation: chain("}
     assert any(line.startswith(expected[adapter]) for line in lines)
     assert "Parameter Group 0" in lines
+
+
+def test_an_optimizer_that_quantizes_nothing_says_so() -> None:
+    """A baseline, without a link, is the base alone; groups that all say None may be a mistake."""
+    groups: list[Any] = [{"params": [p]} for p in parameters(2)]
+    assert "quantized: nothing" in repr(QuantOptimizer(torch.optim.SGD(groups, lr=0.1)))
+    for group, own in ((0, LATE), (1, None)):
+        groups[group]["prox"] = own
+    assert "quantized: nothing" not in repr(QuantOptimizer(torch.optim.SGD(groups, lr=0.1)))
+    unset = [{"params": [p], "prox": None} for p in parameters(2)]
+    with pytest.warns(UserWarning, match='every group has "prox": None .* nothing is quantized'):
+        QuantOptimizer(torch.optim.SGD(unset, lr=0.1))
+    unset = [{"params": [p], "prox": None} for p in parameters(2)]
+    with pytest.raises(ValueError, match="no group has quant_bits below 16"):
+        QuantOptimizer(torch.optim.SGD(unset, lr=0.1), LATE)
 
 
 # Modes of torch

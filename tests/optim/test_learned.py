@@ -126,6 +126,35 @@ def test_what_moves_levels_may_look_at_those_of_all_parameters(adapter: str) -> 
         torch.testing.assert_close(optimizer.levels(net.one.weight), wanted, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_moves_levels_may_be_masked_by_names(adapter: str, frozen: bool) -> None:
+    """Of all parameters of a link, though a step moves some of them."""
+    how = pf.chain(pf.masked(pf.trace(0.5), "one.*"), pf.sgd(0.05), pf.masked(pf.freeze(), "two.*"))
+    labels = {"one.*": "moved", "*": "still"}
+    by_label = pf.partition({"moved": pf.sgd(0.05, 0.5), "still": pf.freeze()}, labels)
+    found = []
+    for own in (how, by_label):
+        net = Net()
+        optimizer = ADAPTERS[adapter](net, replace(LINKS["hard"], learn=own))
+        train(net, optimizer, 2)
+        before = [optimizer.levels(part.weight) for part in (net.one, net.two)]
+        net.one.weight.requires_grad_(not frozen)
+        other = Net()
+        another = ADAPTERS[adapter](other, replace(LINKS["hard"], learn=own))
+        other.load_state_dict(net.state_dict())
+        another.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        other.one.weight.requires_grad_(not frozen)
+        train(net, optimizer, 3, 2)
+        train(other, another, 3, 2)
+        levels = [optimizer.levels(part.weight) for part in (net.one, net.two)]
+        assert torch.equal(before[0], levels[0]) == frozen
+        assert torch.equal(before[1], levels[1])
+        assert torch.equal(another.levels(other.one.weight), levels[0])
+        found.append(levels[0])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", HOW)
 def test_weights_are_on_levels_that_were_learned_bit_for_bit(how: str, dtype: torch.dtype) -> None:

@@ -212,7 +212,43 @@ def test_averages_are_saved_and_loaded(adapter: str, tmp_path: Path) -> None:
         assert equal(copies(found), copies(wanted))
 
 
-def test_a_state_without_averages_begins_them_and_one_with_loses_them(tmp_path: Path) -> None:
+@both
+def test_a_loaded_average_goes_on_with_the_decay_of_the_optimizer(adapter: str) -> None:
+    net, twin = network(), network()
+    optimizer, other = ADAPTERS[adapter](net, 0.8), ADAPTERS[adapter](twin, 0.5)
+    train(net, optimizer, 4)
+    twin.load_state_dict(net.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+
+    def entries(its: Any, one: nn.Sequential) -> tuple[Tensor, Tensor]:
+        own = its.state[one[2].weight]
+        names = [next(k for k in own if k.endswith(end)) for end in ("average", "total")]
+        average, total = (own[name] for name in names)
+        return average, total
+
+    average, total = entries(optimizer, net)
+    assert total == pytest.approx(1 - 0.8**4)
+    train(twin, other, 1)
+    new = 0.5 * total + 0.5
+    latent = other.state[twin[2].weight].get("latent", twin[2].weight).detach()
+    wanted = average + 0.5 / new * (latent - average)
+    found, so_far = entries(other, twin)
+    assert so_far == pytest.approx(float(new))
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-6, atol=1e-7)
+
+
+def test_entries_of_links_that_a_transformation_has_not_are_named() -> None:
+    """They are kept as they were saved, and go stale."""
+    p = network()[0].weight
+    scale = pf.scale(-0.1)
+    saved = TransformOptimizer([("p", p)], pf.chain(pf.averaged(scale, 0.9), PROX)).state_dict()
+    plain = TransformOptimizer([("p", p)], pf.chain(scale, PROX))
+    with pytest.warns(UserWarning, match=r"'p' .* has no 0\.average, 0\.samples, 0\.total;"):
+        plain.load_state_dict(saved)
+    assert "0.average" in plain.state[p]
+
+
+def test_a_state_without_averages_begins_them_and_none_with_them_loses_them(tmp_path: Path) -> None:
     """Of QuantOptimizer, whose average is an option; a transformation has it or is another."""
     net, twin = network(), network()
     plain, keeping = quantized(net, None), quantized(twin)
@@ -227,10 +263,19 @@ def test_a_state_without_averages_begins_them_and_one_with_loses_them(tmp_path: 
     load_checkpoint(tmp_path / "plain", twin, keeping)
     assert keeping.state[twin[0].weight]["average_count"] == 0
     save_checkpoint(tmp_path / "kept", twin, keeping)
-    for _ in range(2):
-        assert "average" not in plain.state[net[0].weight]
+    before = copies(held(net, plain))
+    with pytest.raises(
+        ValueError, match=r"'0 of group 0': it has an average .* optimizer keeps none"
+    ):
         plain.load_state_dict(keeping.state_dict())
-    load_checkpoint(tmp_path / "kept", net, plain)
+    with pytest.raises(ValueError, match=r"an average of the latents of parameter '0\.weight'"):
+        load_checkpoint(tmp_path / "kept", net, plain)
+    assert equal(held(net, plain), before)
+    state = keeping.state_dict()
+    for entries in state["state"].values():  # as the error says
+        for key in ("average", "average_count", "average_total"):
+            del entries[key]
+    plain.load_state_dict(state)
     with pytest.raises(ValueError, match="no average is kept"), plain.averaged_weights():
         pass
     with pytest.raises(ValueError, match=r"QuantOptimizer: average must lie in \[0, 1\], got 2"):

@@ -28,6 +28,7 @@ def test_it_counts_the_weights_that_are_equal_to_a_level(cut: str, dtype: torch.
     groups = [{"params": [p, q], "quant_bits": 2}, {"params": [bias]}]
     link = pf.soft_prox(pf.lsbq(2), anneal_start=0, anneal_end=9, granularity=CUTS[cut])
     optimizer = QuantOptimizer(torch.optim.SGD(groups, lr=0.1), link)
+    assert share_on_levels(optimizer) == 0.0  # none are fitted yet
     for _ in range(3):
         for one in (p, q, bias):
             one.grad = torch.ones_like(one)

@@ -381,6 +381,7 @@ def test_r12_groups_names_and_groups_added_later() -> None:
     base = torch.optim.SGD([{"params": named[0], "quant_bits": 1}], lr=0.1, momentum=0.9)
     optimizer = QuantOptimizer(base, pf.hard_prox(pf.lsbq(2), period=1))
     optimizer.add_param_group({"params": named[1], "quant_bits": 2})
+    optimizer.step()
     assert optimizer.levels(net.bias).shape == (4,)
     extra = nn.Parameter(torch.ones(3))
     group = {"params": [("x", extra)], "quant_bits": 2, "quant_block_size": 4}
