@@ -416,8 +416,8 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
     },
     "parq_fn/optim/on_levels.py": {
         "a graph that nobody asks for": [
-            "share_on_levels: rows = optimizer.link(group).granularity.rows(gathered(p.detach()))"
-            " -> rows = optimizer.link(group).granularity.rows(gathered(p))",
+            "share_on_levels: rows = link.granularity.rows(gathered(p.detach())) -> "
+            "rows = link.granularity.rows(gathered(p))",
         ],
     },
     "parq_fn/quantizers/rounding.py": {
