@@ -1,4 +1,4 @@
-"""Strategies: weights of any rank and layout, and how rows are cut from them."""
+"""Weights of any rank and layout, how rows are cut from them, and how DTensor cuts them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.tensor import Replicate
 
 import parq_fn as pf
 
@@ -47,3 +48,15 @@ def cases(draw: Any, low: int = 0) -> tuple[Tensor, Any]:
         length *= shape[d]
     divisors = [size for size in range(1, max(length, 2) + 1) if length % size == 0]
     return laid_out(draw, shape, dtype), pf.per_block(draw(st.sampled_from(divisors)), along)
+
+
+def cut(whole: Tensor, mesh: Any, rank: Any, placements: Any) -> Tensor:
+    """What the rank at that coordinate has, cut as DTensor cuts it."""
+    for count, place, p in zip(mesh, rank, placements, strict=True):
+        if isinstance(p, Replicate):
+            continue
+        factor = getattr(p, "split_factor", 1)
+        chunks = list(torch.chunk(whole, count * factor, p.dim))
+        chunks += [chunks[0].narrow(p.dim, 0, 0)] * (count * factor - len(chunks))
+        whole = torch.cat(chunks[place::count], p.dim)
+    return whole

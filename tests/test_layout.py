@@ -17,19 +17,7 @@ import parq_fn as pf
 from parq_fn.transforms.exchange import shared
 from parq_fn.transforms.layout import Layout, Sharding, _layout
 from parq_fn.transforms.lines import Lines
-from tests.cuts import dimensions
-
-
-def cut(whole: Tensor, mesh: Any, rank: Any, placements: Any) -> Tensor:
-    """What the rank at that coordinate has, cut as DTensor cuts it."""
-    for count, place, p in zip(mesh, rank, placements, strict=True):
-        if isinstance(p, Replicate):
-            continue
-        factor = getattr(p, "split_factor", 1)
-        chunks = list(torch.chunk(whole, count * factor, p.dim))
-        chunks += [chunks[0].narrow(p.dim, 0, 0)] * (count * factor - len(chunks))
-        whole = torch.cat(chunks[place::count], p.dim)
-    return whole
+from tests.cuts import cut, dimensions
 
 
 def every_rank(mesh: Any) -> list[tuple[int, ...]]:

@@ -141,8 +141,20 @@ _select(
 for _name in ("noise", "flips"):
     _select(
         f"parq_fn/transforms/{_name}.py",
-        (f"tests/test_{_name}.py", "tests/test_wrong_use.py"),
+        (f"tests/test_{_name}.py", "tests/test_wrong_use.py", "tests/test_exchange.py"),
         ("tests/test_pullback.py", "tests/laws/test_transformations.py"),
+    )
+for _name in ("layout", "exchange", "sharded"):
+    _select(
+        f"parq_fn/transforms/{_name}.py",
+        ("tests/test_layout.py", "tests/test_exchange.py"),
+        ("tests/test_learn.py", "tests/test_averaged.py"),
+    )
+for _name in ("prox_fit", "prox_state"):
+    _select(
+        f"parq_fn/transforms/{_name}.py",
+        ("tests/test_prox.py", "tests/test_exchange.py", "tests/test_learn.py"),
+        (*_LEARNING[1:], "tests/test_pullback.py"),
     )
 _select(
     "parq_fn/transforms/clipping.py",

@@ -1,0 +1,120 @@
+"""Sharded leaves on any mesh, whose ranks are threads: what is fitted, mapped, learned and drawn is
+that of whole leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import parq_fn as pf
+from parq_fn.transforms.layout import layout_of
+from tests.cuts import cut, dimensions
+from tests.threads import on_threads
+
+#: By what ranks do for rows that they have pieces of.
+QUANTIZERS = {
+    "one rank fits them": pf.lsbq(2, "optimal"),
+    "extremes": pf.affine(2),
+    "a number of all rows": pf.nvfp4(),
+}
+
+
+@st.composite
+def leaves(draw: Any) -> tuple[Any, ...]:
+    """(mesh, [(shape, placements), ...], granularity)."""
+    mesh = draw(st.sampled_from([(2,), (3,), (2, 2), (1, 2)]))
+    rank = draw(st.integers(1, 3))
+    along, some = dimensions(draw, rank), st.integers(0, rank - 1)
+    found = []
+    for _ in range(draw(st.integers(1, 2))):
+        shape = tuple(draw(st.lists(st.integers(1, 6), min_size=rank, max_size=rank)))
+        places = [draw(st.one_of(st.just(Replicate()), st.builds(Shard, some))) for _ in mesh]
+        if len(mesh) == 2 and isinstance(places[1], Shard) and draw(st.booleans()):
+            places[0] = _StridedShard(places[1].dim, split_factor=mesh[1])
+        assume(is_divided(shape, mesh, places))
+        found.append((shape, tuple(places)))
+    dims = along if isinstance(along, tuple) else (along,)
+    lengths = [math.prod(shape[d] for d in dims) for shape, _ in found]
+    sizes = [n for n in range(1, min(lengths) + 1) if not any(length % n for length in lengths)]
+    blocks = pf.per_block(draw(st.sampled_from(sizes)), along)
+    granularity = draw(st.sampled_from([pf.per_tensor(), pf.per_channel(along), blocks]))
+    return mesh, found, granularity
+
+
+def is_divided(shape: Any, mesh: Any, placements: Any) -> bool:
+    """Whether strided placements cut dimensions into pieces of one size."""
+    for d, size in enumerate(shape):
+        own = [(n, p) for n, p in zip(mesh, placements, strict=True) if getattr(p, "dim", -1) == d]
+        strided = any(isinstance(p, _StridedShard) for _, p in own)
+        if strided and size % math.prod(n for n, _ in own):
+            return False
+    return True
+
+
+def numbers(shape: Any, seed: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def placed_on(mesh: Any, whole: Tensor, placements: Any) -> DTensor:
+    """A rank's part of a tensor as a DTensor."""
+    mine = cut(whole, tuple(mesh.shape), mesh.get_coordinate(), placements).contiguous()
+    return DTensor.from_local(
+        mine, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def trained(transform: Any, params: Any, grads: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """(weights, qparams) after each of the updates."""
+    state = transform.init(params)
+    for grad in grads:
+        updates, state = transform.update(grad, state, params)
+        params = pf.apply_updates(params, updates)
+        yield transform.weights(state, params), pf.read(state, "qparams")
+
+
+@settings(max_examples=10)
+@given(leaves(), st.sampled_from(list(QUANTIZERS)), st.booleans())
+def test_what_ranks_fit_map_learn_and_draw_is_that_of_whole_leaves(
+    given: Any, quantizer: str, learns: bool
+) -> None:
+    """Learned numbers to rounding, for they are sums over ranks; all others bit for bit."""
+    mesh, shapes, granularity = given
+    own: dict[str, Any] = {"anneal_start": 0, "anneal_end": 9, "granularity": granularity}
+    if learns:
+        own |= {"learn": pf.sgd(0.01), "gradient": pf.estimators.inside()}
+    link = pf.parq_prox(QUANTIZERS[quantizer], period=1, **own)
+    transform = pf.chain(pf.add_noise(0.01, seed=3), pf.sgd(0.1), link)
+    places = {f"p{i}": p for i, (_, p) in enumerate(shapes)}
+    params = {f"p{i}": numbers(shape, i) for i, (shape, _) in enumerate(shapes)}
+    grads = [{k: numbers(p.shape, 9 + t) for k, p in params.items()} for t in range(2)]
+    wanted = [*trained(transform, params, grads)]
+    some = {"rtol": 1e-11, "atol": 1e-11} if learns else {"rtol": 0.0, "atol": 0.0}
+
+    def work() -> None:
+        on = init_device_mesh("cpu", mesh)
+
+        def here(tree: Any) -> Any:
+            return {name: placed_on(on, x, places[name]) for name, x in tree.items()}
+
+        def same(found: Any, whole: Tensor, placements: Any) -> None:
+            mine = cut(whole, mesh, on.get_coordinate(), placements)
+            torch.testing.assert_close(found.to_local(), mine, **some)
+
+        for found, whole in zip(
+            trained(transform, here(params), [here(grad) for grad in grads]), wanted, strict=True
+        ):
+            for name, w in found[0].items():
+                same(w, whole[0][name], places[name])
+                rows = layout_of(w, granularity).placements
+                same(found[1][name], whole[1][name], rows)
+
+    on_threads(work, math.prod(mesh))
