@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from parq_fn import optim as optim
     from parq_fn import show as show
     from parq_fn import testing as testing
+    from parq_fn.covered import coverage as coverage
     from parq_fn.optim import as_link as as_link
     from parq_fn.show import display as display
     from parq_fn.show import plot as plot
@@ -95,7 +96,7 @@ __version__ = "0.1.0"
 #: What is imported when it is first asked for.
 _LATER = ("convergence", "display", "export", "optim", "plot", "show")
 #: And names of these modules.
-_FROM = {"as_link": "parq_fn.optim"}
+_FROM = {"as_link": "parq_fn.optim", "coverage": "parq_fn.covered"}
 
 if not TYPE_CHECKING:  # a checker would take every name for one of the package
 
@@ -165,6 +166,7 @@ __all__ = [
     "clip_by_global_norm",
     "codebook",
     "conditionally",
+    "coverage",
     "custom_prox",
     "estimators",
     "freeze",

@@ -12,16 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
 
-from parq_fn.foundation.torch_private import BATCH_NORM, flattened_by, no_recomputing, writes_to
+from parq_fn.foundation.torch_private import flattened_by, no_recomputing, writes_to
 from parq_fn.foundation.tree import matches
 from parq_fn.foundation.value import briefly
+from parq_fn.roles import EXPERTS, MADE, OTHER, WEIGHT, made_by_hooks, roles
 
-_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
-_NORMS = (BATCH_NORM, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-#: In the names of matrices that are no weights of a layer.
-_TABLES = re.compile("bias|embed|token|pos")
 #: {class: why its modules cannot be called with other weights}.
 _WRAPPERS = {
     "FSDPModule": "is sharded by fully_shard, which would ignore the weights it is called with; "
@@ -72,7 +68,7 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]
     >>> sorted(params), apply(params, torch.zeros(3, 2)).shape
     (['bias', 'weight'], torch.Size([3, 1]))
     """
-    _check_module("functional", module, "apply, params")
+    check_module("functional", module, "apply, params")
     for name, part in module.named_modules():
         for kind in type(part).__mro__:
             if kind.__name__ in _WRAPPERS:
@@ -192,7 +188,9 @@ def _alone(parts: Parts) -> Iterator[None]:
         yield
         return
     with _LOCK, no_recomputing(_RECOMPUTING):
-        made = [(part, name, getattr(part, name)) for _, part in parts for name in _made(part)]
+        made = [
+            (part, name, getattr(part, name)) for _, part in parts for name in made_by_hooks(part)
+        ]
         try:
             yield
         finally:
@@ -200,14 +198,7 @@ def _alone(parts: Parts) -> Iterator[None]:
                 setattr(part, name, got)
 
 
-def _made(part: nn.Module) -> list[str]:
-    """The attributes that hooks of torch.nn.utils make of parameters at each call: "weight" of
-    "weight_g" and "weight_v" or of "weight_orig"."""
-    parameters = (name.rpartition("_") for name, _ in part.named_parameters(recurse=False))
-    return [name for name, _, end in parameters if end in ("v", "orig") and name in vars(part)]
-
-
-def _check_module(who: str, module: nn.Module, gives: str) -> None:
+def check_module(who: str, module: nn.Module, gives: str) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"{who}: expected a torch.nn.Module, got {briefly(module)}; it takes a module, and "
@@ -226,10 +217,12 @@ def weight_mask(
 ) -> dict[str, bool]:
     """The params to quantize, by name: weight matrices and conv kernels.
 
-    They are the parameters of two or more dimensions with "weight" in their own name. Biases,
-    norms, embeddings (also where a layer's weight is tied to one), and other parameters (class
-    tokens, position embeddings) are left alone, and so is what `exclude` names: patterns for
-    names or their parents, such as "head", or compiled regular expressions.
+    They are the parameters of two or more dimensions with "weight" in their own name, and those
+    that hold the matrices of a mixture's experts, as in transformers' models. Biases, norms,
+    embeddings (also where a layer's weight is tied to one), routers, which choose among experts,
+    adapters such as LoRA's, and other parameters (class tokens, position embeddings) are left
+    alone, and so is what `exclude` names: patterns for names or their parents, such as "head", or
+    compiled regular expressions. `coverage(module, mask)` shows what was left, and why.
 
     Warns of matrices that it leaves alone and that may be weights: those with other names, and
     those that a parametrization, such as weight_norm, makes a weight of. mask[name] = True takes
@@ -242,7 +235,7 @@ def weight_mask(
     >>> [name for name, quantized in weight_mask(net, exclude="3").items() if quantized]
     ['0.weight']
     """
-    _check_module("weight_mask", module, "a dict of names")
+    check_module("weight_mask", module, "a dict of names")
     given: Any = exclude
     one = isinstance(given, str) or not isinstance(given, Iterable)
     patterns = (given,) if one else tuple(given)
@@ -252,37 +245,20 @@ def weight_mask(
                 f"weight_mask: expected exclude patterns such as 'head', or compiled ones, got "
                 f"{pattern!r}"
             )
-    names: dict[int, list[str]] = {}  # a tied parameter has several
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    every = [name for tied in names.values() for name in tied]
+    found = roles(module)
+    every = [name for role in found for name in role.names]  # a tied parameter has several
     for pattern in patterns:
         if not any(matches(pattern, name) for name in every):
             raise ValueError(
                 f"exclude pattern {pattern!r} matches no parameter of the module; they are: "
                 f"{', '.join(every)}"
             )
-    looked_up = {id(p) for m in module.modules() if isinstance(m, _LOOKUPS) for p in m.parameters()}
     mask, doubtful = {}, []
-    for name, parameter in module.named_parameters():
-        above, _, local = name.rpartition(".")
-        parent = module.get_submodule(above)
-        mask[name] = False
-        if (
-            not parameter.is_floating_point()
-            or parameter.dim() < 2
-            or id(parameter) in looked_up
-            or isinstance(parent, _NORMS)
-            or any(matches(p, tied) for p in patterns for tied in names[id(parameter)])
-        ):
-            continue
-        is_made_of = isinstance(parent, ParametrizationList) or local.rpartition("_")[0] in {
-            *_made(parent)
-        }
-        mask[name] = "weight" in local and not is_made_of
-        is_matrix = sum(size > 1 for size in parameter.shape) > 1
-        if not mask[name] and is_matrix and not _TABLES.search(local):
-            doubtful.append(name)
+    for role in found:
+        excluded = any(matches(pattern, name) for pattern in patterns for name in role.names)
+        mask[role.name] = role.kind in (WEIGHT, EXPERTS) and not excluded
+        if role.kind in (MADE, OTHER) and role.is_matrix and not excluded:
+            doubtful.append(role.name)
     if doubtful:
         warnings.warn(
             f"weight_mask leaves alone {', '.join(map(repr, doubtful))}, which may be weights: "

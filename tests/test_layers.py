@@ -32,10 +32,14 @@ TABLE: dict[str, tuple[str, ...]] = {
     # levels are found in one way, by a search or by rounding
     "quantizers": (*_NUMBERS, "proxmaps.levels", "proxmaps.even"),
     "transforms": _FUNCTIONAL,
-    "modules": ("foundation",),
+    "roles": ("foundation",),
+    "modules": ("foundation", "roles"),
+    "covered": (*_FUNCTIONAL, "roles", "modules", "export.codes"),
     "convergence": _FUNCTIONAL,
     "optim.engine": _FUNCTIONAL,
     "optim": (*_FUNCTIONAL, "optim.engine"),
+    # of a module, by the roles of what is in it
+    "optim.param_groups": (*_FUNCTIONAL, "optim", "roles", "modules", "covered"),
     "export": (*_FUNCTIONAL, "modules"),
     "export.packing": (
         *_FUNCTIONAL,

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from parq_fn.optim.as_link import as_link
 from parq_fn.optim.on_levels import share_on_levels
+from parq_fn.optim.param_groups import param_groups
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.transformed import TransformOptimizer
 
@@ -24,6 +25,7 @@ __all__ = [
     "TransformOptimizer",
     "as_link",
     "load_checkpoint",
+    "param_groups",
     "save_checkpoint",
     "share_on_levels",
 ]

@@ -56,11 +56,8 @@ def check_group(group: Group, index: int, prox: Prox | None, base: Group) -> Non
             f"{where} has prox={own!r}, expected a prox link such as parq_prox(lsbq(2), ...)"
         )
     bits, block, axis = map(group.get, KEYS)
-    if bits is not None and (not _is_whole(bits) or not (0 <= bits <= 8 or bits >= 16)):
-        raise ValueError(
-            f"{where} has quant_bits={bits!r}, expected a whole number in 0..8 (0 is ternary), or "
-            "16 and more where it is not quantized"
-        )
+    if bits is not None:
+        check_bits(where, bits)
     if block is not None and (not _is_whole(block) or block < 1):
         raise ValueError(f"{where} has quant_block_size={block!r}, expected 1 or more, or None")
     dims = axis if isinstance(axis, tuple) else (axis,)
@@ -99,6 +96,15 @@ def check_some(groups: list[Group], prox: Prox | None, *, none: bool) -> None:
             'QuantOptimizer: every group has "prox": None and there is no other link, so nothing '
             "is quantized; give a group a prox link, or leave the key out for full precision",
             stacklevel=4,
+        )
+
+
+def check_bits(where: str, bits: Any) -> None:
+    """Raises ValueError for what is no number of bits."""
+    if not _is_whole(bits) or not (0 <= bits <= 8 or bits >= 16):
+        raise ValueError(
+            f"{where} has quant_bits={bits!r}, expected a whole number in 0..8 (0 is ternary), or "
+            "16 and more where it is not quantized"
         )
 
 

@@ -38,6 +38,12 @@ class Moving(Wrapping):
     def link(self, group: Group) -> Prox:
         raise NotImplementedError
 
+    def prox_of(self, p: Tensor) -> Prox | None:
+        """The prox link of a parameter; None of one that is not quantized."""
+        groups = (group for group in self.param_groups if is_quantized(group))
+        own = next((g for g in groups if any(p is one for one in g["params"])), None)
+        return None if own is None else self.link(own)
+
     def _move(self) -> None:
         """The base optimizer's step with latents for parameters, and the normal map's pull.
 

@@ -333,10 +333,9 @@ class QuantOptimizer(Moving):
         """The levels [..., k] of a quantized parameter, in its dtype; see `levels_of`. Raises
         ValueError for what this optimizer does not quantize, and before the step that fits them."""
         self._store.sync()
-        for group in self.param_groups:
-            if is_quantized(group) and any(p is own for own in group["params"]):
-                count, qparams = (self.state[p][key] for key in ("count", "qparams"))
-                return fitted_levels(self.link(group), count, qparams, p.dtype)
+        if (link := self.prox_of(p)) is not None:
+            count, qparams = (self.state[p][key] for key in ("count", "qparams"))
+            return fitted_levels(link, count, qparams, p.dtype)
         shape = getattr(p, "shape", None)
         got = briefly(p) if shape is None else f"a parameter of shape {tuple(shape)}"
         raise ValueError(

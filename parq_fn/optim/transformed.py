@@ -258,19 +258,29 @@ class TransformOptimizer(Adapter):
         before the step that fits them.
         """
         self._store.sync()
-        name = next((name for name, own in self._tree.params.items() if own is p), None)
-        found = [
-            (link, own.count, qparams)
-            for link, own in prox_states(self.transformation, self._joined())
-            for at, qparams in zip(names_of(own.qparams), tree_leaves(own.qparams), strict=True)
-            if at == name
-        ]
+        found = self._quantized_by(p)
         if not found:
             raise ValueError(
                 f"levels: a parameter of shape {tuple(p.shape)} is none that this optimizer "
                 "quantizes; give one that a prox link of its transformation sees"
             )
         return fitted_levels(*found[-1], p.dtype)
+
+    @settled
+    def prox_of(self, p: Tensor) -> Prox | None:
+        """The prox link that sees a parameter last; None of one that none sees."""
+        self._store.sync()
+        return next((link for link, *_ in self._quantized_by(p)[::-1]), None)
+
+    def _quantized_by(self, p: Tensor) -> list[tuple[Prox, Tensor, Tensor]]:
+        """(prox link, count, qparams) of each that sees a parameter."""
+        name = next((name for name, own in self._tree.params.items() if own is p), None)
+        return [
+            (link, own.count, qparams)
+            for link, own in prox_states(self.transformation, self._joined())
+            for at, qparams in zip(names_of(own.qparams), tree_leaves(own.qparams), strict=True)
+            if at == name
+        ]
 
     def _rounded(self) -> Iterator[tuple[Tensor, Tensor]]:
         for part in self._tree.parts:

@@ -1,0 +1,224 @@
+"""What each parameter of a module is, and which are quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import parq_fn as pf
+from parq_fn.optim import QuantOptimizer, TransformOptimizer, param_groups
+from parq_fn.roles import KINDS, Role, roles
+
+
+class TopKRouter(nn.Module):
+    """As transformers has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+
+class Experts(nn.Module):
+    """Two matrices for each of four experts, [expert, output, input] or turned."""
+
+    def __init__(self, turned: bool, told: bool | None = None) -> None:
+        super().__init__()
+        up, down = ((8, 24), (12, 8)) if turned else ((24, 8), (8, 12))
+        self.num_experts = 4
+        self.gate_up_proj = nn.Parameter(torch.randn(4, *up))
+        self.down_proj = nn.Parameter(torch.randn(4, *down))
+        self.down_proj_bias = nn.Parameter(torch.zeros(4, 8))
+        if told is not None:
+            self.is_transposed = told
+
+
+class Mixture(nn.Module):
+    def __init__(self, turned: bool = False) -> None:
+        super().__init__()
+        self.router, self.experts = TopKRouter(), Experts(turned)
+        self.shared_expert = nn.Linear(8, 8)
+        self.shared_expert_gate = nn.Linear(8, 1, bias=False)
+
+
+class Conv1D(nn.Module):
+    """As transformers has it: [input, output]."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.nf = outputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+
+class Adapted(nn.Module):
+    """A layer that peft has put an adapter to."""
+
+    adapter_layer_names = ("lora_A", "scale_of_one_s_own")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(4, 4, bias=False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(4, 2, bias=False)})
+        self.scale_of_one_s_own = nn.Parameter(torch.ones(4, 4))
+
+
+class Model(nn.Module):
+    """Layers of many kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.wpe = nn.Embedding(5, 8)
+        self.mixture = Mixture()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.up = nn.ConvTranspose2d(6, 4, 3)
+        self.turned = Conv1D(6, 4)
+        self.adapted = Adapted()
+        self.norm = nn.LayerNorm((4, 4))
+        self.cls_token = nn.Parameter(torch.zeros(1, 2, 8))
+        self.gate = nn.Linear(8, 8)  # no experts beside it
+        self.mixing = nn.Parameter(torch.randn(3, 4))
+        self.head = nn.Linear(8, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def by_name(module: nn.Module) -> dict[str, Role]:
+    return {role.name: role for role in roles(module)}
+
+
+def test_each_parameter_has_its_role_once() -> None:
+    module = Model()
+    found = by_name(module)
+    assert list(found) == [name for name, _ in module.named_parameters()]
+    kinds = {name: role.kind for name, role in found.items()}
+    assert set(kinds.values()) <= set(KINDS)
+    assert kinds == {
+        "cls_token": "table",
+        "mixing": "other",
+        "embed.weight": "embedding",
+        "wpe.weight": "table",
+        "mixture.router.weight": "router",
+        "mixture.experts.gate_up_proj": "experts",
+        "mixture.experts.down_proj": "experts",
+        "mixture.experts.down_proj_bias": "bias",
+        "mixture.shared_expert.weight": "weight",
+        "mixture.shared_expert.bias": "bias",
+        "mixture.shared_expert_gate.weight": "router",
+        "conv.weight": "weight",
+        "conv.bias": "bias",
+        "up.weight": "weight",
+        "up.bias": "bias",
+        "turned.weight": "weight",
+        "adapted.base_layer.weight": "weight",
+        "adapted.lora_A.default.weight": "adapter",
+        "adapted.scale_of_one_s_own": "adapter",
+        "norm.weight": "norm",
+        "norm.bias": "norm",
+        "gate.weight": "weight",
+        "gate.bias": "bias",
+    }
+    assert found["embed.weight"].names == ("embed.weight", "head.weight")
+
+
+def test_outputs_are_found_in_every_layout() -> None:
+    found = {name: role.axis for name, role in by_name(Model()).items()}
+    turned = {name: axis for name, axis in found.items() if axis != (0,)}
+    assert turned == {
+        "mixture.experts.gate_up_proj": (0, 1),
+        "mixture.experts.down_proj": (0, 1),
+        "up.weight": (1,),
+        "turned.weight": (1,),
+    }
+    for experts, axis in (
+        (Experts(True), (0, 2)),
+        (Experts(True, told=True), (0, 2)),
+        (Experts(False, told=True), (0, 2)),  # what the module says counts
+        (Experts(True, told=False), (0, 1)),
+    ):
+        assert by_name(experts)["gate_up_proj"].axis == axis
+
+
+def test_parametrizations_are_seen_through() -> None:
+    """A layer keeps its class's layout, and what its weight is made of is named."""
+    net = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.ConvTranspose1d(2, 3, 2))
+    nn.utils.parametrize.register_parametrization(net[1], "bias", nn.Identity())
+    found = by_name(net)
+    assert found["1.weight"][3:] == ("weight", (1,))
+    made = {name for name, role in found.items() if role.kind == "made into a weight"}
+    assert made == {
+        "0.parametrizations.weight.original0",
+        "0.parametrizations.weight.original1",
+        "1.parametrizations.bias.original",
+    }
+
+
+def test_experts_are_masked_and_routers_and_adapters_are_not() -> None:
+    module = Model()
+    with pytest.warns(UserWarning, match="leaves alone 'mixing', which may be weights"):
+        mask = pf.weight_mask(module)
+    chosen = {name for name, taken in mask.items() if taken}
+    kinds = by_name(module)
+    assert chosen == {n for n, role in kinds.items() if role.kind in ("weight", "experts")}
+
+
+def test_coverage_adds_up_to_the_module() -> None:
+    module = Model()
+    total = sum(p.numel() for p in module.parameters())
+    mask = pf.weight_mask(module, "mixing")
+    groups = param_groups(module, {"embed": 4, "*": 2})
+    link = pf.hard_prox(pf.lsbq(2), granularity=pf.per_channel())
+    for by in (mask, groups, QuantOptimizer(torch.optim.SGD(groups, lr=0.1), link)):
+        found = pf.coverage(module, by)
+        assert found.total == total == sum(row.numel for row in found.rows)
+        assert found.quantized == sum(row.numel for row in found.rows if row.quantized)
+        assert found.share == found.quantized / total
+        assert str(found).splitlines()[-1].split()[:3] == ["all", "23", f"{total:,}"]
+
+
+def test_coverage_counts_codes_and_the_numbers_of_rows() -> None:
+    net = nn.Sequential(nn.Linear(16, 6), nn.Linear(6, 5), nn.Linear(5, 5, dtype=torch.bfloat16))
+    three = {"params": [net[0].weight], "prox": pf.hard_prox(pf.lsbq(0))}
+    block = pf.hard_prox(pf.affine(3), granularity=pf.per_block(3))
+    rest = {"params": [net[0].bias, net[1].bias, net[2].weight]}  # and a bias left out
+    groups = [three, {"params": [net[1].weight], "prox": block}, rest]
+    optimizer = QuantOptimizer(torch.optim.SGD(groups, lr=0.1))
+    found = pf.coverage(net, optimizer)
+    rows = {row.name: row for row in found.rows}
+    assert rows["0.weight"].nbytes == -(-96 // 5) + 4 * pf.lsbq(0).num_qparams
+    assert rows["1.weight"].nbytes == -(-30 * 3 // 8) + 10 * 4 * pf.affine(3).num_qparams
+    assert rows["2.weight"].nbytes == 25 * 2
+    assert rows["2.bias"].how == "not in the optimizer"
+    assert found.nbytes == sum(row.nbytes or 0 for row in found.rows)
+    assert pf.coverage(net, pf.weight_mask(net)).nbytes is None
+
+
+def test_coverage_reads_transformations_and_prints_alike_rows_once() -> None:
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12)))
+    link = pf.hard_prox(pf.uniform(3), granularity=pf.per_channel())
+    transform = pf.chain(pf.sgd(0.1), pf.masked(link, pf.weight_mask(net, "11")))
+    found = pf.coverage(net, TransformOptimizer(net.named_parameters(), transform))
+    assert found.quantized == 11 * 16
+    shown = str(found)
+    assert "*.weight      11  [4, 4]      176  uniform(3), per_channel()" in shown
+    assert "in full precision" in shown
+    assert "<td>*.weight</td>" in found._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("by", "error", "match"),
+    [
+        ({"nobody": True}, ValueError, "the mask names nobody, which are no parameters"),
+        (3, TypeError, "expected a mask such as weight_mask"),
+        ([], ValueError, "have no parameter of the module"),
+        (["a"], TypeError, "expected a mask"),
+        (torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), TypeError, "a QuantOptimizer"),
+    ],
+)
+def test_coverage_refuses_what_says_nothing(by: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        pf.coverage(nn.Linear(2, 2), by)
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
+        pf.coverage("net", by)  # type: ignore[arg-type] # what is refused
