@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import parq_fn as pf
@@ -42,10 +42,12 @@ def mesh_of(ranks: list[int]) -> Any:
     return DeviceMesh.from_group(group, "cpu") if dist.get_rank() in ranks else None
 
 
-def on_mesh(mesh: DeviceMesh, *names: str) -> dict[str, nn.Parameter]:
+def on_mesh(mesh: DeviceMesh, *names: str, placed: Any = None) -> dict[str, nn.Parameter]:
     draw = torch.Generator().manual_seed(0)
     given = {name: torch.randn(SHAPES[name], generator=draw) for name in names or SHAPES}
-    return {n: nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for n, p in given.items()}
+    return {
+        n: nn.Parameter(distribute_tensor(p, mesh, placed or [Shard(0)])) for n, p in given.items()
+    }
 
 
 def by_base(params: dict[str, nn.Parameter], link: pf.Prox) -> Any:
@@ -127,6 +129,45 @@ def frozen_alone() -> None:
 @pytest.mark.slow
 def test_a_parameter_that_one_rank_froze_alone_is_named_on_all_that_wait(tmp_path: Path) -> None:
     on_processes(frozen_alone, 2, tmp_path, apart=30)
+
+
+def frozen_alone_on_a_grid() -> None:
+    """The first rank is in no group with the last, which freezes one."""
+    mesh, rank = init_device_mesh("cpu", (2, 2)), dist.get_rank()
+    for cut, build in ((pf.per_tensor(), by_base), (pf.per_channel(), by_tree)):
+        params = on_mesh(mesh, placed=[Shard(0), Shard(1)])
+        optimizer = build(params, pf.hard_prox(pf.lsbq(2), granularity=cut))
+        params["one"].requires_grad_(rank != 3)
+        with pytest.raises(RanksError, match=r"'one' on ranks \[0, 1, 2\]"):
+            step(params, optimizer)
+
+
+@pytest.mark.slow
+def test_ranks_that_share_no_group_with_the_one_that_froze_a_parameter_name_it_too(
+    tmp_path: Path,
+) -> None:
+    on_processes(frozen_alone_on_a_grid, 4, tmp_path, apart=SECONDS)
+
+
+def some_rows_learn() -> None:
+    """On the first rank all, on the second one all but zeros, which fits alone can change."""
+    rank, split = dist.get_rank(), init_device_mesh("cpu", (2,))
+    learn = pf.learn(pf.sgd(0.01))
+    link = pf.hard_prox(pf.nvfp4(), period=1, learn=learn, granularity=pf.per_block(4))
+    for build in ADAPTERS.values():
+        given = on_mesh(split, "one")["one"].detach()
+        given.to_local()[0] *= 1 - rank
+        runs = {"one": nn.Parameter(whole(given))}, {"one": nn.Parameter(given)}
+        for params in runs:
+            optimizer = build(params, link)
+            for _ in range(3):
+                step(params, optimizer)
+        assert torch.equal(runs[0]["one"], whole(runs[1]["one"]))
+
+
+@pytest.mark.slow
+def test_ranks_whose_rows_all_learn_come_to_fits_that_ask_all_ranks(tmp_path: Path) -> None:
+    on_processes(some_rows_learn, 2, tmp_path, apart=SECONDS)
 
 
 # A rank ends
