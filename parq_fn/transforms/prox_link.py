@@ -281,8 +281,9 @@ class Prox(Link):
         if not fits and self.hold is None:
             return updates, state
         latents = apply_updates(params, updates)
-        if fits:
-            state = self.refit(state, latents, learns, frozen=extra.get("frozen", ()))
+        state = (
+            self.refit(state, latents, learns, frozen=extra.get("frozen", ())) if fits else state
+        )
         return updates, state if self.hold is None else observed(self, state, latents)
 
     # The parts of an update, for adapters whose latents other code moves.
@@ -314,6 +315,7 @@ class Prox(Link):
     ) -> ProxState:
         """The state with qparams fitted to the updated latents, where they are due.
 
+        state, latents: of this update.
         learns: whether qparams were learned in this update; then rows that are finite keep them.
         extra: frozen, names of leaves whose new qparams the caller does not take; parts.
         """
