@@ -154,8 +154,7 @@ class Prox(Link):
                     f"{who}: pull stands for a normal map with gamma = 1 / pull, and is not taken "
                     "with normal_map or shrink; give one of them"
                 )
-        expected = "an estimator such as gradient=estimators.inside()"
-        check_kind(who, self.gradient, expected, "__call__")
+        check_kind(who, self.gradient, "an estimator such as estimators.inside()", "__call__")
         if self.learn is not None:
             check_learn(who, self.learn, self.quantizer)
         if not isinstance(self.hold, oscillation | None):
@@ -281,9 +280,8 @@ class Prox(Link):
         if not fits and self.hold is None:
             return updates, state
         latents = apply_updates(params, updates)
-        state = (
-            self.refit(state, latents, learns, frozen=extra.get("frozen", ())) if fits else state
-        )
+        if fits:
+            state = self.refit(state, latents, learns, frozen=extra.get("frozen", ()))
         return updates, state if self.hold is None else observed(self, state, latents)
 
     # The parts of an update, for adapters whose latents other code moves.
