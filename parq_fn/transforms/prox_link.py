@@ -154,7 +154,8 @@ class Prox(Link):
                     f"{who}: pull stands for a normal map with gamma = 1 / pull, and is not taken "
                     "with normal_map or shrink; give one of them"
                 )
-        check_kind(who, self.gradient, "an estimator such as estimators.inside()", "__call__")
+        expected = "an estimator such as gradient=estimators.inside()"
+        check_kind(who, self.gradient, expected, "__call__")
         if self.learn is not None:
             check_learn(who, self.learn, self.quantizer)
         if not isinstance(self.hold, oscillation | None):
@@ -256,10 +257,8 @@ class Prox(Link):
         pulled: the gradients of the qparams, where the link learns, as `pullback` gives them.
         """
         check_prox_state(self, state)
-        needed = self.shrink or self.draws
-        rate = rate_at(
-            learning_rate, state.count, params, needed, name_of(self), own=self.learning_rate
-        )
+        who, needed = name_of(self), self.shrink or self.draws
+        rate = rate_at(learning_rate, state.count, params, needed, who, own=self.learning_rate)
         if self.draws:
             share = self.drawn_by(state, rate)
 
