@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -81,8 +81,22 @@ def trained(transform: Any, params: Any, grads: list[Any]) -> Iterator[tuple[Any
         yield transform.weights(state, params), pf.read(state, "qparams")
 
 
-@settings(max_examples=10)
+BOTH = [Shard(0), Shard(0)]
+ONE_RANK, EXTREMES, OF_ALL = QUANTIZERS
+
+
+@settings(max_examples=2)
 @given(leaves(), st.sampled_from(list(QUANTIZERS)), st.booleans())
+# rows that are sent on twice, and by ranks of which one has nothing
+@example(((2, 2), [((5,), BOTH), ((3,), BOTH)], pf.per_tensor()), ONE_RANK, False)
+# lines that replicas share, with pieces of blocks; a weight of several lines
+@example(((2, 2), [((3, 6, 2), [Shard(1), Replicate()])], pf.per_block(3, 1)), ONE_RANK, False)
+# blocks that are cut in two dimensions
+@example(((2, 2), [((4, 3), [Shard(1), Shard(0)])], pf.per_block(4, (0, 1))), ONE_RANK, True)
+# rows of which a rank has none, and a number that all rows have in common
+@example(((3,), [((2, 4), [Shard(0)])], pf.per_channel()), OF_ALL, False)
+@example(((2,), [((1, 3), [Shard(0)]), ((4,), [Shard(0)])], pf.per_tensor()), EXTREMES, False)
+@example(((2,), [((3, 4), [Shard(1)])], pf.per_channel(0)), EXTREMES, True)
 def test_what_ranks_fit_map_learn_and_draw_is_that_of_whole_leaves(
     given: Any, quantizer: str, learns: bool
 ) -> None:

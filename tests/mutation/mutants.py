@@ -2,7 +2,7 @@
 
 Left out are
 - docstrings, annotations, strings and what an error says (no behaviour, or another's concern),
-- `__repr__`, `__all__`, decorators and imports,
+- `__repr__`, `__all__`, decorators, imports, and what is there for type checkers alone,
 - traits (what an operator declares for the test kit, which holds the operator to them: a weaker
   declaration asks less and breaks nothing),
 - the sign of -1: the axes -1 and 1 of rows [r, n] are one (-2 and 0 are tried),
@@ -149,6 +149,8 @@ def _left_out(node: ast.AST) -> bool:
     if isinstance(node, ast.JoinedStr | ast.Delete | ast.Import | ast.ImportFrom):
         return True
     if isinstance(node, ast.keyword) and node.arg == "strict":
+        return True
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return True
     names = [getattr(node, "name", None)]
     if isinstance(node, ast.Assign):
