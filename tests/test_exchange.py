@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -122,6 +123,7 @@ def test_what_ranks_fit_map_learn_and_draw_is_that_of_whole_leaves(
         def same(found: Any, whole: Tensor, placements: Any) -> None:
             mine = cut(whole, mesh, on.get_coordinate(), placements)
             torch.testing.assert_close(found.to_local(), mine, **some)
+            assert (found.shape, found.stride()) == (whole.shape, whole.contiguous().stride())
 
         for found, whole in zip(
             trained(transform, here(params), [here(grad) for grad in grads]), wanted, strict=True
@@ -132,3 +134,20 @@ def test_what_ranks_fit_map_learn_and_draw_is_that_of_whole_leaves(
                 same(found[1][name], whole[1][name], rows)
 
     on_threads(work, math.prod(mesh))
+
+
+def test_rows_that_ranks_cut_are_refused_by_name_of_a_map_that_takes_them_whole() -> None:
+    def least(u: Tensor, levels: Tensor, coefficient: Tensor) -> Tensor:
+        return u - u.amin(-1, keepdim=True)
+
+    link = pf.custom_prox(pf.lsbq(1), least, 0.0, granularity=pf.per_channel())
+
+    def work() -> None:
+        on = init_device_mesh("cpu", (2,))
+        whole = {"a": numbers((4, 3), 0), "b": numbers((4, 3), 1)}
+        params = {k: placed_on(on, x, [Shard(int(k == "b"))]) for k, x in whole.items()}
+        link.init({"a": params["a"]})
+        with pytest.raises(ValueError, match=r"parameter 'b': it is placed as .* maps whole rows"):
+            link.init(params)
+
+    on_threads(work, 2)

@@ -110,6 +110,9 @@ def test_read_by_field_kind_key_and_position() -> None:
         pf.read(state, "step")
     with pytest.raises(KeyError, match=r"no state is named 'slopes'; there are: .*slope"):
         pf.read(state, "slopes")
+    for link in (prox, pf.hard_prox(pf.lsbq(1), learn=pf.sgd(0.1))):  # what states had before
+        with pytest.raises(KeyError, match=r"no state is named 'levels'; .*: levels_of\("):
+            pf.read(link.init(params), "levels")
 
 
 @pytest.mark.parametrize("name", ["base.1.0.adam.step", "base.1.1.step.step", "base.1.2.step.step"])

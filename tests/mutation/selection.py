@@ -65,6 +65,11 @@ _select("parq_fn/quantizers/base.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/uniform.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/lsbq.py", *_QUANTIZERS)
 _select("parq_fn/quantizers/lloyd_max.py", *_QUANTIZERS)
+_select(
+    "parq_fn/quantizers/reductions.py",
+    ("tests/test_quantizers.py", "tests/test_tables.py"),
+    ("tests/laws/test_quantizers.py", "tests/test_reference.py", *_COMMON),
+)
 for _name in ("integer", "affine", "gaussian", "codebook", "mxfp4", "nvfp4", "stored", "rounding"):
     _select(
         f"parq_fn/quantizers/{_name}.py",
@@ -162,6 +167,12 @@ _select(
     _TRANSFORMS[1],
 )
 _select("parq_fn/optim/learned.py", _LEARNING[1:], ("tests/optim/test_parts.py",))
+_STORE = tuple(
+    f"tests/optim/test_{name}.py"
+    for name in ("edits", "loading", "changed_parameters", "edited_state", "lent_weights")
+)
+for _name, _own in (("places", 2), ("latents", 0), ("saved", 1)):
+    _select(f"parq_fn/optim/{_name}.py", _STORE[_own : _own + 1], _STORE)
 _select("parq_fn/optim/engine/gradients.py", _LEARNING[:1], _LEARNING[1:])
 _select(
     "parq_fn/optim/as_link.py",
