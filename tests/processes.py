@@ -59,7 +59,7 @@ def _leave_seconds(folder: str) -> None:
 
 
 def _rank(
-    rank: int, work: Callable[..., None], world: int, folder: str, apart: float | None, args: Any
+    rank: int, work: Callable[..., None], world: int, folder: str, apart: bool, args: Any
 ) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -68,26 +68,26 @@ def _rank(
         init_method=f"file://{folder}/rendezvous-{world}-{work.__name__}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=apart or 30),
+        timeout=timedelta(seconds=30),
     )
     try:
         work(*args)
-        if apart is None:
+        if not apart:
             dist.barrier()
     finally:
-        if apart is None:
+        if not apart:
             dist.destroy_process_group()
         _leave_seconds(folder)
     os._exit(0)  # gloo's threads may abort a process that unwinds while they end
 
 
 def on_processes(
-    work: Callable[..., None], world: int, folder: Path, *args: Any, apart: float | None = None
+    work: Callable[..., None], world: int, folder: Path, *args: Any, apart: bool = False
 ) -> None:
     """Runs work(*args) on `world` ranks; raises what one of them raised, or after two minutes.
 
     A collective that hangs is an error after thirty seconds.
-    apart: or after so many; then ranks may end before the others, by os._exit(0).
+    apart: ranks may end before the others, by os._exit(0).
     """
     _server()
     running = start_processes(

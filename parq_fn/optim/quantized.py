@@ -241,10 +241,10 @@ class QuantOptimizer(Moving):
 
         The closure, if any, runs first, at the weights; its value is returned.
 
-        Where the map, its quantizer or its schedule raises, the base's step is done: the latents
-        have moved. Counts of prox links, levels and all else are as before, and parameters get the
-        weights of the moved latents when the next method is called. The next step goes on from
-        there, at that count.
+        Where the map, its quantizer or its schedule raises, or ranks do not fit together, the
+        base's step is done: the latents have moved. Counts of prox links, levels and all else are
+        as before, and parameters get the weights of the moved latents when the next method is
+        called. The next step goes on from there, at that count.
         """
         loss = value_of(closure)
         self._step()

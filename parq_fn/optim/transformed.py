@@ -155,9 +155,10 @@ class TransformOptimizer(Adapter):
         The closure, if any, runs first, at the weights; its value is returned. Within a function
         that torch.compile traces it runs uncompiled.
 
-        Where a link, a map or a quantizer raises, the parameters that were updated before, if any,
-        keep their new latents and what is theirs alone in the state; all others, counts and what
-        else is common to all are as before. The next step goes on from there, at that count.
+        Where a link, a map or a quantizer raises, or ranks do not fit together, the parameters that
+        were updated before, if any, keep their new latents and what is theirs alone in the state;
+        all others, counts and what else is common to all are as before. The next step goes on from
+        there, at that count.
         """
         loss = value_of(closure)
         self._update()
@@ -202,8 +203,9 @@ class TransformOptimizer(Adapter):
         except BaseException as error:
             self._store.stopped([self._tree.params[name] for name in done])
             if isinstance(error, RanksError):
-                some = f"Updated are {len(done)} parameters before these; all else is as before"
-                error.args = (f"{error}. {some if done else 'All is as before'} the step",)
+                some = f"{len(done)} of {len(groups)} parameters had been updated and keep that"
+                rest = f"{some}; all else is as" if done else "All is as"
+                error.args = (f"{error}. {rest} before the step",)
             raise
         self._tree.share(common)
         self._store.shared(common)

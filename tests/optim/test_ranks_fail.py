@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import parq_fn as pf
 from parq_fn.optim import (
@@ -25,7 +27,7 @@ from parq_fn.optim import (
     load_checkpoint,
     save_checkpoint,
 )
-from parq_fn.transforms import exchange
+from parq_fn.transforms import exchange, layout
 from parq_fn.transforms.collective import RanksError
 from tests.helpers import copies
 from tests.optim.helpers import begin, check_same, train, whole
@@ -36,9 +38,9 @@ LINK = pf.hard_prox(pf.lsbq(2), period=2)
 SECONDS = 2.0  # until a collective is given up
 
 
-def mesh_of(ranks: list[int]) -> Any:
+def mesh_of(ranks: list[int], seconds: float = 30.0) -> Any:
     """A mesh of a process group of its own, which every rank makes; None on other ranks."""
-    group = dist.new_group(ranks, timeout=timedelta(seconds=SECONDS))
+    group = dist.new_group(ranks, timeout=timedelta(seconds=seconds))
     return DeviceMesh.from_group(group, "cpu") if dist.get_rank() in ranks else None
 
 
@@ -112,23 +114,36 @@ def frozen_alone() -> None:
     with pytest.raises(RanksError, match=r"hard_prox: .*'two' on ranks \[1\], not on ranks \[0\]"):
         transform.update(grads, transform.init(params), params)
 
-    # the only one: the other rank sends nothing
-    params = on_mesh(mesh, "one")
-    optimizer = by_base(params, LINK)
+
+@pytest.mark.slow
+def test_a_parameter_that_one_rank_froze_alone_is_named_on_all_that_wait(tmp_path: Path) -> None:
+    on_processes(frozen_alone, 2, tmp_path, apart=True)
+
+
+def nothing_else_to_fit() -> None:
+    """The second rank sends nothing."""
+    rank, link = dist.get_rank(), pf.hard_prox(pf.lsbq(2))
+    dist.barrier()
+    mesh = mesh_of([0, 1], SECONDS)
+    params = {"one": nn.Parameter(DTensor.from_local(torch.randn(6, 8), mesh, [Shard(0)]))}
+    optimizer = by_base(params, link)
     params["one"].requires_grad_(rank == 0)
     began = time.monotonic()
     if rank:
         step(params, optimizer)
+        time.sleep(SECONDS + 1)  # or its end would be what the first notices
         return
-    waited = r"rank 0 waited for the ranks \[0, 1\] to fit or learn the levels of 'one'"
+    waited = r"rank 0 waited for the ranks \[0, 1\] to fit or learn the levels of 'one'.*imed"
     with pytest.raises(RanksError, match=waited):
         step(params, optimizer)
-    assert time.monotonic() - began < SECONDS + 3
+    assert time.monotonic() - began < SECONDS + 10
 
 
 @pytest.mark.slow
-def test_a_parameter_that_one_rank_froze_alone_is_named_on_all_that_wait(tmp_path: Path) -> None:
-    on_processes(frozen_alone, 2, tmp_path, apart=30)
+def test_a_rank_that_waits_for_one_with_nothing_to_fit_says_for_which_parameter(
+    tmp_path: Path,
+) -> None:
+    on_processes(nothing_else_to_fit, 2, tmp_path, apart=True)
 
 
 def frozen_alone_on_a_grid() -> None:
@@ -137,8 +152,8 @@ def frozen_alone_on_a_grid() -> None:
     for cut, build in ((pf.per_tensor(), by_base), (pf.per_channel(), by_tree)):
         params = on_mesh(mesh, placed=[Shard(0), Shard(1)])
         optimizer = build(params, pf.hard_prox(pf.lsbq(2), granularity=cut))
-        params["one"].requires_grad_(rank != 3)
-        with pytest.raises(RanksError, match=r"'one' on ranks \[0, 1, 2\]"):
+        params["two"].requires_grad_(rank != 3)
+        with pytest.raises(RanksError, match=r"'two' on ranks \[0, 1, 2\].*(Half|1 of 2 param)"):
             step(params, optimizer)
 
 
@@ -146,7 +161,7 @@ def frozen_alone_on_a_grid() -> None:
 def test_ranks_that_share_no_group_with_the_one_that_froze_a_parameter_name_it_too(
     tmp_path: Path,
 ) -> None:
-    on_processes(frozen_alone_on_a_grid, 4, tmp_path, apart=SECONDS)
+    on_processes(frozen_alone_on_a_grid, 4, tmp_path, apart=True)
 
 
 def some_rows_learn() -> None:
@@ -167,34 +182,38 @@ def some_rows_learn() -> None:
 
 @pytest.mark.slow
 def test_ranks_whose_rows_all_learn_come_to_fits_that_ask_all_ranks(tmp_path: Path) -> None:
-    on_processes(some_rows_learn, 2, tmp_path, apart=SECONDS)
+    on_processes(some_rows_learn, 2, tmp_path, apart=True)
 
 
 # A rank ends
 
 
-def ends_in_a_refit() -> None:
-    """The second rank with one adapter, the third with the other."""
+def ends_in_a_step() -> None:
+    """Each rank but the first in a step that it makes with the first: in a fit, or as it learns."""
     rank = dist.get_rank()
-    meshes = {adapter: mesh_of([0, other]) for other, adapter in enumerate(ADAPTERS, 1)}
-    if rank:
-        exchange.to_each = lambda *_: os._exit(0)  # type: ignore[assignment]
-    for adapter, mesh in meshes.items():
+    learn = replace(LINK, learn=pf.learn(pf.sgd(0.01)))
+    cases = [*itertools.product(ADAPTERS, (LINK, learn))]
+    meshes = [mesh_of([0, other]) for other in range(1, 5)]
+    for (adapter, link), mesh in zip(cases, meshes, strict=True):
         if mesh is None:
             continue
-        params = on_mesh(mesh)
-        optimizer, half = ADAPTERS[adapter](params, LINK), adapter == "QuantOptimizer"
+        params, half = on_mesh(mesh), adapter == "QuantOptimizer" and link is LINK
+        optimizer = ADAPTERS[adapter](params, link)
+        if link is learn:
+            step(params, optimizer)
+        if rank:
+            exchange.to_each = layout.summed = lambda *_: os._exit(0)  # type: ignore[assignment]
         before = state_of(params, optimizer, moved=half)
-        said = "Half of the step is done" if half else "All is as before the step"
-        with pytest.raises(RanksError, match=rf"the levels of 'one'.* has ended, .* {said}"):
+        said = "Half of the step is done" if half else ""
+        with pytest.raises(RanksError, match=rf"the levels of 'one'.* has ended, .*{said}"):
             step(params, optimizer)
         assert all(map(torch.equal, before, state_of(params, optimizer, moved=half))), adapter
         optimizer.state_dict()
 
 
 @pytest.mark.slow
-def test_a_rank_that_ends_in_a_refit_is_an_error_that_names_the_parameter(tmp_path: Path) -> None:
-    on_processes(ends_in_a_refit, 3, tmp_path, apart=SECONDS)
+def test_a_rank_that_ends_in_a_step_is_an_error_that_names_the_parameter(tmp_path: Path) -> None:
+    on_processes(ends_in_a_step, 5, tmp_path, apart=True)
 
 
 def ends_in_a_save(folder: str, who: int, when: str) -> None:
@@ -215,7 +234,7 @@ def ends_in_a_save(folder: str, who: int, when: str) -> None:
 def test_a_rank_that_ends_in_a_save_leaves_the_old_checkpoint(
     who: int, when: str, tmp_path: Path
 ) -> None:
-    on_processes(ends_in_a_save, 2, tmp_path, str(tmp_path), who, when, apart=SECONDS)
+    on_processes(ends_in_a_save, 2, tmp_path, str(tmp_path), who, when, apart=True)
     net, optimizer = begin("QuantOptimizer", "float32", split=False)
     load_checkpoint(tmp_path / "last", net, optimizer)
     alone, one = begin("QuantOptimizer", "float32", split=False)
