@@ -2,6 +2,7 @@
 
     python -m examples.sweep
     python -m examples.sweep --one-by-one --threads 2
+    python -m examples.sweep --seeds 64 --ray
 
 A perceptron of 64, 128 and 10 units (or a small convolutional network) is trained on
 scikit-learn's 8x8 scans of handwritten digits with weights of one or more bits, once for every
@@ -15,6 +16,12 @@ With --one-by-one the same step, compiled too, also trains the settings one afte
 the times are compared. Their results are held to those of the sweep with --dtype float64; in
 float32 roundings of the two grow apart where weights are about to jump to a level. The same call
 gives the same table again on the same machine and number of threads.
+
+A sweep that outgrows one program is cut by --chunk into programs of so many runs, one after
+another. One that outgrows the machine is trained by Ray Tune's workers with --ray, a chunk and its
+compiled program on each, with the table and figure that the same --chunk gives without it. They
+are on the cluster that RAY_ADDRESS names, whose machines all have this code and see --save-dir, or
+else on this machine, where Ray listens on 127.0.0.1 alone.
 """
 
 from __future__ import annotations
@@ -24,10 +31,13 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,27 +178,51 @@ class Found(NamedTuple):
     compiling: float  # seconds of the first step
 
 
-def at_once(
-    sweep: Sweep, settings: Setting, orders: Tensor, train: Data, test: Data, disable: bool | None
-) -> Found:
-    """All settings in every step."""
-    seeds = settings.seed.tolist()
-    params = stacked([start(sweep.model, seed, train.images.dtype) for seed in seeds])
-    state = torch.vmap(sweep.begin)(settings, params)
-    # what was the same for all is laid out for each, as the step gives it back
-    state = tree_map(lambda t: t.clone(memory_format=torch.contiguous_format), state)
-    step = torch.compile(torch.vmap(sweep.step), fullgraph=True, dynamic=False)
-    seconds = compiling = 0.0
-    for i, index in enumerate(tqdm(orders, f"{len(seeds)} runs at once", disable=disable)):
-        began = time.perf_counter()
-        images, labels = train.images[index], train.labels[index]
-        params, state = step(settings, params, state, images, labels)
-        if i:
-            seconds += time.perf_counter() - began
-        else:
-            compiling = time.perf_counter() - began
-    accuracy = torch.vmap(partial(sweep.test, test))(settings, params, state)
+def chunks(settings: Setting, orders: Tensor, size: int | None) -> list[tuple[Setting, Tensor]]:
+    """So many runs at a time; None: all of them."""
+    size = size or orders.shape[1]
+    fields = zip(*(field.split(size) for field in settings), strict=True)
+    return [*zip(map(Setting._make, fields), orders.split(size, 1), strict=True)]
+
+
+def joined(found: Sequence[Found]) -> Found:
+    """What came of the chunks, in their order."""
+    params = {name: torch.cat([one.params[name] for one in found]) for name in found[0].params}
+    accuracy = torch.cat([one.accuracy for one in found])
+    seconds, compiling = (sum(one[i] for one in found) for i in (2, 3))
     return Found(params, accuracy, seconds, compiling)
+
+
+def at_once(
+    sweep: Sweep,
+    settings: Setting,
+    orders: Tensor,
+    train: Data,
+    test: Data,
+    disable: bool | None,
+    chunk: int | None = None,
+) -> Found:
+    """All settings in every step; or so many at a time, by the same compiled step."""
+    step = torch.compile(torch.vmap(sweep.step), fullgraph=True, dynamic=False)
+    found = []
+    for own, order in chunks(settings, orders, chunk):
+        seeds = own.seed.tolist()
+        params = stacked([start(sweep.model, seed, train.images.dtype) for seed in seeds])
+        state = torch.vmap(sweep.begin)(own, params)
+        # what was the same for all is laid out for each, as the step gives it back
+        state = tree_map(lambda t: t.clone(memory_format=torch.contiguous_format), state)
+        seconds = compiling = 0.0
+        for i, index in enumerate(tqdm(order, f"{len(seeds)} runs at once", disable=disable)):
+            began = time.perf_counter()
+            images, labels = train.images[index], train.labels[index]
+            params, state = step(own, params, state, images, labels)
+            if i:
+                seconds += time.perf_counter() - began
+            else:
+                compiling = time.perf_counter() - began
+        accuracy = torch.vmap(partial(sweep.test, test))(own, params, state)
+        found.append(Found(params, accuracy, seconds, compiling))
+    return joined(found)
 
 
 def one_by_one(
@@ -214,6 +248,85 @@ def one_by_one(
         ended.append(params)
         scores.append(sweep.test(test, setting, params, state))
     return Found(stacked(ended), torch.stack(scores), seconds, compiling)
+
+
+# What the flags ask for, here or on workers.
+
+
+def inputs_of(
+    args: argparse.Namespace,
+) -> tuple[Sweep, Setting, Tensor, Data, Data, bool | None]:
+    """What `at_once` and `one_by_one` take."""
+    dtype = getattr(torch, args.dtype)
+    train, test = (Data(data.images.to(dtype), data.labels) for data in load_data(0))
+    if args.batch_size > (most := len(train.labels)):
+        raise UserError(f"--batch-size: expected at most {most} images, got {args.batch_size}")
+    settings = settings_of(args, args.steps)
+    orders = order_of(settings.seed, args.steps, args.batch_size, len(train.labels))
+    sweep = Sweep(args.model, args.quant_bits, round(0.1 * args.steps))
+    return sweep, settings, orders, train, test, args.no_progress or None
+
+
+#: What Ray reads when it is imported, to listen on 127.0.0.1 alone, whatever the system.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+@contextlib.contextmanager
+def cluster(**options: Any) -> Iterator[None]:
+    """Ray's, by RAY_ADDRESS, or one on this machine alone; its makers are told nothing.
+
+    options: of ray.init.
+    """
+    # of Ctrl-C `command` tells
+    told = {"RAY_USAGE_STATS_ENABLED": "0", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
+    if "RAY_ADDRESS" not in os.environ:
+        told |= LOOPBACK
+        options["include_dashboard"] = False
+    for name, text in told.items():
+        os.environ.setdefault(name, text)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(log_to_driver=False, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def on_workers(args: argparse.Namespace) -> Found:
+    """As `at_once`, a chunk for each trial of Ray Tune, on a worker of --threads CPUs."""
+
+    def trial(config: dict[str, int]) -> None:
+        torch.set_num_threads(args.threads)
+        sweep, settings, orders, *data, _ = inputs_of(args)
+        own = chunks(settings, orders, args.chunk)[config["chunk"]]
+        found = at_once(sweep, *own, *data, disable=True)
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(found._asdict(), Path(folder, "found"))
+            mean = {"accuracy": float(found.accuracy.mean())}
+            tune.report(mean, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    with cluster():
+        from ray import tune
+
+        count = math.ceil(len(settings_of(args, args.steps).seed) / args.chunk)
+        storage = str((args.save_dir / "ray").resolve())
+        results = tune.Tuner(
+            tune.with_resources(trial, {"cpu": args.threads}),
+            param_space={"chunk": tune.grid_search(list(range(count)))},
+            run_config=tune.RunConfig(storage_path=storage, verbose=0),
+        ).fit()
+        for one in results:
+            if one.error is not None:
+                raise one.error
+        found = {}
+        for one in results:
+            with one.checkpoint.as_directory() as folder:
+                found[one.config["chunk"]] = Found(**torch.load(Path(folder, "found")))
+    return joined([found[i] for i in range(count)])
 
 
 def hold(found: Found, alone: Found, dtype: torch.dtype) -> None:
@@ -316,6 +429,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--seeds", 4, "seeds of the start and the batches, 0 and on", type=at_least(1, int))
     flag("--steps", 400, "steps of a run", type=at_least(10, int))
     flag("--batch-size", 32, "images in a step", type=at_least(1, int))
+    text = "runs in one program (default: all of them, 32 with --ray)"
+    parser.add_argument("--chunk", type=at_least(1, int), help=text)
+    text = "train chunks on Ray Tune's workers; needs pip install -e '.[ray]'"
+    flag("--ray", False, text, action="store_true")
     flag("--one-by-one", False, "also train them one after another", action="store_true")
     text = "of weights and states"
     flag("--dtype", "float32", text, choices=("float32", "float64"))
@@ -333,6 +450,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--anneal-end: expected shares above 0.1 (step {begin}), up to 1, got {bad}")
     if len(args.steepness) > 16:
         parser.error(f"--steepness: expected at most 16 of them, got {len(args.steepness)}")
+    if args.ray and find_spec("ray") is None:
+        parser.error("--ray: Ray is not installed; pip install -e '.[ray]'")
+    if args.ray and args.chunk is None:
+        args.chunk = 32
     try:
         output_folder(args.save_dir)
     except OSError as error:
@@ -344,16 +465,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     """Trains the grid, prints the table, writes it and the figure."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
-    train, test = (Data(data.images.to(dtype), data.labels) for data in load_data(0))
-    if args.batch_size > (most := len(train.labels)):
-        raise UserError(f"--batch-size: expected at most {most} images, got {args.batch_size}")
-    settings = settings_of(args, args.steps)
-    orders = order_of(settings.seed, args.steps, args.batch_size, len(train.labels))
-    sweep = Sweep(args.model, args.quant_bits, round(0.1 * args.steps))
-    inputs = sweep, settings, orders, train, test, args.no_progress or None
+    inputs = sweep, settings, *_ = inputs_of(args)
     print("compiling, in the first step", file=sys.stderr)
-    found = at_once(*inputs)
+    found = on_workers(args) if args.ray else at_once(*inputs, args.chunk)
     rows = table(settings, found.accuracy, args.seeds)
     print(f"annealed from step {sweep.anneal_start}")
     print("learning rate  steepness  until step  test accuracy (%), mean +- deviation over seeds")
@@ -365,12 +479,13 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
         )
     report: dict[str, Any] = {"arguments": vars(args), "table": rows}
     report |= {"seconds": found.seconds, "seconds_compiling": found.compiling}
-    runs = f"{len(orders[0])} runs of {args.steps} steps"
+    runs = f"{len(settings.seed)} runs of {args.steps} steps"
     first = f"after {found.compiling:.1f} s of compiling"
-    print(f"{runs} at once: {found.seconds:.1f} s, {first}", file=sys.stderr)
+    how = f"{args.chunk} at a time" if args.chunk else "at once"
+    print(f"{runs} {how}: {found.seconds:.1f} s, {first}", file=sys.stderr)
     if args.one_by_one:
         alone = one_by_one(*inputs)
-        hold(found, alone, dtype)
+        hold(found, alone, getattr(torch, args.dtype))
         report["seconds_one_by_one"] = alone.seconds
         report["seconds_compiling_one_by_one"] = alone.compiling
         ratio = alone.seconds / found.seconds

@@ -17,7 +17,8 @@ SMALL = ["--steps", "24", "--lr", "0.01", "--anneal-end", "0.5", "--seeds", "2",
 @pytest.mark.rare
 @pytest.mark.usefixtures("graphs_alone")
 def test_a_sweep_equals_its_runs_one_after_another(tmp_path: Path, capsys) -> None:
-    flags = [*SMALL, "--dtype", "float64", "--one-by-one", "--save-dir", str(tmp_path)]
+    flags = [*SMALL, "--dtype", "float64", "--chunk", "3", "--one-by-one"]
+    flags += ["--save-dir", str(tmp_path)]
     rows = main(flags)  # raises where they differ
     assert len(rows) == 2
     assert {row["steepness"] for row in rows} == {5.0, 50.0}
@@ -77,6 +78,13 @@ def test_flags_that_mean_nothing_are_refused(flags, message: str, capsys) -> Non
         main(flags)
     assert message in capsys.readouterr().err
     assert torch.get_num_threads() == threads
+
+
+def test_ray_that_is_not_installed_is_named_with_its_extra(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("examples.sweep.find_spec", lambda _: None)
+    with pytest.raises(SystemExit):
+        main(["--ray"])
+    assert "--ray: Ray is not installed; pip install -e '.[ray]'" in capsys.readouterr().err
 
 
 def test_a_batch_is_no_larger_than_the_data(tmp_path: Path) -> None:

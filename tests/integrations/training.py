@@ -80,12 +80,15 @@ def plain_loop(
     return net, optimizer
 
 
-def of_the_page(engine: str) -> dict[str, Any]:
-    """Runs the code of the page on engines for one of them, and gives the names it defines."""
+def of_the_page(engine: str, change: Callable[[str], str] = str, **given: Any) -> dict[str, Any]:
+    """Runs the code of the page on engines for one of them, and gives the names it defines.
+
+    change: of the code; given: names that it may use then.
+    """
     page = Path(__file__).parents[2] / "notebooks" / "howto" / "engines.md"
     first, *blocks = python_blocks(page.read_text())
     (own,) = (b for b in blocks if re.search(rf"^(from|import) {engine}\b", b, re.M))
-    return run_blocks([first, own], {"__name__": "__main__"})
+    return run_blocks([first, change(own)], {"__name__": "__main__", **given})
 
 
 def as_torchrun_tells() -> None:
