@@ -96,6 +96,8 @@ ONE_RANK, EXTREMES, OF_ALL = QUANTIZERS
 @example(((2, 2), [((4, 3), [Shard(1), Shard(0)])], pf.per_block(4, (0, 1))), ONE_RANK, True)
 # rows of which a rank has none, and a number that all rows have in common
 @example(((3,), [((2, 4), [Shard(0)])], pf.per_channel()), OF_ALL, False)
+# the same of rows that are cut: weights of one shape are no one weight
+@example(((2,), [((2, 4), [Shard(1)]), ((2, 4), [Shard(1)])], pf.per_channel()), OF_ALL, False)
 @example(((2,), [((1, 3), [Shard(0)]), ((4,), [Shard(0)])], pf.per_tensor()), EXTREMES, False)
 @example(((2,), [((3, 4), [Shard(1)])], pf.per_channel(0)), EXTREMES, True)
 def test_what_ranks_fit_map_learn_and_draw_is_that_of_whole_leaves(

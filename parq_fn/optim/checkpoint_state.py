@@ -31,10 +31,12 @@ from parq_fn.foundation.torch_private import nested
 from parq_fn.optim.adapter import Adapter
 from parq_fn.optim.base_owner import AVERAGE, is_of_link, is_own
 from parq_fn.optim.checkpoint_bytes import Planner, restricted
-from parq_fn.optim.groups import KEYS
+from parq_fn.optim.groups import KEYS, is_quantized
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.state import BEYOND, Entries, Group
 from parq_fn.optim.tree_owner import DIGEST
+from parq_fn.transforms.chain import every_link
+from parq_fn.transforms.prox_link import Prox
 
 _NAMES = ("params", "param_names")
 #: What groups show of their last step; parameters need not agree in it.
@@ -254,10 +256,12 @@ def fit(folder: Path, index: Metadata, optimizer: Optimizer, state: dict[str, An
                     "load the model alone, load_checkpoint(folder, model), and begin with its "
                     "weights as latents"
                 )
-    _check_links(folder, index, entries)
+    _check_links(folder, index, optimizer, entries)
 
 
-def _check_links(folder: Path, index: Metadata, entries: dict[str, Entries]) -> None:
+def _check_links(
+    folder: Path, index: Metadata, optimizer: Adapter, entries: dict[str, Entries]
+) -> None:
     """Raises ValueError where parameters were trained with other prox links."""
     known = {
         f"{_STATE}{name}.{key}": (name, own[key])
@@ -270,9 +274,18 @@ def _check_links(folder: Path, index: Metadata, entries: dict[str, Entries]) -> 
         if got != own:
             raise ValueError(
                 f"checkpoint {folder}: parameter {name!r} was trained with another prox link than "
-                "the optimizer has; build the optimizer with that one, or load the model alone, "
-                "load_checkpoint(folder, model), and begin with its weights as latents"
+                f"the optimizer has, {_links_of(optimizer)}; build the optimizer with that one, or "
+                "load the model alone, load_checkpoint(folder, model), and begin with its weights "
+                "as latents"
             )
+
+
+def _links_of(optimizer: Adapter) -> str:
+    """Its prox links, as they print."""
+    links: Iterable[Any] = every_link(getattr(optimizer, "transformation", None))
+    if isinstance(optimizer, QuantOptimizer):
+        links = map(optimizer.link, filter(is_quantized, optimizer.param_groups))
+    return ", ".join({repr(link): None for link in links if isinstance(link, Prox)})
 
 
 def _make_places(index: Metadata, optimizer: QuantOptimizer, state: dict[str, Any]) -> None:
