@@ -293,17 +293,26 @@ def test_nan_of_one_rank_is_named_in_the_log_of_all_that_share_its_rows(tmp_path
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("granularity", [pf.per_tensor(), pf.per_channel()])
+@pytest.mark.parametrize(
+    ("fitted", "said"), [(1, "keep their qparams"), (0, "have NaN for levels")]
+)
 def test_latents_that_are_nan_at_a_refit_are_named_in_the_log(
-    adapter: str, granularity: pf.Granularity, caplog: pytest.LogCaptureFixture
+    adapter: str,
+    granularity: pf.Granularity,
+    fitted: int,
+    said: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     params = {name: nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
     link = pf.hard_prox(pf.lsbq(2), granularity=granularity, period=2)
     optimizer = ADAPTERS[adapter](params, link)
-    step(params, optimizer)
+    for _ in range(fitted):
+        step(params, optimizer)
     for p in params.values():
         p.grad = torch.zeros_like(p)
     params["one"].grad[0, :3] = torch.inf
-    for _ in range(2):
+    for _ in range(fitted + 1):
         optimizer.step()
     (line,) = [record.getMessage() for record in caplog.records]
-    assert "hard_prox, update 3: latents are NaN or infinite: 'one' (3); 1 of the rows" in line
+    at = f"hard_prox, update {2 * fitted + 1}: latents are NaN or infinite"
+    assert line.startswith(f"{at}: 'one' (3); 1 of the rows here {said}")
