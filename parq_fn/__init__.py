@@ -86,8 +86,10 @@ if TYPE_CHECKING:
     from parq_fn import optim as optim
     from parq_fn import show as show
     from parq_fn import testing as testing
+    from parq_fn.allocation import allocate as allocate
     from parq_fn.covered import coverage as coverage
     from parq_fn.optim import as_link as as_link
+    from parq_fn.sensitivities import sensitivity as sensitivity
     from parq_fn.show import display as display
     from parq_fn.show import plot as plot
 
@@ -96,7 +98,12 @@ __version__ = "0.1.0"
 #: What is imported when it is first asked for.
 _LATER = ("convergence", "display", "export", "optim", "plot", "show")
 #: And names of these modules.
-_FROM = {"as_link": "parq_fn.optim", "coverage": "parq_fn.covered"}
+_FROM = {
+    "allocate": "parq_fn.allocation",
+    "as_link": "parq_fn.optim",
+    "coverage": "parq_fn.covered",
+    "sensitivity": "parq_fn.sensitivities",
+}
 
 if not TYPE_CHECKING:  # a checker would take every name for one of the package
 
@@ -154,6 +161,7 @@ __all__ = [
     "add_decayed_weights",
     "add_noise",
     "affine",
+    "allocate",
     "apply_if_finite",
     "apply_updates",
     "as_link",
@@ -209,6 +217,7 @@ __all__ = [
     "scale_by_schedule",
     "schedule_free",
     "schedules",
+    "sensitivity",
     "sgd",
     "soft_prox",
     "stateless",

@@ -27,6 +27,9 @@ WEIGHT, EXPERTS, EMBEDDING = "weight", "experts", "embedding"
 NORM, BIAS, VECTOR, ROUTER, ADAPTER = "norm", "bias", "vector", "router", "adapter"
 MADE, TABLE, OTHER, WHOLE = "made into a weight", "table", "other", "whole numbers"
 
+#: What rules with patterns choose among.
+QUANTIZABLE = (WEIGHT, EXPERTS, EMBEDDING)
+
 #: {kind: what it is}.
 KINDS = {
     WEIGHT: "the matrix or kernel of a layer",

@@ -35,6 +35,8 @@ TABLE: dict[str, tuple[str, ...]] = {
     "roles": ("foundation",),
     "modules": ("foundation", "roles"),
     "covered": (*_FUNCTIONAL, "roles", "modules", "export.codes"),
+    "sensitivities": (*_FUNCTIONAL, "roles", "modules", "export.codes"),
+    "allocation": ("foundation", "sensitivities"),
     "convergence": _FUNCTIONAL,
     "optim.engine": _FUNCTIONAL,
     "optim": (*_FUNCTIONAL, "optim.engine"),
@@ -48,7 +50,7 @@ TABLE: dict[str, tuple[str, ...]] = {
         "optim",
     ),  # packs what an optimizer trained
     "export.sources": (*_FUNCTIONAL, "optim"),  # of what an optimizer trained
-    "show": _FUNCTIONAL,
+    "show": (*_FUNCTIONAL, "sensitivities", "allocation"),
     "testing": (*_FUNCTIONAL, "parq_fn"),  # whose operators are all that the package exports
     "moved": (),  # imports by name what is asked for
     "parq_fn": ("",),  # the package itself: everything

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex, to_rgb
-from torch import Tensor
+from torch import Tensor, nn
 
 import parq_fn as pf
 from parq_fn import plot, proxmaps, schedules
 from parq_fn.quantizers import relative_error
 
 LEVELS = torch.tensor([-1.0, -0.3, 0.2, 1.0], dtype=torch.float64)
+PROX = pf.hard_prox(pf.lsbq(2), granularity=pf.per_channel())
 WEIGHTS = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
 
 
@@ -47,6 +48,7 @@ DRAWN: dict[str, Callable[..., Any]] = {
         WEIGHTS, levels=torch.zeros(2, 3), steps=[0, 10], **o
     ),
     "error_vs_bits": lambda **o: plot.error_vs_bits(WEIGHTS, **o),
+    "budget": lambda **o: plot.budget(pf.sensitivity(nn.Linear(9, 4), PROX, bits=(1, 2)), **o),
 }
 
 

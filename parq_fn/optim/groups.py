@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from parq_fn.optim.state import Group
-from parq_fn.quantizers import Quantizer, ternary_uniform, uniform
+from parq_fn.quantizers import Quantizer
+from parq_fn.quantizers.bits import bits_of, with_bits
 from parq_fn.quantizers.granularity import Granularity, per_block, per_channel
 from parq_fn.transforms.prox_link import Prox
 
@@ -129,23 +130,17 @@ def link_of(prox: Prox, group: Group) -> Prox:
 
 
 def _with_bits(quantizer: Any, bits: int) -> Any:
-    """The quantizer, or the one that it is around, with so many bits; of a table as it is, where a
-    level's code has so many."""
-    inner = getattr(quantizer, "quantizer", None)
-    if isinstance(inner, Quantizer):
-        return dataclasses.replace(quantizer, quantizer=_with_bits(inner, bits))
-    if bits == 0 and isinstance(quantizer, uniform):
-        return ternary_uniform(center=quantizer.center)
-    if "bits" in {f.name for f in dataclasses.fields(quantizer)}:
-        return dataclasses.replace(quantizer, bits=bits)
-    k = quantizer.num_levels
-    own = 0 if k == 3 else (k - 1).bit_length()
-    if bits != own:
+    found = with_bits(quantizer, bits)
+    if found is None:
+        inner = quantizer
+        while isinstance(getattr(inner, "quantizer", None), Quantizer):
+            inner = inner.quantizer
         raise ValueError(
-            f"QuantOptimizer: {quantizer!r} has no field bits to be set to quant_bits={bits}, and "
-            f'{k} levels; write quant_bits={own}, or give the group a "prox" of its own'
+            f"QuantOptimizer: {inner!r} has no field bits to be set to quant_bits={bits}, and "
+            f"{inner.num_levels} levels; write quant_bits={bits_of(inner)}, or give the group a "
+            '"prox" of its own'
         )
-    return quantizer
+    return found
 
 
 def _others(axis: int | tuple[int, ...], params: list[Tensor]) -> int | tuple[int, ...]:

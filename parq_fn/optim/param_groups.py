@@ -13,11 +13,10 @@ from parq_fn.foundation.value import briefly
 from parq_fn.modules import check_module
 from parq_fn.optim.groups import check_bits
 from parq_fn.optim.state import Group
-from parq_fn.roles import BIAS, EMBEDDING, EXPERTS, NORM, VECTOR, WEIGHT, Role, roles
+from parq_fn.roles import BIAS, NORM, QUANTIZABLE, VECTOR, Role, roles
 from parq_fn.transforms.prox_link import Prox
 
 Pattern = str | re.Pattern[str]
-_QUANTIZABLE = (WEIGHT, EXPERTS, EMBEDDING)
 
 
 class ParamGroups(list[Group]):
@@ -137,7 +136,7 @@ def _fits(pattern: Pattern, role: Role) -> bool:
         own = part.strip() if isinstance(part, str) else part
         if own in role.names:
             return True
-        if role.kind in _QUANTIZABLE and any(matches(own, name) for name in role.names):
+        if role.kind in QUANTIZABLE and any(matches(own, name) for name in role.names):
             return True
     return False
 
@@ -161,7 +160,7 @@ def _refuse(
             f"{others[0].kind!r}, which stays in full precision; name a parameter in full to "
             "quantize it all the same"
         )
-    able = [role.name for role in found if role.kind in _QUANTIZABLE]
+    able = [role.name for role in found if role.kind in QUANTIZABLE]
     shown = ", ".join(able[:8]) + (", ..." if len(able) > 8 else "")
     raise ValueError(
         f"param_groups: rule {_shown(pattern)} matches no parameter of the module; those that can "

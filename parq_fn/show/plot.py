@@ -11,68 +11,29 @@ matplotlib is imported when something is drawn.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from parq_fn.allocation import allocate
 from parq_fn.foundation.tree import names_of, tree_leaves
 from parq_fn.foundation.value import show
 from parq_fn.proxmaps.levels import nearest
 from parq_fn.quantizers import Quantizer, lloyd_max, lsbq, relative_error, uniform
+from parq_fn.sensitivities import Sensitivity, cost_of
+from parq_fn.show.axes import COLORS as COLORS
+from parq_fn.show.axes import GREY as GREY
+from parq_fn.show.axes import MARKERS as MARKERS
+from parq_fn.show.axes import STYLES as STYLES
+from parq_fn.show.axes import dressed as dressed
+from parq_fn.show.axes import new_axes, next_style
+from parq_fn.show.axes import save as save
 from parq_fn.show.display import horizon
 from parq_fn.transforms.transformation import Transformation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-GREY = "#767676"  # 4.5 : 1 on white, 4.6 : 1 on black
-#: Curves: colours that colour-blind readers tell apart (Okabe and Ito; the last from ColorBrewer),
-#: at 3 : 1 or more on white and on black, each with a line style of its own.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#B65F93", "#A6761D")
-STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
-MARKERS = "osD^v"
-
-
-def _new_axes() -> Axes:
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.pyplot import subplots
-    except ImportError:
-        raise ImportError("plots need matplotlib: pip install 'parq_fn[examples]'") from None
-    figure: Figure
-    figure, ax = subplots(figsize=(6.4, 3.8), layout="constrained")
-    figure.patch.set_alpha(0)
-    return ax
-
-
-def dressed(ax: Axes, title: str | None = None, x: str = "", y: str = "") -> Axes:
-    """Axes of your own in the style of the others, with a title and labels where they have none."""
-    ax.patch.set_alpha(0)
-    if title is not None and not ax.get_title():
-        ax.set_title(title, fontsize="medium")
-    ax.title.set_color(GREY)
-    if not ax.get_xlabel():
-        ax.set_xlabel(x)
-    if not ax.get_ylabel():
-        ax.set_ylabel(y)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.label.set_color(GREY)
-    ax.tick_params(colors=GREY, which="both")
-    for side, spine in ax.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(GREY)
-    if len(ax.get_legend_handles_labels()[1]):
-        ax.legend(frameon=False, labelcolor=GREY, fontsize="small", handlelength=3.2)
-    return ax
-
-
-def _next(ax: Axes) -> tuple[str, Any, str]:
-    """Colour, line style and marker of the next labelled curve."""
-    i = len(ax.get_legend_handles_labels()[1])
-    turn = i // len(COLORS)  # then the styles meet other colours
-    return COLORS[i % len(COLORS)], STYLES[(i + turn) % len(STYLES)], MARKERS[i % len(MARKERS)]
 
 
 def _row(levels: Tensor | Sequence[float]) -> Tensor:
@@ -110,7 +71,7 @@ def _curves(
     if coefficients is not None and not isinstance(coefficients, Sequence):
         coefficients = [float(coefficients)]
     for coefficient in [None] if coefficients is None else coefficients:
-        color, style, _ = _next(ax)
+        color, style, _ = next_style(ax)
         if coefficient is None:
             y, label = function(x, q), name
         else:
@@ -162,7 +123,7 @@ def proxmap(
     'latent weight u'
     """
     q = _row(levels)
-    ax = _new_axes() if ax is None else ax
+    ax = new_axes() if ax is None else ax
     x = _around(q, points)
 
     def guides() -> None:
@@ -191,7 +152,7 @@ def regularizer(
     Where it is infinite nothing is drawn.
     """
     q = _row(levels)
-    ax = _new_axes() if ax is None else ax
+    ax = new_axes() if ax is None else ax
 
     def guides() -> None:
         ends = [0.0] * q.shape[1]
@@ -225,8 +186,8 @@ def schedule(
     end = horizon(schedule) if end is None else end
     if end <= start:
         raise ValueError(f"expected start < end, got start={start}, end={end}")
-    ax = _new_axes() if ax is None else ax
-    color, style, _ = _next(ax)
+    ax = new_axes() if ax is None else ax
+    color, style, _ = next_style(ax)
     step = torch.arange(start, end + 1)
     value = _plain(torch.as_tensor(schedule(step))).expand(step.shape)
     name = show(schedule) if label is None else label
@@ -254,8 +215,8 @@ def levels(
     """
     q = _row(levels)
     x = _plain(weights).reshape(1, -1)
-    ax = _new_axes() if ax is None else ax
-    color, style, marker = _next(ax)
+    ax = new_axes() if ax is None else ax
+    color, style, marker = next_style(ax)
     rounded = nearest(x, q)
     error = float((x - rounded).square().sum() / x.square().sum())
     share = (rounded[0, :, None] == q[0]).to(x.dtype).mean(0)
@@ -299,9 +260,9 @@ def latent_vs_weight(
     unknown = [name for name in names if name not in latents]
     if unknown:
         raise KeyError(f"no leaves named {unknown}; the leaves are: {', '.join(latents)}")
-    ax = _new_axes() if ax is None else ax
+    ax = new_axes() if ax is None else ax
     for name in names:
-        color, _, marker = _next(ax)
+        color, _, marker = next_style(ax)
         u = _plain(latents[name]).flatten()
         order = u.argsort()
         order = order[torch.linspace(0, len(order) - 1, min(points, len(order))).round().long()]
@@ -335,12 +296,12 @@ def trajectory(
         raise ValueError(f"history has {len(rows)} rows, steps {len(time)}")
     order = rows[-1].argsort()
     order = order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()]
-    ax = _new_axes() if ax is None else ax
-    color, _, _ = _next(ax)
+    ax = new_axes() if ax is None else ax
+    color, _, _ = next_style(ax)
     ax.plot(time, rows[:, order].numpy(), color=color, lw=0.7, alpha=0.6)
     ax.plot([], [], color=color, lw=0.7, label="weights")
     if levels is not None:
-        color, style, _ = _next(ax)
+        color, style, _ = next_style(ax)
         given = [_plain(torch.as_tensor(row)).flatten() for row in levels]
         same = all(row.numel() == 1 for row in given) and len(given) != len(rows)
         q = torch.cat(given).expand(len(rows), -1) if same else torch.stack(given)
@@ -373,9 +334,9 @@ def error_vs_bits(
     """
     x = _plain(weights)
     x = x if x.dim() == 2 else x.reshape(1, -1)
-    ax = _new_axes() if ax is None else ax
+    ax = new_axes() if ax is None else ax
     for name, of_bits in (_QUANTIZERS if quantizers is None else quantizers).items():
-        color, style, marker = _next(ax)
+        color, style, marker = next_style(ax)
         errors = [relative_error(x, of_bits(b)) for b in bits]
         ax.plot(list(bits), errors, color=color, ls=style, marker=marker, lw=1.6, label=name)
     ax.set_yscale("log")
@@ -383,18 +344,41 @@ def error_vs_bits(
     return dressed(ax, "Error of rounding", "bits", "relative squared error")
 
 
-def save(ax: Axes, stem: str | Path, formats: Sequence[str] = ("svg", "png")) -> list[Path]:
-    """Saves the figure of the Axes as stem.svg and stem.png; the files made.
+def budget(
+    table: Sensitivity,
+    bits_per_weight: Sequence[float] | None = None,
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """The least cost by bits a weight, as `allocate` finds it, beside the same bits for all.
 
-    The same figure gives the same bytes.
+    table: what `sensitivity` gives.
+    bits_per_weight: at which the curve is found; by default 25 from the least to the most.
+    ax: matplotlib's Axes to draw on; new ones by default.
     """
-    from matplotlib import rc_context
-
-    made = []
-    with rc_context({"svg.hashsalt": "parq_fn", "svg.fonttype": "path"}):
-        for form in formats:
-            made.append(Path(f"{stem}.{form}"))
-            meta = {"Date": None} if form == "svg" else {}
-            figure: Any = ax.figure
-            figure.savefig(made[-1], dpi=160, transparent=True, metadata=meta)
-    return made
+    numel = sum(table.numel.values())
+    alike: dict[int, tuple[float, float]] = {}
+    for bits in [cost.bits for cost in next(iter(table.values()))]:
+        own = [cost for costs in table.values() for cost in costs if cost.bits == bits]
+        if len(own) == len(table):
+            alike[bits] = (
+                sum(cost.size for cost in own) / numel,
+                sum(cost_of(name, c, table) for name, c in zip(table, own, strict=True)),
+            )
+    if bits_per_weight is None:
+        ends = [[cost.size for cost in costs] for costs in table.values()]
+        low, high = (sum(map(end, ends)) / numel for end in (min, max))
+        bits_per_weight = [low + (high - low) * i / 24 for i in range(25)]
+    found = [allocate(table, b + 1e-9) for b in bits_per_weight]
+    ax = new_axes() if ax is None else ax
+    color, style, _ = next_style(ax)
+    x, y = [own.bits_per_weight for own in found], [own.cost for own in found]
+    ax.plot(
+        x, y, color=color, ls=style, lw=1.6, drawstyle="steps-post", label="bits where they matter"
+    )
+    color, _, marker = next_style(ax)
+    x, y = (list(column) for column in zip(*alike.values(), strict=True)) if alike else ([], [])
+    ax.plot(x, y, color=color, ls="", marker=marker, label="the same bits for all")
+    asked = next(iter(table.values()))[0].change is not None
+    what = "change of the loss, summed" if asked else "relative error, times weights"
+    return dressed(ax, "What bits cost", "bits a weight, with the numbers of rows", what)

@@ -1,0 +1,192 @@
+"""Bits where they matter: the cheapest choice of bits for each weight under a size.
+
+Each matrix i takes one of its numbers of bits b, of a size s_i(b) in bits and a cost c_i(b):
+
+    minimize sum_i c_i(b_i)   subject to   sum_i s_i(b_i) <= budget
+
+which is a knapsack with one choice of each kind. It is solved exactly, matrix by matrix: kept are
+sums (size, cost) to which none is both smaller and cheaper, and which may still be best. For any
+price p >= 0 of a bit
+
+    cost so far + p (size so far - budget) + sum over the others of min_b c(b) + p s(b)
+
+bounds from below what a beginning can come to; a beginning goes where that exceeds what some
+choice within the budget costs. The price is that of the best such bound (the Lagrangian dual).
+
+Source: Kellerer, Pferschy and Pisinger, Knapsack Problems, Springer 2004, chapter 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from parq_fn.foundation.checks import POSITIVE, check_numbers
+from parq_fn.foundation.value import briefly
+from parq_fn.sensitivities import Sensitivity, cost_of, name_of_bits
+
+#: By how much of the sums' size bounds may be off, by rounding.
+_ROUNDING = 1e-12
+
+
+class Allocation(dict[str, int | None]):
+    """{parameter: bits, or None for full precision}: rules for `param_groups`; prints as a table.
+
+    size: bits of all; cost: the sum of the costs; numel: how many weights they are.
+    """
+
+    def __init__(self, bits: Mapping[str, int], size: int, cost: float, numel: int) -> None:
+        super().__init__({name: b if b < 16 else None for name, b in bits.items()})
+        self.size, self.cost, self.numel = size, cost, numel
+
+    @property
+    def bits_per_weight(self) -> float:
+        """The size over the number of weights."""
+        return self.size / self.numel
+
+    def __str__(self) -> str:
+        width = max(map(len, self))
+        shown = (name_of_bits(16 if bits is None else bits) for bits in self.values())
+        rows = (f"{name.ljust(width)}  {how}" for name, how in zip(self, shown, strict=True))
+        total = f"{self.bits_per_weight:.3f} bits a weight, cost {self.cost:.4g}"
+        return "\n".join([*rows, f"{'all'.ljust(width)}  {total}"])
+
+    __repr__ = __str__
+
+
+def allocate(
+    table: Sensitivity,
+    bits_per_weight: float = 2.5,
+    *,
+    cost: Mapping[str, Mapping[int, float]] | None = None,
+) -> Allocation:
+    """The bits of each weight matrix whose costs have the least sum, among all choices whose sizes,
+    the numbers of rows included, come to at most bits_per_weight for each weight.
+
+    table: what `sensitivity` gives, with the sizes.
+    bits_per_weight: of the matrices in the table together.
+    cost: {name: {bits: cost}} in the place of the table's: the change of the loss where it was
+        asked for, else the relative error times the number of weights.
+
+    The choice is exact; of equal ones it is one that is smallest. The result is a dict of rules
+    for `param_groups`, with `size` (bits), `cost` and `bits_per_weight`.
+
+    Raises TypeError for what is no table; ValueError for a budget under the smallest choice, and
+    for costs that lack a parameter or a number of bits, or are not finite.
+
+    >>> from torch import nn
+    >>> from parq_fn import hard_prox, lsbq, per_channel
+    >>> from parq_fn.sensitivities import sensitivity
+    >>> net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    >>> table = sensitivity(net, hard_prox(lsbq(2), granularity=per_channel()), bits=(1, 2, 4))
+    >>> cost = {"0.weight": {1: 9, 2: 4, 4: 1}, "1.weight": {1: 2, 2: 1, 4: 0}}
+    >>> rules = allocate(table, 3.5, cost=cost)
+    >>> rules["0.weight"], rules["1.weight"], rules.size <= 3.5 * rules.numel
+    (2, 2, True)
+    """
+    given: Any = table
+    if not isinstance(given, Sensitivity) or not given:
+        raise TypeError(
+            f"allocate: expected what sensitivity(module, prox) gives, got {briefly(table)}"
+        )
+    costs = _costs(table, cost)
+    sizes = {
+        name: np.array([one.size for one in own], dtype=np.int64) for name, own in table.items()
+    }
+    numel = sum(table.numel[name] for name in table)
+    check_numbers("allocate", POSITIVE, bits_per_weight=bits_per_weight)
+    budget = int(bits_per_weight * numel)
+    least = sum(int(own.min()) for own in sizes.values())
+    if not least <= budget:
+        raise ValueError(
+            f"allocate: bits_per_weight={bits_per_weight:g} is less than the smallest choice, "
+            f"which takes {least / numel:.4g} with the numbers of rows; give more, or a table of "
+            "fewer bits or of fewer rows, such as larger blocks"
+        )
+    chosen = _best([sizes[name] for name in table], [costs[name] for name in table], budget)
+    bits = {name: table[name][k].bits for name, k in zip(table, chosen, strict=True)}
+    size = sum(int(sizes[name][k]) for name, k in zip(table, chosen, strict=True))
+    total = float(sum(costs[name][k] for name, k in zip(table, chosen, strict=True)))
+    return Allocation(bits, size, total, numel)
+
+
+def _costs(
+    table: Sensitivity, given: Mapping[str, Mapping[int, float]] | None
+) -> dict[str, np.ndarray[Any, Any]]:
+    found = {}
+    for name, own in table.items():
+        if given is not None:
+            mine = given.get(name, {})
+            missing = [one.bits for one in own if one.bits not in mine]
+            if missing:
+                raise ValueError(
+                    f"allocate: cost[{name!r}] lacks {', '.join(map(name_of_bits, missing))}; give "
+                    "a cost for each number of bits of the table"
+                )
+            costs = [float(mine[one.bits]) for one in own]
+        else:
+            costs = [cost_of(name, one, table) for one in own]
+        found[name] = np.array(costs, dtype=np.float64)
+        if not np.isfinite(found[name]).all():
+            raise ValueError(
+                f"allocate: the costs of {name!r} are {costs}, expected finite numbers"
+            )
+    return found
+
+
+def _best(sizes: list[Any], costs: list[Any], budget: int) -> list[int]:
+    """The places of the choices."""
+    price, upper = _price(sizes, costs, budget)
+    # largest first: what is decided early leaves little open
+    order = sorted(range(len(sizes)), key=lambda i: -int(sizes[i].max() - sizes[i].min()))
+    after_size, after_bound = [0], [0.0]
+    for i in reversed(order):
+        after_size.append(after_size[-1] + int(sizes[i].min()))
+        after_bound.append(after_bound[-1] + float((costs[i] + price * sizes[i]).min()))
+    slack = _ROUNDING * (sum(float(np.abs(c).max()) for c in costs) + price * budget)
+    size, cost = np.zeros(1, np.int64), np.zeros(1)
+    steps = []
+    for k, i in enumerate(order):
+        rest = len(order) - 1 - k
+        all_sizes = (size[:, None] + sizes[i]).ravel()
+        all_costs = (cost[:, None] + costs[i]).ravel()
+        bound = all_costs + price * (all_sizes - budget) + after_bound[rest]
+        alive = np.flatnonzero((all_sizes + after_size[rest] <= budget) & (bound <= upper + slack))
+        by_size = alive[np.lexsort((all_costs[alive], all_sizes[alive]))]
+        lowest = np.minimum.accumulate(all_costs[by_size])
+        keep = np.ones(len(by_size), bool)
+        keep[1:] = all_costs[by_size][1:] < lowest[:-1]
+        kept = by_size[keep]
+        steps.append((i, kept, len(sizes[i])))
+        size, cost = all_sizes[kept], all_costs[kept]
+    place, found = int(cost.argmin()), [0] * len(sizes)
+    for i, kept, count in reversed(steps):
+        place, found[i] = divmod(int(kept[place]), count)
+    return found
+
+
+def _price(sizes: list[Any], costs: list[Any], budget: int) -> tuple[float, float]:
+    """(the price of a bit at which the bound is best, the cost of a choice within the budget)."""
+
+    def at(price: float) -> tuple[int, float]:
+        places = [np.lexsort((s, c + price * s))[0] for s, c in zip(sizes, costs, strict=True)]
+        size = sum(int(s[k]) for s, k in zip(sizes, places, strict=True))
+        return size, float(sum(c[k] for c, k in zip(costs, places, strict=True)))
+
+    size, cost = at(0.0)
+    if size <= budget:
+        return 0.0, cost
+    low, high = 0.0, 1e-12
+    while at(high)[0] > budget:
+        low, high = high, 2 * high
+        if not np.isfinite(high):
+            break
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle)[0] > budget else (low, middle)
+    size, cost = at(high)
+    if size > budget:
+        cost = float(sum(c[s.argmin()] for s, c in zip(sizes, costs, strict=True)))
+    return high, cost
