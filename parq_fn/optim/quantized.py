@@ -351,28 +351,26 @@ class QuantOptimizer(Moving):
         return with_held(link, self.state[p], p, job.weight)
 
     def _rounded(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for group in self.param_groups:
+        for p, group, _, label in self._store.places():
             if is_quantized(group):
-                link = rounding(self.link(group))
-                for p in group["params"]:
-                    yield p, _weight_at(link, self.state[p], self.state[p]["latent"], p)
+                link, entries = rounding(self.link(group)), self.state[p]
+                yield p, _weight_at(link, entries, entries["latent"], p, label)
 
     def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.average is None:
             raise ValueError(
                 "averaged_weights: no average is kept; build QuantOptimizer(..., average=0.999)"
             )
-        for group in self.param_groups:
-            for p in group["params"]:
-                entries = self.state[p]
-                if "average" not in entries:
-                    continue
-                begun = float(entries["average_total"]) > 0
-                average = entries["average"] if begun else self._latents[p].detach()
-                if is_quantized(group):
-                    yield p, _weight_at(self.link(group), entries, average, p)
-                else:
-                    yield p, local(average)
+        for p, group, _, label in self._store.places():
+            entries = self.state[p]
+            if "average" not in entries:
+                continue
+            begun = float(entries["average_total"]) > 0
+            average = entries["average"] if begun else self._latents[p].detach()
+            if is_quantized(group):
+                yield p, _weight_at(self.link(group), entries, average, p, label)
+            else:
+                yield p, local(average)
 
     def __getstate__(self) -> dict[str, Any]:
         made = {kind: how(compile=self.compile) for kind, how in _MADE.items()}
@@ -387,9 +385,10 @@ class QuantOptimizer(Moving):
         owner.resume()
 
 
-def _weight_at(link: Prox, entries: dict[str, Any], latent: Tensor, p: Tensor) -> Tensor:
+def _weight_at(link: Prox, entries: dict[str, Any], latent: Tensor, p: Tensor, name: str) -> Tensor:
     """This rank's part of the weights that a latent has with a parameter's qparams."""
-    made = local(link.weights(prox_state(entries), [latent], dtype=p.dtype)[0])
+    state = prox_state(entries)._replace(qparams={name: entries["qparams"]})
+    made = local(link.weights(state, {name: latent}, dtype=p.dtype)[name])
     return with_held(link, entries, p, made)
 
 

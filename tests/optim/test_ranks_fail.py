@@ -316,3 +316,15 @@ def test_latents_that_are_nan_at_a_refit_are_named_in_the_log(
     (line,) = [record.getMessage() for record in caplog.records]
     at = f"hard_prox, update {2 * fitted + 1}: latents are NaN or infinite"
     assert line.startswith(f"{at}: 'one' (3); 1 of the rows here {said}")
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_weights_that_are_lent_before_any_fit_name_latents_that_are_nan(
+    adapter: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = {name: nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
+    optimizer = ADAPTERS[adapter](params, LINK)
+    optimizer.state[params["two"]]["latent"][0, :2] = torch.nan
+    with optimizer.rounded():
+        lines = [record.getMessage() for record in caplog.records]
+    assert any("hard_prox, update 1: latents are NaN or infinite: 'two' (2)" in x for x in lines)
