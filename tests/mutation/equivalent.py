@@ -156,6 +156,22 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "spread = torch.where(constant, 2.0, spread)",
         ],
     },
+    "parq_fn/transforms/sharded.py": {
+        "the longer way to the same": [
+            "is_dtensor: if type(tensor) is Tensor or type(tensor) is nn.Parameter: -> "
+            "if type(tensor) is Tensor and type(tensor) is nn.Parameter:",
+        ],
+        "a stride of a tensor without elements": [
+            "_contiguous: return tuple((max(shape[d + 1:].numel(), 1) for d in range(len(shape))))"
+            " -> return tuple((max(shape[d + 1:].numel(), 0) for d in range(len(shape))))",
+        ],
+    },
+    "parq_fn/transforms/exchange.py": {
+        "what a rank is sent by itself alone": [
+            "largest_of_all: if mesh.size(d) > 1: -> if mesh.size(d) >= 1:",
+            "largest_of_all: if mesh.size(d) > 1: -> if mesh.size(d) > 0:",
+        ],
+    },
     "parq_fn/transforms/prox_fit.py": {
         "a quantizer gives a row finite levels or none": [
             "_taken: take = new.isfinite().all(-1, keepdim=True) | "

@@ -149,7 +149,7 @@ for _name in ("noise", "flips"):
         (f"tests/test_{_name}.py", "tests/test_wrong_use.py", "tests/test_exchange.py"),
         ("tests/test_pullback.py", "tests/laws/test_transformations.py"),
     )
-for _name in ("layout", "exchange", "sharded"):
+for _name in ("layout", "lines", "exchange", "collective", "agreement", "sharded"):
     _select(
         f"parq_fn/transforms/{_name}.py",
         ("tests/test_layout.py", "tests/test_exchange.py"),
