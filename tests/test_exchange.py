@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import parq_fn as pf
+from parq_fn.optim import QuantOptimizer
 from parq_fn.transforms.layout import layout_of
 from tests.cuts import cut, dimensions
 from tests.threads import on_threads
@@ -151,5 +152,56 @@ def test_rows_that_ranks_cut_are_refused_by_name_of_a_map_that_takes_them_whole(
         link.init({"a": params["a"]})
         with pytest.raises(ValueError, match=r"parameter 'b': it is placed as .* maps whole rows"):
             link.init(params)
+
+    on_threads(work, 2)
+
+
+def test_a_state_dict_of_a_sharded_weight_without_rows_loads() -> None:
+    link = pf.hard_prox(pf.lsbq(2), granularity=pf.per_channel())
+
+    def work() -> None:
+        on = init_device_mesh("cpu", (1,))
+        p = nn.Parameter(placed_on(on, torch.empty(0, 2), [Shard(0)]))
+        groups = [{"params": [("p", p)], "prox": link}]
+        optimizer = QuantOptimizer(torch.optim.SGD(groups, lr=0.1))
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert optimizer.levels(p).shape == (0, 4)
+
+    on_threads(work, 1)
+
+
+def test_pieces_that_placements_do_not_tell_of_are_refused_by_the_name_of_the_parameter() -> None:
+    """On every rank; a mesh with one rank along a strided placement cuts as without it."""
+    link = pf.hard_prox(pf.lsbq(2), period=1)
+    places = [_StridedShard(0, split_factor=2), Shard(0)]
+
+    def refit(mesh: tuple[int, ...]) -> Tensor:
+        mine = placed_on(init_device_mesh("cpu", mesh), numbers((5, 3), 0), places)
+        transform, params = pf.chain(pf.sgd(0.0), link), {"name": mine}
+        _, state = transform.update(params, transform.init(params), params)
+        found: Tensor = pf.read(state, "qparams")["name"].to_local()
+        return found
+
+    def work() -> None:
+        with pytest.raises(ValueError, match=r"parameter 'name' .* mesh divides"):
+            refit((2, 2))
+
+    on_threads(work, 4)
+    wanted = pf.lsbq(2).fit(numbers((5, 3), 0).reshape(1, -1))[0]
+    for found in on_threads(lambda: refit((1, 2)), 2):
+        assert torch.equal(found, wanted)
+
+
+def test_rows_without_weights_get_the_zeros_that_they_have_in_one_process() -> None:
+    def work() -> None:
+        on = init_device_mesh("cpu", (2,))
+        for quantizer in QUANTIZERS.values():
+            link = pf.hard_prox(quantizer, period=1, granularity=pf.per_channel())
+            for shape, d in (((3, 0), 1), ((3, 0), 0), ((1, 0, 2), 2)):
+                params = {"p": placed_on(on, torch.empty(shape), [Shard(d)])}
+                state = link.refit(link.advance(link.init(params), torch.tensor(0.1)), params)
+                assert not pf.read(state, "qparams")["p"].to_local().any(), (quantizer, shape)
 
     on_threads(work, 2)

@@ -25,8 +25,8 @@ class Kept(NamedTuple):
         if not qparams.dim():
             return qparams
         shape = torch.Size((*self.row_shape, qparams.shape[-1]))
-        fits = self.fits(shape) and shape.numel() == qparams.numel()
-        return qparams.reshape(shape) if fits else qparams
+        same, fits = shape == qparams.shape, self.fits(shape) and shape.numel() == qparams.numel()
+        return qparams.reshape(shape) if fits and not same else qparams
 
     def fits(self, shape: torch.Size) -> bool:
         """Whether qparams of these rows may have that shape."""

@@ -207,7 +207,7 @@ class Sharding(NamedTuple):
         return [
             Cut(self.mesh[i], rank[i], getattr(p, "split_factor", 1))
             for i, p in enumerate(self.placements)
-            if sharded_along(p) == dim
+            if sharded_along(p) == dim and self.mesh[i] > 1
         ]
 
     def every_rank(self, dims: Iterable[int]) -> Iterator[tuple[int, ...]]:

@@ -36,7 +36,7 @@ class Lines(NamedTuple):
     @property
     def rows(self) -> int:
         """How many rows a line has."""
-        return math.prod(self.shape) // self.size
+        return math.prod(self.shape) // self.size if self.size else 1
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -58,7 +58,7 @@ class Lines(NamedTuple):
         m = found.shape[-1]
         if self.place < 0:
             return found.reshape(*self.kept, m)
-        return found.reshape(*self.kept, -1, m).movedim(-2, self.place)
+        return found.reshape(*self.kept, self.rows, m).movedim(-2, self.place)
 
 
 def lines_of(weight: Any, latent: Tensor, granularity: Granularity, name: str) -> Lines:
@@ -97,11 +97,11 @@ def lines_of(weight: Any, latent: Tensor, granularity: Granularity, name: str) -
     expected = tuple(sum(b - a for a, b in runs) for runs in found.runs(rank))
     if tuple(own.shape[1:]) != expected or any(found.is_uneven(d) for d in along):
         raise ValueError(
-            f"a weight of shape {shape} is placed as {placements} on a mesh {tuple(mesh.shape)}, "
-            f"which does not divide its dimensions {tuple(along)}: FSDP2 over tensor parallelism "
-            "shards these otherwise than torch's placements say, so that rows cannot be put "
-            "together; take sizes that the mesh divides, or rows that ranks have whole, such as "
-            "those of per_channel()"
+            f"parameter {name!r} of shape {shape} is placed as {placements} on a mesh "
+            f"{tuple(mesh.shape)}, which does not divide its dimensions {tuple(along)}: FSDP2 over "
+            "tensor parallelism shards these otherwise than torch's placements say, so that rows "
+            "cannot be put together; take sizes that the mesh divides, or rows that ranks have "
+            "whole, such as those of per_channel()"
         )
     return found
 

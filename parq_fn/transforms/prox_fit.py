@@ -119,7 +119,7 @@ def fits(
         mine = shrunk(local(weight), divisor)
         if across(weight, granularity):
             lines = lines_of(weight, mine, granularity, names[i])
-            if getattr(quantizer, "extremes", False) and lines.rows == 1:
+            if getattr(quantizer, "extremes", False) and lines.rows == 1 and lines.size:
                 ends = _with_whole(quantizer, extremes_of(lines))
                 found[i] = lines.in_rows(ends.unsqueeze(1))
             else:
@@ -148,11 +148,12 @@ def _num_whole(quantizer: Any) -> int:
 
 
 def _with_whole(quantizer: Any, rows: Tensor) -> Tensor:
-    found = fitted(quantizer, rows)
-    if not _num_whole(quantizer):
+    found, count = fitted(quantizer, rows), _num_whole(quantizer)
+    if not count:
         return found
-    whole = quantizer.whole(rows.to(found.dtype)).expand(len(rows), -1)
-    return torch.cat([found, whole], -1)
+    some = rows.shape[1] > 0  # else a fit gives zeros
+    whole = quantizer.whole(rows.to(found.dtype)) if some else found.new_zeros(1, count)
+    return torch.cat([found, whole.expand(len(rows), -1)], -1)
 
 
 def _in_common(quantizer: Any, found: Tensor, weight: Tensor, name: str) -> Tensor:
