@@ -277,11 +277,11 @@ def cluster(**options: Any) -> Iterator[None]:
 
     options: of ray.init.
     """
-    # of Ctrl-C `command` tells
-    told = {"RAY_USAGE_STATS_ENABLED": "0", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
+    told = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AIR_NEW_OUTPUT": "0"}  # but for warnings silent
+    told["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # of Ctrl-C `command` tells
     if "RAY_ADDRESS" not in os.environ:
         told |= LOOPBACK
-        options["include_dashboard"] = False
+        options |= {"address": "local", "include_dashboard": False}
     for name, text in told.items():
         os.environ.setdefault(name, text)
     import ray

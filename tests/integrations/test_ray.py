@@ -89,11 +89,14 @@ def test_workers_equal_a_plain_loop_though_one_dies(
     check_same(plain, net)
 
 
-def test_a_sweep_on_workers_equals_one_here(tmp_path: Path) -> None:
+def test_a_sweep_on_workers_equals_one_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Latents to the bit, table and figure; compiled where TEST_CASES=all."""
     flags = ["--steps", "10", "--lr", "0.01", "--anneal-end", "0.5", "--seeds", "2"]
     flags += ["--chunk", "3", "--no-progress", "--save-dir", str(tmp_path), "--ray"]
     rows = sweep.main(flags)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)  # the table alone
     inputs = _, settings, *_ = sweep.inputs_of(args := sweep.parse(flags))
     with torch.compiler.set_stance("default" if every_case() else "force_eager"):
         alone = sweep.at_once(*inputs, args.chunk)
