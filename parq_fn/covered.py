@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from parq_fn.export.codes import num_bytes
 from parq_fn.foundation.value import briefly, show
@@ -169,17 +169,21 @@ def _links(by: Any) -> dict[int, Any]:
     """{id of a parameter: its prox link, its bits, or None where it is in full precision}."""
     groups = getattr(by, "param_groups", by)
     right = isinstance(groups, Sequence) and all(
-        isinstance(group, Mapping) and "params" in group for group in groups
+        # not an iterator, which can be read but once
+        isinstance(group, Mapping) and not isinstance(group.get("params", iter(())), Iterator)
+        for group in groups
     )
     if not right or (by is not groups and not hasattr(by, "prox_of")):
         raise TypeError(
             "coverage: expected a mask such as weight_mask(module), groups such as "
-            f"param_groups(module), a QuantOptimizer or a TransformOptimizer, got {briefly(by)}"
+            "param_groups(module), with lists of params, a QuantOptimizer or a TransformOptimizer, "
+            f"got {briefly(by)}"
         )
     found: dict[int, Any] = {}
     for group in groups:
         own = group.get("prox", group.get("quant_prox", group.get("quant_bits")))
-        for entry in group["params"]:
+        given = group["params"]
+        for entry in [given] if isinstance(given, Tensor) else given:
             p = entry[1] if isinstance(entry, tuple) else entry
             found[id(p)] = own if by is groups else by.prox_of(p)
     return found

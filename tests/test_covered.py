@@ -195,6 +195,12 @@ def test_coverage_counts_codes_and_the_numbers_of_rows() -> None:
     assert pf.coverage(net, pf.weight_mask(net)).nbytes is None
 
 
+def test_coverage_reads_groups_of_one_parameter_as_torch_does() -> None:
+    net = nn.Linear(2, 2)
+    found = pf.coverage(net, [{"params": net.weight, "quant_bits": 2}, {"params": [net.bias]}])
+    assert [row.how for row in found.rows] == ["2 bits", "bias"]
+
+
 def test_coverage_reads_transformations_and_prints_alike_rows_once() -> None:
     net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12)))
     link = pf.hard_prox(pf.uniform(3), granularity=pf.per_channel())
@@ -214,6 +220,7 @@ def test_coverage_reads_transformations_and_prints_alike_rows_once() -> None:
         (3, TypeError, "expected a mask such as weight_mask"),
         ([], ValueError, "have no parameter of the module"),
         (["a"], TypeError, "expected a mask"),
+        ([{"params": iter([nn.Linear(2, 2).weight])}], TypeError, "with lists of params"),
         (torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), TypeError, "a QuantOptimizer"),
     ],
 )

@@ -242,13 +242,16 @@ def matches(pattern: str | re.Pattern[str], name: str) -> bool:
     """Whether a leaf's name fits a pattern.
 
     A string is a shell pattern for the name or for one of its parents ("head" and "layer*" pick
-    "head.weight" and "layer1.0.weight"); a compiled regular expression is searched for.
+    "head.weight" and "layer1.0.weight"), or one of these as it is written, brackets and all; a
+    compiled regular expression is searched for.
 
     >>> matches("head", "head.weight"), matches("head", "headless"), matches("*.bias", "a.b.bias")
     (True, False, True)
     """
     if isinstance(pattern, re.Pattern):
         return pattern.search(name) is not None
+    if f"{name}.".startswith(f"{pattern}."):
+        return True
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 

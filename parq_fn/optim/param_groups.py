@@ -59,7 +59,8 @@ def param_groups(
     parameters appear once. The result prints as the table of `coverage`.
 
     Raises TypeError for what is no module, pattern, bits or prox link; ValueError for bits that
-    there are none of, and for a rule that takes nothing, or only what an earlier one took.
+    there are none of, for a part of a pattern that matches nothing, and for a rule that takes
+    nothing, or only what an earlier one took.
 
     >>> from parq_fn import lsbq, per_channel, parq_prox
     >>> net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
@@ -122,27 +123,42 @@ def _taken(found: list[Role], rules: Mapping[Pattern, Any]) -> dict[str, Pattern
     """{parameter: the pattern of the rule that takes it}."""
     taken: dict[str, Pattern] = {}
     for pattern in rules:
-        fits = [role for role in found if _fits(pattern, role)]
+        parts = _parts(pattern, found)
+        fits = [role for role in found if any(_fits(part, role) for part in parts)]
         mine = [role for role in fits if role.name not in taken]
         if not mine:
-            _refuse(pattern, fits, found, taken)
+            _refuse(pattern, parts, fits, found, taken)
         taken |= {role.name: pattern for role in mine}
     return taken
 
 
-def _fits(pattern: Pattern, role: Role) -> bool:
-    parts = pattern.split("|") if isinstance(pattern, str) else [pattern]
-    for part in parts:
-        own = part.strip() if isinstance(part, str) else part
-        if own in role.names:
-            return True
-        if role.kind in QUANTIZABLE and any(matches(own, name) for name in role.names):
-            return True
-    return False
+def _parts(pattern: Pattern, found: list[Role]) -> list[Pattern]:
+    """What a pattern is an "or" of; itself where a name has its bars."""
+    names = [name for role in found for name in role.names]
+    if not isinstance(pattern, str) or any(matches(pattern, name) for name in names):
+        return [pattern]
+    parts: list[Pattern] = [part.strip() for part in pattern.split("|")]
+    for part in parts if len(parts) > 1 else ():
+        if not any(matches(part, name) for name in names):
+            raise ValueError(
+                f"param_groups: part {part!r} of rule {_shown(pattern)} matches no parameter of "
+                "the module; correct it, or leave it out"
+            )
+    return parts
+
+
+def _fits(part: Pattern, role: Role) -> bool:
+    if part in role.names:
+        return True
+    return role.kind in QUANTIZABLE and any(matches(part, name) for name in role.names)
 
 
 def _refuse(
-    pattern: Pattern, fits: list[Role], found: list[Role], taken: Mapping[str, Pattern]
+    pattern: Pattern,
+    parts: list[Pattern],
+    fits: list[Role],
+    found: list[Role],
+    taken: Mapping[str, Pattern],
 ) -> None:
     if fits:
         first = taken[fits[0].name]
@@ -151,9 +167,7 @@ def _refuse(
             f"that it matches was taken by rule {_shown(first)}, which stands before it; put the "
             "narrower rule first"
         )
-    parts = pattern.split("|") if isinstance(pattern, str) else [pattern]
-    own = [part.strip() if isinstance(part, str) else part for part in parts]
-    others = [r for r in found if any(matches(part, n) for part in own for n in r.names)]
+    others = [r for r in found if any(matches(part, n) for part in parts for n in r.names)]
     if others:
         raise ValueError(
             f"param_groups: rule {_shown(pattern)} takes nothing: {others[0].name!r} is "

@@ -39,7 +39,9 @@ def how(groups: Any) -> dict[str, Any]:
 
 def test_the_first_rule_that_matches_wins_and_the_rest_stays_in_full_precision() -> None:
     own = pf.hard_prox(pf.integer(4), granularity=pf.per_channel())
-    found = how(param_groups(net(), {"0": own, "4.1 | 4.2": None, "3|4": 3, re.compile("^1"): 0}))
+    found = how(
+        param_groups(net(), {"0": own, "4.1 | 4.1.weight": None, "3|4": 3, re.compile("^1"): 0})
+    )
     assert found["0.weight"] == {"prox": own}
     assert found["1.weight"] == {"quant_bits": 0}
     assert found["3.weight"] == {"quant_bits": 3, "quant_axis": 1}
@@ -94,6 +96,14 @@ def test_a_name_in_full_takes_whatever_it_names() -> None:
     assert how(param_groups(net(), {"1.bias": 4}))["1.bias"] == {"quant_bits": 4}
 
 
+def test_a_name_in_a_rule_stands_for_itself_whatever_is_in_it() -> None:
+    names = ["a|b", "c[0]", "*", "d"]
+    module = nn.ModuleDict({name: nn.Linear(2, 3) for name in names})
+    found = how(param_groups(module, {"a|b": 2, "c[0]|d": 3, "*": 4}))
+    assert [found[f"{name}.weight"]["quant_bits"] for name in names] == [2, 3, 4, 3]
+    assert not pf.weight_mask(module, exclude="c[0]")["c[0].weight"]
+
+
 def test_a_tied_parameter_goes_by_any_of_its_names_and_appears_once() -> None:
     module = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
     module[1].weight = module[0].weight
@@ -106,6 +116,7 @@ def test_a_tied_parameter_goes_by_any_of_its_names_and_appears_once() -> None:
     [
         ({"nobody": 2}, ValueError, "rule 'nobody' matches no parameter.*are: 0.weight, 1.weight"),
         ({"*": 2, "0": 4}, ValueError, "rule '0' takes nothing: '0.weight' and all else.*rule '"),
+        ({"0|nobody": 2}, ValueError, r"part 'nobody' of rule '0\|nobody' matches no parameter"),
         ({"2": 2}, ValueError, "rule '2' takes nothing: '2.weight' is 'norm', which stays"),
         ({"*": 9}, ValueError, r"rule '\*' has quant_bits=9"),
         ({"*": "2"}, ValueError, r"rule '\*' has quant_bits='2'"),
