@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -152,6 +153,18 @@ def test_rows_that_ranks_cut_are_refused_by_name_of_a_map_that_takes_them_whole(
         link.init({"a": params["a"]})
         with pytest.raises(ValueError, match=r"parameter 'b': it is placed as .* maps whole rows"):
             link.init(params)
+
+    on_threads(work, 2)
+
+
+def test_a_weight_of_other_ranks_is_refused_by_name() -> None:
+    def work() -> None:
+        p = DTensor.from_local(torch.ones(2), DeviceMesh("cpu", [0]), [Replicate()])
+        if dist.get_rank():
+            with pytest.raises(ValueError, match=r"parameter 'p': it lies on the ranks \[0\]"):
+                pf.hard_prox(pf.lsbq(1)).init({"p": p})
+        else:
+            pf.hard_prox(pf.lsbq(1)).init({"p": p})
 
     on_threads(work, 2)
 

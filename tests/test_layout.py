@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
@@ -15,8 +15,8 @@ from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
 import parq_fn as pf
 from parq_fn.transforms.exchange import shared
-from parq_fn.transforms.layout import Layout, Sharding, _layout
-from parq_fn.transforms.lines import Lines
+from parq_fn.transforms.layout import Layout, Sharding, _layout, sharded_along
+from parq_fn.transforms.lines import Lines, Pieces, put_together
 from tests.cuts import cut, dimensions
 
 
@@ -91,6 +91,55 @@ def test_each_element_has_the_qparams_of_its_row(case: Any) -> None:
         if not across:  # its rows are whole, and in the order of what belongs to them
             assert torch.equal(local, rows[own.flatten()])
     assert part.cut == pieces
+
+
+@st.composite
+def pieces(draw: Any) -> tuple[Any, ...]:
+    """(a sharding, the coordinate of a rank, dimensions of a line)."""
+    rank = draw(st.integers(1, 3))
+    mesh = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
+    shape = tuple(draw(st.lists(st.sampled_from([0, 1, 4, 6, 12]), min_size=rank, max_size=rank)))
+    some, factors = st.integers(0, rank - 1), st.integers(1, 3)
+    strided = st.builds(lambda d, n: _StridedShard(d, split_factor=n), some, factors)
+    kinds = st.one_of(st.just(Replicate()), st.builds(Shard, some), strided)
+    lies = Sharding(shape, mesh, tuple(draw(kinds) for _ in mesh))
+    place = [draw(st.integers(0, size - 1)) for size in mesh]
+    return lies, place, tuple(draw(st.permutations(range(rank)))[: draw(st.integers(1, rank))])
+
+
+class Mesh:
+    """What lines ask of a mesh."""
+
+    def __init__(self, shape: Any, place: Any) -> None:
+        self.size, self.get_coordinate = lambda d: shape[d], lambda: place
+
+
+@settings(max_examples=100)
+@given(pieces())
+def test_pieces_of_equal_ranks_make_the_lines_that_they_make_one_by_one(case: Any) -> None:
+    lies, place, dims = case
+    shape, mesh, placements = lies
+    sharing = [i for i, p in enumerate(placements) if sharded_along(p) in dims and mesh[i] > 1]
+    chosen = [d for d in range(len(shape)) if d not in dims]
+    numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    each = {}
+    for at in itertools.product(*(range(mesh[i]) for i in sharing)):
+        rank = list(place)
+        for i, own in zip(sharing, at, strict=True):
+            rank[i] = own
+        each[at] = cut(numbers, mesh, rank, placements).permute(*chosen, *dims).flatten()
+    assume(sharing and len({len(piece) for piece in each.values()}) == 1)
+    own = [p if sharded_along(p) in chosen else Replicate() for p in placements]
+    whole = cut(numbers, mesh, place, own).permute(*chosen, *dims)
+    whole = whole.reshape(whole.shape[: len(chosen)].numel(), *whole.shape[len(chosen) :])
+    of = Mesh(mesh, place)
+    leaf = Lines(whole, whole.shape[1:], dims, 1, (), -1, of, lies, (*sharing,), (*sharing,))
+    last_first = torch.stack([each[at] for at in sorted(each, key=lambda at: (at[-1], at[:-1]))])
+    together = last_first.view(mesh[sharing[-1]], -1)
+    for came in (None, together):
+        into = torch.full_like(whole, -1).contiguous()
+        put_together(into, leaf, Pieces(each, came))
+        assert torch.equal(into, whole)
 
 
 def lines(count: int, *shape: int) -> Lines:

@@ -86,13 +86,18 @@ def part_of(weight: Tensor, granularity: Granularity) -> Part:
 def layout_of(weight: DTensor, granularity: Granularity) -> Layout:
     """How a weight's rows lie on ranks.
 
-    Raises ValueError as the granularity does; for a weight that is a sum over ranks; for a
-    granularity that makes rows in a way of its own, or whose rows are runs of a weight that is
-    sharded along another dimension than the first, of which a shard cannot be told.
+    Raises ValueError as the granularity does; for a weight that is a sum over ranks, or that lies
+    on other ranks; for a granularity that makes rows in a way of its own, or whose rows are runs
+    of a weight that is sharded along another dimension than the first, of which a shard cannot be
+    told.
     """
     mesh = weight.device_mesh
     coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "a rank outside of the mesh has no part"
+    if coordinate is None:
+        raise ValueError(
+            f"it lies on the ranks {mesh.mesh.tolist()}, and this rank is none of them; give each "
+            "rank the parameters that it has parts of"
+        )
     mine = inner_shard(weight)
     found = _layout(sharding_of(weight), tuple(mine.shape), tuple(coordinate), granularity)
     rows = found.part.rows
