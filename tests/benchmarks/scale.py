@@ -16,8 +16,9 @@ Ends with an error where a figure misses its limit:
 - refits by channel and by block of weights that are sharded by rows bring 0 bytes;
 - refits per tensor bring each rank at most 2/N of the weights' bytes, N the number of ranks;
 - qparams take at most their bytes over the product of the dimensions that shard rows, and 1 %;
-- a refit dispatches at most 200 operations for each weight, and a step without one at most 20 where
-  a rank has a million elements of a weight or fewer: more take a GPU longer than to start on them.
+- a step without a fit dispatches at most 20 operations for each weight, a refit at most 200, where
+  a rank has a million elements of a weight or fewer: more take a GPU longer than to start on them,
+  and are fitted in pieces for the sake of memory.
 """
 
 from __future__ import annotations
@@ -266,9 +267,10 @@ class Row(NamedTuple):
             found.append(
                 f"a refit brings {costs.received * self.ranks / costs.weights:.3g}/N of the weights"
             )
-        if costs.elements <= FEW and costs.step_operations > STEP_OPERATIONS:
+        few = costs.elements <= FEW
+        if few and costs.step_operations > STEP_OPERATIONS:
             found.append(f"a step dispatches {costs.step_operations:.1f} operations a weight")
-        if costs.operations > REFIT_OPERATIONS:
+        if few and costs.operations > REFIT_OPERATIONS:
             found.append(f"a refit dispatches {costs.operations:.1f} operations a weight")
         if costs.qparams > 1.01 * costs.shard:
             found.append(f"qparams take {costs.qparams:.3g} bytes, of {costs.shard:.3g}")
