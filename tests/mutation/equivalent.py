@@ -24,6 +24,10 @@ _SLOPED = (
 _PER_ROW = "least_squares_levels: per_row = (n + 1) * (num_levels + 64 if exact else 20) -> "
 _ROWS = "least_squares_levels: rows = max(1, min(_CHUNK // n, _DOUBLES // per_row)) -> "
 
+_CONSTANTS = (
+    "_GOLDEN, _FIRST, _SECOND = (x - (%s) for x in (11400714819323198485, 13787848793156543929, "
+    "10723151780598845931))"
+)
 _DEVIATION = (
     "add_noise.update: scale = torch.where(variance > 0, torch.where(variance > 0, variance, 1.0)"
     ".sqrt(), 0.0) -> scale = torch.where(variance > 0, torch.where(variance > 0, variance, "
@@ -416,6 +420,10 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
         ],
     },
     "parq_fn/transforms/noise.py": {
+        "torch takes these numbers modulo 2 ** 64, though they be no int64": [
+            f": {_CONSTANTS % '1 << 64'} -> {_CONSTANTS % other}"
+            for other in ("1 >> 64", "0 << 64")
+        ],
         "a number where the result is not used: a variance of 0": [
             _DEVIATION + "2.0).sqrt(), 0.0)",
             _DEVIATION + "0.0).sqrt(), 0.0)",
