@@ -25,7 +25,7 @@ _GATES = re.compile("(router|gate|gating|wg|.*_gate)$")
 
 WEIGHT, EXPERTS, EMBEDDING = "weight", "experts", "embedding"
 NORM, BIAS, VECTOR, ROUTER, ADAPTER = "norm", "bias", "vector", "router", "adapter"
-MADE, TABLE, OTHER, WHOLE = "made into a weight", "table", "other", "whole numbers"
+MADE, TABLE, OTHER, NOT_FLOATING = "made into a weight", "table", "other", "not floating"
 
 #: What rules with patterns choose among.
 QUANTIZABLE = (WEIGHT, EXPERTS, EMBEDDING)
@@ -43,7 +43,7 @@ KINDS = {
     MADE: "what a parametrization, such as weight_norm, makes a layer's weight of",
     TABLE: "a table of another kind, such as position embeddings and class tokens",
     OTHER: "a matrix whose name does not say that it is a layer's weight",
-    WHOLE: "of whole numbers or bools",
+    NOT_FLOATING: "of whole numbers, bools or complex numbers",
 }
 
 
@@ -98,7 +98,7 @@ def _steps(module: nn.Module, name: str) -> Iterator[Step]:
 def _kind(steps: Sequence[Step], p: Tensor, looked_up: bool) -> str:
     parent, local = steps[-1]
     if not p.is_floating_point():
-        return WHOLE
+        return NOT_FLOATING
     if any(_is_adapter(*step) for step in steps):
         return ADAPTER
     if isinstance(parent, ParametrizationList) or local.rpartition("_")[0] in {

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from parq_fn.foundation.checks import NOT_NEGATIVE, check_numbers
 from parq_fn.foundation.tree import matches
 from parq_fn.foundation.value import briefly
 from parq_fn.modules import check_module
@@ -58,9 +59,9 @@ def param_groups(
     transformers' Conv1D and experts; levels are then by output, or by block of each. Tied
     parameters appear once. The result prints as the table of `coverage`.
 
-    Raises TypeError for what is no module, pattern, bits or prox link; ValueError for bits that
-    there are none of, for a part of a pattern that matches nothing, and for a rule that takes
-    nothing, or only what an earlier one took.
+    Raises TypeError for what is no module, pattern, bits or prox link; ValueError for a weight
+    decay below 0, for bits that there are none of, for a part of a pattern that matches nothing,
+    and for a rule that takes nothing, or only what an earlier one took.
 
     >>> from parq_fn import lsbq, per_channel, parq_prox
     >>> net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
@@ -76,6 +77,8 @@ def param_groups(
     all            7              110  76.4 % quantized      ?
     """
     check_module("param_groups", module, "groups of parameters")
+    if weight_decay is not None:
+        check_numbers("param_groups", NOT_NEGATIVE, weight_decay=weight_decay)
     rules = {"*": 2} if rules is None else rules
     _check_rules(rules)
     found = roles(module)

@@ -131,5 +131,7 @@ def test_rules_that_say_nothing_are_refused(rules: Any, error: type[Exception], 
 
 
 def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(ValueError, match="param_groups: weight_decay must lie in"):
+        param_groups(net(), weight_decay=-0.1)
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         param_groups([torch.ones(2)])  # type: ignore[arg-type] # what is refused
