@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from parq_fn.export.codes import num_bytes
+from parq_fn.foundation.columns import columns
 from parq_fn.foundation.value import briefly, show
 from parq_fn.modules import check_module
 from parq_fn.roles import Role, roles
@@ -62,16 +63,7 @@ class Coverage:
         return None if any(size is None for size in sizes) else sum(s for s in sizes if s)
 
     def __str__(self) -> str:
-        rows = self._cells()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADS))]
-        left = (0, 2, 4)
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) if i in left else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        )
+        return columns(self._cells(), (0, 2, 4))
 
     __repr__ = __str__
 

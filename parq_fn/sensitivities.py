@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from parq_fn.export.codes import num_bytes
 from parq_fn.foundation.checks import check_kind
+from parq_fn.foundation.columns import columns
 from parq_fn.foundation.value import briefly
 from parq_fn.modules import check_module
 from parq_fn.quantizers.bits import with_bits
@@ -44,14 +45,7 @@ class Sensitivity(dict[str, list[Cost]]):
         rows = [("parameter", "weights", *map(name_of_bits, bits))]
         for name, costs in self.items():
             rows.append((name, f"{self.numel[name]:,}", *map(_shown, costs)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(w) if i else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        )
+        return columns(rows, {0})
 
     __repr__ = __str__
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from parq_fn.export.given import check_packed
 from parq_fn.export.packing import Packed
+from parq_fn.foundation.columns import columns
 
 
 def table(packed: Mapping[str, Packed | Tensor]) -> str:
@@ -37,12 +38,4 @@ def table(packed: Mapping[str, Packed | Tensor]) -> str:
         )
         total, full = total + size, full + 4 * count
     rows.append(("all", "", "", "", "", f"{total:,}", f"{100 * total / max(1, full):.1f}%"))
-    widths = [max(len(row[i]) for row in rows) for i in range(7)]
-    left = (0, 1, 2, 4)
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return columns(rows, (0, 1, 2, 4))

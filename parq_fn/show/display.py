@@ -17,6 +17,7 @@ import optree
 import torch
 from torch import Tensor
 
+from parq_fn.foundation.columns import columns
 from parq_fn.foundation.scalar import is_number
 from parq_fn.foundation.value import show, shown_by
 from parq_fn.quantizers import Quantizer
@@ -199,11 +200,7 @@ class StateTable:
 
     def __repr__(self) -> str:
         rows = [("state", "shape", "dtype", "value"), *self.rows]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
+        return columns(rows, range(4))
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{name}</th>" for name in ("state", "shape", "dtype", "value"))
