@@ -106,7 +106,7 @@ def levels_of(net: nn.Module, optimizer: QuantOptimizer) -> dict[str, float]:
     for name, p in net.named_parameters():
         qparams = optimizer.state.get(p, {}).get("qparams")
         if qparams is not None and bool(qparams.any()):
-            levels = optimizer.levels(p)
+            levels = whole(optimizer.levels(p))
             means = levels.float().reshape(-1, levels.shape[-1]).mean(0).tolist()
             found |= {f"levels/{name}/{i}": mean for i, mean in enumerate(means)}
     return found
