@@ -19,6 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer
+from parq_fn.transforms.collective import RanksError
 from parq_fn.transforms.layout import layout_of
 from tests.cuts import cut, dimensions
 from tests.threads import on_threads
@@ -216,5 +217,46 @@ def test_rows_without_weights_get_the_zeros_that_they_have_in_one_process() -> N
                 params = {"p": placed_on(on, torch.empty(shape), [Shard(d)])}
                 state = link.refit(link.advance(link.init(params), torch.tensor(0.1)), params)
                 assert not pf.read(state, "qparams")["p"].to_local().any(), (quantizer, shape)
+
+    on_threads(work, 2)
+
+
+def learns_together() -> tuple[Any, Any, Any, Any]:
+    """(transformation, gradients, state, params) of a rank whose tensors' rows are cut."""
+    on, whole = init_device_mesh("cpu", (2,)), {"a": numbers((2, 2), 0), "b": numbers((4, 3), 1)}
+    link = pf.hard_prox(pf.uniform(2), period=1, learn=pf.sgd(0.1))
+    transform = pf.chain(pf.sgd(0.1), link)
+    params = {name: placed_on(on, x, [Shard(0)]) for name, x in whole.items()}
+    _, state = transform.update(params, transform.init(params), params)
+    return transform, params, state, params
+
+
+def test_learned_levels_take_gradients_that_are_placed_otherwise_than_their_leaf() -> None:
+    def work() -> None:
+        transform, grads, state, params = learns_together()
+        wanted = transform.pullback(grads, state, params)
+        others = {name: grad.redistribute(placements=[Replicate()]) for name, grad in grads.items()}
+        found = transform.pullback(others, state, params)
+        for name in params:
+            assert torch.equal(found[1][1][name].to_local(), wanted[1][1][name].to_local())
+            assert wanted[1][1][name].to_local().any()
+
+    on_threads(work, 2)
+
+
+def test_where_ranks_cannot_learn_together_the_error_names_the_leaf(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*tensors: Any, **own: Any) -> None:
+        raise RuntimeError("connection closed")
+
+    def work() -> None:
+        transform, grads, state, params = learns_together()
+        dist.barrier()
+        monkeypatch.setattr(dist, "all_reduce", fails)
+        for name in params:
+            alone = {k: grad if k == name else None for k, grad in grads.items()}
+            with pytest.raises(RanksError, match=f"the levels of '{name}' together"):
+                transform.pullback(alone, state, params)
 
     on_threads(work, 2)

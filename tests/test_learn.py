@@ -214,6 +214,9 @@ def test_levels_that_an_earlier_version_kept_do_not_learn() -> None:
     old = state._replace(qparams={"w": levels})
     with pytest.raises(ValueError, match="hard_prox: the state holds levels of an earlier version"):
         link.pullback(params, old, params)
+    other = state._replace(qparams={"w": levels[..., :2]})
+    with pytest.raises(ValueError, match=r"1 qparam.* a row, and the state 2; a state belongs to"):
+        link.pullback(params, other, params)
 
 
 class shifted(pf.Quantizer):

@@ -33,6 +33,7 @@ LINKS = {
     ),
     "learned": replace(LINK, learn=pf.sgd(0.01)),
     "pulled": replace(LINK, pull=0.5, learning_rate=0.3),
+    "scheduled": replace(LINK, hold=pf.oscillation(lambda t: 0.2 + 0.4 * (t % 3 == 0), 0.3)),
 }
 
 

@@ -73,7 +73,6 @@ def learned_together(
 def learning_begun(mine: Entries, saved: Entries, prefixes: Iterable[str]) -> Entries:
     """Saved entries, of other prox links perhaps: where other keys begin with a prefix than mine,
     with mine, of a learning or holding that begins, and without those of one that has ended."""
-    saved = dict(saved)
     for prefix in prefixes:
         own, other = (
             {key for key in entries if f"{key}.".startswith(prefix)} for entries in (mine, saved)

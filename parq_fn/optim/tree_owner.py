@@ -195,8 +195,8 @@ class TreeOwner:
         del p
         where = f"loaded state dict, parameter {label!r}"
         if DIGEST not in saved:
-            saved = learning_begun(mine, saved, self._learned)
-            saved |= {key: mine[key] for key in (DIGEST,) if key in mine}
+            own = {key: mine[key] for key in (DIGEST,) if key in mine}
+            saved = {**learning_begun(mine, saved, self._learned), **own}
         check_keys(mine.keys() - {"latent"}, saved, where, FOREIGN)
         return saved
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import optree
 import torch
 from torch import Tensor
 
 from parq_fn.foundation.scalar import concrete, to_device
-from parq_fn.foundation.tree import PyTree, names_of, tree_leaves, tree_map
+from parq_fn.foundation.tree import PyTree, columns_of, names_of, tree_map
 from parq_fn.transforms.layout import part_of
 from parq_fn.transforms.learn import gradient_of
 from parq_fn.transforms.prox_state import ProxState, part_for, rows_of, shrunk
@@ -59,21 +60,23 @@ def pulled_back(
 
 def _own(link: Prox, grads: PyTree, state: ProxState, params: PyTree, like: PyTree) -> PyTree:
     """The gradients [..., m] of the qparams."""
-    active, leaves = link.active(state), tree_leaves(params)
-    names = names_of(params) if any(map(is_dtensor, leaves)) else []
+    active = link.active(state)
 
-    def own(grad: Tensor, param: Tensor, like: Tensor, qparams: Tensor, *held: Tensor) -> Tensor:
+    def own(
+        name: str, param: Tensor, grad: Tensor, like: Tensor, qparams: Tensor, *held: Tensor
+    ) -> Tensor:
         if concrete(active) is False:
             return torch.zeros_like(qparams)
         part = part_for(link, param, params)
         of_leaf = qparams, like.dtype, (local(held[0]), local(held[1])) if held else None
-        name = next((n for n, leaf in zip(names, leaves, strict=False) if leaf is param), "")
         found = gradient_of(link, own_part(grad, param), param, part, state, of_leaf, name=name)
         return found if concrete(active) else torch.where(to_device(active, found), found, 0.0)
 
     holds: Any = getattr(state, "oscillation", ())
     held = (holds.held, holds.code) if holds else ()
-    return tree_map(own, grads, params, like, state.qparams, *held)
+    spec, *columns = columns_of(params, grads, like, state.qparams, *held)
+    leaves = zip(names_of(params), *columns, strict=True)
+    return optree.tree_unflatten(spec, [None if leaf[2] is None else own(*leaf) for leaf in leaves])
 
 
 def own_part(grad: Tensor, param: Tensor) -> Tensor:

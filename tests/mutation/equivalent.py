@@ -309,6 +309,16 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             "to_device(share, mine))",
         ],
     },
+    "parq_fn/optim/learned.py": {
+        "what parameters share stands with each of them": [
+            "put_together.entry: return entries[names[0] if name is None else name][PREFIX + key]"
+            " -> return entries[names[-1] if name is None else name][PREFIX + key]",
+        ],
+        "another default device makes reading the flag slower": [
+            "learned_together: new = learned(link, of_all, pulled, torch.tensor(True, "
+            "device='cpu')) -> new = learned(link, of_all, pulled, torch.tensor(True))",
+        ],
+    },
     "parq_fn/transforms/muon.py": {
         "torch.lerp rounds a weight of one number to the dtype of the others": [
             "_mixed: weight = to_device(share, one).to(one.dtype) -> "

@@ -124,7 +124,10 @@ _select("parq_fn/transforms/qparams_gradient.py", _LEARNING[:1], _LEARNING[1:])
 _select(
     "parq_fn/transforms/prox_pullback.py",
     ("tests/test_pullback.py", "tests/test_learn.py"),
-    ("tests/test_estimators.py", "tests/test_oscillation.py", "tests/optim/test_pullback.py"),
+    (
+        *("tests/test_estimators.py", "tests/test_oscillation.py", "tests/optim/test_pullback.py"),
+        *("tests/test_exchange.py", "tests/optim/test_learned.py"),
+    ),
 )
 _select("parq_fn/transforms/oscillation.py", ("tests/test_oscillation.py",), _LEARNING[1:])
 _select(
@@ -166,7 +169,11 @@ _select(
     ("tests/test_optimizers.py", "tests/test_transformation.py"),
     _TRANSFORMS[1],
 )
-_select("parq_fn/optim/learned.py", _LEARNING[1:], ("tests/optim/test_parts.py",))
+_select(
+    "parq_fn/optim/learned.py",
+    _LEARNING[1:],
+    ("tests/test_oscillation.py", "tests/optim/test_parts.py"),
+)
 _STORE = tuple(
     f"tests/optim/test_{name}.py"
     for name in ("edits", "loading", "changed_parameters", "edited_state", "lent_weights")
@@ -176,6 +183,6 @@ for _name, _own in (("places", 2), ("latents", 0), ("saved", 1)):
 _select("parq_fn/optim/engine/gradients.py", _LEARNING[:1], _LEARNING[1:])
 _select(
     "parq_fn/optim/as_link.py",
-    ("tests/optim/test_as_link.py", "tests/test_wrong_use.py"),
+    ("tests/optim/test_as_link.py", "tests/test_wrong_use.py", "tests/test_optimizers.py"),
     ("tests/laws/test_transformations.py",),
 )
