@@ -144,16 +144,32 @@ def test_a_wrong_weight_is_noticed(monkeypatch) -> None:
         prox_pass.check(link, state, jobs, {})
 
 
-def test_small_models_on_many_ranks_keep_the_limits_of_communication_and_memory(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    block = [((16, 32), 0), ((8, 32), 0), ((64, 32), 0), ((32, 16), 1), ((32, 64), 1)]
-    tiny = 4 * [*(scale.Matrix(*one) for one in block), scale.Matrix((8, 16, 64), None)]
+def small_model(monkeypatch: pytest.MonkeyPatch, blocks: int, rows: int = 32) -> None:
+    """Takes the place of the models."""
+    block = [((16, 32), 0), ((8, 32), 0), ((64, 32), 0), ((rows, 16), 1), ((32, 64), 1)]
+    tiny = blocks * [*(scale.Matrix(*one) for one in block), scale.Matrix((8, 16, 64), None)]
     monkeypatch.setattr(scale, "MODELS", {"tiny": lambda: tiny})
     for how, rows in {"tensor": pf.per_tensor(), "block": pf.per_block(4)}.items():
         monkeypatch.setitem(scale.GRANULARITIES, how, lambda _, rows=rows: rows)
+
+
+def test_small_models_on_many_ranks_keep_the_limits_of_communication_and_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small_model(monkeypatch, 4)
     found = list(scale.rows(["tiny"], [8], 2))
     assert not [row for row in found if row.missed]
     sent = {(row.layout, row.granularity) for row in found if row.costs.received}
     assert sent >= {("FSDP2", "tensor"), ("columns", "channel")}
     assert all(row.costs.qparams for row in found)
+
+
+def test_what_all_ranks_receive_of_rows_is_what_their_owners_lack(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Counted on every rank, of which some have nothing of a weight."""
+    small_model(monkeypatch, 1, rows=6)
+    monkeypatch.setattr(scale, "TENSOR", 2)
+    monkeypatch.setattr(scale, "GRANULARITIES", {"tensor": scale.GRANULARITIES["tensor"]})
+    found = list(scale.rows(["tiny"], [8], 8))  # raises where the two differ
+    assert {row.layout for row in found if row.costs.pieces} == set(scale.LAYOUTS)

@@ -8,7 +8,9 @@ process group that sends nothing. One rank of them after another makes the refit
 pass of a step of QuantOptimizer, with `parq_prox(uniform(2), ...)` as it anneals: counted are
 collectives, the bytes that they bring, the operations that are dispatched, and the most bytes of
 tensors that were made on the way and not yet freed. A row is the mean over the ranks that were
-asked (`--sample`), which lie evenly among all.
+asked (`--sample`), which lie evenly among all. Ranks do not receive alike many pieces of rows, so
+where all of them share the work (per tensor), the mean of these bytes is over every rank: that of
+what the owners of rows lack of them, dimension of the mesh by dimension.
 
 Ends with an error where a figure misses its limit:
 
@@ -23,11 +25,13 @@ Ends with an error where a figure misses its limit:
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +49,9 @@ from examples.options import at_least
 from parq_fn.foundation.command import Parser, command, output_file
 from parq_fn.optim.engine.passes import Job, Pass
 from parq_fn.optim.engine.passes import refit as refitted
-from parq_fn.transforms.layout import part_of
+from parq_fn.transforms.exchange import shared
+from parq_fn.transforms.layout import Sharding, part_of
+from parq_fn.transforms.lines import Lines, at, lines_of, weights_of_a_line
 from parq_fn.transforms.prox_state import rows_of
 from parq_fn.transforms.sharded import local
 from tests.benchmarks.measure import table
@@ -90,14 +96,17 @@ GRANULARITIES: dict[str, Any] = {
 
 
 def placements(layout: str, matrix: Matrix, mesh: Sequence[int]) -> list[Any]:
-    """Of a weight on a mesh."""
+    """Of a weight on a mesh. Experts that are fewer than ranks are sharded along their rows."""
+    few = matrix.cut is None and math.prod(mesh) > matrix.shape[0]
     if layout == "FSDP2":
-        return [Shard(0)]
+        return [Shard(int(few))]
     if layout == "HSDP":
-        return [Replicate(), Shard(0)]
+        return [Replicate(), Shard(int(few and mesh[1] > matrix.shape[0]))]
     if layout == "columns":  # as FSDP2 shards along another dimension
         return [Shard(1)]
     inner = Shard(matrix.cut or 0)
+    if few:
+        return [Shard(1), inner]
     if inner.dim == 0:
         return [_StridedShard(0, split_factor=mesh[1]), inner]
     return [Shard(0), inner]
@@ -117,12 +126,15 @@ class Counted(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations = self.collectives = self.received = self.now = self.most = 0
+        self.pieces = 0  # bytes of what is received, which go from each rank to each
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
             self.collectives += func.__name__ != "wait_tensor.default"
-            self.received += self._brought(func, args)
+            brought = self._brought(func, args)
+            self.received += brought
+            self.pieces += brought * func.__name__.startswith("alltoall_base_")
         else:
             self.operations += 1
         result = func(*args, **(kwargs or {}))
@@ -166,6 +178,8 @@ class Costs(NamedTuple):
     step_operations: float
     collectives: float  # of a refit, as what follows
     received: float
+    pieces: float  # of what was received, those of rows
+    all_pieces: float  # the same of all ranks together; nan where groups of them share the work
     operations: float
     peak: float
     qparams: float  # held
@@ -217,11 +231,45 @@ def _of_cut(granularity: Any, params: dict[str, Tensor]) -> Costs:
         step.operations / count,
         refit.collectives,
         refit.received,
+        refit.pieces,
+        pieces_of_all(params, granularity),
         refit.operations / count,
         refit.most,
         sum(q.to_local().nbytes for q in found),
         shard,
     )
+
+
+def pieces_of_all(params: dict[str, Tensor], granularity: Any) -> float:
+    """Bytes of pieces of rows that all ranks receive together in a refit: of each row what its
+    owner's place along a dimension of the mesh does not have of it, for each dimension that cuts
+    it. nan where not all ranks share the rows."""
+    kinds: dict[Any, list[Lines]] = {}
+    for name, p in params.items():
+        lines = lines_of(p, local(p), granularity, name)
+        if lines.across:
+            kinds.setdefault(lines.kind, []).append(lines)
+    total = 0
+    for leaves in kinds.values():
+        mesh, across, sharing = leaves[0].mesh, leaves[0].across, leaves[0].sharing
+        sizes = [mesh.size(d) for d in sharing]
+        if math.prod(sizes) < mesh.size():
+            return math.nan
+        for share in itertools.chain.from_iterable(shared(leaves, sizes)):
+            leaf = leaves[share.leaf]
+            for d in across:
+                there = _held(leaf.lies, leaf.dims, across, d, share.owner[sharing.index(d)])
+                lacking = math.prod(leaf.shape) - there
+                total += share.size * lacking * leaf.mine.element_size()
+    return total
+
+
+@lru_cache(None)
+def _held(lies: Any, dims: tuple[int, ...], across: tuple[int, ...], d: int, place: int) -> int:
+    """Weights of a line that the ranks at a place along a dimension of the mesh have together."""
+    ways = [[place] if i == d else range(lies.mesh[i]) for i in across]
+    ranks = (at([0] * len(lies.mesh), across, places) for places in itertools.product(*ways))
+    return sum(weights_of_a_line(lies, dims, tuple(rank)) for rank in ranks)
 
 
 def _added(parts: Sequence[Costs], counts: Sequence[int]) -> Costs:
@@ -236,10 +284,8 @@ def _added(parts: Sequence[Costs], counts: Sequence[int]) -> Costs:
 
 def on_mesh(shape: tuple[int, ...], mesh: DeviceMesh, where: Sequence[Any]) -> Tensor:
     """A weight without values."""
-    size = list(shape)
-    for count, p in zip(mesh.shape, where, strict=True):
-        if not isinstance(p, Replicate):
-            size[p.dim] = math.ceil(size[p.dim] / count)
+    lies, rank = Sharding(shape, tuple(mesh.shape), tuple(where)), mesh.get_coordinate()
+    size = [sum(b - a for a, b in lies.runs(d, rank)) for d in range(len(shape))]
     mine = torch.empty(size, device="meta")
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(mine, mesh, where, shape=torch.Size(shape), stride=stride)
@@ -306,6 +352,17 @@ def asked(ranks: int, sample: int) -> list[int]:
     return sorted({i * ranks // sample for i in range(min(sample, ranks))})
 
 
+def mean(of_ranks: Sequence[Costs], ranks: int) -> Costs:
+    """Over those that were asked, and over all ranks where it is known what all receive."""
+    found = Costs(*(sum(c) / len(of_ranks) for c in zip(*of_ranks, strict=True)))
+    if math.isnan(found.all_pieces):
+        return found
+    every = found.all_pieces / ranks
+    if len(of_ranks) == ranks and every != found.pieces:
+        raise AssertionError(f"ranks received {found.pieces} bytes of pieces, {every} by the plan")
+    return found._replace(pieces=every, received=found.received - found.pieces + every)
+
+
 def rows(models: Sequence[str], ranks: Sequence[int], sample: int) -> Iterator[Row]:
     for model in models:
         matrices = MODELS[model]()
@@ -315,8 +372,7 @@ def rows(models: Sequence[str], ranks: Sequence[int], sample: int) -> Iterator[R
                     of_ranks = [
                         on_rank(rank, count, layout, matrices, how) for rank in asked(count, sample)
                     ]
-                    mean = Costs(*(sum(c) / len(of_ranks) for c in zip(*of_ranks, strict=True)))
-                    yield Row(model, layout, count, how, mean)
+                    yield Row(model, layout, count, how, mean(of_ranks, count))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -326,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     several: Any = {"nargs": "+", "type": at_least(2, int)}
     parser.add_argument("--ranks", **several, default=[8, 64, 1024], help="how many")
-    parser.add_argument("--sample", type=at_least(1, int), default=8, help="ranks that are asked")
+    parser.add_argument("--sample", type=at_least(1, int), default=3, help="ranks that are asked")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args(argv)
     if args.json is not None:
