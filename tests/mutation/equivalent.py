@@ -36,7 +36,7 @@ _BUILT = "OptimizerLink.__post_init__: self._built([torch.zeros(1, 1)], [{}], ne
 _COUNTED = "_segments: if torch.compiler.is_compiling() or (plain and m < LINEAR_SEARCH_MAX): -> "
 _STEP = "RowGradients.__call__: step = max(1, (_COMPILED_PIECE if cut else _PIECE) // n) -> "
 _COLUMNS = (
-    "_in_pieces: for a, b in _columns(u.shape[1], max(1, _PIECE // len(u))): -> "
+    "_in_pieces: for a, b in _columns(u.shape[1], _PIECE // len(u)): -> "
     "for a, b in _columns(u.shape[1], "
 )
 _KEY = (
@@ -392,9 +392,7 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             _STEP + "step = max(2, (_COMPILED_PIECE if cut else _PIECE) // n)",
             _STEP + "step = max(1, (_COMPILED_PIECE if cut else _PIECE) * n)",
             _STEP + "step = max(1, (_COMPILED_PIECE if not cut else _PIECE) // n)",
-            _COLUMNS + "min(1, _PIECE // len(u))):",
-            _COLUMNS + "max(2, _PIECE // len(u))):",
-            _COLUMNS + "max(1, _PIECE * len(u))):",
+            _COLUMNS + "_PIECE * len(u)):",
         ],
         "the same programs by other keys": [
             _KEY + "key = (kind, id(proxmap), even, of.codes is not None, of.scale is None)",

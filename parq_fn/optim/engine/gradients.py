@@ -38,7 +38,7 @@ class RowGradients:
     compile: with torch.compile, but where a dispatch mode is active.
     """
 
-    def __init__(self, *, compile: bool = False):
+    def __init__(self, *, compile: bool):
         self.compile = compile
         self._programs: dict[Any, Callable[..., Any]] = {}
 
@@ -119,7 +119,7 @@ def _of_parts(table: Any, parts: int) -> Any:
 
 def _in_pieces(kind: Kind, proxmap: Any, u: Tensor, grads: Tensor, of: Tables, s: Tensor) -> Tensor:
     total: Tensor | None = None
-    for a, b in _columns(u.shape[1], max(1, _PIECE // len(u))):
+    for a, b in _columns(u.shape[1], _PIECE // len(u)):  # rows are fewer, see __call__
         part = sums(kind, proxmap, u[:, a:b], grads[:, a:b], of, s)
         total = part if total is None else total + part
     assert total is not None
