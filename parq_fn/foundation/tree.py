@@ -274,7 +274,10 @@ class ByName:
     values: Mapping[str, Any]
 
     def of(self, names: list[str]) -> list[Any]:
-        """What it says of the leaves of these names."""
+        """What it says of the leaves of these names; ValueError for one that it does not know."""
+        for name in names:
+            if name not in self.values:
+                _unmatched("the name", name, list(self.values))
         return [self.values[name] for name in names]
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from parq_fn.optim.as_link import as_link
 from parq_fn.optim.on_levels import share_on_levels
 from parq_fn.optim.param_groups import param_groups
+from parq_fn.optim.prox_partition import prox_partition
 from parq_fn.optim.quantized import QuantOptimizer
 from parq_fn.optim.transformed import TransformOptimizer
 
@@ -26,6 +27,7 @@ __all__ = [
     "as_link",
     "load_checkpoint",
     "param_groups",
+    "prox_partition",
     "save_checkpoint",
     "share_on_levels",
 ]

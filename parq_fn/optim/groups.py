@@ -33,12 +33,15 @@ def is_ours(key: str) -> bool:
     return _OURS.match(key) is not None
 
 
-def check_group(group: Group, index: int, prox: Prox | None, base: Group) -> None:
+def check_group(
+    group: Group, index: int, prox: Prox | None, base: Group, who: str = "QuantOptimizer"
+) -> None:
     """Raises TypeError or ValueError for a group that is new and holds what means nothing.
 
     prox: the optimizer's link; base: the defaults of the base optimizer, whose own keys may be any.
+    who: for messages.
     """
-    where = f"QuantOptimizer: group {index}"
+    where = f"{who}: group {index}"
     if "quant_prox" in group and "prox" not in group:
         raise ValueError(
             f"{where} has quant_prox, which shows what an optimizer took out of the group; give "
@@ -72,8 +75,8 @@ def check_group(group: Group, index: int, prox: Prox | None, base: Group) -> Non
         return
     if bits is not None and bits < 16 and own is None and prox is None:
         raise ValueError(
-            f"{where} has quant_bits={bits} and no prox link; give the optimizer one, or the group "
-            'its own under "prox"'
+            f"{where} has quant_bits={bits} and no prox link; give {who} one, or the group its "
+            'own under "prox"'
         )
     if (bits is None or bits < 16) and "lr" not in group:
         raise ValueError(f"{where} has no lr, which the prox link needs")
@@ -113,42 +116,42 @@ def _is_whole(got: Any) -> bool:
     return isinstance(got, int) and not isinstance(got, bool)
 
 
-def link_of(prox: Prox, group: Group) -> Prox:
+def link_of(prox: Prox, group: Group, who: str = "QuantOptimizer") -> Prox:
     """The prox link with what a group gives of bits, 0 for ternary, block size and axis."""
     bits, block, axis = map(group.get, KEYS)
-    quantizer = prox.quantizer if bits is None else _with_bits(prox.quantizer, bits)
+    quantizer = prox.quantizer if bits is None else _with_bits(who, prox.quantizer, bits)
     granularity: Granularity = prox.granularity
     if block is not None and isinstance(granularity, per_block):
         granularity = dataclasses.replace(granularity, size=block)
     elif block is not None:
         granularity = per_block(block)
     if axis is not None and isinstance(granularity, per_block):
-        granularity = dataclasses.replace(granularity, along=_others(axis, group["params"]))
+        granularity = dataclasses.replace(granularity, along=_others(who, axis, group["params"]))
     elif axis is not None:
         granularity = per_channel(axis)
     return dataclasses.replace(prox, quantizer=quantizer, granularity=granularity)
 
 
-def _with_bits(quantizer: Any, bits: int) -> Any:
+def _with_bits(who: str, quantizer: Any, bits: int) -> Any:
     found = with_bits(quantizer, bits)
     if found is None:
         inner = quantizer
         while isinstance(getattr(inner, "quantizer", None), Quantizer):
             inner = inner.quantizer
         raise ValueError(
-            f"QuantOptimizer: {inner!r} has no field bits to be set to quant_bits={bits}, and "
+            f"{who}: {inner!r} has no field bits to be set to quant_bits={bits}, and "
             f"{inner.num_levels} levels; write quant_bits={bits_of(inner)}, or give the group a "
             '"prox" of its own'
         )
     return found
 
 
-def _others(axis: int | tuple[int, ...], params: list[Tensor]) -> int | tuple[int, ...]:
+def _others(who: str, axis: int | tuple[int, ...], params: list[Tensor]) -> int | tuple[int, ...]:
     """The dimensions that are not of the axis, which blocks are cut from."""
     ranks = {p.dim() for p in params} or {2}
     if len(ranks) > 1:
         raise ValueError(
-            f"QuantOptimizer: a group with quant_axis={axis} and blocks has parameters of "
+            f"{who}: a group with quant_axis={axis} and blocks has parameters of "
             f"{sorted(ranks)} dimensions, expected as many in each; give them groups of their own"
         )
     (rank,) = ranks
@@ -156,6 +159,6 @@ def _others(axis: int | tuple[int, ...], params: list[Tensor]) -> int | tuple[in
     along = tuple(d for d in range(rank) if d not in dims)
     if not along:
         raise ValueError(
-            f"QuantOptimizer: quant_axis={axis} leaves no dimension of {rank} to cut blocks from"
+            f"{who}: quant_axis={axis} leaves no dimension of {rank} to cut blocks from"
         )
     return along[0] if len(along) == 1 else along

@@ -23,6 +23,7 @@ from torchtitan.components.optimizer import LRSchedulersContainer, ParamGroupCon
 from parq_fn.optim import QuantOptimizer
 from tests.integrations.training import (
     BATCHES,
+    FIRST,
     PROX,
     as_torchrun_tells,
     check_on_levels,
@@ -35,6 +36,12 @@ from tests.integrations.training import (
 )
 from tests.processes import on_processes
 
+KINDS: dict[str, dict[str, Any]] = {
+    r"0\.weight$": {"prox": FIRST},
+    "weight$": {"quant_bits": 2},
+    ".*": {"weight_decay": 0.0},
+}
+
 
 def container(kind: Any, parts: list[nn.Module]) -> Any:
     """kind: the class of the page on engines."""
@@ -42,7 +49,7 @@ def container(kind: Any, parts: list[nn.Module]) -> Any:
         ParamGroupConfig(
             pattern=pattern, optimizer_name="AdamW", optimizer_kwargs={"lr": 0.05, **more}
         )
-        for pattern, more in (("weight$", {"quant_bits": 2}), (".*", {}))
+        for pattern, more in KINDS.items()
     ]
     config = kind.Config(prox=PROX, param_groups=groups, implementation="for-loop")
     return config.build(model_parts=parts)

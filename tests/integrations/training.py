@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 import parq_fn as pf
-from parq_fn.optim import QuantOptimizer, TransformOptimizer
+from parq_fn.optim import QuantOptimizer, TransformOptimizer, param_groups
 from tests.helpers import python_blocks, run_blocks
 
 BATCHES = 12
 PROX = pf.parq_prox(pf.lsbq(2), anneal_start=2, anneal_end=10, period=2, warmup=1)
+#: Of the first layer, where links are mixed.
+FIRST = replace(PROX, quantizer=pf.integer(4), granularity=pf.per_channel())
 
 
 def network() -> nn.Sequential:
@@ -39,11 +42,8 @@ def loss_of(net: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def quantized(net: nn.Module) -> QuantOptimizer:
-    named = list(net.named_parameters())
-    groups = [
-        {"params": [(n, p) for n, p in named if n.endswith("weight")], "quant_bits": 2},
-        {"params": [(n, p) for n, p in named if not n.endswith("weight")]},
-    ]
+    """Each weight by a link of its own."""
+    groups = param_groups(net, {"*0.weight": FIRST, "*": 2})
     return QuantOptimizer(torch.optim.AdamW(groups, lr=0.05), PROX)
 
 
@@ -101,8 +101,9 @@ def as_torchrun_tells() -> None:
 def check_on_levels(net: nn.Module, optimizer: Any) -> None:
     for name, p in net.named_parameters():
         if name.endswith("weight"):
-            levels = optimizer.levels(p).reshape(-1, optimizer.levels(p).shape[-1])
-            assert bool((p.detach()[..., None] == levels[0]).any(-1).all()), name
+            levels = optimizer.levels(p).unsqueeze(0).flatten(0, -2)
+            rows = optimizer.prox_of(p).granularity.rows(p.detach())
+            assert bool((rows.unsqueeze(-1) == levels.unsqueeze(-2)).any(-1).all()), name
 
 
 def check_same(one: nn.Module, other: nn.Module) -> None:
