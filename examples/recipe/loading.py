@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from examples.recipe.datasets import DataSet, Unreadable
+from examples.recipe.stopping import STOPPING
 from examples.recipe.transforms import Transform, drawing, mixed
 from parq_fn.foundation.command import UserError
 
@@ -123,9 +124,6 @@ def evaluation_keys(count: int, batch_size: int, rank: int, size: int) -> list[l
 
 #: Seconds in which a worker gives a batch. One that is stuck would be waited for without end.
 PATIENCE = 900.0
-
-#: What stops a run, sent to all its processes.
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 # Workers are forked from a server, which has one thread. One forked from the main process waits
 # without end for a lock that another thread had: Python 3.11's own, in one fork of a thousand, as

@@ -1,6 +1,7 @@
-"""What a run tells: a line of JSON an epoch, TensorBoard's scalars and figures, progress bars.
+"""What a run tells: a line of JSON an epoch, or after so many steps, TensorBoard's scalars and
+figures, progress bars.
 
-Only the first process tells anything. A run that resumes drops what was told of epochs that it
+Only the first process tells anything. A run that resumes drops what was told of steps that it
 takes again, so that the log is that of a run which never stopped.
 """
 
@@ -28,16 +29,16 @@ from parq_fn.optim import QuantOptimizer
 LOG = "log.jsonl"
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """The records of a log, none without one. A line whose writing was cut off is left out. Raises
-    UserError for what is no log."""
+def read(file: Path, unit: str = "epoch") -> list[dict[str, Any]]:
+    """The records of a log, each of an epoch or of another unit, none without one. A line whose
+    writing was cut off is left out. Raises UserError for what is no log."""
     try:
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         records = [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
         raise UserError(f"{file} is no log of a run: {error}; move it away") from None
-    if not all(isinstance(r, dict) and type(r.get("epoch")) is int for r in records):
-        raise UserError(f"{file} is no log of a run: it has lines of no epoch; move it away")
+    if not all(isinstance(r, dict) and type(r.get(unit)) is int for r in records):
+        raise UserError(f"{file} is no log of a run: it has lines of no {unit}; move it away")
     return records
 
 
@@ -52,28 +53,31 @@ def _line(record: dict[str, Any]) -> str:
 class Log:
     """Writes in a folder; silent on all processes but the first."""
 
-    def __init__(self, folder: Path, world: World, epoch: int, step: int) -> None:
-        """epoch, step: where the run begins, the step counted over all epochs."""
-        self.world, self.file = world, folder / LOG
+    def __init__(
+        self, folder: Path, world: World, begun: int, step: int, unit: str = "epoch"
+    ) -> None:
+        """begun: the first epoch, or other unit, that the run takes; step: those that it has
+        taken, over all epochs."""
+        self.world, self.file, self.unit = world, folder / LOG, unit
         self.board: SummaryWriter | None = None
         if not world.first:
             return
         if self.file.exists():
-            kept = [record for record in read(self.file) if record["epoch"] < epoch]
+            kept = [record for record in read(self.file, unit) if record[unit] < begun]
             with unfinished(self.file) as part:
                 part.write_text("".join(map(_line, kept)))
         # what was told after step n is filed under n, and hidden from the purged step on
         self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
-    def epoch(self, step: int, record: dict[str, Any]) -> None:
-        """Tells of an epoch: JSON, scalars, and a line to read."""
+    def record(self, step: int, record: dict[str, Any]) -> None:
+        """Tells of an epoch, or other unit: JSON, scalars, and a line to read."""
         if self.board is None:
             return
         with self.file.open("a") as file:
             file.write(_line(record))
-        self.scalars(step, {k: v for k, v in record.items() if k not in ("epoch", "skipped")})
+        self.scalars(step, {k: v for k, v in record.items() if k not in (self.unit, "skipped")})
         told = " ".join(f"{k} {v:.5g}" for k, v in record.items() if isinstance(v, float))
-        tqdm.write(f"epoch {record['epoch']}: {told}")
+        tqdm.write(f"{self.unit} {record[self.unit]}: {told}")
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         if self.board is not None:

@@ -8,10 +8,8 @@ bit for bit.
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,24 +21,18 @@ from examples.recipe import checkpoints
 from examples.recipe.checkpoints import BEST, LAST
 from examples.recipe.evaluation import Score, evaluate, score
 from examples.recipe.flags import Flags, Recipe, parse
-from examples.recipe.loading import STOPPING, Batch, batches, training_keys
+from examples.recipe.loading import Batch, batches, training_keys
 from examples.recipe.log import Log, latents_and_weights, levels_of
 from examples.recipe.parallel import World, agree_on_buffers, leave, quiet, spread, world_of
 from examples.recipe.plan import WEIGHTS, Plan, fixed_flags, plan_of
 from examples.recipe.setup import network_of, optimizer_of
+from examples.recipe.stopping import STATUS_STOPPED, Stopped, stop_on_signals
 from examples.recipe.transforms import seed_of
 from parq_fn import export
 from parq_fn.foundation.command import UserError, tell
 from parq_fn.optim import QuantOptimizer, share_on_levels
 
 STOPPED_FILE = "stopped"  # a file that says that the run was told to stop
-STATUS_STOPPED = 128 + signal.SIGTERM
-
-
-class Stopped(Exception):
-    """The run was told to stop."""
-
-
 _Norm = nn.modules.batchnorm._BatchNorm
 
 
@@ -215,7 +207,7 @@ class Run:
             record["on_levels"] = share_on_levels(self.quantized)
         seconds = time.perf_counter() - self.start
         record |= {"skipped": round(skipped) + test.skipped, "seconds": seconds}
-        self.log.epoch(done, record)
+        self.log.record(done, record)
         due = epoch + 1 == args.epochs or (epoch + 1) % args.save_every == 0
         if self.quantized is not None and due:
             self.log.scalars(done, levels_of(self.net, self.quantized))
@@ -262,25 +254,6 @@ class Run:
         """On the test images; raises Stopped as `_raise_if_stopping` does."""
         plan = self.plan
         return score(net, model, plan.test_views, plan.args, plan.world, self._raise_if_stopping)
-
-
-@contextmanager
-def stop_on_signals(run: Run) -> Iterator[None]:
-    """SIGTERM and SIGUSR1, by which schedulers preempt, and Ctrl-C stop the run before its next
-    step; a second Ctrl-C stops it at once."""
-
-    def stop(number: int, frame: Any) -> None:
-        del frame
-        if run.stopping and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        run.stopping = True
-
-    before = {s: signal.signal(s, stop) for s in STOPPING}
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
 
 
 def execute(recipe: Recipe, args: Flags, world: World) -> int:

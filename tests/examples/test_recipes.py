@@ -275,7 +275,7 @@ recipe.main(["--data", "synthetic", "--synthetic-images", "400", "--batch-size",
 
 LEFT = """
 import multiprocessing, signal, time
-from examples.recipe.loading import STOPPING
+from examples.recipe.stopping import STOPPING
 from examples.recipe.parallel import leave
 signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True).start()

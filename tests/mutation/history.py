@@ -269,7 +269,7 @@ FAULTS = [
     ),
     Fault(
         "Ctrl-C ends a run without a checkpoint",
-        "examples/recipe/training.py",
+        "examples/recipe/stopping.py",
         "    before = {s: signal.signal(s, stop) for s in STOPPING}\n",
         "    before = {s: signal.signal(s, stop) for s in STOPPING if s != signal.SIGINT}\n",
         ("tests/examples/test_recipes.py",),

@@ -1,0 +1,1 @@
+"""What the recipe for causal language models is made of."""

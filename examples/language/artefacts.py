@@ -1,0 +1,86 @@
+"""What a quantized model is written as: every format that holds it exactly, and why others do not.
+
+| artefact | what reads it |
+|---|---|
+| `quantized.safetensors` | `parq_fn.export.load` |
+| `transformers/` | transformers, once `parq_fn.export.hugging_face` is imported |
+| `torchao.pt` | `torch.load`, into a model of the same configuration |
+| `model.gguf` | gguf's reader |
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parq_fn import export
+
+PACKED, FOLDER, TORCHAO, GGUF = "quantized.safetensors", "transformers", "torchao.pt", "model.gguf"
+
+
+def write(
+    folder: Path, packed: dict[str, Any], build: Callable[[], Any], tokenizer: Any
+) -> tuple[Any, dict[str, str]]:
+    """Writes all that hold the packed model; (a model with packed layers, {artefact: its size, or
+    why there is none}).
+
+    build: makes a model that the packed one fits, with any weights.
+    """
+    export.save(packed, folder / PACKED)
+    told = {PACKED: size_of(folder / PACKED)}
+    model = None
+    makers: dict[str, Callable[[Path], Any]] = {
+        FOLDER: lambda path: _to_transformers(path, folder / PACKED, build(), tokenizer),
+        TORCHAO: lambda path: _to_torchao(path, packed, build()),
+        GGUF: lambda path: _to_gguf(path, packed),
+    }
+    for name, make in makers.items():
+        path = folder / name
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                made = make(path)
+        except (ImportError, ValueError) as error:
+            told[name] = f"none: {' '.join(str(error).split())}"
+            continue
+        model = made if name == FOLDER else model
+        told[name] = size_of(path)
+    return model, told
+
+
+def _to_transformers(path: Path, file: Path, model: Any, tokenizer: Any) -> Any:
+    from parq_fn.export.hugging_face import quantize_pretrained
+
+    made = quantize_pretrained(model, file)
+    made.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return made
+
+
+def _to_torchao(path: Path, packed: dict[str, Any], model: Any) -> None:
+    from parq_fn.export.torchao import to_torchao
+
+    torch.save(to_torchao(model, packed).state_dict(), path)
+
+
+def _to_gguf(path: Path, packed: dict[str, Any]) -> None:
+    from parq_fn.export.gguf import to_gguf
+
+    to_gguf(packed, path)
+
+
+def size_of(path: Path) -> str:
+    """Bytes of a file, or of all in a folder.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "file"
+    >>> _ = file.write_bytes(bytes(1234))
+    >>> size_of(file)
+    '1,234 bytes'
+    """
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    return f"{sum(f.stat().st_size for f in files):,} bytes"
