@@ -11,7 +11,8 @@ import torch
 pytest_plugins = ["tests.plugin"]
 
 # Modules that cannot be imported without their extra have no doctests to collect.
-collect_ignore = [] if find_spec("transformers") else ["parq_fn/export/hugging_face.py"]
+of_transformers = ["parq_fn/export/hugging_face.py", "parq_fn/integrations/trainer.py"]
+collect_ignore = [] if find_spec("transformers") else of_transformers
 
 
 @pytest.fixture(autouse=True)

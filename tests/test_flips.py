@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import parq_fn as pf
-from parq_fn.optim import TransformOptimizer
+from parq_fn.optim import FlipCounter, QuantOptimizer, TransformOptimizer
 from parq_fn.proxmaps.levels import nearest
 from parq_fn.transforms.prox_state import in_rows
 
@@ -80,6 +80,30 @@ def test_flips_of_an_adapter_are_in_the_state_of_its_parameters() -> None:
         optimizer.step()
     assert optimizer.state[weight]["flips"] == 0.25
     assert pf.read(optimizer.transformation_state, "flips") == {"w": torch.tensor(0.25)}
+
+
+@pytest.mark.parametrize("name", PROXES)
+def test_a_counter_beside_either_adapter_counts_what_the_link_counts(name: str) -> None:
+    prox = PROXES[name]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(6, 8, generator=generator).double()
+    w, v = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    inner = pf.monitor_flips(pf.chain(pf.sgd(0.3, 0.5), prox))
+    one = TransformOptimizer([("w", w)], inner)
+    groups = [{"params": [v], "prox": prox}]
+    other = QuantOptimizer(torch.optim.SGD(groups, lr=0.3, momentum=0.5))
+    counters, seen = [FlipCounter(one), FlipCounter(other)], []
+    for _ in range(8):
+        w.grad = torch.randn(w.shape, generator=generator).double()
+        v.grad = w.grad.clone()
+        one.step()
+        other.step()
+        flips = float(one.state[w]["flips"])
+        torch.testing.assert_close([counter() for counter in counters], [flips, flips])
+        seen.append(flips)
+    assert max(seen) > 0
+    with pytest.raises(ValueError, match="FlipCounter: the optimizer quantizes no weights"):
+        FlipCounter(TransformOptimizer([("w", w)], pf.sgd(0.1)))
 
 
 def test_without_levels_there_is_nothing_to_monitor() -> None:

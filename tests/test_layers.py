@@ -50,6 +50,7 @@ TABLE: dict[str, tuple[str, ...]] = {
         "optim",
     ),  # packs what an optimizer trained
     "export.sources": (*_FUNCTIONAL, "optim"),  # of what an optimizer trained
+    "integrations": (*_FUNCTIONAL, "optim"),  # training stacks
     "show": (*_FUNCTIONAL, "sensitivities", "allocation"),
     "testing": (*_FUNCTIONAL, "parq_fn"),  # whose operators are all that the package exports
     "moved": (),  # imports by name what is asked for

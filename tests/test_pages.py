@@ -21,7 +21,9 @@ NOTEBOOKS = ROOT / "notebooks"
 API = {path.stem: path.read_text() for path in sorted((NOTEBOOKS / "api").glob("*.md"))}
 IDENTIFIERS = [name for text in API.values() for name in re.findall(r"^::: (\S+)$", text, re.M)]
 #: Modules that cannot be imported without the package that is named here.
-NEEDS = {"parq_fn.export.hugging_face": "transformers"}
+NEEDS = dict.fromkeys(
+    ("parq_fn.export.hugging_face", "parq_fn.integrations.trainer"), "transformers"
+)
 
 #: Modules of public names: what `__all__` says, else what a module defines without underscore.
 PUBLIC = [

@@ -33,7 +33,9 @@ FORMATS = {
     "hugging_face": "transformers",
 }
 #: What code of the page on engines imports; it is run by tests/integrations, on ranks or workers.
-ENGINES = re.compile(r"^(?:from|import) (?:accelerate|lightning|torchtitan|ray)\b", re.MULTILINE)
+ENGINES = re.compile(
+    r"^(?:from|import) (?:accelerate|transformers|lightning|torchtitan|ray)\b", re.MULTILINE
+)
 
 
 def _name(path: Path) -> str:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from parq_fn.optim.as_link import as_link
+from parq_fn.optim.flip_counter import FlipCounter
 from parq_fn.optim.on_levels import share_on_levels
 from parq_fn.optim.param_groups import param_groups
 from parq_fn.optim.prox_partition import prox_partition
@@ -22,6 +23,7 @@ else:
 
 
 __all__ = [
+    "FlipCounter",
     "QuantOptimizer",
     "TransformOptimizer",
     "as_link",

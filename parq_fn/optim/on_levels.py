@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from parq_fn.foundation.value import briefly
 from parq_fn.optim.quantized import QuantOptimizer
+from parq_fn.optim.quantized_parameters import quantized_parameters
+from parq_fn.optim.transformed import TransformOptimizer
 from parq_fn.proxmaps.levels import nearest
 from parq_fn.transforms.prox_state import in_rows
 from parq_fn.transforms.sharded import gathered
 
 
-def share_on_levels(optimizer: QuantOptimizer) -> float:
+def share_on_levels(optimizer: QuantOptimizer | TransformOptimizer) -> float:
     """#{w = a level of its row} / #{w}, over all quantized weights w, bit for bit.
 
     A sharded parameter is gathered, one at a time, so every rank calls it. NaN is on no level, nor
@@ -31,20 +32,14 @@ def share_on_levels(optimizer: QuantOptimizer) -> float:
     >>> share_on_levels(optimizer)
     0.75
     """
-    if not isinstance(optimizer, QuantOptimizer):
-        raise TypeError(f"share_on_levels: expected a QuantOptimizer, got {briefly(optimizer)}")
     on = total = 0
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if "qparams" not in optimizer.state.get(p, {}):
-                continue
-            link = optimizer.link(group)
-            total += p.numel()
-            if int(optimizer.state[p]["count"]) <= link.warmup:
-                continue
-            levels = in_rows(gathered(optimizer.levels(p)))
-            rows = link.granularity.rows(gathered(p.detach()))
-            on += int((nearest(rows, levels) == rows).sum())
+    for _, p, _, link, state, _ in quantized_parameters("share_on_levels", optimizer):
+        total += p.numel()
+        if int(state.count) <= link.warmup:
+            continue
+        levels = in_rows(gathered(optimizer.levels(p)))
+        rows = link.granularity.rows(gathered(p.detach()))
+        on += int((nearest(rows, levels) == rows).sum())
     if not total:
         raise ValueError("share_on_levels: the optimizer quantizes no weights")
     return on / total

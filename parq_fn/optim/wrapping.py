@@ -37,11 +37,11 @@ class Wrapping(Adapter):
         parameters that are its alone; quantized parameters hold the weights of their latents after
         it. Schedule-free optimizers have them; of others nothing is changed.
         """
-        self._store.check_not_lent("train or eval")
         self._store.sync()
         change = getattr(self.base, "train" if mode else "eval", None)
         if not callable(change):
             return
+        self._store.check_not_lent("train or eval")
         owner = self._owner()
         with torch.no_grad(), owner.latents_in_groups():
             change()

@@ -100,7 +100,7 @@ def _flips(link: Prox, old: ProxState, new: ProxState, before: PyTree, after: Py
         if isinstance(qparams, Masked):
             return qparams
         part = part_of(param, link.granularity)
-        one, other = _codes(link, old, qparams, param, part), _codes(link, new, others, moved, part)
+        one, other = codes(link, old, qparams, param, part), codes(link, new, others, moved, part)
         turned = part.granularity.restore(one != other, local(param))
         count = gathered(placed(turned, param).sum(dtype=torch.float32))
         return torch.where(to_device(fitted, count), count / max(param.numel(), 1), 0.0)
@@ -109,7 +109,7 @@ def _flips(link: Prox, old: ProxState, new: ProxState, before: PyTree, after: Py
     return optree.tree_map(share, *trees, is_leaf=lambda x: isinstance(x, Masked))
 
 
-def _codes(link: Prox, state: ProxState, qparams: Tensor, latent: Tensor, part: Part) -> Tensor:
+def codes(link: Prox, state: ProxState, qparams: Tensor, latent: Tensor, part: Part) -> Tensor:
     """The index of the nearest level of each weight that this rank has, [r, n]."""
     rows = part.granularity.rows(shrunk(local(latent), link.divisor(state)))
     levels = link.quantizer.levels_in(rows_of(link, qparams, latent, part), rows.dtype)

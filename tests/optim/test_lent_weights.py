@@ -137,7 +137,6 @@ def test_the_optimizer_is_not_moved_or_copied_inside(adapter: str) -> None:
         lambda: copy.deepcopy(optimizer),
         lambda: pickle.dumps(optimizer),
         lambda: optimizer.averaged_weights().__enter__(),
-        *([optimizer.eval] if adapter == "QuantOptimizer" else []),
     ):
         with optimizer.rounded(), pytest.raises(RuntimeError, match=r"inside .* leave the block"):
             call()

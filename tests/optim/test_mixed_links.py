@@ -19,12 +19,14 @@ from torch.distributed.fsdp import fully_shard
 
 import parq_fn as pf
 from parq_fn.optim import (
+    FlipCounter,
     QuantOptimizer,
     TransformOptimizer,
     load_checkpoint,
     param_groups,
     prox_partition,
     save_checkpoint,
+    share_on_levels,
 )
 from tests.optim.helpers import check_same
 from tests.processes import on_processes
@@ -152,8 +154,14 @@ def on_two_ranks(folder: str) -> None:
         straight = Net()
         its = build(straight)
         net, optimizer = begun(build)
-        train(straight, its, 4)
-        train(net, optimizer, 4)
+        flips = [FlipCounter(one) for one in (its, optimizer)]
+        for _ in range(2):
+            train(straight, its, 2)
+            train(net, optimizer, 2)
+            one, other = (counter() for counter in flips)
+            assert one == other
+            assert share_on_levels(its) == share_on_levels(optimizer)
+        assert one > 0
         check_same(straight, its, net, optimizer, adapter)
         ours, theirs = Path(folder) / f"ours-{adapter}", Path(folder) / f"theirs-{adapter}"
         save_checkpoint(ours, net, optimizer)

@@ -50,7 +50,7 @@ def test_it_counts_the_weights_that_are_equal_to_a_level(cut: str, dtype: torch.
 def test_what_has_no_share_is_refused() -> None:
     p = torch.nn.Parameter(torch.ones(2, 2))
     base = torch.optim.SGD([p], lr=0.1)
-    with pytest.raises(TypeError, match="expected a QuantOptimizer, got SGD"):
+    with pytest.raises(TypeError, match=r"expected a QuantOptimizer or a .*, got SGD"):
         share_on_levels(base)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the optimizer quantizes no weights"):
         share_on_levels(QuantOptimizer(base))

@@ -280,6 +280,18 @@ def test_modes_change_nothing_before_the_first_step_or_without_them() -> None:
         check_equal(before, list(net.parameters()))
 
 
+def test_inside_rounded_modes_are_refused_where_they_move_weights() -> None:
+    """Programs that evaluate a model call eval() of its optimizer too."""
+    for base in (bases.HasModes, torch.optim.AdamW):
+        optimizer = QuantOptimizer(base(groups_of(Net()), lr=0.1), MID)
+        with optimizer.rounded():
+            if base is torch.optim.AdamW:
+                optimizer.eval()
+            else:
+                with pytest.raises(RuntimeError, match=r"train or eval .*leave the block"):
+                    optimizer.eval()
+
+
 # Bases that are refused
 
 

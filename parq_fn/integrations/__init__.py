@@ -1,0 +1,1 @@
+"""What training stacks take besides an optimizer; each module needs its own package."""
