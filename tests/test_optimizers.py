@@ -282,10 +282,11 @@ def test_a_param_without_gradient_stays(ours, theirs) -> None:
     agree(ours, lambda p: theirs(p, 0.1, weight_decay=0.1, **more), [0.1], missing="matrix")
 
 
-def test_updates_pass_one_learning_rate_in_an_optimizer() -> None:
+def test_updates_pass_one_learning_rate_in_an_optimizer_and_nothing_pulls_them_back() -> None:
     own = [make(0.1) for make in (pf.sgd, pf.adam, pf.adamw, pf.lion, pf.muon)]
     links = [*own, pf.as_link(torch.optim.SGD, lr=0.1)]
     assert [link.rates for link in links] == [(1, 1)] * len(links)
+    assert not any(link.pulls_back for link in links)
 
 
 def test_learning_rate_by_argument_wins() -> None:

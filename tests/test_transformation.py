@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optree
 import pytest
@@ -174,6 +174,34 @@ def test_clip_by_global_norm_is_torch_s() -> None:
         torch.testing.assert_close(ours, theirs.grad)
     small = tree_map(lambda g: g * 1e-3, grads)
     assert_same(link.update(small, link.init(params), params)[0], small)
+
+
+def test_clip_bounds_each_element_from_both_sides() -> None:
+    updates = {"a": torch.tensor([-3.0, -0.5, 0.0, 3.0]), "b": torch.tensor(-2.0)}
+    found, _ = pf.clip(1.0).update(updates, pf.EmptyState(), updates)
+    assert_same(found, tree_map(lambda u: u.clamp(-1.0, 1.0), updates))
+
+
+def test_the_norm_of_updates_is_of_float32_or_better_and_on_the_device_of_the_first() -> None:
+    half = {"a": torch.full((4,), 3e4, dtype=torch.float16)}  # whose norm float16 has not
+    assert pf.global_norm(half).item() == pytest.approx(6e4)
+    assert pf.global_norm(half).dtype == torch.float32
+    many = {"a": torch.full((1,), 3.0), "b": torch.full((1,), 4.0, dtype=torch.float64)}
+    assert pf.global_norm(many).item() == 5
+    with torch.device("meta"):
+        nothing = pf.global_norm({"a": None})
+    assert (nothing.item(), nothing.dtype) == (0.0, torch.float32)
+    assert pf.global_norm({"a": torch.ones(2, device="meta"), "b": torch.ones(2)}).is_meta
+    one = {"a": torch.ones((), dtype=torch.float64)}
+    clipped, _ = pf.clip_by_global_norm(1.0).update(one, pf.EmptyState(), one)
+    assert clipped["a"].item() == 1 / (1 + 1e-6)
+
+
+@pytest.mark.parametrize("link", [pf.clip(1.0), pf.clip_by_global_norm(1.0)])
+def test_links_that_clip_refuse_a_state_of_another(link: Any) -> None:
+    params = tree()
+    with pytest.raises(TypeError, match="its state is a dict, expected the EmptyState"):
+        link.update(params, {}, params)
 
 
 def test_accumulate_is_the_mean_of_its_gradients() -> None:
@@ -349,6 +377,7 @@ def test_value_and_grad_differentiates_at_the_weights() -> None:
         (lambda: pf.value_and_grad(lambda w: w, None), TypeError, "it lacks init, update"),
         (lambda: pf.trace(0.9, 0.1, nesterov=True), ValueError, "takes no dampening"),
         (lambda: pf.clip(-1.0), ValueError, r"max_abs must lie in \[0, inf\], got -1.0"),
+        (lambda: pf.clip_by_global_norm(-1.0), ValueError, r"max_norm must lie in \[0, inf\]"),
     ],
 )
 def test_bad_composition(build, error, message: str) -> None:
