@@ -132,10 +132,46 @@ def check_before(who: str, **fields: Any) -> None:
         )
 
 
-def check_annealing(who: str, **bounds: Any) -> None:
+def steps_of(who: str, total_steps: Any, **shares: Any) -> dict[str, Any]:
+    """The whole steps nearest to two shares of a training, the first before the second; those of
+    tensors are tensors.
+
+    Raises TypeError and ValueError for what is no number of steps, or no share of them, and where
+    both shares are one step.
+
+    >>> steps_of("parq_prox", 1000, anneal_start=0.1, anneal_end=0.9)
+    {'anneal_start': 100, 'anneal_end': 900}
+    """
+    check_whole(who, 1, total_steps=total_steps)
+    check_numbers(who, **shares)
+    for name, got in shares.items():
+        share = readable(got)
+        if share is not None and share not in SHARE:
+            raise ValueError(
+                f"{who}: with total_steps={total_steps} bounds are fractions of it, in {SHARE}, "
+                f"got {name}={share}; leave total_steps out where bounds are steps"
+            )
+    check_before(who, **shares)
+    found = {
+        name: (got * total_steps).round()
+        if isinstance(got, Tensor) or isinstance(total_steps, Tensor)
+        else round(got * total_steps)
+        for name, got in shares.items()
+    }
+    first, last = map(readable, found.values())
+    if first is not None and first == last:
+        both = " and ".join(f"{name}={readable(got)}" for name, got in shares.items())
+        raise ValueError(
+            f"{who}: {both} are both step {first} of total_steps={total_steps}, expected one "
+            "before the other; take fractions that are further apart"
+        )
+    return found
+
+
+def check_annealing(who: str, hint: str = "", **bounds: Any) -> None:
     """Raises ValueError unless two bounds of an annealing are steps, one before the other; between
     0 and 1, and as 0.0 and 1.0, they are meant for fractions of the training, of whose length
-    nothing is known here.
+    nothing is known here. hint: what else can be done then.
 
     >>> check_annealing("parq_prox", anneal_start=0, anneal_end=0.9)
     Traceback (most recent call last):
@@ -149,7 +185,7 @@ def check_annealing(who: str, **bounds: Any) -> None:
         if bound is not None and (0 < bound < 1 or (shares and bound == 1)):
             raise ValueError(
                 f"{who}: {name}={bound} is between 0 and 1, and bounds are steps, not fractions of "
-                f"the training; give {bound} times the number of steps"
+                f"the training; give {bound} times the number of steps{hint}"
             )
 
 

@@ -15,6 +15,7 @@ from parq_fn.foundation.checks import (
     check_annealing,
     check_numbers,
     readable,
+    steps_of,
 )
 from parq_fn.foundation.scalar import Scalar, at
 from parq_fn.foundation.value import value
@@ -45,19 +46,30 @@ class hard_prox(Prox):
 class _Annealed(Prox):
     """A prox link whose map sharpens from anneal_start to anneal_end and is hard from then on.
 
-    Raises ValueError unless anneal_start < anneal_end, and for bounds between 0 and 1, which are
-    meant for fractions; bounds are steps.
+    With total_steps, the number of steps of the training, both bounds are fractions of it; the
+    link keeps the whole steps nearest to them, and prints and compares as one that was given these.
+
+    Raises ValueError unless anneal_start < anneal_end, and for bounds between 0 and 1 without
+    total_steps, or outside of them with it.
     """
 
     #: The step at which the annealing starts.
     anneal_start: float | Tensor = field(kw_only=True)
     #: The step from which on every weight is on a level.
     anneal_end: float | Tensor = field(kw_only=True)
+    #: Of the training, where both are fractions of it; None where they are steps.
+    total_steps: int | Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         who = type(self).__name__
-        check_annealing(who, anneal_start=self.anneal_start, anneal_end=self.anneal_end)
+        bounds = {"anneal_start": self.anneal_start, "anneal_end": self.anneal_end}
+        if self.total_steps is None:
+            check_annealing(who, ", or total_steps=", **bounds)
+        else:
+            steps = steps_of(who, self.total_steps, **bounds)
+            for name, got in {**steps, "total_steps": None}.items():
+                object.__setattr__(self, name, got)
         warmup, end = readable(self.warmup), readable(self.anneal_end)
         if warmup and end is not None and warmup >= end:
             raise ValueError(
@@ -90,6 +102,8 @@ class parq_prox(_Annealed):
     >>> from parq_fn import lsbq, per_channel
     >>> parq_prox(lsbq(2), anneal_start=100, anneal_end=2000, granularity=per_channel())
     parq_prox(lsbq(2), anneal_start=100, anneal_end=2000, granularity=per_channel())
+    >>> parq_prox(lsbq(2), anneal_start=0.1, anneal_end=0.9, total_steps=2000)
+    parq_prox(lsbq(2), anneal_start=200, anneal_end=1800)
 
     Source: Jin et al., PARQ, arXiv 2503.15748.
     """

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import parq_fn as pf
@@ -44,6 +46,68 @@ def test_bounds_of_whole_steps_and_batched_ones_are_taken() -> None:
         link(pf.lsbq(2), anneal_start=0, anneal_end=1)
         link(pf.lsbq(2), anneal_start=torch.tensor(0), anneal_end=torch.tensor(1.0))
     pf.schedules.inverse_slope(1, 2.5)
+
+
+SHARES = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted)
+
+
+@pytest.mark.parametrize("link", ANNEALED)
+@given(SHARES, st.integers(1, 10**6), st.booleans())
+def test_fractions_of_total_steps_are_the_whole_steps_nearest_to_them(
+    link: str, shares: Any, total: int, as_tensors: bool
+) -> None:
+    first, last = (round(share * total) for share in shares)
+    given_as = torch.tensor if as_tensors else float
+    bounds = {"anneal_start": given_as(shares[0]), "anneal_end": given_as(shares[1])}
+    if as_tensors:
+        first, last = (int((one * total).round()) for one in bounds.values())
+    if first == last:
+        with pytest.raises(ValueError, match="before"):
+            ANNEALED[link](pf.lsbq(2), **bounds, total_steps=total)
+        return
+    made = ANNEALED[link](pf.lsbq(2), **bounds, total_steps=total)
+    steps = ANNEALED[link](pf.lsbq(2), anneal_start=first, anneal_end=last)
+    at = torch.tensor([first - 1, first, (first + last) // 2, last])
+    assert torch.equal(made.coefficient(at), steps.coefficient(at))
+    if not as_tensors:
+        assert made == steps
+        assert repr(made) == repr(steps)
+        assert replace(made, anneal_end=last + 1) == replace(steps, anneal_end=last + 1)
+
+
+def test_fractions_may_be_batched() -> None:
+    def slope(share: torch.Tensor) -> torch.Tensor:
+        link = pf.parq_prox(pf.lsbq(1), anneal_start=0.0, anneal_end=share, total_steps=10)
+        return link.coefficient(torch.tensor(3))
+
+    shares = torch.tensor([0.4, 0.5, 1.0])
+    alone = torch.stack([slope(share) for share in shares])
+    torch.testing.assert_close(torch.vmap(slope)(shares), alone)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "total", "error", "match"),
+    [
+        (
+            (0.1, 900),
+            1000,
+            ValueError,
+            r"total_steps=1000 bounds are fractions .* got anneal_end=900",
+        ),
+        ((-0.1, 0.9), 1000, ValueError, r"in \[0, 1\], got anneal_start=-0\.1"),
+        ((0.5, 0.2), 1000, ValueError, "anneal_start must come before anneal_end"),
+        ((0.1, 0.11), 9, ValueError, r"0\.1 and anneal_end=0\.11 are both step 1 of total_steps=9"),
+        ((0.1, 0.9), 0, ValueError, "total_steps must be 1 or more, got 0"),
+        ((0.1, 0.9), 1e3, TypeError, "total_steps must be a whole number"),
+        ((0.1, 0.9), None, ValueError, "0.1 times the number of steps, or total_steps="),
+    ],
+)
+def test_fractions_that_say_nothing_are_refused(
+    bounds: Any, total: Any, error: type[Exception], match: str
+) -> None:
+    first, last = bounds
+    with pytest.raises(error, match=match):
+        pf.parq_prox(pf.lsbq(2), anneal_start=first, anneal_end=last, total_steps=total)
 
 
 # Parameters on the meta device, and flattened ones
