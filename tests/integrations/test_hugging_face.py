@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ import parq_fn as pf
 from parq_fn.export import PackedLayer, pack, save
 from parq_fn.export.hugging_face import quantize_pretrained
 from parq_fn.optim import QuantOptimizer
+from tests.helpers import python_blocks, run_blocks
+
+README = Path(__file__).parents[2] / "README.md"
 
 TOKENS = torch.arange(14).reshape(2, 7)
 
@@ -62,6 +66,28 @@ def test_saved_and_reloaded(tie: bool, tmp_path: Path) -> None:
         assert "model.layers.0.mlp.up_proj.weight" not in names
         assert ("lm_head.codes" in names) == (not tie)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / str(k)).eval()
+
+
+def test_the_way_of_a_language_model_is_twelve_lines_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the packed model writes what the rounded one writes."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = [b for b in python_blocks(README.read_text()) if "transformers" in b]
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 12
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained("trained")
+    *training, end = code.replace("=800", "=104").splitlines(keepends=True)
+    names = run_blocks(["".join(training)], {"batches": [TOKENS] * 110})
+    dense = copy.deepcopy(names["model"])
+    run_blocks([end], names)
+    more: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    packed = AutoModelForCausalLM.from_pretrained("packed")
+    found, wanted = (model.eval().generate(TOKENS[:1], **more) for model in (packed, dense))
+    assert torch.equal(found, wanted)
 
 
 def test_loading_into_another_class_raises(tmp_path: Path) -> None:
