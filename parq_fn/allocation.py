@@ -25,7 +25,8 @@ import numpy as np
 
 from parq_fn.foundation.checks import POSITIVE, check_numbers
 from parq_fn.foundation.value import briefly
-from parq_fn.sensitivities import Sensitivity, cost_of, name_of_bits
+from parq_fn.quantizers.bits import name_of_bits
+from parq_fn.sensitivities import Sensitivity, cost_of
 
 #: By how much of the sums' size bounds may be off, by rounding.
 _ROUNDING = 1e-12

@@ -14,7 +14,10 @@ from parq_fn.export.codes import num_bytes
 from parq_fn.foundation.columns import columns
 from parq_fn.foundation.value import briefly, show
 from parq_fn.modules import check_module
-from parq_fn.roles import Role, roles
+from parq_fn.optim.groups import check_bits, link_of
+from parq_fn.quantizers.bits import name_of_bits
+from parq_fn.roles import Role, check_dtype, roles
+from parq_fn.transforms.prox_link import Prox
 
 _HEADS = ("parameter", "count", "shape", "weights", "how", "bytes")
 
@@ -103,8 +106,10 @@ def coverage(module: nn.Module, by: Any) -> Coverage:
     the bits of their codes and the numbers of their rows in float32, of others their own; None for
     a mask, which says nothing of bits.
 
-    Raises TypeError for what is no module, mask, groups or optimizer; ValueError for a mask with
-    names that are not the module's, and groups or an optimizer without a parameter of it.
+    Raises TypeError for what is no module, mask, groups or optimizer, for a "prox" that is no prox
+    link, and for parameters to quantize that are not floating; ValueError for a mask with names
+    that are not the module's, groups or an optimizer without a parameter of it, bits that there
+    are none of, and blocks that do not divide a weight.
 
     >>> from parq_fn import weight_mask
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
@@ -147,6 +152,8 @@ def _check_names(found: list[Role], mask: Mapping[str, bool]) -> None:
 
 def _by_mask(role: Role, mask: Mapping[str, bool]) -> Row:
     taken = any(mask.get(name) for name in role.names)
+    if taken:
+        check_dtype("coverage", role)
     how, size = ("quantized", None) if taken else (_left(role), _own_size(role))
     return _row(role, how, taken, size)
 
@@ -158,7 +165,8 @@ def _in_common(rows: Sequence[Row]) -> str:
 
 
 def _links(by: Any) -> dict[int, Any]:
-    """{id of a parameter: its prox link, its bits, or None where it is in full precision}."""
+    """{id of a parameter: its prox link, its bits, how its group shows a link that an optimizer
+    took out of it, or None where it is in full precision}."""
     groups = getattr(by, "param_groups", by)
     right = isinstance(groups, Sequence) and all(
         # not an iterator, which can be read but once
@@ -172,25 +180,46 @@ def _links(by: Any) -> dict[int, Any]:
             f"got {briefly(by)}"
         )
     found: dict[int, Any] = {}
-    for group in groups:
-        own = group.get("prox", group.get("quant_prox", group.get("quant_bits")))
+    for i, group in enumerate(groups):
         given = group["params"]
-        for entry in [given] if isinstance(given, Tensor) else given:
-            p = entry[1] if isinstance(entry, tuple) else entry
-            found[id(p)] = own if by is groups else by.prox_of(p)
+        entries = [given] if isinstance(given, Tensor) else given
+        params = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+        if by is groups:
+            own = _of_group(f"coverage: group {i}", {**group, "params": params})
+            found |= {id(p): own for p in params}
+        else:
+            found |= {id(p): by.prox_of(p) for p in params}
     return found
+
+
+def _of_group(where: str, group: Mapping[str, Any]) -> Any:
+    """What a group says of its parameters, as QuantOptimizer reads it."""
+    prox, bits = group.get("prox"), group.get("quant_bits")
+    if prox is not None and not isinstance(prox, Prox):
+        raise TypeError(
+            f"{where} has prox={briefly(prox)}, expected a prox link such as hard_prox(lsbq(2))"
+        )
+    if bits is not None:
+        check_bits(where, bits)
+        if bits >= 16:
+            return None
+    return link_of(prox, dict(group)) if prox else group.get("quant_prox", bits)
 
 
 def _by_link(role: Role, link: Any) -> Row:
     if link is _ABSENT:
         return _row(role, "not in the optimizer", False, _own_size(role))
-    if link is None or (isinstance(link, int) and link >= 16):
+    if link is None:
         return _row(role, _left(role), False, _own_size(role))
+    check_dtype("coverage", role)
     if isinstance(link, int):
-        return _row(role, "ternary" if link == 0 else f"{link} bits", True, None)
-    if isinstance(link, str):  # as a group shows a link that an optimizer took out of it
+        return _row(role, name_of_bits(link), True, None)
+    if isinstance(link, str):
         return _row(role, link, True, None)
-    rows = math.prod(link.granularity.row_shape(role.parameter))
+    try:
+        rows = math.prod(link.granularity.row_shape(role.parameter))
+    except ValueError as error:
+        raise ValueError(f"coverage: parameter {role.name!r}: {error}") from None
     size = num_bytes(role.parameter.numel(), link.quantizer.num_levels)
     how = f"{show(link.quantizer)}, {show(link.granularity)}"
     return _row(role, how, True, size + 4 * rows * link.quantizer.num_qparams)

@@ -25,7 +25,7 @@ _GATES = re.compile("(router|gate|gating|wg|.*_gate)$")
 
 WEIGHT, EXPERTS, EMBEDDING = "weight", "experts", "embedding"
 NORM, BIAS, VECTOR, ROUTER, ADAPTER = "norm", "bias", "vector", "router", "adapter"
-MADE, TABLE, OTHER, NOT_FLOATING = "made into a weight", "table", "other", "not floating"
+MADE, TABLE, OTHER, NOT_FLOATING = "made into a weight", "table", "other", "no float of 16 bits"
 
 #: What rules with patterns choose among.
 QUANTIZABLE = (WEIGHT, EXPERTS, EMBEDDING)
@@ -43,7 +43,7 @@ KINDS = {
     MADE: "what a parametrization, such as weight_norm, makes a layer's weight of",
     TABLE: "a table of another kind, such as position embeddings and class tokens",
     OTHER: "a matrix whose name does not say that it is a layer's weight",
-    NOT_FLOATING: "of whole numbers, bools or complex numbers",
+    NOT_FLOATING: "of whole numbers, bools, complex numbers or floats of 8 bits",
 }
 
 
@@ -77,6 +77,15 @@ def roles(module: nn.Module) -> list[Role]:
     return found
 
 
+def check_dtype(who: str, role: Role) -> None:
+    """Raises TypeError for a parameter that no prox link takes for its dtype."""
+    if role.kind == NOT_FLOATING:
+        raise TypeError(
+            f"{who}: parameter {role.name!r} has dtype {role.parameter.dtype}, expected a floating "
+            "one of 16 bits or more; leave it in full precision"
+        )
+
+
 def made_by_hooks(part: nn.Module) -> list[str]:
     """The attributes that hooks of torch.nn.utils make of parameters at each call: "weight" of
     "weight_g" and "weight_v" or of "weight_orig"."""
@@ -97,7 +106,7 @@ def _steps(module: nn.Module, name: str) -> Iterator[Step]:
 
 def _kind(steps: Sequence[Step], p: Tensor, looked_up: bool) -> str:
     parent, local = steps[-1]
-    if not p.is_floating_point():
+    if not p.is_floating_point() or p.dtype.itemsize < 2:
         return NOT_FLOATING
     if any(_is_adapter(*step) for step in steps):
         return ADAPTER

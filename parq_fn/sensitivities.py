@@ -14,7 +14,7 @@ from parq_fn.foundation.checks import check_kind
 from parq_fn.foundation.columns import columns
 from parq_fn.foundation.value import briefly
 from parq_fn.modules import check_module
-from parq_fn.quantizers.bits import with_bits
+from parq_fn.quantizers.bits import name_of_bits, with_bits
 from parq_fn.quantizers.granularity import Granularity, per_block, per_channel
 from parq_fn.roles import QUANTIZABLE, Role, roles
 from parq_fn.transforms.prox_link import Prox
@@ -53,17 +53,6 @@ class Sensitivity(dict[str, list[Cost]]):
 def cost_of(name: str, cost: Cost, table: Sensitivity) -> float:
     """The change of the loss where it was asked for, else the relative error times the weights."""
     return cost.error * table.numel[name] if cost.change is None else cost.change
-
-
-def name_of_bits(bits: int) -> str:
-    """In words.
-
-    >>> [name_of_bits(b) for b in (0, 1, 2, 16)]
-    ['ternary', '1 bit', '2 bits', 'full precision']
-    """
-    if bits >= 16:
-        return "full precision"
-    return {0: "ternary", 1: "1 bit"}.get(bits, f"{bits} bits")
 
 
 def _shown(cost: Cost) -> str:

@@ -195,6 +195,20 @@ def test_coverage_counts_codes_and_the_numbers_of_rows() -> None:
     assert pf.coverage(net, pf.weight_mask(net)).nbytes is None
 
 
+@pytest.mark.parametrize("cut", [pf.per_channel(), pf.per_block(2), pf.per_tensor()])
+@pytest.mark.parametrize(
+    "own", [{}, {"quant_axis": 1}, {"quant_block_size": 4, "quant_bits": 0}, {"quant_bits": 16}]
+)
+def test_coverage_reads_groups_as_the_optimizer_does(cut: Any, own: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    link = pf.hard_prox(pf.lsbq(2), granularity=cut)
+    groups = [{"params": [("0.weight", net[0].weight)], "prox": link, **own}]
+    groups.append({"params": [("1.weight", net[1].weight)], "prox": link})
+    shown = str(pf.coverage(net, groups))
+    optimizer = QuantOptimizer(torch.optim.SGD([{**group} for group in groups], lr=0.1))
+    assert shown == str(pf.coverage(net, optimizer))
+
+
 def test_coverage_reads_groups_of_one_parameter_as_torch_does() -> None:
     net = nn.Linear(2, 2)
     found = pf.coverage(net, [{"params": net.weight, "quant_bits": 2}, {"params": [net.bias]}])
@@ -213,6 +227,21 @@ def test_coverage_reads_transformations_and_prints_alike_rows_once() -> None:
     assert "<td>*.weight</td>" in found._repr_html_()
 
 
+def _refusing() -> nn.Module:
+    net = nn.Linear(2, 2)
+    net.whole = nn.Parameter(torch.ones(2, 2, dtype=torch.int64), requires_grad=False)
+    return net
+
+
+NET = _refusing()
+NO_BLOCKS = "coverage: parameter 'weight': block size 3 does not divide the last dimension"
+WHOLE = r"coverage: parameter 'whole' has dtype torch\.int64, expected a floating one"
+
+
+def _group(name: str = "weight", **keys: Any) -> list[dict[str, Any]]:
+    return [{"params": [NET.get_parameter(name)], **keys}]
+
+
 @pytest.mark.parametrize(
     ("by", "error", "match"),
     [
@@ -220,12 +249,17 @@ def test_coverage_reads_transformations_and_prints_alike_rows_once() -> None:
         (3, TypeError, "expected a mask such as weight_mask"),
         ([], ValueError, "have no parameter of the module"),
         (["a"], TypeError, "expected a mask"),
+        (_group(prox=pf.hard_prox(pf.lsbq(2), granularity=pf.per_block(3))), ValueError, NO_BLOCKS),
+        (_group(prox=pf.lsbq(2)), TypeError, r"group 0 has prox=lsbq\(2\), expected a prox link"),
+        (_group(quant_bits=2.5), ValueError, r"group 0 has quant_bits=2\.5, expected"),
+        (_group("whole", quant_bits=2), TypeError, WHOLE),
+        ({"whole": True}, TypeError, WHOLE),
         ([{"params": iter([nn.Linear(2, 2).weight])}], TypeError, "with lists of params"),
         (torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), TypeError, "a QuantOptimizer"),
     ],
 )
 def test_coverage_refuses_what_says_nothing(by: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        pf.coverage(nn.Linear(2, 2), by)
+        pf.coverage(NET, by)
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         pf.coverage("net", by)  # type: ignore[arg-type] # what is refused

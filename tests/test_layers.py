@@ -34,12 +34,13 @@ TABLE: dict[str, tuple[str, ...]] = {
     "transforms": _FUNCTIONAL,
     "roles": ("foundation",),
     "modules": ("foundation", "roles"),
-    "covered": (*_FUNCTIONAL, "roles", "modules", "export.codes"),
-    "sensitivities": (*_FUNCTIONAL, "roles", "modules", "export.codes"),
-    "allocation": ("foundation", "sensitivities"),
     "convergence": _FUNCTIONAL,
     "optim.engine": _FUNCTIONAL,
     "optim": (*_FUNCTIONAL, "optim.engine"),
+    # by groups as QuantOptimizer reads them
+    "covered": (*_FUNCTIONAL, "roles", "modules", "export.codes", "optim.groups"),
+    "sensitivities": (*_FUNCTIONAL, "roles", "modules", "export.codes", "optim.groups"),
+    "allocation": ("foundation", "quantizers.bits", "sensitivities"),
     # of a module, by the roles of what is in it
     "optim.param_groups": (*_FUNCTIONAL, "optim", "roles", "modules", "covered"),
     "export": (*_FUNCTIONAL, "modules"),

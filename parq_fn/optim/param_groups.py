@@ -14,7 +14,7 @@ from parq_fn.foundation.value import briefly
 from parq_fn.modules import check_module
 from parq_fn.optim.groups import check_bits
 from parq_fn.optim.state import Group
-from parq_fn.roles import BIAS, NORM, QUANTIZABLE, VECTOR, Role, roles
+from parq_fn.roles import BIAS, NORM, QUANTIZABLE, VECTOR, Role, check_dtype, roles
 from parq_fn.transforms.prox_link import Prox
 
 Pattern = str | re.Pattern[str]
@@ -50,7 +50,7 @@ def param_groups(
         `weight_mask` ("lm_head", "*.mlp"), several parted by "|"; a compiled regular expression is
         searched for. The first rule that matches wins. A pattern chooses among what can be
         quantized: matrices and kernels of layers, experts, embeddings. A name in full takes that
-        parameter whatever it is. What no rule takes stays in full precision.
+        parameter whatever it is, if it is floating. What no rule takes stays in full precision.
     weight_decay: of all but norms, biases and other parameters of one dimension, which get 0; by
         default the base optimizer's own.
 
@@ -59,7 +59,8 @@ def param_groups(
     transformers' Conv1D and experts; levels are then by output, or by block of each. Tied
     parameters appear once. The result prints as the table of `coverage`.
 
-    Raises TypeError for what is no module, pattern, bits or prox link; ValueError for a weight
+    Raises TypeError for what is no module, pattern, bits or prox link, and for a name in full of a
+    parameter to quantize that is not floating; ValueError for a weight
     decay below 0, for bits that there are none of, for a part of a pattern that matches nothing,
     and for a rule that takes nothing, or only what an earlier one took.
 
@@ -87,6 +88,8 @@ def param_groups(
     for role in found:
         pattern = taken.get(role.name)
         how = None if pattern is None else rules[pattern]
+        if how is not None:
+            check_dtype(f"param_groups: rule {_shown(pattern)}", role)
         undecayed = role.kind in (NORM, BIAS, VECTOR) or role.parameter.dim() < 2
         axis = role.axis if how is not None and role.axis != (0,) else None
         rank = role.parameter.dim() if axis else None

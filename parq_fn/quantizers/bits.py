@@ -27,6 +27,17 @@ def with_bits(quantizer: Any, bits: int) -> Any:
     return quantizer if bits == bits_of(quantizer) else None
 
 
+def name_of_bits(bits: int) -> str:
+    """In words.
+
+    >>> [name_of_bits(b) for b in (0, 1, 2, 16)]
+    ['ternary', '1 bit', '2 bits', 'full precision']
+    """
+    if bits >= 16:
+        return "full precision"
+    return {0: "ternary", 1: "1 bit"}.get(bits, f"{bits} bits")
+
+
 def bits_of(quantizer: Any) -> int:
     """The bits of a level's code; 0 of three levels."""
     k = quantizer.num_levels

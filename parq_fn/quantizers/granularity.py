@@ -219,17 +219,11 @@ class per_block(Granularity):
         return _dims(self, "along", self.along, weight)
 
     def shape(self, weight: Tensor) -> tuple[int, int]:
-        length = self._length(weight)
-        if length % self.size:
-            where = "the last dimension" if self.along == -1 else f"the {length} along {self.along}"
-            raise ValueError(
-                f"block size {self.size} does not divide {where} of shape {tuple(weight.shape)}; "
-                "choose another size for it, or per_channel()"
-            )
+        self._blocks(weight)
         return weight.numel() // self.size, self.size
 
     def row_shape(self, weight: Tensor) -> tuple[int, ...]:
-        blocks = self._length(weight) // self.size
+        blocks = self._blocks(weight)
         return tuple(blocks if d is None else weight.shape[d] for d in self.row_dims(weight))
 
     def row_dims(self, weight: Tensor) -> tuple[int | None, ...]:
@@ -244,14 +238,20 @@ class per_block(Granularity):
         place = min(along)
         before = tuple(range(place))
         after = tuple(d for d in range(place, rank) if d not in along)
-        blocks = self._length(weight) // self.size, self.size
+        blocks = self._blocks(weight), self.size
         parts = (*weight.shape[:place], *blocks, *(weight.shape[d] for d in after))
         turn = (*range(place + 1), *range(place + 2, len(parts)), place + 1)
         return Order((*before, *along, *after), parts, turn)
 
-    def _length(self, weight: Tensor) -> int:
-        """Of what runs are cut from."""
+    def _blocks(self, weight: Tensor) -> int:
+        """How many there are in what runs are cut from."""
         length = 1
         for d in self.dims(weight):
             length *= weight.shape[d]
-        return length
+        if length % self.size:
+            where = "the last dimension" if self.along == -1 else f"the {length} along {self.along}"
+            raise ValueError(
+                f"block size {self.size} does not divide {where} of shape {tuple(weight.shape)}; "
+                "choose another size for it, or per_channel()"
+            )
+        return length // self.size

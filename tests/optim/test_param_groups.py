@@ -92,8 +92,14 @@ def test_groups_train_pack_and_print() -> None:
     assert "4.*.weight" in str(groups)
 
 
-def test_a_name_in_full_takes_whatever_it_names() -> None:
-    assert how(param_groups(net(), {"1.bias": 4}))["1.bias"] == {"quant_bits": 4}
+def test_a_name_in_full_takes_whatever_it_names_that_is_floating() -> None:
+    module = net()
+    assert how(param_groups(module, {"1.bias": 4}))["1.bias"] == {"quant_bits": 4}
+    for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn):
+        module.other = nn.Parameter(torch.zeros(2, 2, dtype=dtype), requires_grad=False)
+        assert how(param_groups(module, {"other": None, "*": 2}))["other"] == {}
+        with pytest.raises(TypeError, match="rule 'other': parameter 'other' has dtype torch"):
+            param_groups(module, {"other": 2})
 
 
 def test_a_name_in_a_rule_stands_for_itself_whatever_is_in_it() -> None:
