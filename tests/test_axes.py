@@ -230,7 +230,7 @@ def test_dimensions_named_twice_or_not_at_all(got: Any, what: str) -> None:
 def test_weights_that_do_not_fit_a_granularity_raise(
     cut, shape: tuple[int, ...], message: str
 ) -> None:
-    for call in (cut.rows, cut.shape):
+    for call in (cut.rows, cut.shape, cut.row_shape):
         with pytest.raises(ValueError, match=message):
             call(torch.zeros(shape))
     prox = pf.hard_prox(pf.lsbq(1), granularity=cut)
