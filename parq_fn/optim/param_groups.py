@@ -88,7 +88,7 @@ def param_groups(
     for role in found:
         pattern = taken.get(role.name)
         how = None if pattern is None else rules[pattern]
-        if how is not None:
+        if pattern is not None and how is not None:
             check_dtype(f"param_groups: rule {_shown(pattern)}", role)
         undecayed = role.kind in (NORM, BIAS, VECTOR) or role.parameter.dim() < 2
         axis = role.axis if how is not None and role.axis != (0,) else None
