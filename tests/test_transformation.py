@@ -188,8 +188,13 @@ def test_the_norm_of_updates_is_of_float32_or_better_and_on_the_device_of_the_fi
     assert pf.global_norm(half).dtype == torch.float32
     many = {"a": torch.full((1,), 3.0), "b": torch.full((1,), 4.0, dtype=torch.float64)}
     assert pf.global_norm(many).item() == 5
-    with torch.device("meta"):
-        nothing = pf.global_norm({"a": None})
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            nothing = pf.global_norm({"a": None})
+    finally:
+        torch.set_default_dtype(before)
     assert (nothing.item(), nothing.dtype) == (0.0, torch.float32)
     assert pf.global_norm({"a": torch.ones(2, device="meta"), "b": torch.ones(2)}).is_meta
     one = {"a": torch.ones((), dtype=torch.float64)}
