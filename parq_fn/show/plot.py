@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from parq_fn.allocation import allocate
+from parq_fn.allocation import allocate, check_table
 from parq_fn.foundation.tree import names_of, tree_leaves
 from parq_fn.foundation.value import show
 from parq_fn.proxmaps.levels import nearest
@@ -356,7 +356,8 @@ def budget(
     bits_per_weight: at which the curve is found; by default 25 from the least to the most.
     ax: matplotlib's Axes to draw on; new ones by default.
     """
-    numel = sum(table.numel.values())
+    check_table("budget", table)
+    numel = sum(table.numel.values()) or 1
     alike: dict[int, tuple[float, float]] = {}
     for bits in [cost.bits for cost in next(iter(table.values()))]:
         own = [cost for costs in table.values() for cost in costs if cost.bits == bits]
@@ -368,8 +369,8 @@ def budget(
     if bits_per_weight is None:
         ends = [[cost.size for cost in costs] for costs in table.values()]
         low, high = (sum(map(end, ends)) / numel for end in (min, max))
-        bits_per_weight = [low + (high - low) * i / 24 for i in range(25)]
-    found = [allocate(table, b + 1e-9) for b in bits_per_weight]
+        bits_per_weight = [*(low + (high - low) * i / 24 for i in range(24)), high]
+    found = [allocate(table, b) for b in bits_per_weight]
     ax = new_axes() if ax is None else ax
     color, style, _ = next_style(ax)
     x, y = [own.bits_per_weight for own in found], [own.cost for own in found]
