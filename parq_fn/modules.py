@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from parq_fn.foundation.torch_private import flattened_by, no_recomputing, writes_to
 from parq_fn.foundation.tree import matches
 from parq_fn.foundation.value import briefly
-from parq_fn.roles import EXPERTS, MADE, OTHER, WEIGHT, made_by_hooks, roles
+from parq_fn.roles import EXPERTS, MADE, OTHER, WEIGHT, Role, made_by_hooks, roles
 
 #: {class: why its modules cannot be called with other weights}.
 _WRAPPERS = {
@@ -212,6 +212,29 @@ def check_module(who: str, module: nn.Module, gives: str) -> None:
             )
 
 
+def excluded(who: str, exclude: Any, found: Sequence[Role]) -> set[str]:
+    """The first names of the parameters that patterns match; TypeError for what is no pattern,
+    ValueError for one that matches nothing."""
+    one = isinstance(exclude, str) or not isinstance(exclude, Iterable)
+    patterns = (exclude,) if one else tuple(exclude)
+    for pattern in patterns:
+        if not isinstance(pattern, str | re.Pattern):
+            raise TypeError(
+                f"{who}: expected exclude patterns such as 'head', or compiled ones, got "
+                f"{pattern!r}"
+            )
+        if not any(matches(pattern, name) for role in found for name in role.names):
+            raise ValueError(
+                f"{who}: exclude pattern {pattern!r} matches no parameter of the module; they are: "
+                f"{', '.join(name for role in found for name in role.names)}"
+            )
+    return {
+        role.name
+        for role in found  # a tied parameter has several names
+        if any(matches(pattern, name) for pattern in patterns for name in role.names)
+    }
+
+
 def weight_mask(
     module: nn.Module, exclude: str | re.Pattern[str] | Sequence[str | re.Pattern[str]] = ()
 ) -> dict[str, bool]:
@@ -236,28 +259,12 @@ def weight_mask(
     ['0.weight']
     """
     check_module("weight_mask", module, "a dict of names")
-    given: Any = exclude
-    one = isinstance(given, str) or not isinstance(given, Iterable)
-    patterns = (given,) if one else tuple(given)
-    for pattern in patterns:
-        if not isinstance(pattern, str | re.Pattern):
-            raise TypeError(
-                f"weight_mask: expected exclude patterns such as 'head', or compiled ones, got "
-                f"{pattern!r}"
-            )
     found = roles(module)
-    every = [name for role in found for name in role.names]  # a tied parameter has several
-    for pattern in patterns:
-        if not any(matches(pattern, name) for name in every):
-            raise ValueError(
-                f"exclude pattern {pattern!r} matches no parameter of the module; they are: "
-                f"{', '.join(every)}"
-            )
+    left = excluded("weight_mask", exclude, found)
     mask, doubtful = {}, []
     for role in found:
-        excluded = any(matches(pattern, name) for pattern in patterns for name in role.names)
-        mask[role.name] = role.kind in (WEIGHT, EXPERTS) and not excluded
-        if role.kind in (MADE, OTHER) and role.is_matrix and not excluded:
+        mask[role.name] = role.kind in (WEIGHT, EXPERTS) and role.name not in left
+        if role.kind in (MADE, OTHER) and role.is_matrix and role.name not in left:
             doubtful.append(role.name)
     if doubtful:
         warnings.warn(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,10 +14,13 @@ from torch import Tensor, nn
 from parq_fn.export.codes import num_bytes
 from parq_fn.foundation.checks import check_kind
 from parq_fn.foundation.columns import columns
+from parq_fn.foundation.scalar import is_number
 from parq_fn.foundation.value import briefly
-from parq_fn.modules import check_module
+from parq_fn.modules import check_module, excluded
+from parq_fn.optim.groups import link_of
 from parq_fn.quantizers.bits import name_of_bits, with_bits
-from parq_fn.quantizers.granularity import Granularity, per_block, per_channel
+from parq_fn.quantizers.error import error_of
+from parq_fn.quantizers.granularity import Granularity
 from parq_fn.roles import QUANTIZABLE, Role, roles
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.sharded import gathered
@@ -66,7 +71,7 @@ def sensitivity(
     bits: Sequence[int] = (0, 1, 2, 3, 4, 8),
     loss: Callable[[dict[str, Tensor]], Tensor | float] | None = None,
     squares: Mapping[str, Tensor] | None = None,
-    exclude: Sequence[str] = (),
+    exclude: str | re.Pattern[str] | Sequence[str | re.Pattern[str]] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
     """What rounding each weight matrix of a module to its levels costs, one at a time, for each
@@ -78,18 +83,23 @@ def sensitivity(
     bits: 0 for ternary, 16 for full precision, which costs nothing but its size.
     loss: a function of {name: weight}, such as that of `functional(module)`; the change is by
         trial: loss with this matrix rounded less loss as it is. No tensor of the module is changed.
+        It gets the parameters that are not frozen, and the matrix that is rounded. It is to give
+        the same number for the same weights: call eval() on a module with dropout.
     squares: {name: mean of the squared gradients}; the change is sum squares (w - Q(w))^2 / 2,
         the second order of the loss at its minimum, with the squares for its second derivatives
         (the diagonal of the empirical Fisher matrix).
-    exclude: parameters that are left out, by name.
+    exclude: what is left out: patterns as in `weight_mask`.
     progress: called with (how many are done, of how many) after each matrix.
 
     The result is a dict {name: [Cost(bits, size, error, change), ...]} for `allocate`, and prints
     as a table of the changes, or of errors where none was asked for.
 
-    Raises TypeError for what is no module or prox link; ValueError for bits that the quantizer
-    cannot have, for loss and squares together, for squares that lack a parameter or are not of its
-    shape, for names to exclude that are none, and where nothing is left to ask.
+    Warns where loss gives two numbers for the same weights.
+
+    Raises TypeError for what is no module or prox link, and for a loss that gives no number;
+    ValueError for bits that the quantizer cannot have, for loss and squares together, for squares
+    that lack a parameter, are not of its shape or below 0, for patterns that match nothing, for
+    weights on the meta device, and where nothing is left to ask.
 
     >>> from parq_fn import hard_prox, lsbq, per_channel
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
@@ -101,37 +111,41 @@ def sensitivity(
     check_kind("sensitivity", prox, "a prox link such as hard_prox(lsbq(2))", "quantizer", "refit")
     if loss is not None and squares is not None:
         raise ValueError("sensitivity: expected loss or squares, got both; give one of them")
-    found = [role for role in roles(module) if role.kind in QUANTIZABLE]
-    unknown = sorted({*exclude} - {name for role in found for name in role.names})
-    if unknown:
-        raise ValueError(
-            f"sensitivity: exclude names {', '.join(unknown)}, none of which could be quantized; "
-            f"there are {', '.join(role.name for role in found)}"
-        )
-    found = [role for role in found if not {*exclude} & {*role.names}]
+    every = roles(module)
+    left = excluded("sensitivity", exclude, every)
+    found = [role for role in every if role.kind in QUANTIZABLE and role.name not in left]
     if not found:
         raise ValueError("sensitivity: the module has no matrix, kernel or embedding to ask for")
     quantizers = {b: None if b >= 16 else _of_bits(prox, b) for b in _checked(bits)}
     if squares is not None:
         _check_squares(found, squares)
-    weights = {name: gathered(p.detach()) for name, p in module.named_parameters()}
+    empty = [role.name for role in found if role.parameter.is_meta]
+    if empty:
+        raise ValueError(
+            f"sensitivity: parameter {empty[0]!r} is on the meta device, which holds no values; "
+            "load the module's weights first"
+        )
+    weights = {}
+    if loss is not None:
+        trained = (role for role in every if role.parameter.requires_grad)
+        weights = {role.name: gathered(role.parameter.detach()) for role in trained}
     with torch.no_grad():
-        before = None if loss is None else float(loss(weights))
+        before = None if loss is None else _at_rest(loss, weights)
         costs: dict[str, list[Cost]] = {}
         for i, role in enumerate(found):
-            cut = _cut(prox.granularity, role)
-            w = weights[role.name]
+            cut, w = _cut(prox, role), gathered(role.parameter.detach())
+            square = None if squares is None else gathered(squares[role.name]).to(w.device)
             costs[role.name] = []
             for b, quantizer in quantizers.items():
                 rounded = w if quantizer is None else _rounded(w, quantizer, cut, role.name)
                 change: float | None = None
                 if loss is not None and before is not None:
-                    change = float(loss({**weights, role.name: rounded})) - before
-                elif squares is not None:
+                    change = _changed(loss, weights, role, rounded) - before
+                elif square is not None:
                     off = (w.double() - rounded.double()).square()
-                    change = float((squares[role.name].double() * off).sum() / 2)
+                    change = float((square.double() * off).sum() / 2)
                 size = _size(w, quantizer, cut)
-                costs[role.name].append(Cost(b, size, _error(w, rounded), change))
+                costs[role.name].append(Cost(b, size, error_of(rounded, w), change))
             if progress is not None:
                 progress(i + 1, len(found))
     return Sensitivity(costs, {role.name: role.parameter.numel() for role in found})
@@ -161,25 +175,65 @@ def _of_bits(prox: Prox, bits: int) -> Any:
     return found
 
 
-def _check_squares(found: Sequence[Role], squares: Mapping[str, Tensor]) -> None:
+def _check_squares(found: Sequence[Role], squares: Any) -> None:
+    if not isinstance(squares, Mapping):
+        raise TypeError(
+            f"sensitivity: expected squares as {{name: tensor}}, got {briefly(squares)}"
+        )
     for role in found:
         got = squares.get(role.name)
-        if got is None or got.shape != role.parameter.shape:
-            what = "none" if got is None else f"a tensor of shape {tuple(got.shape)}"
+        if not isinstance(got, Tensor) or got.shape != role.parameter.shape:
+            what = f"shape {tuple(got.shape)}" if isinstance(got, Tensor) else briefly(got)
             raise ValueError(
                 f"sensitivity: expected squares[{role.name!r}] of shape "
                 f"{tuple(role.parameter.shape)}, got {what}"
             )
+        if not bool((gathered(got) >= 0).all()):
+            raise ValueError(
+                f"sensitivity: squares[{role.name!r}] has numbers below 0 or NaN, expected means "
+                "of squared gradients"
+            )
 
 
-def _cut(granularity: Granularity, role: Role) -> Granularity:
-    """The link's granularity by the outputs of this layer, as a group's quant_axis makes it."""
-    if role.axis == (0,):
-        return granularity
-    if isinstance(granularity, per_block):
-        along = tuple(d for d in range(role.parameter.dim()) if d not in role.axis)
-        return per_block(granularity.size, along=along[0] if len(along) == 1 else along)
-    return per_channel(role.axis[0] if len(role.axis) == 1 else role.axis)
+def _of_loss(loss: Callable[[dict[str, Tensor]], Any], weights: dict[str, Tensor]) -> float:
+    got = loss(weights)
+    if not (is_number(got) or (isinstance(got, Tensor) and got.numel() == 1)):
+        raise TypeError(f"sensitivity: loss gave {briefly(got)}, expected one number")
+    return float(got)
+
+
+def _at_rest(loss: Callable[[dict[str, Tensor]], Any], weights: dict[str, Tensor]) -> float:
+    """The loss of the weights as they are; warns where it is another one the second time."""
+    before, again = _of_loss(loss, weights), _of_loss(loss, weights)
+    if before != again and not (math.isnan(before) and math.isnan(again)):
+        warnings.warn(
+            f"sensitivity: loss gave {before:g} and then {again:g} for the same weights, so that "
+            "changes of this size are chance; call eval() on a module with dropout, and take the "
+            "same batch in each call",
+            stacklevel=3,
+        )
+    return before
+
+
+def _changed(
+    loss: Callable[[dict[str, Tensor]], Any], weights: dict[str, Tensor], role: Role, to: Tensor
+) -> float:
+    """The loss with one weight exchanged."""
+    try:
+        return _of_loss(loss, {**weights, role.name: to})
+    except Exception as error:
+        if role.parameter.requires_grad:
+            raise
+        raise ValueError(
+            f"sensitivity: loss fails where it is given {role.name!r}, which is frozen: {error}; "
+            "exclude it, or thaw it before functional(module)"
+        ) from error
+
+
+def _cut(prox: Prox, role: Role) -> Granularity:
+    """The link's granularity by the outputs of this layer."""
+    axis = None if role.axis == (0,) else role.axis[0] if len(role.axis) == 1 else role.axis
+    return link_of(prox, {"quant_axis": axis, "params": [role.parameter]}).granularity
 
 
 def _rounded(w: Tensor, quantizer: Any, cut: Granularity, name: str) -> Tensor:
@@ -189,12 +243,6 @@ def _rounded(w: Tensor, quantizer: Any, cut: Granularity, name: str) -> Tensor:
         raise ValueError(f"sensitivity: parameter {name!r}: {error}") from None
     levels = quantizer.levels_in(quantizer.fit(rows), w.dtype)
     return cut.restore(quantizer.nearest(rows, levels), w)
-
-
-def _error(w: Tensor, rounded: Tensor) -> float:
-    whole = float(w.double().square().sum())
-    off = float((w.double() - rounded.double()).square().sum())
-    return off / whole if whole else (0.0 if off == 0 else math.inf)
 
 
 def _size(w: Tensor, quantizer: Any, cut: Granularity) -> int:

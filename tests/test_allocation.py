@@ -199,6 +199,67 @@ def test_sizes_are_those_of_coverage_and_rules_are_for_param_groups() -> None:
     assert "4 bits" in str(table)
 
 
+def test_the_loss_gets_what_is_not_frozen_and_the_matrix_that_is_asked() -> None:
+    module = net()
+    module[0].weight.requires_grad_(False)
+    x = torch.arange(7)
+    seen = set()
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        seen.add("0.weight" in weights)
+        return torch.func.functional_call(module, weights, x).sum()
+
+    table = pf.sensitivity(module, LINK, bits=(1,), loss=loss)
+    assert list(table) == ["0.weight", "1.weight", "3.weight"]
+    assert seen == {True, False}
+    apply, _ = pf.functional(module)
+    table = pf.sensitivity(module, LINK, bits=(1,), loss=lambda w: apply(w, x).sum(), exclude=["0"])
+    assert list(table) == ["1.weight", "3.weight"]
+    with pytest.raises(
+        ValueError, match=r"given '0\.weight', which is frozen: functional: weights"
+    ):
+        pf.sensitivity(module, LINK, bits=(1,), loss=lambda w: apply(w, x).sum())
+
+
+def test_a_loss_of_chance_is_warned_of_and_no_number_is_refused() -> None:
+    module = nn.Sequential(nn.Linear(9, 9), nn.Dropout())
+    apply, _ = pf.functional(module)
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return apply(weights, torch.ones(9)).sum()
+
+    with pytest.warns(UserWarning, match="for the same weights, so that changes of this size are"):
+        pf.sensitivity(module, LINK, bits=(1,), loss=loss)
+    module.eval()
+    before = torch.get_rng_state()
+    pf.sensitivity(module, LINK, bits=(1,), loss=loss)
+    assert torch.equal(before, torch.get_rng_state())
+    for wrong in (None, torch.ones(2), "1"):
+        with pytest.raises(TypeError, match=r"loss gave .*expected one number"):
+            pf.sensitivity(module, LINK, loss=lambda _, got=wrong: got)  # type: ignore[misc]
+    with pytest.raises(TypeError, match="expected squares as"):
+        pf.sensitivity(module, LINK, squares=[])  # type: ignore[arg-type] # what is refused
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e300])
+def test_errors_are_those_of_weights_of_any_size(scale: float) -> None:
+    one, other = nn.Linear(9, 6).double(), nn.Linear(9, 6).double()
+    with torch.no_grad():
+        other.weight.copy_(one.weight * scale)
+    table, scaled = (pf.sensitivity(m, LINK, bits=(0, 2)) for m in (one, other))
+    for a, b in zip(table["weight"], scaled["weight"], strict=True):
+        assert math.isclose(a.error, b.error, rel_tol=1e-6)
+    assert pf.quantizers.relative_error(torch.zeros(2, 3), pf.lsbq(2)) == 0
+
+
+def test_weights_without_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="parameter 'weight' is on the meta device"):
+        pf.sensitivity(nn.Linear(3, 2, device="meta"), LINK)
+
+
+SQUARES = {"0.weight": torch.ones(7, 8), "1.weight": torch.ones(6, 8), "3.weight": torch.ones(4, 6)}
+
+
 @pytest.mark.parametrize(
     ("given", "match"),
     [
@@ -206,8 +267,12 @@ def test_sizes_are_those_of_coverage_and_rules_are_for_param_groups() -> None:
         ({"bits": (2, 2)}, "expected bits as different whole numbers"),
         ({"bits": (9,)}, "bits=9"),
         ({"loss": lambda w: 0.0, "squares": {}}, "got both"),
-        ({"squares": {}}, r"expected squares\['0.weight'\] of shape \(7, 8\), got none"),
-        ({"exclude": ["nobody"]}, "exclude names nobody"),
+        ({"squares": {}}, r"expected squares\['0.weight'\] of shape \(7, 8\), got None"),
+        ({"squares": SQUARES | {"1.weight": torch.ones(8, 6)}}, r"\(6, 8\), got shape \(8, 6\)"),
+        ({"squares": SQUARES | {"1.weight": -torch.ones(6, 8)}}, r"'1.weight'\] has numbers below"),
+        ({"squares": SQUARES | {"1.weight": torch.full((6, 8), math.nan)}}, "below 0 or NaN"),
+        ({"exclude": "nobody"}, "exclude pattern 'nobody' matches no parameter"),
+        ({"exclude": "*.weight"}, "has no matrix"),
         ({"exclude": ["0.weight", "1.weight", "3.weight"]}, "has no matrix"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from parq_fn.quantizers.base import Quantizer
@@ -16,5 +18,13 @@ def relative_error(rows: Tensor, quantizer: Quantizer) -> float:
     0.1
     """
     rows = rows.double()
-    nearest = quantizer.nearest(rows, quantizer(rows))
-    return float((rows - nearest).square().sum() / rows.square().sum())
+    return error_of(quantizer.nearest(rows, quantizer(rows)), rows)
+
+
+def error_of(rounded: Tensor, x: Tensor) -> float:
+    """|x - rounded|^2 / |x|^2 in float64, of numbers of any size; 0 of zeros that stay."""
+    x, off = x.double(), x.double() - rounded.double()
+    top = float(x.abs().max()) if x.numel() else 0.0
+    if not top:
+        return math.inf if off.any() else 0.0
+    return float((off / top).square().sum() / (x / top).square().sum())
