@@ -115,10 +115,10 @@ def steps_apart(base: Optimizer) -> bool:
 # State
 
 
-def widened(entries: Entries, p: Tensor, latent: Tensor) -> Entries:
-    """The entries of an optimizer of narrow parameters, in the dtype of the latent."""
+def widened(entries: Entries, p: Tensor, dtype: torch.dtype) -> Entries:
+    """The entries of an optimizer of narrow parameters, in the dtype that latents move in."""
     return {
-        key: got.to(latent.dtype)
+        key: got.to(dtype)
         if isinstance(got, Tensor) and got.is_floating_point() and got.shape == p.shape
         else got
         for key, got in entries.items()
@@ -204,7 +204,7 @@ def _entries_after(
             twin.add_param_group({**shown, "params": [stand_in]})
         if base.state.get(p) and not anew:  # made when the base was
             learned = {k: copied(v) for k, v in base.state[p].items()}
-            twin.state[stand_in] = widened(learned, p, start)
+            twin.state[stand_in] = widened(learned, p, start.dtype)
         train = getattr(twin, "train", None)
         if callable(train):  # it takes no step before
             train()

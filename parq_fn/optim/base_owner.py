@@ -22,7 +22,9 @@ from parq_fn.optim.learned import (
     held_entries,
     laid_out,
     learning_begun,
+    with_held,
 )
+from parq_fn.optim.narrow_latents import KEY, check_narrow, key_of
 from parq_fn.optim.old_states import Kept, with_qparams
 from parq_fn.optim.owner import Place
 from parq_fn.optim.saved import FOREIGN, check_keys
@@ -33,10 +35,10 @@ from parq_fn.transforms.prox_state import ProxState
 from parq_fn.transforms.sharded import local
 
 #: The entries of a parameter's state that are ours; the others are the base optimizer's.
-QUANTIZED = ("latent", "qparams", "count", "slope", "lr_sum", "link")
+QUANTIZED = ("latent", "qparams", "count", "slope", "lr_sum", "link", KEY)
 AVERAGE = ("average", "average_count", "average_total")
 #: Those that weights follow from.
-_WEIGH = tuple(key for key in QUANTIZED if key != "link")
+_WEIGH = tuple(key for key in QUANTIZED if key not in ("link", KEY))
 
 
 def is_own(key: str) -> bool:
@@ -56,12 +58,14 @@ class BaseOwner:
     quantized. Of a quantized one it shares its memory with the entry "latent".
     link: of a group; weight: (group, parameter) -> this rank's part of its weights now.
     average: whether an average of each parameter's latents is kept.
+    dtype: of latents; None for float32 or better.
     """
 
     who = "QuantOptimizer"
     keys: tuple[str, ...] = KEYS
     widens = False
     needs = frozenset({"updates"})
+    dtype: torch.dtype | None = None  # of those that were pickled before they had one
 
     def __init__(
         self,
@@ -71,9 +75,10 @@ class BaseOwner:
         weight: Callable[[Group, Tensor], Tensor],
         *,
         average: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.optimizer, self.base, self.link, self.weight = optimizer, base, link, weight
-        self.average = average
+        self.average, self.dtype = average, dtype
         self.latents: dict[Tensor, Tensor] = {}
 
     def check(self) -> None:
@@ -108,7 +113,10 @@ class BaseOwner:
     def _entries(self, place: Place, places: list[Place]) -> Entries:
         p, group, _, label = place
         if not is_quantized(group):
-            return {**self._template(place, p), **self._learned(p, p), "updates": self._updates(p)}
+            learned = self._learned(p, p.dtype)
+            return {**self._template(place, p), **learned, "updates": self._updates(p)}
+        if self.dtype is not None:
+            check_narrow(p, self.dtype, label)
         link = whole = self.link(group)
         if link.learn is not None:
             link = by_exact_names(whole, {own.label: own.p for own in places if own.group is group})
@@ -116,13 +124,14 @@ class BaseOwner:
         latent = p.detach().clone().to(wide(p))
         return {
             **self._template(place, latent),
-            **self._learned(p, latent),
+            **self._learned(p, latent.dtype),
             "updates": self._updates(p),
-            "latent": latent,
+            "latent": latent.to(self.latent_dtype(p)),
             "qparams": state.qparams[label],
             **scalars(state),
             **(laid_out(link, [label], state)[label] if link.learn is not None else {}),
             **({} if link.hold is None else held_entries(none_held(latent))),
+            **({} if self.dtype is None else {KEY: key_of(label, state.count)}),
             "link": digest(whole),
         }
 
@@ -136,9 +145,12 @@ class BaseOwner:
             )
         return entries
 
-    def _learned(self, p: Tensor, latent: Tensor) -> Entries:
+    def _learned(self, p: Tensor, dtype: torch.dtype) -> Entries:
         """What the base has learned of the parameter before it was wrapped."""
-        return widened(dict(self.base.state.get(p) or {}), p, latent)
+        return widened(dict(self.base.state.get(p) or {}), p, dtype)
+
+    def latent_dtype(self, p: Tensor) -> torch.dtype:
+        return wide(p) if self.dtype is None or self.dtype != p.dtype else self.dtype
 
     def _updates(self, p: Tensor) -> Tensor:
         return new_count() + 1 if self.base.state.get(p) else new_count()
@@ -269,6 +281,7 @@ class BaseOwner:
                 f'entries {", ".join(lost)} from the saved "state" to go on without'
             )
         saved = {**{key: got for key, got in self._averaged(p).items() if key in mine}, **saved}
+        saved = {key: got for key, got in saved.items() if key != KEY or key in mine}
         quantized = any(map(is_of_link, saved))
         if quantized and "qparams" not in mine:
             raise ValueError(
@@ -276,6 +289,7 @@ class BaseOwner:
                 "optimizer; give its group the prox link or the bits that it was trained with"
             )
         if "updates" in saved and (quantized or "qparams" not in mine):
+            saved = {**{key: mine[key] for key in (KEY,) if key in mine}, **saved}
             if "link" in mine and "link" not in saved:
                 saved = {**learning_begun(mine, saved, (PREFIX, HELD)), "link": mine["link"]}
             self._check_keys(p, mine.keys() - {"latent"}, saved, label)
@@ -284,7 +298,7 @@ class BaseOwner:
         needed = [key for key in mine if not is_own(key)] if trained else []
         self._check_keys(p, needed, saved, label)
         own = {key: mine[key] for key in mine if is_of_link(key) and key != "latent"}
-        moved = widened(saved, p, mine.get("latent", p))
+        moved = widened(saved, p, wide(p) if "latent" in mine else p.dtype)
         return {"updates": new_count() + 1, **own, **moved}
 
     def _check_keys(self, p: Tensor, needed: Iterable[str], saved: Entries, label: str) -> None:
@@ -321,6 +335,13 @@ def scalars(state: ProxState) -> Entries:
 def prox_state(entries: dict[str, Any]) -> ProxState:
     """The state of a link that has one parameter, of its entries."""
     return ProxState(entries["count"], entries["slope"], entries["lr_sum"], [entries["qparams"]])
+
+
+def weight_at(link: Prox, entries: dict[str, Any], latent: Tensor, p: Tensor, name: str) -> Tensor:
+    """This rank's part of the weights that a latent has with a parameter's qparams."""
+    state = prox_state(entries)._replace(qparams={name: entries["qparams"]})
+    made = local(link.weights(state, {name: latent}, dtype=p.dtype)[name])
+    return with_held(link, entries, p, made)
 
 
 def by_step(

@@ -25,7 +25,6 @@ from parq_fn.optim.state import (
     loaded_groups,
     taken_over,
     versions,
-    wide,
 )
 from parq_fn.transforms.sharded import is_dtensor, local
 
@@ -247,7 +246,7 @@ class LatentStore(Places):
             kept = entries is not None and "latent" in entries
             new = {**state[p], **common} if entries is None else entries
             if "latent" in state[p] and not kept:
-                new["latent"] = p.detach().to(wide(p), copy=True)
+                new["latent"] = p.detach().to(self.owner.latent_dtype(p), copy=True)
             before, weigh = state[p], filter(self.owner.weighs, new)
             same = all(_is_same(before.get(key), new[key]) for key in weigh)
             self._adopt(p, new)

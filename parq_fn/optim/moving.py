@@ -17,6 +17,7 @@ from parq_fn.optim.engine.chunks import chunks
 from parq_fn.optim.engine.gradients import RowGradients
 from parq_fn.optim.groups import is_quantized
 from parq_fn.optim.learned import held_of
+from parq_fn.optim.narrow_latents import KEY, in_full
 from parq_fn.optim.state import Group, wide
 from parq_fn.optim.wrapping import Wrapping
 from parq_fn.transforms.layout import part_of
@@ -68,16 +69,21 @@ class Moving(Wrapping):
         if needy and steps_apart(self.base):
             runs = chunks({p: p.numel() for p in needy}) + ([rest] if rest else [])
         for chunk in runs:
-            own = [p for p in chunk if p in pulled]
-            pulls = {p: self._pull(p, groups[p]) for p in own if self.link(groups[p]).draws}
-            held = {p: local(self._latents[p]).clone() for p in own if self.link(groups[p]).hold}
-            self._step_base(chunk, groups)
-            for p, pull in pulls.items():
-                latent = local(self._latents[p])
-                latent.sub_(pull.to(latent.dtype))
-            for p, before in held.items():
-                latent = local(self._latents[p])
-                latent.copy_(torch.where(local(held_of(self.state[p]).held), before, latent))
+            with in_full(self.base, self._latents, self.state, chunk):
+                self._move_chunk(chunk, groups, [p for p in chunk if p in pulled])
+
+    def _move_chunk(
+        self, chunk: list[Tensor], groups: dict[Tensor, Group], pulled: list[Tensor]
+    ) -> None:
+        pulls = {p: self._pull(p, groups[p]) for p in pulled if self.link(groups[p]).draws}
+        held = {p: local(self._latents[p]).clone() for p in pulled if self.link(groups[p]).hold}
+        self._step_base(chunk, groups)
+        for p, pull in pulls.items():
+            latent = local(self._latents[p].detach())
+            latent.sub_(pull.to(latent.dtype))
+        for p, before in held.items():
+            latent = local(self._latents[p].detach())
+            latent.copy_(torch.where(local(held_of(self.state[p]).held), before, latent))
 
     def _is_trained(self, p: Tensor) -> bool:
         """Not frozen; a parameter of the base alone is moved wherever the base moves it."""
@@ -182,7 +188,8 @@ class Moving(Wrapping):
         """
         latent, entries = self._latents[p], self.state[p]
         entries["updates"] = entries["updates"] + 1
-        if latent is not p and local(latent).data_ptr() != local(entries["latent"]).data_ptr():
+        shares = latent is not p and KEY not in entries  # its memory with the entry
+        if shares and local(latent).data_ptr() != local(entries["latent"]).data_ptr():
             entries["latent"] = latent.detach()  # the base has given it other memory
         own = self.base.state.get(latent, {})
         if own is not entries:

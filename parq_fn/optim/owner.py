@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from parq_fn.optim.old_states import Kept
@@ -39,6 +40,9 @@ class Owner(Protocol):
 
     def begin(self, fresh: list[Place], places: list[Place]) -> dict[Tensor, Entries]:
         """Entries as before any step, of the fresh ones among the places at least."""
+
+    def latent_dtype(self, p: Tensor) -> torch.dtype:
+        """In which the parameter's latent is kept."""
 
     def adopted(self, p: Tensor, entries: Entries) -> None:
         """The entries are the parameter's now, in the optimizer's state."""

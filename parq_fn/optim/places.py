@@ -130,7 +130,7 @@ class Places:
             entries = self.optimizer.state[p]
             latent = entries.get("latent", p if self.owner.widens else None)
             if latent is not None:
-                check_dtype(self.owner.who, p, latent, label)
+                check_dtype(self.owner.who, p, latent, self.owner.latent_dtype(p), label)
                 refuse_reshaped(self.owner.who, tuple(latent.shape), p, label)
             moved = beside(p, entries)
             if moved:

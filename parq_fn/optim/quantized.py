@@ -28,7 +28,7 @@ from parq_fn.foundation.torch_private import not_traced
 from parq_fn.foundation.value import briefly, check_flags
 from parq_fn.optim.adapter import settled
 from parq_fn.optim.base_optimizer import check_base, check_not_kept
-from parq_fn.optim.base_owner import BaseOwner, by_step, prox_state, scalars
+from parq_fn.optim.base_owner import BaseOwner, by_step, prox_state, scalars, weight_at
 from parq_fn.optim.engine.gradients import RowGradients
 from parq_fn.optim.engine.passes import Job, Pass, refit
 from parq_fn.optim.groups import KEYS, check_group, check_some, is_quantized, link_of
@@ -41,6 +41,7 @@ from parq_fn.optim.learned import (
     with_held,
 )
 from parq_fn.optim.moving import Moving, rate_of
+from parq_fn.optim.narrow_latents import check_latent_dtype
 from parq_fn.optim.state import Group, value_of
 from parq_fn.transforms.averaged import moved, share_of
 from parq_fn.transforms.collective import RanksError
@@ -89,6 +90,10 @@ class QuantOptimizer(Moving):
     average: the decay of an average of every parameter's latents, as `averaged` takes it; `with
     optimizer.averaged_weights():` has parameters hold its weights. A loaded average goes on with
     this decay, one that was not saved begins anew; where none is kept, loading one is refused.
+    latent_dtype: torch.bfloat16 for latents of quantized bfloat16 parameters in half the memory;
+    the base moves them in float32, a few parameters at a time, and after it they are rounded
+    stochastically. Draws follow from "rounding", [] int64 in a parameter's state, and its count of
+    updates: no generator is read, and shards draw as one process does.
 
     `param_groups` are the base's own, so a learning-rate scheduler may be built on either. A
     quantized group shows "inverse_slope" (the map's coefficient) and "lr_sum" as numbers, of the
@@ -128,7 +133,10 @@ class QuantOptimizer(Moving):
     (True, 0.0)
     """
 
-    _copied = ("base", "prox", "anneal_weight_decay", "compile", "average", "_latents", "_own")
+    _copied = (
+        *("base", "prox", "anneal_weight_decay", "compile", "average", "latent_dtype"),
+        *("_latents", "_own"),
+    )
 
     @settled
     def __init__(
@@ -139,8 +147,10 @@ class QuantOptimizer(Moving):
         anneal_weight_decay: float = 0.0,
         compile: bool = False,
         average: Scalar | None = None,
+        latent_dtype: torch.dtype | None = None,
     ):
         check_base(base_optimizer)
+        check_latent_dtype(latent_dtype, base_optimizer)
         if prox is not None and not isinstance(prox, Prox):
             raise TypeError(
                 "QuantOptimizer: expected a prox link such as parq_prox(lsbq(2), ...), got "
@@ -153,13 +163,13 @@ class QuantOptimizer(Moving):
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base, self.prox, self.compile = base_optimizer, prox, compile
         self.anneal_weight_decay, self.average = anneal_weight_decay, average
+        self.latent_dtype = latent_dtype
         self.param_groups = base_optimizer.param_groups
         self._own: list[Prox | None] = []
         self._links: dict[tuple[Any, ...], Prox] = {}
         self._pass, self._of_rows = Pass(compile=compile), RowGradients(compile=compile)
-        owner = BaseOwner(
-            self, base_optimizer, self.link, self._weight, average=average is not None
-        )
+        kept: Any = {"average": average is not None, "dtype": latent_dtype}
+        owner = BaseOwner(self, base_optimizer, self.link, self._weight, **kept)
         self._store, self._latents = LatentStore(self, owner), owner.latents
         none = all("prox" in group for group in self.param_groups)
         self._enter(self.param_groups)
@@ -354,7 +364,7 @@ class QuantOptimizer(Moving):
         for p, group, _, label in self._store.places():
             if is_quantized(group):
                 link, entries = rounding(self.link(group)), self.state[p]
-                yield p, _weight_at(link, entries, entries["latent"], p, label)
+                yield p, weight_at(link, entries, entries["latent"], p, label)
 
     def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.average is None:
@@ -368,7 +378,7 @@ class QuantOptimizer(Moving):
             begun = float(entries["average_total"]) > 0
             average = entries["average"] if begun else self._latents[p].detach()
             if is_quantized(group):
-                yield p, _weight_at(self.link(group), entries, average, p, label)
+                yield p, weight_at(self.link(group), entries, average, p, label)
             else:
                 yield p, local(average)
 
@@ -383,13 +393,6 @@ class QuantOptimizer(Moving):
         self._store = LatentStore(self, owner)
         self._store.add(begin=False)
         owner.resume()
-
-
-def _weight_at(link: Prox, entries: dict[str, Any], latent: Tensor, p: Tensor, name: str) -> Tensor:
-    """This rank's part of the weights that a latent has with a parameter's qparams."""
-    state = prox_state(entries)._replace(qparams={name: entries["qparams"]})
-    made = local(link.weights(state, {name: latent}, dtype=p.dtype)[name])
-    return with_held(link, entries, p, made)
 
 
 def _show(group: Group, state: ProxState) -> None:

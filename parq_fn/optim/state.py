@@ -56,9 +56,9 @@ def value_of(closure: Callable[[], Any] | None) -> Any:
         return closure()
 
 
-def check_dtype(who: str, p: Tensor, latent: Tensor, name: str) -> None:
+def check_dtype(who: str, p: Tensor, latent: Tensor, expected: torch.dtype, name: str) -> None:
     """Raises ValueError for a parameter that was converted to a dtype its latent does not fit."""
-    if latent.dtype != wide(p):
+    if latent.dtype != expected:
         raise ValueError(
             f"{who}: parameter {name!r} is {p.dtype} now and its latent {latent.dtype}; convert "
             "the module before the optimizer is built"

@@ -111,6 +111,9 @@ class TreeOwner:
         self._learned, self._gathered = frozenset(learned), frozenset(gathered)
         return made
 
+    def latent_dtype(self, p: Tensor) -> torch.dtype:
+        return wide(p)
+
     def adopted(self, p: Tensor, entries: Entries) -> None:
         pass
 

@@ -23,10 +23,13 @@ class Wrapping(Adapter):
 
     base: Optimizer
     prox: Prox | None
+    latent_dtype: torch.dtype | None
     _latents: dict[Tensor, Tensor]
 
     def _shown(self) -> dict[str, Any]:
         shown: dict[str, Any] = {"base": type(self.base).__name__}
+        if self.latent_dtype is not None:
+            shown["latent_dtype"] = self.latent_dtype
         if not any(map(is_quantized, self.param_groups)):
             return {**shown, "prox": self.prox, "quantized": "nothing"}
         return shown if self.prox is None else {**shown, "prox": self.prox}
@@ -89,7 +92,7 @@ class Wrapping(Adapter):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = {"average": None, **state}  # a version before it had one
+        state = {"average": None, "latent_dtype": None, **state}  # a version before they were
         kept = state.pop("_of_the_base", None)
         super().__setstate__(state)
         if kept is not None:

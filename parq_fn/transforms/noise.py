@@ -92,8 +92,8 @@ class add_noise(Link):
         scale = torch.where(variance > 0, torch.where(variance > 0, variance, 1.0).sqrt(), 0.0)
 
         def noisy(u: Tensor, name: str) -> Tensor:
-            of_leaf = _mixed(_mixed(state.seed) + _number_of(name))
-            return u + times(normal_like(u, _mixed(of_leaf + state.step)), scale)
+            of_leaf = mixed(mixed(state.seed) + number_of(name))
+            return u + times(normal_like(u, mixed(of_leaf + state.step)), scale)
 
         leaves, spec = optree.tree_flatten(updates)
         named = zip(leaves, names_of(updates), strict=True)
@@ -106,20 +106,25 @@ def normal_like(like: Tensor, key: Tensor) -> Tensor:
     mine = local(like)
     index = torch.arange(like.numel(), device=mine.device).reshape(like.shape)
     index = local(spread(index, like))
-    bits = _mixed(_mixed(index * _GOLDEN + to_device(key, mine)))
+    bits = mixed(bits_of(index, to_device(key, mine)))
     wide = torch.promote_types(mine.dtype, torch.float32)
     high, low = ((bits >> s) & 0xFFFFFFFF for s in (32, 0))
     radius = (-2.0 * ((high.to(wide) + 0.5) * 2.0**-32).log()).sqrt()
     return placed((radius * (low.to(wide) * (2.0 * math.pi * 2.0**-32)).cos()).to(mine.dtype), like)
 
 
+def bits_of(index: Tensor, key: Tensor) -> Tensor:
+    """splitmix64's numbers at these indices, int64, of the stream that a 0-d key begins."""
+    return mixed(index * _GOLDEN + key)
+
+
 @constant_result
-def _number_of(name: str) -> int:
+def number_of(name: str) -> int:
     """A number that tells leaves apart."""
     return zlib.crc32(name.encode())
 
 
-def _mixed(x: Tensor) -> Tensor:
+def mixed(x: Tensor) -> Tensor:
     """splitmix64 of int64 numbers: every bit of the result depends on every bit of x."""
     x = x + _GOLDEN
     x = (x ^ _shifted(x, 30)) * _FIRST
