@@ -109,7 +109,8 @@ def allocate(
     }
     numel = sum(table.numel[name] for name in table)
     check_numbers("allocate", POSITIVE, bits_per_weight=bits_per_weight)
-    budget = _bits(float(bits_per_weight), numel)
+    most = sum(int(own.max()) for own in sizes.values())
+    budget = min(_bits(float(bits_per_weight), numel), most)
     least = sum(int(own.min()) for own in sizes.values())
     if not least <= budget:
         needed = math.ceil(1e4 * least / max(numel, 1)) / 1e4
@@ -127,7 +128,7 @@ def allocate(
 
 def check_table(who: str, table: Any) -> None:
     """Raises TypeError for what is no table, or has nothing in it."""
-    if not isinstance(table, Sensitivity) or not table:
+    if not isinstance(table, Sensitivity) or not table or not all(table.values()):
         raise TypeError(
             f"{who}: expected what sensitivity(module, prox) gives, got {briefly(table)}"
         )
@@ -143,6 +144,10 @@ def _costs(
     table: Sensitivity, given: Mapping[str, Mapping[int, float]] | None
 ) -> dict[str, np.ndarray[Any, Any]]:
     found = {}
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(
+            f"allocate: expected cost as {{name: {{bits: cost}}}}, got {briefly(given)}"
+        )
     unknown = [] if given is None else sorted(map(str, given.keys() - table.keys()))
     if unknown:
         raise ValueError(

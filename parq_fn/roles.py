@@ -54,7 +54,8 @@ class Role(NamedTuple):
     names: tuple[str, ...]  # all of them, of a tied one
     parameter: Tensor
     kind: str  # one of `KINDS`
-    axis: tuple[int, ...]  # the dimensions whose index is the output, as of (expert, output)
+    # the dimensions whose index is the output, as of (expert, output); () where none are
+    axis: tuple[int, ...]
 
     @property
     def is_matrix(self) -> bool:
@@ -75,6 +76,16 @@ def roles(module: nn.Module) -> list[Role]:
         axis = _axis(steps[-1][0], parameter, kind)
         found.append(Role(name, tuple(names[id(parameter)]), parameter, kind, axis))
     return found
+
+
+def check_outputs(who: str, role: Role) -> None:
+    """Raises ValueError for a weight that no dimensions cut by its outputs."""
+    if not role.axis:
+        raise ValueError(
+            f"{who}: parameter {role.name!r} is of a transposed convolution with groups, whose "
+            f"outputs are no dimensions of its shape {tuple(role.parameter.shape)}, so that there "
+            "are no levels by output; leave it in full precision, or give it a group by hand"
+        )
 
 
 def check_dtype(who: str, role: Role) -> None:
@@ -163,6 +174,8 @@ def _axis(parent: nn.Module, p: Tensor, kind: str) -> tuple[int, ...]:
         return (0,)
     if kind == EXPERTS and p.dim() == 3:
         return (0, 2) if _is_transposed(parent) else (0, 1)
+    if isinstance(parent, _TRANSPOSED) and parent.groups > 1:  # [input, output of the group]
+        return (0, 1) if p.shape[0] == parent.groups else ()
     is_conv1d = _is_called("^Conv1D$", parent) and hasattr(parent, "nf")  # of transformers
     return (1,) if is_conv1d or isinstance(parent, _TRANSPOSED) else (0,)
 

@@ -21,7 +21,7 @@ from parq_fn.optim.groups import link_of
 from parq_fn.quantizers.bits import name_of_bits, with_bits
 from parq_fn.quantizers.error import error_of
 from parq_fn.quantizers.granularity import Granularity
-from parq_fn.roles import QUANTIZABLE, Role, roles
+from parq_fn.roles import QUANTIZABLE, Role, check_outputs, roles
 from parq_fn.transforms.prox_link import Prox
 from parq_fn.transforms.sharded import gathered
 
@@ -119,6 +119,8 @@ def sensitivity(
     quantizers = {b: None if b >= 16 else _of_bits(prox, b) for b in _checked(bits)}
     if squares is not None:
         _check_squares(found, squares)
+    for role in found:
+        check_outputs("sensitivity", role)
     empty = [role.name for role in found if role.parameter.is_meta]
     if empty:
         raise ValueError(

@@ -298,6 +298,9 @@ def test_a_budget_that_nothing_fits_is_refused() -> None:
         pf.plot.budget(Sensitivity({}, {}))
     with pytest.raises(ValueError, match=r"cost\['1.weight'\] lacks 1 bit, 2 bits"):
         pf.allocate(table, 9.0, cost={"0.weight": {1: 1.0, 2: 1.0}})
+    with pytest.raises(TypeError, match="expected cost as"):
+        pf.allocate(table, 9.0, cost=[1.0])  # type: ignore[arg-type] # what is refused
+    assert set(pf.allocate(table, 1e300).values()) == {2}
     with pytest.raises(ValueError, match=r"cost names 2\.weight, which the table has not"):
         pf.allocate(table, 9.0, cost={"2.weight": {}})
     costs = {name: dict.fromkeys((1, 2), math.nan) for name in table}

@@ -141,6 +141,15 @@ def test_outputs_are_found_in_every_layout() -> None:
         assert by_name(experts)["gate_up_proj"].axis == axis
 
 
+def test_outputs_of_transposed_convolutions_with_groups_are_told_or_refused() -> None:
+    assert by_name(nn.ConvTranspose1d(4, 8, 3, groups=4))["weight"].axis == (0, 1)  # depthwise
+    net = nn.Sequential(nn.Linear(4, 4), nn.ConvTranspose1d(4, 8, 3, groups=2))
+    for call in (param_groups, lambda m: pf.sensitivity(m, pf.hard_prox(pf.lsbq(2)))):
+        with pytest.raises(ValueError, match=r"'1.weight' is of a transposed .* shape \(4, 4, 3\)"):
+            call(net)
+    assert len(param_groups(net, {"1": None, "*": 2})) == 3
+
+
 def test_parametrizations_are_seen_through() -> None:
     """A layer keeps its class's layout, and what its weight is made of is named."""
     net = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.ConvTranspose1d(2, 3, 2))

@@ -125,7 +125,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "the share of a module": (
         lambda: share_on_levels(NET),  # type: ignore[arg-type]
-        "expected a QuantOptimizer, got Sequential",
+        "expected a QuantOptimizer or a TransformOptimizer, got Sequential",
     ),
     # checkpoints
     "a checkpoint's model first": (

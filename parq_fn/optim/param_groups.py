@@ -14,7 +14,7 @@ from parq_fn.foundation.value import briefly
 from parq_fn.modules import check_module
 from parq_fn.optim.groups import check_bits
 from parq_fn.optim.state import Group
-from parq_fn.roles import BIAS, NORM, QUANTIZABLE, VECTOR, Role, check_dtype, roles
+from parq_fn.roles import BIAS, NORM, QUANTIZABLE, VECTOR, Role, check_dtype, check_outputs, roles
 from parq_fn.transforms.prox_link import Prox
 
 Pattern = str | re.Pattern[str]
@@ -60,9 +60,10 @@ def param_groups(
     parameters appear once. The result prints as the table of `coverage`.
 
     Raises TypeError for what is no module, pattern, bits or prox link, and for a name in full of a
-    parameter to quantize that is not floating; ValueError for a weight
-    decay below 0, for bits that there are none of, for a part of a pattern that matches nothing,
-    and for a rule that takes nothing, or only what an earlier one took.
+    parameter to quantize that is not floating; ValueError for a weight decay below 0, for bits that
+    there are none of, for a part of a pattern that matches nothing, for a rule that takes nothing,
+    or only what an earlier one took, and for a transposed convolution with groups, whose outputs
+    are no dimensions of its weight, but for depthwise ones.
 
     >>> from parq_fn import lsbq, per_channel, parq_prox
     >>> net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
@@ -90,6 +91,7 @@ def param_groups(
         how = None if pattern is None else rules[pattern]
         if pattern is not None and how is not None:
             check_dtype(f"param_groups: rule {_shown(pattern)}", role)
+            check_outputs(f"param_groups: rule {_shown(pattern)}", role)
         undecayed = role.kind in (NORM, BIAS, VECTOR) or role.parameter.dim() < 2
         axis = role.axis if how is not None and role.axis != (0,) else None
         rank = role.parameter.dim() if axis else None
