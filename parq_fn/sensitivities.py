@@ -17,7 +17,7 @@ from parq_fn.foundation.columns import columns
 from parq_fn.foundation.scalar import is_number
 from parq_fn.foundation.value import briefly
 from parq_fn.modules import check_module, excluded
-from parq_fn.optim.groups import link_of
+from parq_fn.optim.groups import cut_of
 from parq_fn.quantizers.bits import name_of_bits, with_bits
 from parq_fn.quantizers.error import error_of
 from parq_fn.quantizers.granularity import Granularity
@@ -139,7 +139,7 @@ def sensitivity(
             square = None if squares is None else gathered(squares[role.name]).to(w.device)
             costs[role.name] = []
             for b, quantizer in quantizers.items():
-                rounded = w if quantizer is None else _rounded(w, quantizer, cut, role.name)
+                rounded = w if quantizer is None else _rounded(w, quantizer, cut)
                 change: float | None = None
                 if loss is not None and before is not None:
                     change = _changed(loss, weights, role, rounded) - before
@@ -233,16 +233,14 @@ def _changed(
 
 
 def _cut(prox: Prox, role: Role) -> Granularity:
-    """The link's granularity by the outputs of this layer."""
-    axis = None if role.axis == (0,) else role.axis[0] if len(role.axis) == 1 else role.axis
-    return link_of(prox, {"quant_axis": axis, "params": [role.parameter]}).granularity
-
-
-def _rounded(w: Tensor, quantizer: Any, cut: Granularity, name: str) -> Tensor:
     try:
-        rows = cut.rows(w)
+        return cut_of(prox, role.parameter, role.axis)
     except ValueError as error:
-        raise ValueError(f"sensitivity: parameter {name!r}: {error}") from None
+        raise ValueError(f"sensitivity: parameter {role.name!r}: {error}") from None
+
+
+def _rounded(w: Tensor, quantizer: Any, cut: Granularity) -> Tensor:
+    rows = cut.rows(w)
     levels = quantizer.levels_in(quantizer.fit(rows), w.dtype)
     return cut.restore(quantizer.nearest(rows, levels), w)
 

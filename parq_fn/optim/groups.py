@@ -132,6 +132,15 @@ def link_of(prox: Prox, group: Group, who: str = "QuantOptimizer") -> Prox:
     return dataclasses.replace(prox, quantizer=quantizer, granularity=granularity)
 
 
+def cut_of(prox: Prox, p: Tensor, axis: tuple[int, ...]) -> Granularity:
+    """The link's granularity by the outputs of a parameter, which are those dimensions of it;
+    ValueError where the parameter cannot be cut so."""
+    dims = None if axis == (0,) else axis[0] if len(axis) == 1 else axis
+    cut = link_of(prox, {"quant_axis": dims, "params": [p]}).granularity
+    cut.row_shape(p)
+    return cut
+
+
 def _with_bits(who: str, quantizer: Any, bits: int) -> Any:
     found = with_bits(quantizer, bits)
     if found is None:

@@ -12,7 +12,7 @@ from parq_fn.foundation.checks import NOT_NEGATIVE, check_numbers
 from parq_fn.foundation.tree import matches
 from parq_fn.foundation.value import briefly
 from parq_fn.modules import check_module
-from parq_fn.optim.groups import check_bits
+from parq_fn.optim.groups import check_bits, cut_of
 from parq_fn.optim.state import Group
 from parq_fn.roles import BIAS, NORM, QUANTIZABLE, VECTOR, Role, check_dtype, check_outputs, roles
 from parq_fn.transforms.prox_link import Prox
@@ -61,9 +61,9 @@ def param_groups(
 
     Raises TypeError for what is no module, pattern, bits or prox link, and for a name in full of a
     parameter to quantize that is not floating; ValueError for a weight decay below 0, for bits that
-    there are none of, for a part of a pattern that matches nothing, for a rule that takes nothing,
-    or only what an earlier one took, and for a transposed convolution with groups, whose outputs
-    are no dimensions of its weight, but for depthwise ones.
+    there are none of, for blocks that do not divide a weight, for a part of a pattern that matches
+    nothing, for a rule that takes nothing, or only what an earlier one took, and for a transposed
+    convolution with groups, whose outputs are no dimensions of its weight, but for depthwise ones.
 
     >>> from parq_fn import lsbq, per_channel, parq_prox
     >>> net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
@@ -99,6 +99,12 @@ def param_groups(
         group = groups.setdefault(key, {"params": []})
         group["params"].append((role.name, role.parameter))
         if isinstance(how, Prox):
+            try:
+                cut_of(how, role.parameter, role.axis)
+            except ValueError as error:
+                raise ValueError(
+                    f"param_groups: parameter {role.name!r}: {error}; or leave it in full precision"
+                ) from None
             group["prox"] = how
         elif how is not None:
             group["quant_bits"] = how

@@ -18,6 +18,9 @@ from parq_fn.optim import QuantOptimizer, param_groups
 LINK = pf.parq_prox(pf.lsbq(2), anneal_start=0, anneal_end=2, granularity=pf.per_channel())
 
 
+BLOCKS = pf.hard_prox(pf.lsbq(2), granularity=pf.per_block(3))
+
+
 def net() -> nn.Sequential:
     return nn.Sequential(
         nn.Embedding(6, 4),
@@ -126,6 +129,12 @@ def test_a_tied_parameter_goes_by_any_of_its_names_and_appears_once() -> None:
         ({"2": 2}, ValueError, "rule '2' takes nothing: '2.weight' is 'norm', which stays"),
         ({"*": 9}, ValueError, r"rule '\*' has quant_bits=9"),
         ({"*": "2"}, ValueError, r"rule '\*' has quant_bits='2'"),
+        ({"1": BLOCKS}, ValueError, "param_groups: parameter '1.weight': block size 3 does not"),
+        (
+            {"3": BLOCKS},
+            ValueError,
+            r"'3.weight': block size 3 does not .* 16 along \(0, 2\)",
+        ),
         ({3: 2}, TypeError, "pattern to be a string such as 'lm_head'"),
         ({}, TypeError, "expected rules such as"),
         ("*", TypeError, "expected rules such as"),
