@@ -7,24 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+pytest.importorskip(
+    "transformers", reason="needs transformers: pip install 'parq_fn[integrations]'"
+)
+
 import torch
+import transformers
 
 import parq_fn as pf
-from parq_fn.optim import QuantOptimizer, param_groups
+from parq_fn.optim import QuantOptimizer, param_groups, share_on_levels
+from tests.integrations.llama import SMALL, llama, trained
 
-transformers = pytest.importorskip("transformers")
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 1000,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 HEADS = {"head_dim": 16}
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32}
 PLAIN = {
@@ -151,3 +145,14 @@ def test_turned_layers_have_levels_by_output(build: Callable[[], tuple[Any, str,
     by_output = weight.transpose(-1, -2).reshape(rows, -1)
     assert max(row.unique().numel() for row in by_output) <= 4
     assert torch.equal(pf.export.unpack(pf.export.pack(model, optimizer))[name], weight)
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about its cache
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_model_that_computes_anew_or_is_compiled_trains_to_the_same_bits(compiled: bool) -> None:
+    plain, optimizer = trained(llama())
+    assert share_on_levels(optimizer) == 1.0
+    model = llama().train()
+    model.gradient_checkpointing_enable()
+    other, _ = trained(model, torch.compile(model, backend="eager") if compiled else None)
+    assert all(map(torch.equal, plain.parameters(), other.parameters()))

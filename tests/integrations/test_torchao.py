@@ -273,3 +273,38 @@ def test_optimizers_with_coded_states_train_wrapped_as_alone_and_are_resumed(
         expected = trained(net, optimizer, 3)
         assert all(map(torch.equal, expected, trained(other, resumed, 3)))
         assert all(map(torch.equal, expected, trained(third, fresh, 3)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit"])
+def test_coded_states_beside_latents_in_bfloat16_are_resumed(name: str) -> None:
+    import torchao.optim
+
+    mid = pf.parq_prox(pf.lsbq(2), anneal_start=1, anneal_end=9, period=2)
+
+    def built(seed: int) -> tuple[Wide, QuantOptimizer]:
+        net = Wide(seed).to(torch.bfloat16)
+        groups = [{"params": [*net.wide.parameters()], "quant_bits": 2}]
+        groups.append({"params": [*net.small.parameters()]})
+        base = getattr(torchao.optim, name)(groups, lr=1e-2)
+        return net, QuantOptimizer(base, mid, latent_dtype=torch.bfloat16)
+
+    def trained(net: Wide, optimizer: QuantOptimizer, steps: int) -> None:
+        for step in range(steps):
+            x = torch.randn(4, 64, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            net(x.to(torch.bfloat16)).square().mean().backward()
+            optimizer.step()
+
+    with torch.compiler.set_stance("force_eager"):
+        (net, optimizer), (other, resumed) = built(0), built(1)
+        trained(net, optimizer, 3)
+        entries = optimizer.state[net.wide.weight]
+        assert type(entries["exp_avg"]) is not torch.Tensor  # it is coded
+        assert entries["latent"].dtype == torch.bfloat16
+        resumed.load_state_dict(optimizer.state_dict())
+        other.load_state_dict(net.state_dict())
+        trained(net, optimizer, 3)
+        trained(other, resumed, 3)
+        assert all(map(torch.equal, net.parameters(), other.parameters()))
