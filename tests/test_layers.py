@@ -66,7 +66,9 @@ LONG: dict[str, str] = {}
 #: Private attributes of others that are read.
 PRIVATE = {
     "foundation.command": {"_exit": "ends a program whose imports were stopped, with a status"},
-    "export.layers": {"_apply": "what converts a module: layers keep codes and order in memory"},
+    "export.packed_layer": {
+        "_apply": "what converts a module: layers keep codes and order in memory"
+    },
     "export.hugging_face": {
         "_tied_weights_keys": "which of a transformers model's are tied",
         "_is_hf_initialized": "that transformers draws no weights for a layer",

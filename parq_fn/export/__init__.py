@@ -5,8 +5,9 @@ which need their packages.
 """
 
 from parq_fn.export.file import load, save
-from parq_fn.export.layers import PackedLayer, dequantized, load_into, quantized
+from parq_fn.export.layers import dequantized, load_into, quantized
 from parq_fn.export.listing import table
+from parq_fn.export.packed_layer import PackedLayer
 from parq_fn.export.packing import Entry, Packed, pack, pack_weight, stream, unpack
 
 __all__ = [

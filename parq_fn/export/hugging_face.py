@@ -6,6 +6,7 @@ Importing this module registers the quantization method "parq_fn" with transform
 from __future__ import annotations
 
 import os
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,7 +24,15 @@ except ImportError:
 
 from parq_fn.export.codes import num_bytes
 from parq_fn.export.cuts import cut_as_json, cut_from_json
-from parq_fn.export.layers import PackedLayer, pack_layer, packs, quantized
+from parq_fn.export.layers import quantized
+from parq_fn.export.packed_layer import (
+    WEIGHT,
+    Kept,
+    PackedLayer,
+    keys_of,
+    pack_layer,
+    packs,
+)
 
 METHOD = "parq_fn"
 
@@ -33,10 +42,10 @@ class ParqFnConfig(QuantizationConfigMixin):  # type: ignore[misc] # of no known
     """What config.json says of packed layers: {name: {"levels": [r, k], "shape": [...]}}, of
     layers that share codes, such as tied embeddings, under the first name; `tied` has the others.
     Where rows are not runs of a weight, {"levels": [r, k], "cut": {..., "shape": [...]}}, the cut
-    as in packed files.
+    as in packed files. Of a parameter that is not called weight there stands "parameter": its name.
 
-    layers: {name: what is said of it}, see above.
-    tied: {name: first name of the layers that share its codes}.
+    layers: what is said of them, see above, by the name of the layer, or of such a parameter.
+    tied: {name: first name of those that share its codes}.
     unused: other entries of config.json, which are left alone.
     """
 
@@ -64,27 +73,32 @@ class ParqFnQuantizer(HfQuantizer):  # type: ignore[misc] # of no known type
         del kwargs
         config: Any = self.quantization_config
         for name, about in config.layers.items():
+            local = about.get("parameter", WEIGHT)
             r, k = about["levels"]
-            layer, own = _layer(model, name), dict(about.get("cut", about))
+            layer, own = _layer(model, _above(name, local)), dict(about.get("cut", about))
             shape = tuple(own.pop("shape"))
             cut = cut_from_json(own) if "cut" in about else None
-            if not packs(layer):
-                raise ValueError(f"{name} is a {type(layer).__name__}, which cannot be packed")
-            empty = {"device": layer.weight.device, "dtype": torch.uint8}
-            codes = torch.empty(num_bytes(torch.Size(shape).numel(), k), **empty)
-            pack_layer(layer, codes, layer.weight.new_empty(r, k), shape, cut)
-        for name, first in config.tied.items():
-            _share(model.get_submodule(name), model.get_submodule(first))
+            if not packs(layer, local):
+                raise ValueError(f"{name}: its {type(layer).__name__} cannot be packed")
+            before = getattr(layer, local)
+            codes = torch.empty(
+                num_bytes(torch.Size(shape).numel(), k), device=before.device, dtype=torch.uint8
+            )
+            pack_layer(layer, codes, before.new_empty(r, k), Kept(shape, cut), local)
+        self._share(model)
         _untie(model)
-        for layer in model.modules():
-            if isinstance(layer, PackedLayer):  # has no weight to begin at random
-                layer._is_hf_initialized = True
+        _refuse_resizing(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         del kwargs
-        for name, first in self.quantization_config.tied.items():
-            _share(model.get_submodule(name), model.get_submodule(first))
+        self._share(model)
         return model
+
+    def _share(self, model: Any) -> None:
+        config: Any = self.quantization_config
+        for name, first in config.tied.items():
+            local = config.layers[first].get("parameter", WEIGHT)
+            _share(_layer(model, _above(name, local)), _layer(model, _above(first, local)), local)
 
     def is_serializable(self) -> bool:
         return True
@@ -103,23 +117,32 @@ def quantize_pretrained(model: PreTrainedModel, file: str | os.PathLike[str]) ->
     quantized(model, file)
     layers: dict[str, dict[str, Any]] = {}
     tied: dict[str, str] = {}
-    first: dict[int, str] = {}
+    first: dict[int, tuple[str, Any]] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, PackedLayer):
-            owner = first.setdefault(id(layer.codes), name)
-            if owner == name:
-                shape, cut = {"shape": list(layer.packed_shape)}, layer.packed_cut
-                own = shape if cut is None else {"cut": {**cut_as_json(cut), **shape}}
-                layers[name] = {"levels": list(layer.levels.shape), **own}
-            else:
-                tied[name] = owner
-                _share(layer, model.get_submodule(owner))
+        for local, kept in layer.kept.items() if isinstance(layer, PackedLayer) else ():
+            codes, levels = (getattr(layer, key) for key in keys_of(local))
+            own = name if local == WEIGHT else f"{name}.{local}"
+            owner, by = first.setdefault(id(codes), (own, layer))
+            if owner != own:
+                tied[own] = owner
+                _share(layer, by, local)
+                continue
+            shape = {"shape": list(kept.shape)}
+            said = shape if kept.cut is None else {"cut": {**cut_as_json(kept.cut), **shape}}
+            more = {} if local == WEIGHT else {"parameter": local}
+            layers[own] = {"levels": list(levels.shape), **said, **more}
     config = ParqFnConfig(layers, tied)
     model.config.quantization_config = config
     model.hf_quantizer = ParqFnQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
     _untie(model)
+    _refuse_resizing(model)
     return model
+
+
+def _above(name: str, local: str) -> str:
+    """The name of the layer that has what is said to have that name."""
+    return name if local == WEIGHT else name.removesuffix(f".{local}")
 
 
 def _layer(model: Any, name: str) -> Any:
@@ -132,12 +155,31 @@ def _layer(model: Any, name: str) -> Any:
         ) from None
 
 
-def _share(layer: nn.Module, owner: Any) -> None:
+def _share(layer: nn.Module, owner: Any, local: str) -> None:
     """Packs a layer with the codes of another, which alone has them in the state dict."""
-    if not isinstance(layer, PackedLayer):
-        pack_layer(layer, owner.codes, owner.levels, owner.packed_shape, owner.packed_cut)
-    for name in ("codes", "levels"):
-        layer.register_buffer(name, getattr(owner, name), persistent=False)
+    keys = keys_of(local)
+    if not (isinstance(layer, PackedLayer) and local in layer.kept):
+        codes, levels = (getattr(owner, key) for key in keys)
+        pack_layer(layer, codes, levels, owner.kept[local], local)
+    for key in keys:
+        layer.register_buffer(key, getattr(owner, key), persistent=False)
+
+
+def _refuse_resizing(model: Any) -> None:
+    """Embeddings get no other number of rows while they are packed: their codes have theirs."""
+    model.resize_token_embeddings = MethodType(_resize_token_embeddings, model)
+
+
+def _resize_token_embeddings(model: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(model.get_input_embeddings(), PackedLayer):
+        raise ValueError(
+            "resize_token_embeddings: the embeddings are packed; resize them before "
+            "quantize_pretrained, or take parq_fn.export.dequantized(model)"
+        )
+    return type(model).resize_token_embeddings(model, *args, **kwargs)
+
+
+_resize_token_embeddings.__name__ = "resize_token_embeddings"  # as pickles look it up
 
 
 def _untie(model: Any) -> None:

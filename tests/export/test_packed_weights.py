@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import parq_fn as pf
 from parq_fn import export
-from parq_fn.export.layers import PackedLinear, pack_layer
+from parq_fn.export.packed_layer import Kept, PackedLinear, pack_layer
 from tests.export.helpers import Net, trained
 
 
@@ -149,7 +149,7 @@ def test_a_packed_embedding_takes_the_indexes_that_torch_takes(name: str) -> Non
     plain, cut, levels = embeddings()[name]
     entry = export.pack_weight(plain.weight.detach(), levels, granularity=cut)
     packed = copy.deepcopy(plain)
-    pack_layer(packed, entry.codes, entry.levels, tuple(entry.shape), entry.cut)
+    pack_layer(packed, entry.codes, entry.levels, Kept(tuple(entry.shape), entry.cut))
     good = [
         torch.tensor([[0, 5], [3, 3]]),
         torch.tensor(2),

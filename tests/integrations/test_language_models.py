@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +18,14 @@ import torch
 import transformers
 
 import parq_fn as pf
+from parq_fn.export import PackedLayer, dequantized, pack
+from parq_fn.export.hugging_face import quantize_pretrained
 from parq_fn.optim import QuantOptimizer, param_groups, share_on_levels
+from tests.helpers import sampled
 from tests.integrations.llama import SMALL, llama, trained
 
 HEADS = {"head_dim": 16}
-EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 PLAIN = {
     "d_model": 64, "vocab_size": 1000, "encoder_layers": 1, "decoder_layers": 1,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96,
@@ -76,9 +81,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], set[str], dict[str, Any]]] =
 }  # fmt: skip
 
 
-def of_family(name: str) -> Any:
+def of_family(name: str, device: str = "meta") -> Any:
     model, config, arguments, *_ = FAMILIES[name]
-    with torch.device("meta"):
+    with torch.device(device):
         return getattr(transformers, model)(getattr(transformers, config)(**arguments))
 
 
@@ -156,3 +161,43 @@ def test_a_model_that_computes_anew_or_is_compiled_trains_to_the_same_bits(compi
     model.gradient_checkpointing_enable()
     other, _ = trained(model, torch.compile(model, backend="eager") if compiled else None)
     assert all(map(torch.equal, plain.parameters(), other.parameters()))
+
+
+WHOLE = ("Gemma, tied", "Mixtral", "Qwen3 MoE", "GPT-OSS", "GPT-2")
+
+
+@pytest.mark.slow
+@pytest.mark.rare
+@pytest.mark.parametrize("family", sampled(WHOLE, 2))
+def test_packed_models_are_whole_and_write_what_the_dense_ones_write(
+    family: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Conv1D, experts, scaled embeddings: all that is quantized is packed, saved and loaded."""
+    torch.manual_seed(0)
+    dense, tokens = of_family(family, "cpu").eval(), torch.arange(3, 12).view(1, 9)
+    prox = pf.hard_prox(pf.uniform(2), period=1, granularity=pf.per_channel())
+    optimizer = QuantOptimizer(torch.optim.SGD(param_groups(dense), lr=0.01), prox)
+    for _ in range(2):
+        dense(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    quantized = {n for n, p in dense.named_parameters() if "qparams" in optimizer.state[p]}
+    model = quantize_pretrained(copy.deepcopy(dense), pack(dense, optimizer))
+    parts = [(n, m) for n, m in model.named_modules() if isinstance(m, PackedLayer)]
+    packed = {f"{name}.{key}" for name, part in parts for key in part.kept}
+    assert quantized <= packed
+    assert not quantized & {name for name, _ in model.named_parameters()}
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    more: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    mask = torch.ones_like(tokens)
+    wanted = dense.generate(tokens, attention_mask=mask, **more)
+    with torch.no_grad():
+        for made in (model, again.eval()):
+            assert torch.equal(made(tokens).logits, dense(tokens).logits)
+            assert torch.equal(made.generate(tokens, attention_mask=mask, **more), wanted)
+            with pytest.raises(ValueError, match="resize_token_embeddings: the embeddings are"):
+                made.resize_token_embeddings(1008)
+    other = copy.deepcopy(again)
+    assert dequantized(other).resize_token_embeddings(1008).weight.shape[0] == 1008
+    assert again.get_input_embeddings().num_embeddings == 1000
+    assert not [w for w in recwarn if "unpacked" in str(w.message)]
