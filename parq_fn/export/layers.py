@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from parq_fn.export.file import load
 from parq_fn.export.given import check_file, check_packed
 from parq_fn.export.packed_layer import (
+    WEIGHT,
     Kept,
     PackedLayer,
     keys_of,
@@ -22,6 +23,8 @@ from parq_fn.export.packed_layer import (
 )
 from parq_fn.export.packing import Packed, unpack
 from parq_fn.foundation.value import briefly
+
+_OWN = (nn.Linear, nn.Conv2d, nn.Embedding)
 
 
 def load_into(module: nn.Module, file: str | os.PathLike[str] | Mapping[str, Any]) -> None:
@@ -89,23 +92,6 @@ def check_fit(module: nn.Module, packed: Mapping[str, Packed | Tensor]) -> None:
         )
 
 
-def holders_of(module: nn.Module) -> dict[str, list[nn.Module]]:
-    """The layers that a parameter is the weight of, by its first name, each of them once, where
-    all of them are torch's own Linear, Conv2d and Embedding."""
-    layers = dict(module.named_modules(remove_duplicate=False))
-    holders = {}
-    for name, aliases in names_of_tied(module).items():
-        parts = [alias.rpartition(".") for alias in aliases]
-        found = {id(layers[above]): layers[above] for above, _, _ in parts}
-        if all(last == "weight" for _, _, last in parts) and all(map(_is_own, found.values())):
-            holders[name] = list(found.values())
-    return holders
-
-
-def _is_own(layer: nn.Module) -> bool:
-    return type(layer) in (nn.Linear, nn.Conv2d, nn.Embedding) and packs(layer)
-
-
 def owners_of(module: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """The layers that have a parameter, and what they call it, by its first name; each of them
     once, where all of them can hold a packed one."""
@@ -117,6 +103,16 @@ def owners_of(module: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
         if all(packs(*one) for one in found.values()):
             owners[name] = list(found.values())
     return owners
+
+
+def holders_of(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """Of these, the parameters that are the weight of torch's own Linear, Conv2d or Embedding, of
+    exactly these classes."""
+    return {
+        name: [layer for layer, _ in found]
+        for name, found in owners_of(module).items()
+        if all(type(layer) in _OWN and local == WEIGHT for layer, local in found)
+    }
 
 
 def quantized(module: nn.Module, file: str | os.PathLike[str] | Mapping[str, Any]) -> nn.Module:
