@@ -104,7 +104,8 @@ def coverage(module: nn.Module, by: Any) -> Coverage:
     The result prints as a table and has `rows` (name, shape, numel, how, quantized, nbytes),
     `quantized` and `total` (weights, tied ones once), `share` and `nbytes`: of quantized weights
     the bits of their codes and the numbers of their rows in float32, of others their own; None for
-    a mask, which says nothing of bits.
+    a mask, which says nothing of bits. A packed file keeps the levels of rows in the place of these
+    numbers, and takes more: `export.pack(module, optimizer)` has its `num_bytes`.
 
     Raises TypeError for what is no module, mask, groups or optimizer, for a "prox" that is no prox
     link, and for parameters to quantize that are not floating; ValueError for a mask with names

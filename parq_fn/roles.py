@@ -17,7 +17,9 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 #: In the names of matrices that are no weights of a layer.
 _TABLES = re.compile("bias|embed|token|pos")
 #: In the names of tables that are looked up by position.
-_POSITIONS = re.compile("posit|^wpe$|pos_emb")
+_POSITIONS = re.compile("(?<![a-z])(posit|pos_emb)|^wpe$")  # not "composite"
+#: In the names of biases, also of two dimensions.
+_BIASES = re.compile("(?<![a-z])bias")  # not "unbiased"
 #: In the names of classes whose matrices choose experts.
 _ROUTERS = re.compile("Router|TopKGate|TopkGate")
 #: The names of layers that do so where experts stand beside them.
@@ -129,7 +131,7 @@ def _kind(steps: Sequence[Step], p: Tensor, looked_up: bool) -> str:
         return TABLE if any(_POSITIONS.search(name) for _, name in steps) else EMBEDDING
     if isinstance(parent, _NORMS):
         return NORM
-    if "bias" in local:
+    if _BIASES.search(local):
         return BIAS
     if p.dim() < 2:
         return NORM if _is_called("Norm", parent) else VECTOR

@@ -150,6 +150,20 @@ def test_outputs_of_transposed_convolutions_with_groups_are_told_or_refused() ->
     assert len(param_groups(net, {"1": None, "*": 2})) == 3
 
 
+def test_words_in_other_words_say_nothing() -> None:
+    net = nn.ModuleDict({"composite": nn.ModuleDict({"embed": nn.Embedding(4, 3)})})
+    net["embed_positions"] = nn.Embedding(4, 3)
+    net["unbiased"] = nn.ParameterDict(
+        {"weight_unbiased": torch.ones(2, 2), "bias_k": torch.ones(2, 2)}
+    )
+    assert {name: role.kind for name, role in by_name(net).items()} == {
+        "composite.embed.weight": "embedding",
+        "embed_positions.weight": "table",
+        "unbiased.weight_unbiased": "weight",
+        "unbiased.bias_k": "bias",
+    }
+
+
 def test_parametrizations_are_seen_through() -> None:
     """A layer keeps its class's layout, and what its weight is made of is named."""
     net = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.ConvTranspose1d(2, 3, 2))
