@@ -32,12 +32,14 @@ LINKS: dict[str, tuple[pf.Prox, float]] = {
 }
 
 
-def training(link: pf.Prox, count: int, dtype: torch.dtype) -> tuple[QuantOptimizer, list[Tensor]]:
+def training(
+    link: pf.Prox, count: int, dtype: torch.dtype, **options: Any
+) -> tuple[QuantOptimizer, list[Tensor]]:
     torch.manual_seed(0)
     shapes = [(1024, 512), *[(256, 512)] * count]
     params = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
     base = torch.optim.AdamW([{"params": params, "quant_bits": 2}], lr=0.01, foreach=False)
-    return QuantOptimizer(base, link), params
+    return QuantOptimizer(base, link, **options), params
 
 
 def stepping(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Callable[[], None]:
@@ -54,17 +56,26 @@ def stepping(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Callable
 
 
 DTYPES = [torch.float32, torch.bfloat16]
+NARROW = {"latent_dtype": torch.bfloat16}
+#: (link, dtype of parameters, options)
+CASES = [
+    *sampled([(name, dtype, {}) for name in LINKS for dtype in DTYPES], 2),
+    *sampled([(name, torch.bfloat16, NARROW) for name in LINKS], 1),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "dtype"), sampled(itertools.product(LINKS, DTYPES), 2))
-def test_a_step_holds_what_the_largest_parameter_needs(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "dtype", "options"), CASES)
+def test_a_step_holds_what_the_largest_parameter_needs(
+    name: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
     link, bound = LINKS[name]
+    bound += bool(options)  # the latent in float32
     most = []
     for count in (4, 24):
 
         def prepare(count: int = count) -> Callable[[], None]:
-            optimizer, params = training(link, count, dtype)
+            optimizer, params = training(link, count, dtype, **options)
             return stepping(optimizer, params)
 
         most.append(peak(prepare))
@@ -116,9 +127,15 @@ def test_one_that_looks_at_all_leaves_together_needs_them_together() -> None:
     assert many > 3 * few
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_is_the_base_optimizers_and_one_latent_and_qparams(dtype: torch.dtype) -> None:
-    optimizer, params = training(LINKS["channel"][0], 3, dtype)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, NARROW)],
+    ids=["float32", "bfloat16", "latents in bfloat16"],
+)
+def test_state_is_the_base_optimizers_and_one_latent_and_qparams(
+    dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    optimizer, params = training(LINKS["channel"][0], 3, dtype, **options)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -126,7 +143,7 @@ def test_state_is_the_base_optimizers_and_one_latent_and_qparams(dtype: torch.dt
         entries = dict(optimizer.state[p])
         latent, qparams = entries.pop("latent"), entries.pop("qparams")
         assert latent.shape == p.shape
-        assert latent.dtype == torch.float32
+        assert latent.dtype == options.get("latent_dtype", torch.float32)
         assert qparams.shape == (p.shape[0], 2)
         assert qparams.dtype == torch.float32
         assert optimizer.levels(p).dtype == dtype

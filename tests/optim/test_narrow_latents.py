@@ -13,6 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer, load_checkpoint, save_checkpoint
@@ -246,6 +248,15 @@ def test_a_step_that_the_base_breaks_off_leaves_latents_in_place() -> None:
 
 
 def on_two_ranks(folder: str) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    x = torch.randn(5, 6, 7, generator=torch.Generator().manual_seed(0))
+    whole = rounded(x, 3)
+    for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
+        mine = distribute_tensor(x, mesh, [placement])
+        into = distribute_tensor(torch.zeros_like(whole), mesh, [placement])
+        round_into(into.to_local(), mine.to_local(), torch.tensor(3), into)
+        assert torch.equal(into.full_tensor(), whole), placement
+
     for name in ("parq_normal_map", "damped"):
         alone, net = Net(BF16), sharded(Net(BF16), (2,))
         one, other = (built(each, LINKS[name], latent_dtype=BF16) for each in (alone, net))
