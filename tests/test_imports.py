@@ -1,6 +1,7 @@
 """Importing the package takes little longer than importing torch."""
 
 import builtins
+import importlib
 import subprocess
 import sys
 
@@ -47,3 +48,13 @@ def test_importing_loads_no_module_that_few_programs_need() -> None:
     """
     ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert ran.stdout.split() == []
+
+
+@pytest.mark.parametrize("name", ["export.hugging_face", "integrations.trainer"])
+def test_without_its_package_a_module_says_what_to_install(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, f"parq_fn.{name}", raising=False)
+    with pytest.raises(ImportError, match=f"parq_fn.{name} needs transformers: pip install tran"):
+        importlib.import_module(f"parq_fn.{name}")
