@@ -23,7 +23,7 @@ while _COUNTS[-1] < 5_000_000:
     _COUNTS.append(_COUNTS[-1] + _COUNTS[-2])
 
 #: Fields of links that came after states with digests were saved: None says nothing of them.
-_LATER = {"pull", "learn", "hold"}
+_LATER = {"pull", "learn", "hold", "total_steps"}
 
 
 def digest(*links: Prox) -> Tensor:

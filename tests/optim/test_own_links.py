@@ -386,5 +386,7 @@ def test_links_of_before_learning_have_the_digest_that_saved_states_hold() -> No
     assert int(digest(pf.hard_prox(pf.lsbq(2)))) == 1282151156692655453
     annealed = pf.parq_prox(pf.uniform(4), anneal_start=1, anneal_end=5)
     assert int(digest(annealed)) == 43363476232745351
+    shares = pf.parq_prox(pf.uniform(4), anneal_start=0.1, anneal_end=0.5, total_steps=10)
+    assert int(digest(shares)) == int(digest(annealed))
     learned = pf.hard_prox(pf.lsbq(2), learn=pf.sgd(0.1))
     assert int(digest(learned)) != int(digest(pf.hard_prox(pf.lsbq(2), learn=pf.sgd(0.2))))
