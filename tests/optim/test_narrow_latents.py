@@ -68,6 +68,22 @@ def test_a_number_goes_to_a_neighbour_in_bfloat16_and_one_of_it_stays(
     assert bool(((found == down) | (found == up) | x.isnan() | x.isinf()).all())
 
 
+def test_nan_with_all_its_bits_set_stays_nan() -> None:
+    x = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    assert all(rounded(x, key).isnan().all() for key in range(20))
+
+
+def test_no_two_rows_have_draws_in_common() -> None:
+    """However one is moved along the other: those of 64 columns agree by chance in half."""
+    found = rounded(torch.full((20, 128), 1 + 0.5 / 128), 5) > 1
+    for i, row in enumerate(found):
+        for other in found[i + 1 :]:
+            for by in range(-64, 65):
+                one, two = (row[by:], other) if by >= 0 else (row, other[-by:])
+                same = (one[:64] == two[:64]).sum()
+                assert 8 < int(same) < 56, (i, by)
+
+
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
 def test_it_goes_up_as_often_as_it_is_near_the_upper_one(share: float) -> None:
     count = 40_000
