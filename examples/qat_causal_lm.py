@@ -124,7 +124,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--save-dir", Path("runs/qat_causal_lm"), "folder of the run", type=Path)
     flag("--save-every", 100, "steps between checkpoints", **count)
     flag("--eval-every", 100, "steps between tests", **count)
-    flag("--eval-tokens", 65536, "tokens of the test text, at most", **count)
+    flag("--eval-tokens", 32768, "tokens of the test text, at most", **count)
     flag("--prompt", "def ", "what the packed model goes on from")
     flag("--new-tokens", 120, "tokens that it adds", type=at_least(0, int))
     switch("--resume", "go on with the run of --save-dir")
