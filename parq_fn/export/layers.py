@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from parq_fn.export.file import load
 from parq_fn.export.given import check_file, check_packed
 from parq_fn.export.packed_layer import (
-    WEIGHT,
     Kept,
     PackedLayer,
     keys_of,
@@ -23,8 +22,6 @@ from parq_fn.export.packed_layer import (
 )
 from parq_fn.export.packing import Packed, unpack
 from parq_fn.foundation.value import briefly
-
-_OWN = (nn.Linear, nn.Conv2d, nn.Embedding)
 
 
 def load_into(module: nn.Module, file: str | os.PathLike[str] | Mapping[str, Any]) -> None:
@@ -103,16 +100,6 @@ def owners_of(module: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
         if all(packs(*one) for one in found.values()):
             owners[name] = list(found.values())
     return owners
-
-
-def holders_of(module: nn.Module) -> dict[str, list[nn.Module]]:
-    """Of these, the parameters that are the weight of torch's own Linear, Conv2d or Embedding, of
-    exactly these classes."""
-    return {
-        name: [layer for layer, _ in found]
-        for name, found in owners_of(module).items()
-        if all(type(layer) in _OWN and local == WEIGHT for layer, local in found)
-    }
 
 
 def quantized(module: nn.Module, file: str | os.PathLike[str] | Mapping[str, Any]) -> nn.Module:

@@ -7,6 +7,7 @@ for each output channel or group of its inputs, which is what evenly spaced leve
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from parq_fn.export.given import check_packed
 from parq_fn.export.grid import Multiples, as_multiples, even_grid, halved, off_grid, shifted
-from parq_fn.export.layers import check_fit, holders_of
+from parq_fn.export.layers import check_fit, owners_of
 from parq_fn.export.packing import Packed
 from parq_fn.foundation.value import check_flags
+
+_FORWARDS = (nn.Linear.forward, nn.Conv2d.forward, nn.Embedding.forward)
 
 
 def to_torchao(
@@ -32,8 +35,11 @@ def to_torchao(
     Scale and zero point are those of the quantizer, bit for bit (the zero point less 2^(b-1), for
     codes are signed). Levels that are odd multiples of one number, such as those of `uniform`, get
     the zero point -1/2 and as many bits as they have. A scale of the whole weight is given to every
-    channel. These are of nn.Linear, nn.Conv2d and nn.Embedding, of exactly those classes; other
-    packed weights are unpacked, what is not packed is loaded as it is, and tied weights stay tied.
+    channel. These are of nn.Linear, nn.Conv2d and nn.Embedding, and of subclasses that leave
+    `forward` alone; other packed weights are unpacked, with a warning that names them, what is not
+    packed is loaded as it is, and tied weights stay tied. torchao's FakeQuantizedLinear becomes
+    nn.Linear: trained with activations that are quantized per token to 8 bits, asymmetrically, it
+    computes what its plain layer computes afterwards with int8_activations.
 
     module: of which packed weights are parameters; it is not changed.
     packed: what `pack` gives, or a file's content from `load`.
@@ -44,18 +50,20 @@ def to_torchao(
 
     Raises ImportError without torchao; ValueError, with the parameter's name, for levels that are
     not evenly spaced, zero points beyond 8 bits, rows that cross output channels or run along
-    another dimension than the inputs, and float64.
+    another dimension than the inputs, and float64; with the layer's name, for a FakeQuantizedLinear
+    whose activations or weights are quantized otherwise than the result's.
     """
     check_flags("to_torchao", int8_activations=int8_activations, rounded=rounded)
     check_packed("to_torchao", packed)
     tensor_class, activation = _torchao()
-    made = copy.deepcopy(module)
+    made = _without_fakes(copy.deepcopy(module), int8_activations)
     check_fit(made, packed)
-    own, holders = made.state_dict(keep_vars=True), holders_of(made)
+    own, holders, left = made.state_dict(keep_vars=True), _holders(made), list[str]()
     with torch.no_grad():
         for name, entry in packed.items():
             if not (isinstance(entry, Packed) and name in holders and own[name].numel()):
                 own[name].copy_(entry.unpack() if isinstance(entry, Packed) else entry)
+                left += [name] * (isinstance(entry, Packed) and own[name].numel() > 0)
                 continue
             codes, scale, zero, bits = _affine(name, entry, rounded)
             block = [n // m for n, m in zip(entry.shape, scale.shape, strict=True)]
@@ -69,7 +77,60 @@ def to_torchao(
             parameter = nn.Parameter(weight, requires_grad=False)
             for layer in holders[name]:
                 layer.weight = parameter
+    if left:
+        warnings.warn(
+            f"to_torchao: {', '.join(left)} are unpacked, {sum(own[n].nbytes for n in left):,} "
+            "bytes, for torchao's tensors are of the weights of nn.Linear, nn.Conv2d and "
+            "nn.Embedding, and of subclasses that leave forward alone",
+            stacklevel=2,
+        )
     return made
+
+
+def _holders(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """The layers that a parameter is the weight of, by its first name, where all of them compute
+    what torch's own do, and are not the projection of attention, whose weight that one takes."""
+
+    def computes(layer: nn.Module, local: str) -> bool:
+        own = local == "weight" and type(layer).forward in _FORWARDS
+        return own and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+    return {
+        name: [layer for layer, _ in found]
+        for name, found in owners_of(module).items()
+        if all(computes(*one) for one in found)
+    }
+
+
+def _without_fakes(module: nn.Module, int8_activations: bool) -> nn.Module:
+    """The module with nn.Linear for torchao's FakeQuantizedLinear; weights stay the same."""
+    from torchao.quantization.qat import IntxFakeQuantizeConfig
+    from torchao.quantization.qat.linear import FakeQuantizedLinear
+
+    plain: dict[int, nn.Module] = {}
+    for name, layer in list(module.named_modules(remove_duplicate=False)):
+        if not isinstance(layer, FakeQuantizedLinear):
+            continue
+        where = f"to_torchao: layer {name!r} is a FakeQuantizedLinear"
+        if layer.weight_fake_quantizer is not None:
+            raise ValueError(
+                f"{where} whose weights are quantized a second time; make it with "
+                "weight_config=None, for the optimizer quantizes them"
+            )
+        quantizer = layer.activation_fake_quantizer
+        given = getattr(quantizer, "config", None)
+        wanted = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+        if quantizer is not None and not (int8_activations and given == wanted):
+            raise ValueError(
+                f"{where} with activations of {given}; to_torchao(..., int8_activations=True) "
+                f"quantizes them by {wanted}, and without it not at all"
+            )
+        if id(layer) not in plain:
+            plain[id(layer)] = layer.to_linear().train(layer.training)
+        if not name:
+            return plain[id(layer)]
+        module.set_submodule(name, plain[id(layer)])
+    return module
 
 
 def _torchao() -> tuple[Any, Any]:

@@ -15,6 +15,8 @@ with warnings.catch_warnings():
     from torchao.prototype.mx_formats import kernels, mx_tensor, nvfp4_tensor
     from torchao.prototype.parq.quant import StretchedUnifTorchaoQuantizer, UnifTorchaoQuantizer
     from torchao.quantization import IntxUnpackedToInt8Tensor
+    from torchao.quantization.qat import IntxFakeQuantizeConfig
+    from torchao.quantization.qat.linear import FakeQuantizedLinear
 
 import torch
 from torch import nn
@@ -22,7 +24,7 @@ from torch import nn
 import parq_fn as pf
 from parq_fn.export import load, save
 from parq_fn.export.torchao import to_torchao
-from parq_fn.optim import QuantOptimizer, load_checkpoint, save_checkpoint
+from parq_fn.optim import QuantOptimizer, load_checkpoint, param_groups, save_checkpoint
 from tests.export.helpers import EVEN as QUANTIZERS
 from tests.export.helpers import fitted
 from tests.helpers import python_blocks, run_blocks, spread
@@ -156,10 +158,77 @@ def test_layers_that_torchao_cannot_run_stay_in_float() -> None:
         else:
             packed[name] = p.detach()
     x = torch.randn(2, 3, 32)
-    made = to_torchao(net, packed)
+    left = "to_torchao: self_attn.in_proj_weight, self_attn.out_proj.weight are unpacked, 16,384"
+    with pytest.warns(UserWarning, match=left):
+        made = to_torchao(net, packed)
     torch.testing.assert_close(made(x), net(x))
     assert isinstance(made.linear1.weight, IntxUnpackedToInt8Tensor)
     assert torch.equal(made.self_attn.in_proj_weight, net.self_attn.in_proj_weight)
+
+
+class Doubled(nn.Linear):
+    """Computes something of its own."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Named(nn.Linear):
+    """Computes what nn.Linear does."""
+
+
+@pytest.mark.parametrize("kind", [Doubled, Named])
+def test_subclasses_are_integers_where_they_leave_forward_alone(kind: type[nn.Linear]) -> None:
+    net, x = nn.Sequential(kind(8, 4, bias=False)), torch.ones(2, 8)
+    net[0].weight.data = torch.where(net[0].weight >= 0, 0.25, -0.25)
+    entry = pf.export.pack_weight(net[0].weight.detach(), torch.tensor([[-0.25, 0.25]]))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        made = to_torchao(net, {"0.weight": entry})
+    assert isinstance(made[0].weight, IntxUnpackedToInt8Tensor) == (kind is Named)
+    assert bool(told) == (kind is Doubled)
+    torch.testing.assert_close(made(x), net(x))
+
+
+def faked(weights: bool = False, symmetric: bool = False) -> nn.Module:
+    """A network whose layers quantize what they are given, as torchao trains it."""
+    own = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=symmetric)
+    more = IntxFakeQuantizeConfig(torch.int4, "per_channel") if weights else None
+    layers = [nn.Linear(32, 64), nn.Linear(64, 32)]
+    first, last = (FakeQuantizedLinear.from_linear(layer, own, more) for layer in layers)
+    return nn.Sequential(first, nn.ReLU(), last)
+
+
+@pytest.mark.parametrize("quantizer", [pf.uniform(2), pf.integer(4), pf.lsbq(0)], ids=repr)
+def test_activations_are_quantized_in_training_as_they_are_afterwards(quantizer) -> None:
+    torch.manual_seed(0)
+    net = faked()
+    groups = param_groups(net, {"*": 2})
+    for group in groups:
+        if group.pop("quant_bits", None):
+            group["prox"] = pf.hard_prox(quantizer, period=1, granularity=pf.per_channel())
+    optimizer = QuantOptimizer(torch.optim.SGD(groups, lr=0.01))
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.randn(16, 32)).square().mean().backward()
+        optimizer.step()
+    made = to_torchao(net, pf.export.pack(net, optimizer), int8_activations=True)
+    assert [type(layer) for layer in made] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert isinstance(made[2].weight, IntxUnpackedToInt8Tensor)
+    x = torch.randn(16, 32)
+    with torch.no_grad():
+        assert torch.equal(made(x), net(x))
+
+
+def test_activations_that_are_quantized_otherwise_afterwards_are_refused_by_name() -> None:
+    net = faked()
+    packed = {name: p.detach() for name, p in net.named_parameters()}
+    with pytest.raises(ValueError, match=r"layer '0' is a FakeQuantizedLinear with activations"):
+        to_torchao(net, packed)
+    with pytest.raises(ValueError, match=r"layer '0' .* with activations of .*SYMMETRIC"):
+        to_torchao(faked(symmetric=True), packed, int8_activations=True)
+    with pytest.raises(ValueError, match=r"layer '0' .* weights are quantized a second time"):
+        to_torchao(faked(weights=True), packed, int8_activations=True)
 
 
 @pytest.mark.slow
