@@ -96,10 +96,12 @@ GRANULARITIES: dict[str, Any] = {
 
 
 def placements(layout: str, matrix: Matrix, mesh: Sequence[int]) -> list[Any]:
-    """Of a weight on a mesh. Experts that are fewer than ranks are sharded along their rows."""
-    few = matrix.cut is None and math.prod(mesh) > matrix.shape[0]
+    """Of a weight on a mesh. Experts that are fewer than ranks are sharded along their rows, and so
+    is what tensor parallelism leaves fewer rows of than ranks share: strided placements of torch
+    say no uneven shards."""
+    few = matrix.cut != 1 and math.prod(mesh) > matrix.shape[0]
     if layout == "FSDP2":
-        return [Shard(int(few))]
+        return [Shard(int(few and matrix.cut is None))]
     if layout == "HSDP":
         return [Replicate(), Shard(int(few and mesh[1] > matrix.shape[0]))]
     if layout == "columns":  # as FSDP2 shards along another dimension
