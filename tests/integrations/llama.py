@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer, param_groups
@@ -30,6 +29,8 @@ TOKENS = torch.arange(16).reshape(2, 8) % 13
 
 
 def llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM  # this module is read without it
+
     torch.manual_seed(0)
     small = {**SMALL, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
     return LlamaForCausalLM(LlamaConfig(**small))
