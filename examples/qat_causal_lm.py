@@ -48,10 +48,10 @@ from examples.language.scores import Score, score
 from examples.language.stage import Stage
 from examples.language.text import Documents, Text, standard_library, text_of, windows
 from examples.options import at_least, name_of_bits
-from examples.recipe.parallel import MODES, World, leave, quiet, whole, world_of
+from examples.recipe.parallel import MODES, World, status_of, whole
 from examples.recipe.stopping import STATUS_STOPPED, Stopped, stop_on_signals
 from parq_fn import coverage, export
-from parq_fn.foundation.command import Parser, UserError, command, output_folder, tell
+from parq_fn.foundation.command import Parser, UserError, command, output_folder
 
 PROGRAM = "qat_causal_lm"
 START, RESULT, FLAGS = "start", "result.json", "flags.json"
@@ -391,22 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains and writes; the status that the program ends with: 0, 2 for what the user can put
     right, 143 for a run that was told to stop."""
     args = parse(argv)
-    try:
-        with world_of(args.parallel, PROGRAM) as world, quiet():
-            ended = leave if world.size > 1 else int
-            try:
-                status = execute(args, world)
-                world.any(False)  # all are done, and nothing of them is gone
-                return ended(status)
-            except UserError as problem:
-                tell(problem, problem.here)
-                return ended(2)
-            except OSError as error:  # it names the file
-                tell(UserError(f"{type(error).__name__}: {error}"), True)
-                return ended(2)
-    except UserError as problem:
-        tell(problem, problem.here)
-        return 2
+    return status_of(args.parallel, PROGRAM, lambda world: execute(args, world))
 
 
 if __name__ == "__main__":

@@ -133,6 +133,27 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+def status_of(mode: str | None, program: str, work: Callable[[World], int]) -> int:
+    """The status that a program ends with, of `work` on the processes that torchrun started: its
+    own, or 2 for what the user can put right."""
+    try:
+        with world_of(mode, program) as world, quiet():
+            ended = leave if world.size > 1 else int
+            try:
+                status = work(world)
+                world.any(False)  # all are done, and nothing of them is gone
+                return ended(status)
+            except UserError as problem:
+                tell(problem, problem.here)
+                return ended(2)
+            except OSError as error:  # it names the file
+                tell(UserError(f"{type(error).__name__}: {error}"), True)
+                return ended(2)
+    except UserError as problem:
+        tell(problem, problem.here)
+        return 2
+
+
 def spread(net: nn.Module, blocks: type | tuple[type, ...], world: World) -> nn.Module:
     """The network to be called, on the device; its parameters stay those of `net`.
 

@@ -23,13 +23,13 @@ from examples.recipe.evaluation import Score, evaluate, score
 from examples.recipe.flags import Flags, Recipe, parse
 from examples.recipe.loading import Batch, batches, training_keys
 from examples.recipe.log import Log, latents_and_weights, levels_of
-from examples.recipe.parallel import World, agree_on_buffers, leave, quiet, spread, world_of
+from examples.recipe.parallel import World, agree_on_buffers, spread, status_of
 from examples.recipe.plan import WEIGHTS, Plan, fixed_flags, plan_of
 from examples.recipe.setup import network_of, optimizer_of
 from examples.recipe.stopping import STATUS_STOPPED, Stopped, stop_on_signals
 from examples.recipe.transforms import seed_of
 from parq_fn import export
-from parq_fn.foundation.command import UserError, tell
+from parq_fn.foundation.command import UserError
 from parq_fn.optim import QuantOptimizer, share_on_levels
 
 STOPPED_FILE = "stopped"  # a file that says that the run was told to stop
@@ -278,19 +278,4 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     """Trains or tests; the status that the program ends with: 0, 2 for what the user can put
     right, 143 for a run that was told to stop."""
     args = parse(recipe, argv)
-    try:
-        with world_of(args.parallel, recipe.program) as world, quiet():
-            ended = leave if world.size > 1 else int
-            try:
-                status = execute(recipe, args, world)
-                world.any(False)  # all are done, and nothing of them is gone
-                return ended(status)
-            except UserError as problem:
-                tell(problem, problem.here)
-                return ended(2)
-            except OSError as error:  # it names the file
-                tell(UserError(f"{type(error).__name__}: {error}"), True)
-                return ended(2)
-    except UserError as problem:
-        tell(problem, problem.here)
-        return 2
+    return status_of(args.parallel, recipe.program, lambda world: execute(recipe, args, world))
