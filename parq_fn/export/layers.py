@@ -109,8 +109,9 @@ def quantized(module: nn.Module, file: str | os.PathLike[str] | Mapping[str, Any
     The module is changed in place and returned: a layer with a packed weight gets a class that
     decodes it where the layer looks at it, PackedLinear, PackedConv2d and PackedEmbedding for
     torch's own. So do layers of any class, and parameters of any name, such as those of experts.
-    Packed weights of torch's recurrent layers, of embeddings with max_norm, and in lists of
-    parameters, are unpacked into them, with a warning that names them. Tied layers share codes and
+    Packed weights of torch's recurrent layers, of embeddings with max_norm, in lists of parameters,
+    of layers that have attributes called as those of a `PackedLayer`, and of classes that take no
+    subclass, are unpacked into them, with a warning that names them. Tied layers share codes and
     levels. Decoding is made of plain tensor operations: torch.compile(module) fuses it.
 
     Raises ValueError, and changes nothing, as `load_into` does.
@@ -131,9 +132,10 @@ def quantized(module: nn.Module, file: str | os.PathLike[str] | Mapping[str, Any
     if plain:
         count = sum(own[name].nbytes for name in plain)
         warnings.warn(
-            f"quantized: {', '.join(plain)} are unpacked, {count:,} bytes, for torch's recurrent "
-            "layers, embeddings with max_norm and lists of parameters do not look their weights up "
-            "by name",
+            f"quantized: {', '.join(plain)} are unpacked, {count:,} bytes: torch's recurrent "
+            "layers and lists of parameters do not look weights up by name, embeddings with "
+            "max_norm write to them, and other layers take no subclass or have attributes called "
+            "as those of packed ones (codes, levels, kept, decoded, plain)",
             stacklevel=2,
         )
     return module

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, cast
 from weakref import ref
 
@@ -62,7 +62,8 @@ class _Decoded(ReadOnly):
 class PackedLayer(nn.Module):
     """A layer whose weight, or other parameters, are codes and levels, decoded when they are used.
 
-    Its outputs are those of the layer with the unpacked weight, bit for bit. `weight` is the
+    Its outputs are those of the layer with the unpacked weight, bit for bit, but that torch's fused
+    pass of a TransformerEncoderLayer, which rounds otherwise, is not taken. `weight` is the
     decoded weight, which cannot be written to: a write raises RuntimeError, an assignment
     AttributeError; so are other packed parameters, such as those of experts, which are decoded once
     for each call of the layer. `dequantized` gives the plain layer back. Conversions keep layers
@@ -189,12 +190,22 @@ _OTHERS = (
 )  # fmt: skip
 
 
+#: What a packed layer has of its own, which no attribute of the layer before may be called.
+_OWN_NAMES = {"_now", "plain", *PackedLayer.__annotations__, *vars(PackedLayer)} - {*dir(nn.Module)}
+
+
 def packs(layer: nn.Module, name: str = WEIGHT) -> bool:
     """Whether the layer can hold its parameter of that name packed."""
-    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:  # which writes
-        return False
     own = (key for key, _ in layer.named_parameters(recurse=False, remove_duplicate=False))
-    return name in own and not isinstance(layer, _OTHERS)
+    writes = getattr(layer, "max_norm", None) is not None  # as embeddings do then
+    if name not in own or writes or isinstance(layer, _OTHERS):
+        return False
+    taken = {*keys_of(name)} | (set() if isinstance(layer, PackedLayer) else _OWN_NAMES)
+    if any(hasattr(layer, key) for key in taken):
+        return False
+    with suppress(TypeError):  # of classes that take no subclass
+        return bool(_class_of(plain_class(layer), (name,)))
+    return False
 
 
 _MADE: dict[tuple[Any, tuple[str, ...]], type[PackedLayer]] = {}
@@ -219,9 +230,11 @@ def _made(kind: Any, names: tuple[str, ...]) -> type[PackedLayer]:
 
 
 def _reduced(layer: Any, protocol: Any) -> Any:
-    """How copies and pickles make a layer of a class that was made here."""
+    """How copies and pickles make a layer of a class that was made here, with the state that its
+    own class keeps."""
     del protocol
-    return _bare, (type(layer).plain, tuple(layer.kept)), layer.__dict__
+    made: Any = object.__reduce_ex__(layer, 2)
+    return _bare, (type(layer).plain, tuple(layer.kept)), *made[2:]
 
 
 def _bare(kind: type[nn.Module], names: tuple[str, ...]) -> PackedLayer:
@@ -261,10 +274,9 @@ def pack_layer(
     own: dict[str, Kept] = {} if not isinstance(layer, PackedLayer) else layer.kept
     if kept.order is None:
         kept = kept._replace(order=order_of(cast(Tensor, getattr(layer, name))))
-    kind = plain_class(layer)
-    delattr(layer, name)
-    names = (*own, name)
+    kind, names = plain_class(layer), (*own, name)
     layer.__class__ = _class_of(kind, names)
+    layer.register_parameter(name, None)  # which keeps its place among them
     packed = cast(PackedLayer, layer)
     for key, buffer in zip(keys_of(name), (codes, levels), strict=True):
         packed.register_buffer(key, buffer)
@@ -274,8 +286,10 @@ def pack_layer(
 def plain_class(layer: nn.Module) -> type[nn.Module]:
     """The class that a layer has without packed parameters."""
     kind = type(layer)
-    known = {packed: plain for plain, packed in _OWN.items()}
-    return cast(type[nn.Module], getattr(kind, "plain", known.get(cast(Any, kind), kind)))
+    if not issubclass(kind, PackedLayer):
+        return kind
+    known: dict[Any, type[nn.Module]] = {packed: plain for plain, packed in _OWN.items()}
+    return known.get(kind) or cast(type[nn.Module], cast(Any, kind).plain)
 
 
 def unpack_layer(layer: PackedLayer, parameters: dict[str, nn.Parameter]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -145,20 +146,34 @@ def test_modules_of_any_class_convert_and_become_plain_again(
     assert torch.equal(copy.deepcopy(module).double()(given), copy.deepcopy(exact).double()(given))
     plain = dequantized(module)
     assert [type(part) for part in plain.modules()] == [type(p) for p in exact.modules()]
-    assert {k: v.shape for k, v in plain.named_parameters()} == {
-        k: v.shape for k, v in exact.named_parameters()
-    }
-    for name, p in plain.state_dict().items():
-        assert torch.equal(p, exact.state_dict()[name])
+    assert list(plain.state_dict()) == list(exact.state_dict())  # as optimizers number them
+    for (name, p), (own, q) in zip(plain.named_parameters(), exact.named_parameters(), strict=True):
+        assert name == own
+        assert torch.equal(p, q)
 
 
-def test_a_packed_module_of_a_class_that_can_be_imported_is_pickled() -> None:
-    module = Experts()
+class Locked(Conv1D):
+    """It has what cannot be copied, and keeps a state without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "lock"}
+
+
+@pytest.mark.parametrize(("make", "given"), [(Experts, ROWS), (Locked, MODULES["Conv1D"][1])])
+def test_a_packed_module_of_a_class_that_can_be_imported_is_pickled_as_that_class_says(
+    make: Callable[[], nn.Module], given: Tensor
+) -> None:
+    module = make()
     packed, exact = packed_of(module)
     made = quantized(module, packed)
     for again in (pickle.loads(pickle.dumps(made)), through_a_file(made)):
         assert type(again) is type(made)
-        assert torch.equal(again(ROWS), exact(ROWS))
+        assert not hasattr(again, "lock")
+        assert torch.equal(again(given), exact(given))
 
 
 def test_a_packed_parameter_of_any_name_refuses_to_be_written_to() -> None:
@@ -193,16 +208,43 @@ def test_packed_modules_of_any_class_compile_whole(name: str) -> None:
         torch.testing.assert_close(made(given), exact(given), rtol=0, atol=0)
 
 
+def with_own(**more: Any) -> Callable[[], nn.Module]:
+    """Makes a layer with these attributes, which it computes with."""
+
+    def make() -> nn.Module:
+        layer = Conv1D()
+        for name, value in more.items():
+            setattr(layer, name, value)
+        return layer
+
+    return make
+
+
+class Final(Conv1D):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("it takes no subclass")
+
+
+class Plain(Conv1D):
+    plain = True
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: nn.LSTM(4, 3),
         lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)),
+        lambda: nn.EmbeddingBag(5, 4, max_norm=1.0),
         lambda: nn.ParameterList([torch.randn(3, 4)]),
+        with_own(codes=nn.Parameter(torch.ones(3))),
+        with_own(kept=3),
+        with_own(decoded=lambda: 2.0),
+        Plain,
+        Final,
     ],
-    ids=["recurrent", "max_norm", "list"],
+    ids=["recurrent", "max_norm", "bag", "list", "codes", "kept", "decoded", "plain", "final"],
 )
-def test_layers_that_do_not_look_weights_up_by_name_are_unpacked_and_named(
+def test_layers_that_can_hold_no_packed_weight_are_unpacked_and_named(
     make: Callable[[], nn.Module],
 ) -> None:
     module = make()
