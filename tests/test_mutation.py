@@ -10,7 +10,8 @@ import pytest
 
 from tests.mutation.equivalent import EQUIVALENT
 from tests.mutation.history import FAULTS, Fault
-from tests.mutation.mutants import mutants
+from tests.mutation.mutants import mutants, printed
+from tests.mutation.patched import changed_lines, in_place
 from tests.mutation.selection import TESTS
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,38 @@ def test_files_that_mutants_are_made_of_and_tests_that_run_on_them_exist() -> No
     tests = {test for stages in TESTS.values() for stage in stages for test in stage}
     named = set(TESTS) | tests
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+_EXAMPLE = """
+class Counter:
+    first = 1
+    def after(self, n, by=2):
+        return [m + n for m in range(3)]
+def twice(n):
+    def add(m):
+        return m + n
+    return add
+twice_of_three = twice(3)
+"""
+
+
+def test_a_mutant_is_put_in_place_where_it_changes_what_functions_do_and_nowhere_else() -> None:
+    base = printed(_EXAMPLE)
+    compiled = compile(base, "example", "exec")
+    found = {}
+    for mutant in mutants(_EXAMPLE):
+        (line,) = changed_lines(base, mutant.source)
+        assert base.splitlines()[line - 1].strip() == mutant.before
+        places = in_place(compiled, compile(mutant.source, "example", "exec"))
+        found[mutant.key] = None if places is None else {code.co_name for code in places}
+    assert found["Counter.after: return [m + n for m in range(3)] -> return None"] == {"after"}
+    assert found["twice.add: return m + n -> return m - n"] == {"add", "twice"}
+    assert found["twice.add: return m + n -> return None"] == {"twice"}  # no closure any more
+    whole = [": twice_of_three = twice(3) ->", "Counter: first = 1 ->", "Counter.after: def after("]
+    assert {key for key, names in found.items() if names is None} == {
+        key for key in found if key.startswith(tuple(whole))
+    }
+    assert all(any(key.startswith(start) for key in found) for start in whole)
 
 
 @pytest.mark.slow

@@ -69,12 +69,13 @@ def in_full(
     """The base with latents of these parameters in float32 or better; after it what they are then
     is rounded into their entries, and the base has its state of those as before.
 
-    latents: {parameter: what the base moves}; entries: of each, in the optimizer's state.
+    To be used under torch.no_grad. latents: {parameter: what the base moves}; entries: of each, in
+    the optimizer's state.
     """
     own = {p: latents[p] for p in chunk if KEY in entries[p]}
     try:
         for p, latent in own.items():
-            latents[p] = latent.detach().to(wide(p)).requires_grad_()
+            latents[p] = latent.to(wide(p)).requires_grad_()
             _hand_over(base, latent, latents[p])
         yield
     finally:
@@ -82,8 +83,7 @@ def in_full(
             moved, latents[p] = latents[p], latent
             _hand_over(base, moved, latent)
             to, key = entries[p]["latent"], entries[p][KEY] + entries[p]["updates"]
-            with torch.no_grad():
-                round_into(local(to), local(moved.detach()), mixed(key), to)
+            round_into(local(to), local(moved), mixed(key), to)
 
 
 def _hand_over(base: Optimizer, one: Tensor, other: Tensor) -> None:

@@ -1,6 +1,8 @@
-"""Runs the tests against every mutant, each in a fork of one process that has torch loaded.
+"""Runs the tests against every mutant, each in a fork of one process.
 
-Nothing on disk changes: the fork imports the mutated source in place of the module's own. Results
+Nothing on disk changes. Where a mutant changes what functions do, the process has collected the
+tests, and the fork runs those that reach the mutant on the changed functions; else the process has
+torch loaded alone, and the fork imports the mutated source in place of the module's own. Results
 are kept in a file as they come, and what it holds is not run again; `--survivors` runs those that
 no test noticed, for after tests were added.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections import Counter
@@ -42,6 +45,8 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=default, help=text)
     text = "run each k-th mutant only (default: 1)"
     parser.add_argument("--every", type=int, default=1, help=text, metavar="K")
+    text = "how long the tests of one mutant may take together (default: as long as they take)"
+    parser.add_argument("--seconds", type=float, default=math.inf, help=text)
     parser.add_argument("--survivors", action="store_true", help="run again what survived")
     parser.add_argument("--first", action="store_true", help="run the most direct tests alone")
     parser.add_argument("--table", action="store_true", help="run nothing, show what is kept")
@@ -53,54 +58,74 @@ def main() -> int:
     if chosen.results.exists():
         kept = json.loads(chosen.results.read_text())
     forked.load()
-    rows = {}
-    for module in chosen.modules or TESTS:
-        todo = mutants(Path(module).read_text())
-        results = kept.setdefault(module, {})
-        if not chosen.table:
-            _run(module, todo[:: chosen.every], results, kept, chosen)
-        rows[module] = _count(module, todo, results)
+    chosen.modules = chosen.modules or list(TESTS)
+    todo = {module: mutants(Path(module).read_text()) for module in chosen.modules}
+    for module in chosen.modules:
+        kept.setdefault(module, {})
+    if not chosen.table:
+        _run(todo, kept, chosen)
+    rows = {module: _count(module, todo[module], kept[module]) for module in chosen.modules}
     _show(rows)
     return int(any(row["unexplained"] for row in rows.values()))
 
 
-def _run(
-    module: str, todo: list[Mutant], results: dict[str, Any], kept: Any, chosen: argparse.Namespace
-) -> None:
-    explained = {key for keys in EQUIVALENT.get(module, {}).values() for key in keys}
-    left = [
-        mutant
-        for mutant in todo
-        if mutant.key not in explained
-        and (
-            mutant.key not in results
-            or (chosen.survivors and results[mutant.key]["status"] == "survived")
-        )
-    ]
-    if not left:
-        return
-    stages = TESTS[module][: 1 if chosen.first else None]
-    from tests.mutation import forked
+def _run(todo: dict[str, list[Mutant]], kept: Any, chosen: argparse.Namespace) -> None:
+    from tests.mutation import forked, patched
 
-    untouched = forked.run(module, Path(module).read_text(), stages, [])
-    if untouched["status"] != "survived":
-        raise SystemExit(f"{module}: the tests fail without a mutant, at {untouched['by']}")
-    durations = untouched["durations"]
-    by_speed = sorted(durations, key=durations.__getitem__)
-    kills = Counter(r["by"] for r in results.values() if r["by"])
-    near: dict[str, Counter[str]] = {}
-    for i, mutant in enumerate(left):
-        own = near.setdefault(mutant.function, Counter())
-        order = [test for test, _ in own.most_common() + kills.most_common()] + by_speed
-        result = forked.run(module, mutant.source, stages, order)
-        del result["durations"]
-        if result["by"]:
-            own[result["by"]] += 1
-            kills[result["by"]] += 1
-        results[mutant.key] = result
+    jobs = [
+        patched.Job(module, mutant)
+        for module in chosen.modules
+        for mutant in todo[module][:: chosen.every]
+        if _is_left(mutant, module, kept[module], chosen)
+    ]
+    if not jobs:
+        return
+    stages = {
+        module: TESTS[module][: 1 if chosen.first else None]
+        for module in dict.fromkeys(job.module for job in jobs)
+    }
+    files = list(dict.fromkeys(f for own in stages.values() for stage in own for f in stage))
+    sources = {module: Path(module).read_text() for module in stages}
+    done = 0
+
+    def keep(job: patched.Job, result: dict[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        kept[job.module][job.mutant.key] = result
         chosen.results.write_text(json.dumps(kept, indent=1))
-        took = f"{result['status']} {result['seconds']:.1f} s"
-        print(f"{module} {i + 1}/{len(left)} {took}: {mutant.key}", flush=True)
+        ran = f" {result['tests']} of {result['of']} tests" if "of" in result else ""
+        took = f"{result['status']} {result['seconds']:.1f} s{ran}"
+        print(f"{done}/{len(jobs)} {job.module} {took}: {job.mutant.key}", flush=True)
+
+    left: dict[str, list[patched.Job]] = {}
+    kills: dict[str, Counter[str]] = {module: Counter() for module in stages}
+    for job, result in patched.run(sources, files, jobs, chosen.seconds):
+        if result["status"] == "left":
+            left.setdefault(job.module, []).append(job)
+            continue
+        kills[job.module][result["by"]] += 1
+        keep(job, result)
+    for module, some in left.items():
+        untouched = forked.run(module, sources[module], stages[module], [])
+        if untouched["status"] != "survived":
+            raise SystemExit(f"{module}: the tests fail without a mutant, at {untouched['by']}")
+        durations = untouched["durations"]
+        by_speed = sorted(durations, key=durations.__getitem__)
+        for job in some:
+            order = [test for test, _ in kills[module].most_common()] + by_speed
+            result = forked.run(module, job.mutant.source, stages[module], order)
+            del result["durations"]
+            kills[module][result["by"]] += 1
+            keep(job, result)
+
+
+def _is_left(
+    mutant: Mutant, module: str, results: dict[str, Any], chosen: argparse.Namespace
+) -> bool:
+    if any(mutant.key in keys for keys in EQUIVALENT.get(module, {}).values()):
+        return False
+    status = results.get(mutant.key, {}).get("status")
+    return status is None or (chosen.survivors and status == "survived")
 
 
 def _count(module: str, todo: list[Mutant], results: dict[str, Any]) -> dict[str, Any]:

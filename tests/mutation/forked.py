@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,20 @@ def load() -> None:
     gc.freeze()  # a child's collections then pass over what it shares
 
 
+#: What pytest is told besides the files.
+OPTIONS = ["-x", "-q", "-n0", "--tb=no", "-p", "no:cacheprovider", "-m", "not slow"]
+OPTIONS += ["-p", "no:unraisableexception"]  # it collects garbage again and again
+for _early in ("pytest.PytestAssertRewrite", "hypothesis.errors.HypothesisSideeffect"):
+    OPTIONS += ["-W", f"ignore::{_early}Warning"]
+
+
+def no_shrinking() -> None:
+    """Hypothesis looks for no smaller example: that there is one is enough."""
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    hypothesis.settings.register_profile("mutation", hypothesis.settings(), phases=phases)
+    hypothesis.settings.load_profile("mutation")
+
+
 class _Mutated(importlib.machinery.SourceFileLoader):
     """Loads a module from text in place of its file."""
 
@@ -55,11 +70,12 @@ class _Mutated(importlib.machinery.SourceFileLoader):
         return compile(self.text, self.path, "exec")
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class Finder(importlib.abc.MetaPathFinder):
     """Finds one module, that one mutated."""
 
-    def __init__(self, name: str, path: str, text: str) -> None:
-        self.name, self.path, self.text = name, path, text
+    def __init__(self, module: str, text: str) -> None:
+        self.name = module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        self.path, self.text = str(Path(module).resolve()), text
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != self.name:
@@ -76,7 +92,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 class _Watch:
     """A pytest plugin: likely killers first, no shrinking, and who failed."""
 
-    def __init__(self, finder: _Finder, order: list[str]) -> None:
+    def __init__(self, finder: Finder, order: list[str]) -> None:
         self.finder = finder
         self.place = {test: i for i, test in reversed(list(enumerate(order)))}
         self.durations: dict[str, float] = {}
@@ -84,9 +100,7 @@ class _Watch:
 
     def pytest_configure(self) -> None:
         sys.meta_path.insert(0, self.finder)  # before pytest's own, of the files it is given, too
-        phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
-        hypothesis.settings.register_profile("mutation", hypothesis.settings(), phases=phases)
-        hypothesis.settings.load_profile("mutation")
+        no_shrinking()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: self.place.get(item.nodeid, len(self.place)))
@@ -107,19 +121,30 @@ def run(
     """Whether the tests notice that the module's source is this text: "killed", "survived" or
     "timed out", by which test, in how many seconds, and the durations of all tests run."""
     started = time.monotonic()
+    limit = LIMIT_S * len(stages) if not order else LIMIT_S
+
+    def work() -> dict[str, Any]:
+        signal.alarm(limit)
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        return _child(module, text, stages, order)
+
+    result = {"durations": {}, **apart(work)}
+    return {**result, "seconds": round(time.monotonic() - started, 1)}
+
+
+def apart(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What work() gives in a fork; "killed" where it raises or ends, "timed out" at its alarm."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
-        signal.alarm(LIMIT_S * len(stages) if not order else LIMIT_S)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
         try:
-            told = _child(module, text, stages, order)
+            told = work()
         except BaseException:
-            told = {"status": "killed", "by": traceback.format_exc()[-500:], "durations": {}}
+            told = {"status": "killed", "by": traceback.format_exc()[-500:]}
         with os.fdopen(writing, "w") as pipe:
             json.dump(told, pipe)
         os._exit(0)
@@ -129,26 +154,21 @@ def run(
     _, status = os.waitpid(child, 0)
     if answer:
         result: dict[str, Any] = json.loads(answer)
-    else:  # it did not live to tell
-        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
-        result = {"status": "timed out" if late else "killed", "by": "", "durations": {}}
-    return {**result, "seconds": round(time.monotonic() - started, 1)}
+        return result
+    late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+    return {"status": "timed out" if late else "killed", "by": ""}  # it did not live to tell
 
 
 def _child(
     module: str, text: str, stages: tuple[tuple[str, ...], ...], order: list[str]
 ) -> dict[str, Any]:
-    name = module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    finder = _Finder(name, str(Path(module).resolve()), text)
+    finder = Finder(module, text)
+    name = finder.name
     sys.meta_path.insert(0, finder)  # for what conftest.py imports
     durations: dict[str, float] = {}
     for files in stages:
         watch = _Watch(finder, order)
-        options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", "not slow"]
-        options += ["-p", "no:unraisableexception"]  # it collects garbage again and again
-        for early in ("pytest.PytestAssertRewrite", "hypothesis.errors.HypothesisSideeffect"):
-            options += ["-W", f"ignore::{early}Warning"]
-        status = pytest.main([*options, *files], plugins=[watch])
+        status = pytest.main([*OPTIONS, *files], plugins=[watch])
         durations |= watch.durations
         if name in sys.modules and not isinstance(sys.modules[name].__loader__, _Mutated):
             raise RuntimeError(f"{name} was loaded from its file")

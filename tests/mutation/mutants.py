@@ -77,11 +77,16 @@ class Mutant(NamedTuple):
         return f"{self.function}: {self.before} -> {self.after}{again}"
 
 
+def printed(source: str) -> str:
+    """The module as mutants print it, one statement a line."""
+    return "\n".join(map(ast.unparse, ast.parse(source).body))
+
+
 def mutants(source: str) -> list[Mutant]:
     """All mutants of a module, in the order of its text; equal ones once."""
     statements = ast.parse(source).body
     texts = [ast.unparse(statement) for statement in statements]
-    original = "\n".join(texts)
+    original = printed(source)
     found: dict[str, Mutant] = {}
     for i, statement in enumerate(statements):
         alone = ast.Module([statement], [])  # the others stay as they are

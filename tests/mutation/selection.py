@@ -176,7 +176,10 @@ _select(
 )
 _STORE = tuple(
     f"tests/optim/test_{name}.py"
-    for name in ("edits", "loading", "changed_parameters", "edited_state", "lent_weights")
+    for name in (
+        *("edits", "loading", "changed_parameters", "edited_state", "lent_weights"),
+        *("built_wrong", "frozen", "groups", "parts", "narrow_latents", "old_states"),
+    )
 )
 for _name, _own in (("places", 2), ("latents", 0), ("saved", 1)):
     _select(f"parq_fn/optim/{_name}.py", _STORE[_own : _own + 1], _STORE)
@@ -186,3 +189,18 @@ _select(
     ("tests/optim/test_as_link.py", "tests/test_wrong_use.py", "tests/test_optimizers.py"),
     ("tests/laws/test_transformations.py",),
 )
+for _name, _tests in {
+    "export/packed_layer": ("export/test_packed_modules", "export/test_layers"),
+    "optim/narrow_latents": ("optim/test_narrow_latents",),
+    "transforms/stochastic_rounding": ("optim/test_narrow_latents", "test_noise"),
+    "optim/prox_partition": ("optim/test_mixed_links", "optim/test_own_links"),
+    "optim/flip_counter": ("test_flips",),
+    "optim/param_groups": ("optim/test_param_groups", "test_covered"),
+    "integrations/trainer": ("integrations/test_trainer",),
+    "roles": ("test_covered", "test_modules", "optim/test_param_groups"),
+    "covered": ("test_covered", "optim/test_param_groups"),
+    "sensitivities": ("test_allocation", "test_covered"),
+    "allocation": ("test_allocation", "test_plot"),
+}.items():
+    _files = tuple(f"tests/{test}.py" for test in _tests)
+    _select(f"parq_fn/{_name}.py", _files, ("tests/test_wrong_use.py", "tests/test_messages.py"))

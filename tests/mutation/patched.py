@@ -1,0 +1,258 @@
+"""Test runs against mutants, each in a fork of one process that has collected the tests already.
+
+Modules are imported once, as the syntax tree prints them. A mutant that changes what a function
+does takes the place of that function's code; one that changes what a module or a class holds
+cannot, and is left to `forked.run`. The lines that each test runs are traced once, and a mutant is
+run against the tests that reach it, by speed.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from types import CodeType, FrameType, FunctionType
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.mutation import forked
+from tests.mutation.mutants import Mutant, printed
+
+LEAST_S = 20  # a test is stopped after ten times its own time, and no sooner than this
+
+
+class Untold(Exception):
+    """The tests fail without a mutant, or what runs them does."""
+
+
+class Job(NamedTuple):
+    module: str
+    mutant: Mutant
+
+
+def in_place(base: CodeType, mutant: CodeType) -> dict[CodeType, CodeType] | None:
+    """What takes the place of functions' code, by the code; None where that is not all."""
+    parts = [[c for c in code.co_consts if isinstance(c, CodeType)] for code in (base, mutant)]
+    alike = len(parts[0]) == len(parts[1])
+    found: dict[CodeType, CodeType] = {}
+    for pair in zip(*parts, strict=True) if alike else ():
+        inner = in_place(*pair)
+        if inner is None:
+            return None
+        found |= inner
+    function = bool(base.co_flags & inspect.CO_OPTIMIZED)
+    if not alike or _alone(base) != _alone(mutant):
+        if not function:
+            return None
+        found[base] = mutant
+    elif found and function:
+        found[base] = mutant
+    fit = {a: b for a, b in found.items() if a.co_freevars == b.co_freevars}
+    return fit if function or fit == found else None  # of a function inside, the outer one's is it
+
+
+def _alone(code: CodeType) -> CodeType:
+    """The code without that of functions inside, nor where it stands."""
+    kept = tuple(None if isinstance(c, CodeType) else c for c in code.co_consts)
+    return code.replace(co_consts=kept, co_linetable=b"", co_firstlineno=1)
+
+
+def changed_lines(base: str, mutant: str) -> set[int]:
+    """The lines of the base that a mutant changes."""
+    pairs = enumerate(zip(base.splitlines(), mutant.splitlines(), strict=False), 1)
+    return {number for number, (a, b) in pairs if a != b}
+
+
+def run(
+    sources: dict[str, str], files: list[str], jobs: list[Job], seconds: float
+) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Each job's result as `forked.run` gives it, or the status "left" where a mutant changes more
+    than functions, or changes what importing runs and no test noticed. seconds: how long the tests
+    of one mutant may take together, without it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        with os.fdopen(writing, "w") as pipe:
+            try:
+                _Collector(sources, jobs, pipe, seconds).collect(files)
+            except BaseException as error:
+                print(json.dumps({"error": repr(error)}), file=pipe, flush=True)
+            finally:
+                os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        for line in pipe:
+            told = json.loads(line)
+            if "error" in told:
+                raise Untold(told["error"])
+            yield jobs[told.pop("job")], told
+    os.waitpid(child, 0)
+
+
+def _one_of_each_first(tests: list[str]) -> list[str]:
+    """Cases of one test after the first of it behind the first of all others."""
+    found: set[str] = set()
+    later = {}
+    for test in tests:
+        name = test.partition("[")[0]
+        later[test] = name in found
+        found.add(name)
+    return sorted(tests, key=later.__getitem__)
+
+
+class _Collector:
+    """A pytest plugin that runs, in place of the tests, the tests that reach each mutant."""
+
+    def __init__(self, sources: dict[str, str], jobs: list[Job], pipe: Any, seconds: float) -> None:
+        self.jobs, self.pipe, self.seconds = jobs, pipe, seconds
+        self.texts = {module: printed(text) for module, text in sources.items()}
+        self.paths = {str(Path(module).resolve()): module for module in sources}
+        self.hits: set[tuple[str, int]] = set()
+        self.by = ""
+        self.durations: dict[str, float] = {}
+
+    def collect(self, files: list[str]) -> None:
+        self._find()  # for what conftest.py imports
+        folder = tempfile.mkdtemp(prefix="mutation")
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        self._trace(True)
+        options = [*forked.OPTIONS, "--capture=sys", f"--basetemp={folder}/tests"]
+        try:
+            status = pytest.main([*options, *files], plugins=[self])
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            raise Untold(f"pytest ends with {status}; {self.by}")
+
+    def _trace(self, on: bool) -> None:
+        threading.settrace(self._entered if on else None)  # type: ignore[arg-type]
+        sys.settrace(self._entered if on else None)
+
+    def _entered(self, frame: FrameType, event: str, arg: Any) -> Any:
+        module = self.paths.get(frame.f_code.co_filename)
+        if module is None:
+            return None
+        add = self.hits.add
+
+        def at(frame: FrameType, event: str, arg: Any) -> Any:
+            if event == "line":
+                add((module, frame.f_lineno))
+            return at
+
+        return at
+
+    def _find(self) -> None:
+        for module, text in self.texts.items():
+            sys.meta_path.insert(0, forked.Finder(module, text))
+
+    def pytest_configure(self) -> None:
+        self._find()  # before pytest's own, of the files it is given
+        forked.no_shrinking()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.durations[report.nodeid] = self.durations.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.by = self.by or report.nodeid
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.by = self.by or f"import of {report.nodeid}: {report.longrepr}"
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        if self.by:
+            raise Untold(self.by)
+        self._trace(False)
+        importing = set(self.hits)
+        functions: dict[CodeType, list[FunctionType]] = {}
+        for one in gc.get_objects():
+            if type(one) is FunctionType and one.__code__.co_filename in self.paths:
+                functions.setdefault(one.__code__, []).append(one)
+        bases = {
+            module: compile(self.texts[module], path, "exec") for path, module in self.paths.items()
+        }
+        gc.collect()
+        gc.freeze()
+        untouched = forked.apart(lambda: self._traced(session.items))
+        if untouched.get("by") or "reached" not in untouched:
+            raise Untold(f"the tests fail without a mutant, at {untouched}")
+        durations = untouched["durations"]
+        reached: dict[tuple[str, int], list[str]] = {}
+        for test, lines in untouched["reached"].items():
+            for module, line in lines:
+                reached.setdefault((module, line), []).append(test)
+        items = {item.nodeid: item for item in session.items}
+        near: dict[tuple[str, str], Counter[str]] = {}
+        for number, (module, mutant) in enumerate(self.jobs):
+            started = time.monotonic()
+            path = str(Path(module).resolve())
+            code = in_place(bases[module], compile(mutant.source, path, "exec"))
+            lines = {(module, n) for n in changed_lines(self.texts[module], mutant.source)}
+            places = {a: b for a, b in (code or {}).items() if a in functions}
+            if not places:
+                told: dict[str, Any] = {"status": "left", "by": ""}
+            else:
+                tests = {test for line in lines for test in reached.get(line, ())}
+                own = near.setdefault((module, mutant.function), Counter())
+                first = [test for test, _ in own.most_common() if test in tests]
+                rest = _one_of_each_first(sorted(tests - {*first}, key=durations.__getitem__))
+                ends = accumulate(durations[test] for test in (*first, *rest))
+                todo = [
+                    items[test]
+                    for test, end in zip((*first, *rest), ends, strict=True)
+                    if end < self.seconds
+                ]
+                told = forked.apart(partial(self._mutated, places, functions, todo, durations))
+                if told["by"]:
+                    own[told["by"]] += 1
+                if told["status"] == "survived" and lines & importing:
+                    told["status"] = "left"
+                told |= {"tests": len(todo), "of": len(tests)}
+            told |= {"job": number, "seconds": round(time.monotonic() - started, 1)}
+            print(json.dumps(told), file=self.pipe, flush=True)
+        return True
+
+    def _traced(self, items: list[pytest.Item]) -> dict[str, Any]:
+        reached: dict[str, list[tuple[str, int]]] = {}
+        for item, after in zip(items, [*items[1:], None], strict=True):
+            self.hits.clear()
+            self._trace(True)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+            self._trace(False)
+            reached[item.nodeid] = sorted(self.hits)
+            if self.by:
+                break
+        return {"by": self.by, "reached": reached, "durations": self.durations}
+
+    def _mutated(
+        self,
+        places: dict[CodeType, CodeType],
+        functions: dict[CodeType, list[FunctionType]],
+        items: list[pytest.Item],
+        durations: dict[str, float],
+    ) -> dict[str, Any]:
+        for code, new in places.items():
+            for function in functions[code]:
+                function.__code__ = new
+        for item, after in zip(items, [*items[1:], None], strict=True):
+            signal.alarm(int(LEAST_S + 10 * durations[item.nodeid]))
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+            if self.by:
+                break
+        return {"status": "killed" if self.by else "survived", "by": self.by}
