@@ -32,17 +32,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from examples.language import artefacts
-from examples.language.models import (
-    check_vocabulary,
-    of_bytes,
-    tokenizer_of,
-    trained,
-    untrained,
-)
+from examples.language.checks import check, continued
+from examples.language.models import of_bytes, tokenizer_of, trained, untrained
 from examples.language.quantization import FULL
 from examples.language.scores import Score, score
 from examples.language.stage import Stage
@@ -126,7 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--eval-every", 100, "steps between tests", **count)
     flag("--eval-tokens", 32768, "tokens of the test text, at most", **count)
     flag("--prompt", "def ", "what the packed model goes on from")
-    flag("--new-tokens", 120, "tokens that it adds", type=at_least(0, int))
+    flag("--new-tokens", 120, "tokens that it adds, at most", type=at_least(0, int))
     switch("--resume", "go on with the run of --save-dir")
     switch("--no-progress", "without progress bars")
     args = parser.parse_args(argv)
@@ -139,11 +133,13 @@ def _check(parser: Any, args: argparse.Namespace) -> None:
         parser.error("--model is trained already; leave --from-config out, or --model")
     if args.from_config is not None and args.tokenizer is None and Path(args.from_config).is_file():
         parser.error("--from-config is a file, which has no tokenizer; give --tokenizer")
+    if args.from_config is not None and not Path(args.from_config).exists():
+        parser.error(f"--from-config: there is no {args.from_config}")
     if args.width % 32:
         parser.error(f"--width must be a multiple of 32, got {args.width}")
     for name in ("distill", "warmup", "anneal_start", "anneal_end"):
-        if getattr(args, name) > 1:
-            parser.error(f"--{name.replace('_', '-')} is a share, at most 1, got {args.distill}")
+        if (got := getattr(args, name)) > 1:
+            parser.error(f"--{name.replace('_', '-')} is a share, at most 1, got {got}")
     if args.anneal_start >= args.anneal_end:
         parser.error("--anneal-start must lie before --anneal-end")
     if args.bits is None:
@@ -166,10 +162,11 @@ class Run:
             raise UserError(
                 f"--batch-size {args.batch_size} has to be a multiple of {world.size} processes"
             )
-        world.in_turn(self._keep_flags)
+        world.in_turn(self._check_flags)
         self.tokenizer = world.in_turn(
             lambda: tokenizer_of(args.tokenizer or args.model or args.from_config)
         )
+        world.in_turn(lambda: check(self._first(), args, self.tokenizer))
         self.text: Text = world.in_turn(self._text)
         few = min(windows(self.text.train, args.context), windows(self.text.test, args.context))
         if not few:
@@ -177,6 +174,8 @@ class Run:
                 f"--data has {len(self.text.train):,} tokens and {len(self.text.test):,} for the "
                 f"test, less than a sequence of {args.context}; give more, or a smaller --context"
             )
+        if world.first:
+            (args.save_dir / FLAGS).write_text(json.dumps(self.flags, indent=1) + "\n")
 
     def run(self) -> None:
         """Trains what is not trained yet, and prints the table."""
@@ -186,6 +185,7 @@ class Run:
             f"text: {text.documents:,} documents, {len(text.train):,} tokens and "
             f"{len(text.test):,} for the test, {text.bytes_per_token:.2f} bytes a token"
             + (f"; files left out: {left}" if left else "")
+            + (f"; documents not in UTF-8, patched: {text.patched:,}" if text.patched else "")
         )
         if args.model is None:
             self._train_start()
@@ -204,18 +204,22 @@ class Run:
         """The model that all trainings start from: a name or a folder."""
         return str(self.args.model or self.args.save_dir / START)
 
-    def _keep_flags(self) -> bool:
-        """Writes down the flags of a new run; checks those of one that is taken up."""
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The flags that a run keeps to."""
+        told = {k: v for k, v in vars(self.args).items() if k not in _FREE}
+        kept: dict[str, Any] = json.loads(json.dumps(told, default=str))
+        return kept
+
+    def _check_flags(self) -> bool:
+        """Compares the flags with those of the run that is taken up, if there is one."""
         args, file = self.args, self.args.save_dir / FLAGS
-        told = {k: v for k, v in vars(args).items() if k not in _FREE}
-        mine = json.loads(json.dumps(told, default=str))
         if not file.exists():
-            file.write_text(json.dumps(mine, indent=1) + "\n")
             return True
         if not args.resume:
             raise UserError(f"{args.save_dir} has a run; give --resume, or another --save-dir")
         before = json.loads(file.read_text())
-        for name, got in mine.items():
+        for name, got in self.flags.items():
             if before.get(name) != got:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(
@@ -226,8 +230,9 @@ class Run:
 
     def _text(self) -> Text:
         args = self.args
-        documents = Documents(args.data or standard_library(), args.text_column)
-        tests = args.test_data and Documents(args.test_data, args.text_column)
+        column, own = args.text_column, args.save_dir
+        documents = Documents(args.data or standard_library(), column, without=own)
+        tests = args.test_data and Documents(args.test_data, column, "--test-data", own)
 
         def bar(texts: Iterable[str], what: str) -> Iterable[str]:
             hidden = True if args.no_progress or not self.world.first else None
@@ -240,12 +245,8 @@ class Run:
         args, folder = self.args, self.args.save_dir / START
         if (folder / RESULT).exists():
             return
-        if args.from_config is not None:
-            model = untrained(args.from_config, self.tokenizer, args.seed)
-        else:
-            model = of_bytes(args.width, args.layers, args.context, self.tokenizer, args.seed)
         stage = Stage(
-            *("start, full precision", folder, model, FULL, self.text, args, self.world),
+            *("start, full precision", folder, self._first(), FULL, self.text, args, self.world),
             stopping=lambda: self.stopping,
             rate=args.start_lr,
             steps=args.start_steps,
@@ -254,14 +255,22 @@ class Run:
         self._save_whole(stage, folder)
         self._keep(folder, {"score": found, "seconds": stage.seconds})
 
+    def _first(self) -> Any:
+        """The model that the run begins with, anew: the trained one, or one with random weights."""
+        args = self.args
+        if args.model is not None:
+            return trained(args.model)
+        if args.from_config is not None:
+            return untrained(args.from_config, args.seed)
+        return of_bytes(args.width, args.layers, args.context, self.tokenizer, args.seed)
+
     def _start_score(self) -> Score:
         model = self._model().to(self.world.device)
         return score(model, self.text, self.args, self.world, self._raise_if_stopping)
 
     def _model(self) -> Any:
         """The model that trainings start from, anew."""
-        made = self.world.in_turn(lambda: trained(self.start))
-        return check_vocabulary(made, self.tokenizer, self.start)
+        return self.world.in_turn(lambda: trained(self.start))
 
     # Trainings.
 
@@ -299,7 +308,7 @@ class Run:
             for name, about in told.items():
                 self.say(f"{folder / name}: {about}")
             if model is not None and self.args.new_tokens:
-                self.say(f"{folder.name} writes:\n{self._continued(model)}")
+                self.say(f"{folder.name} writes:\n{continued(model, self.args, self.tokenizer)}")
         hard = self._model()
         export.load_into(hard, packed)
         found = score(
@@ -307,20 +316,6 @@ class Run:
         )
         size = (folder / artefacts.PACKED).stat().st_size if self.world.first else 0
         return {"score": found, "share": covered.share, "bytes": size, "artefacts": told}
-
-    def _continued(self, model: Any) -> str:
-        """The prompt, and what the model adds to it, by the likeliest token each time."""
-        tokens = self.tokenizer(self.args.prompt, add_special_tokens=False, return_tensors="pt")
-        ids = tokens["input_ids"]
-        if not ids.numel():
-            raise UserError(f"--prompt {self.args.prompt!r} has no tokens")
-        made = model.eval().generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=self.args.new_tokens,
-            do_sample=False,
-        )
-        return str(self.tokenizer.decode(made[0], skip_special_tokens=True))
 
     def _save_whole(self, stage: Stage, folder: Path) -> None:
         """The weights in full precision, as transformers keeps them."""

@@ -14,7 +14,7 @@ from torch import nn
 from parq_fn.foundation.command import UserError
 
 Made = Callable[[], Any]
-#: What transformers raises of a model that it cannot make; the first line says what it is.
+#: What transformers raises of a model that it cannot make.
 _REFUSALS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError)
 
 
@@ -42,20 +42,30 @@ def tokenizer_of(named: str | None) -> Any:
 
 def trained(named: str | Path) -> Any:
     """A model of that name or folder, in float32."""
+    configuration_of(named)
     auto = transformers().AutoModelForCausalLM
-    model = _made(named, lambda: auto.from_pretrained(named, dtype=torch.float32))
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise UserError(f"{named} is quantized already; give the model that it was made of")
-    return model
+    return _made(named, lambda: auto.from_pretrained(named, dtype=torch.float32))
 
 
-def untrained(config: str, tokenizer: Any, seed: int) -> Any:
+def untrained(config: str, seed: int) -> Any:
     """A model of a configuration's file or folder, with random weights."""
-    auto = transformers()
-    own = _made(config, lambda: auto.AutoConfig.from_pretrained(config))
+    own, auto = configuration_of(config), transformers().AutoModelForCausalLM
     torch.manual_seed(seed)
-    model = _made(config, lambda: auto.AutoModelForCausalLM.from_config(own, dtype=torch.float32))
-    return check_vocabulary(model, tokenizer, config)
+    return _made(config, lambda: auto.from_config(own, dtype=torch.float32))
+
+
+def configuration_of(named: str | Path) -> Any:
+    """That of a name, a folder or a file. Raises UserError for one of no model that writes text
+    from left to right, and of one that is quantized."""
+    config = _made(named, lambda: transformers().AutoConfig.from_pretrained(named))
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{named} has an encoder and a decoder ({type(config).__name__}); the recipe trains "
+            "models that predict the next token"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{named} is quantized already; give the model that it was made of")
+    return config
 
 
 def of_bytes(width: int, layers: int, context: int, tokenizer: Any, seed: int) -> Any:
@@ -76,17 +86,6 @@ def of_bytes(width: int, layers: int, context: int, tokenizer: Any, seed: int) -
     return transformers().LlamaForCausalLM(own)
 
 
-def check_vocabulary(model: Any, tokenizer: Any, named: object) -> Any:
-    """The model. Raises UserError where the tokenizer has tokens that it has not."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"{named} has {rows} tokens and its tokenizer {len(tokenizer)}; give its own by "
-            "--tokenizer"
-        )
-    return model
-
-
 def blocks_of(model: nn.Module) -> tuple[type, ...]:
     """The classes of modules that FSDP2 shards together."""
     named = set(getattr(model, "_no_split_modules", None) or ())
@@ -97,5 +96,5 @@ def _made(named: object, make: Made) -> Any:
     try:
         return make()
     except _REFUSALS as error:
-        line = str(error).strip().splitlines()[:1] or [""]
-        raise UserError(f"{named}: {type(error).__name__}: {line[0][:300]}") from None
+        line = " ".join(str(error).split())[:300]
+        raise UserError(f"{named}: {type(error).__name__}: {line}") from None

@@ -65,7 +65,7 @@ def optimizer_of(model: nn.Module, bits: int, args: Any, rate: float) -> torch.o
             base, link_of(bits, args.block_size, span), compile=args.torch_compile
         )
     except ValueError as error:
-        raise UserError(f"--block-size {args.block_size}: {error}") from None
+        raise UserError(f"--block-size {args.block_size} (0 is a row): {error}") from None
 
 
 def names_of_tables(model: Any) -> list[str]:

@@ -36,6 +36,7 @@ class Text(NamedTuple):
     bytes_per_token: float  # of the test
     documents: int
     left_out: dict[str, int]  # how many files of endings that are no text
+    patched: int  # documents not in UTF-8, in which something stands for what cannot be read
 
 
 def standard_library() -> list[Path]:
@@ -53,30 +54,36 @@ class Documents:
     """The texts of files and folders, in the order of their names.
 
     paths: files that end as `ENDINGS` do, folders of such files, and folders that the package
-    datasets has saved. column: of these, and the key of lines of JSON.
+    datasets has saved. column: of these, and the key of lines of JSON. flag: that gave the paths.
+    without: a folder whose files are left out, as those that a run writes.
     """
 
-    def __init__(self, paths: Sequence[Path], column: str) -> None:
+    def __init__(
+        self, paths: Sequence[Path], column: str, flag: str = "--data", without: Path | None = None
+    ) -> None:
         self.column, self.left_out = column, Counter[str]()
-        self.count = 0  # of documents, once they were read
+        self.without = without and without.resolve()
+        self.count = self.patched = 0  # documents, and those not in UTF-8, once they were read
         self.sources: list[Path] = []
         for path in paths:
             if not path.exists():
-                raise UserError(f"--data: there is no {path}")
+                raise UserError(f"{flag}: there is no {path}")
             if path.is_dir() and not _is_saved(path):
                 self.sources += self._files_in(path)
             elif path.is_dir() or path.suffix in ENDINGS:
                 self.sources.append(path)
             else:
                 raise UserError(
-                    f"--data: {path} does not end in {', '.join(ENDINGS)}; rename it if it is text"
+                    f"{flag}: {path} does not end in {', '.join(ENDINGS)}; rename it if it is text"
                 )
         if not self.sources:
             shown = ", ".join(map(str, paths))
-            raise UserError(f"--data: {shown}: no file there ends in {', '.join(ENDINGS)}")
+            raise UserError(f"{flag}: {shown}: no file there ends in {', '.join(ENDINGS)}")
 
     def _files_in(self, folder: Path) -> Iterator[Path]:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            if self.without in file.resolve().parents:
+                continue
             if file.suffix in ENDINGS:
                 yield file
             else:
@@ -90,7 +97,7 @@ class Documents:
         return [self.column, *map(list, found)]
 
     def __iter__(self) -> Iterator[str]:
-        self.count = 0
+        self.count = self.patched = 0
         for text in self._read():
             self.count += 1
             yield text
@@ -102,10 +109,17 @@ class Documents:
             elif source.suffix == ".jsonl":
                 yield from self._lines(source)
             else:
-                yield source.read_bytes().decode(errors="replace")
+                yield self._in_utf8(source.read_bytes())
+
+    def _in_utf8(self, text: bytes) -> str:
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            self.patched += 1
+            return text.decode(errors="replace")
 
     def _lines(self, file: Path) -> Iterator[str]:
-        with file.open(encoding="utf-8", errors="replace") as lines:
+        with file.open("rb") as lines:
             for i, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
@@ -129,7 +143,7 @@ class Documents:
         text = row.get(self.column) if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise UserError(f"{where} has no text {self.column!r}; name it by --text-column")
-        return text
+        return self._in_utf8(text.encode(errors="surrogatepass"))
 
 
 def _is_saved(folder: Path) -> bool:
@@ -164,9 +178,8 @@ def text_of(
     train, test = (
         np.memmap(folder / f"{name}.bin", found["dtype"], "r") for name in ("train", "test")
     )
-    return Text(
-        train, test, found["bytes"] / len(test), found["documents"], dict(documents.left_out)
-    )
+    size, left_out = found["bytes"] / len(test), dict(documents.left_out)
+    return Text(train, test, size, found["documents"], left_out, found.get("patched", 0))
 
 
 def _written(
@@ -182,8 +195,12 @@ def _written(
                 tokens[name] += len(one)
             size += sum(len(text.encode()) for text in texts) if name == "test" else 0
     if not size or not tokens["train"]:
-        raise UserError(f"--data: {documents.count} documents made {tokens} tokens; give more text")
-    return {"dtype": dtype, "bytes": size, "documents": documents.count}
+        raise UserError(
+            f"--data: {documents.count} documents make {tokens['train']} tokens, and "
+            f"{tokens['test']} for the test; give more text"
+        )
+    patched = documents.patched + (tests.patched if tests is not None else 0)
+    return {"dtype": dtype, "bytes": size, "documents": documents.count, "patched": patched}
 
 
 def _parted(

@@ -95,21 +95,46 @@ def test_a_test_text_of_its_own_is_the_test(texts: list[str], tmp_path: Path) ->
         ("image.png", "", "image.png does not end in .txt, .md"),
         ("a.jsonl", "{}\n", r"a.jsonl, line 1 has no text 'text'; name it by --text-column"),
         ("a.jsonl", '{"text": "a"}\n{', "a.jsonl, line 2 is no JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "na\xefve"}',
+            "a.jsonl, line 1 is no JSON: 'utf-8' codec",
+        ),
         ("a.jsonl", "3", "a.jsonl, line 1 has no text 'text'"),
-        ("a.txt", "", "1 documents made .* tokens; give more text"),
+        ("a.txt", "", "1 documents make 1 tokens, and 1 for the test; give more text"),
         ("folder/image.png", "", "no file there ends in .txt"),
     ],
 )
 def test_what_is_no_text_is_refused_by_name(
-    name: str, content: str | None, message: str, tmp_path: Path
+    name: str, content: str | bytes | None, message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / name
     if content is not None:
         file.parent.mkdir(exist_ok=True)
-        file.write_text(content)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
     given = file.parent if "/" in name else file
     with pytest.raises(UserError, match=message):
         made(tmp_path / "tokens", Documents([given], "text"))
+
+
+def test_documents_that_are_not_in_utf_8_are_patched_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("naïve, naïve".encode("latin-1"))
+    half = [{"text": "a \ud800"}, {"text": "whole"}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, half)))
+    found = made(tmp_path / "tokens", Documents([tmp_path], "text"))
+    first, second, third = shown(found.train)
+    assert (first[:5], second[:2], third) == ("na\ufffdve", "a ", "whole")
+    assert found.patched == 2
+    assert made(tmp_path / "tokens", Documents([tmp_path], "text")).patched == 2
+
+
+def test_what_a_run_writes_beside_its_text_is_no_text(texts: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "texts" / "run"
+    run.mkdir()
+    (run / "log.jsonl").write_text('{"step": 1}')
+    documents = Documents([tmp_path / "texts"], "text", without=run)
+    assert made(run / "tokens", documents).documents == len(texts)
+    assert documents.left_out == {".png": 1}
 
 
 def test_sequences_overlap_in_the_token_that_one_predicts_last() -> None:

@@ -19,6 +19,7 @@ pytest.importorskip(
 import transformers
 
 from examples import qat_causal_lm
+from examples.language.checks import check, continued
 from examples.language.models import of_bytes, tokenizer_of, trained
 from examples.language.quantization import names_of_tables
 from examples.language.text import encoded
@@ -137,6 +138,8 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(way: str, text: Path, tmp_pa
         (["--width", "40"], "--width must be a multiple of 32, got 40"),
         (["--distill", "2"], "--distill is a share, at most 1, got 2"),
         (["--anneal-start", "0.9"], "--anneal-start must lie before --anneal-end"),
+        (["--warmup", "3"], "--warmup is a share, at most 1, got 3.0"),
+        (["--from-config", "/no/such", "--tokenizer", "a"], "there is no /no/such"),
         (["--model", "a", "--from-config", "b"], "--model is trained already"),
     ],
 )
@@ -154,15 +157,65 @@ def test_flags_that_mean_nothing_are_one_line(
         (["--model", "/no/such/folder"], "/no/such/folder: "),
         (["--context", "100000"], "less than a sequence of 100000"),
         (["--data", "/no/such/file.txt"], "there is no /no/such/file.txt"),
+        (["--block-size", "24"], "--block-size 24 (0 is a row): parq_prox: parameter 'model."),
+        (["--prompt", ""], "--prompt '' has no tokens"),
+        (["--prompt", "a" * 2000], "or more than the 1024 positions of the model"),
     ],
 )
-def test_models_and_texts_that_are_not_there_are_one_line(
+def test_what_a_run_cannot_be_of_is_one_line_before_it_begins(
     flags: list[str], message: str, text: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     own = [*TINY, "--data", str(text), "--save-dir", str(tmp_path / "run"), *flags]
     assert qat_causal_lm.main(own) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    shown = capsys.readouterr()
+    (line,) = shown.err.splitlines()
     assert message in line
+    assert not shown.out
+    assert not (tmp_path / "run" / qat_causal_lm.FLAGS).exists()  # so that it may begin otherwise
+
+
+SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+SMALL |= {"num_attention_heads": 2, "vocab_size": 259}
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (transformers.T5Config(), "has an encoder and a decoder (T5Config); the recipe trains"),
+        (transformers.BartConfig(), "has an encoder and a decoder (BartConfig)"),
+        (transformers.BertConfig(**SMALL), "(BertLMHeadModel) predicts a token from those after"),
+        (transformers.LlamaConfig(**{**SMALL, "vocab_size": 9}), "9 tokens and its tokenizer 259"),
+        (
+            transformers.LlamaConfig(**SMALL, max_position_embeddings=8),
+            "has 8 positions, less",
+        ),
+    ],
+    ids=["T5", "BART", "BERT", "few tokens", "few positions"],
+)
+def test_models_that_the_recipe_cannot_train_are_refused_by_name(
+    own: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own.save_pretrained(tmp_path)
+    tokenizer_of(None).save_pretrained(tmp_path / "own")
+    given = ["--from-config", str(tmp_path), "--tokenizer", str(tmp_path / "own")]
+    assert qat_causal_lm.main([*TINY, *given, "--save-dir", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_models_that_write_from_left_to_right_are_taken_whatever_their_vocabulary() -> None:
+    """What they write is of the tokens that the tokenizer has, in the positions that they have."""
+    tokenizer, args = tokenizer_of(None), qat_causal_lm.parse([*TINY, "--prompt", "a" * 20])
+    args.new_tokens = 60
+    configs = [
+        transformers.LlamaConfig(**{**SMALL, "vocab_size": 5000}, max_position_embeddings=24),
+        transformers.MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=4),
+        transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=24, vocab_size=300),
+    ]
+    for own in configs:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(own)
+        assert check(model, args, tokenizer)
+        assert continued(model, args, tokenizer).startswith("a" * 20)
 
 
 @pytest.mark.rare
