@@ -157,10 +157,11 @@ def status_of(mode: str | None, program: str, work: Callable[[World], int]) -> i
 def spread(net: nn.Module, blocks: type | tuple[type, ...], world: World) -> nn.Module:
     """The network to be called, on the device; its parameters stay those of `net`.
 
-    ddp: every process has all of it; fsdp2: parameters are sharded, a block at a time.
+    ddp: every process has all of it, alone where nothing is trained; fsdp2: parameters are sharded,
+    a block at a time.
     """
     net.to(world.device)
-    if world.mode == "ddp":
+    if world.mode == "ddp" and any(p.requires_grad for p in net.parameters()):
         ids = [world.device.index] if world.device.type == "cuda" else None
         return DistributedDataParallel(net, device_ids=ids)
     if world.mode == "fsdp2":

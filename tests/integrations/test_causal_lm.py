@@ -103,7 +103,7 @@ def test_the_recipe_trains_writes_every_format_and_prints_a_table(
 WAYS = {
     "one process, distilled": (1, ["--distill", "0.5", "--parallel", "none"]),
     "sharded": (2, ["--parallel", "fsdp2", "--gradient-checkpointing"]),
-    "replicated": (2, ["--parallel", "ddp"]),
+    "replicated, distilled": (2, ["--distill", "0.5", "--parallel", "ddp"]),
 }
 
 
