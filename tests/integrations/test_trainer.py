@@ -17,10 +17,12 @@ from transformers import Trainer, TrainingArguments
 
 from parq_fn.integrations.trainer import QuantCallback
 from parq_fn.optim import share_on_levels
+from tests.helpers import sampled
 from tests.integrations.training import (
     ADAPTERS,
     BATCHES,
     PROX,
+    as_torchrun_tells,
     check_on_levels,
     check_same,
     data,
@@ -30,6 +32,7 @@ from tests.integrations.training import (
     plain_loop,
     schedule,
 )
+from tests.processes import on_processes
 
 
 class Model(nn.Module):
@@ -186,6 +189,42 @@ def test_the_page_s_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = of_the_page("transformers")["trainer"].state.log_history
     assert [row["share_on_levels"] for row in found if "flips" in row][-1] == 1.0
     assert sum("eval_rounded_loss" in row for row in found) == 4
+
+
+def _on_two_ranks(folder: Path, adapter: str) -> None:
+    """What is logged, evaluated and refused is the same on both ranks, and that of one process."""
+    as_torchrun_tells()
+    steps, two = BATCHES // 2, {"ddp_backend": "gloo", "logging_steps": 1, "save_steps": 2}
+    own: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 6, **two}
+    run = trainer(adapter, folder / adapter, steps, **own)
+    run.add_callback(QuantCallback(run, rounded=True, flips=True))
+    run.train()
+    net, optimizer = plain_loop(adapter, clip=0.5, every=2)  # each rank has one of two batches
+    check_same(net, run.model)
+    found = [row for row in run.state.log_history if "share_on_levels" in row]
+    assert [row["step"] for row in found] == [*range(1, steps + 1)]
+    slopes = PROX.coefficient(torch.arange(steps)).tolist()
+    assert [row["inverse_slope"] for row in found] == slopes
+    assert found[-1]["share_on_levels"] == share_on_levels(optimizer)
+    rounded = [row for row in run.state.log_history if "eval_rounded_few_loss" in row]
+    assert [row["step"] for row in rounded] == [6]
+    every: list[Any] = [None, None]
+    torch.distributed.all_gather_object(every, (found, rounded[0]["eval_rounded_few_loss"]))
+    assert every[0] == every[1]
+    again = trainer(adapter, folder / f"{adapter} again", steps, **own)
+    again.add_callback(QuantCallback(again, rounded=True, flips=True))
+    again.train(resume_from_checkpoint=str(folder / adapter / "checkpoint-2"))
+    check_same(net, again.model)
+    best = trainer(adapter, folder / "best", steps, **{**own, "eval_steps": 2}, **BEST)
+    best.add_callback(QuantCallback(best))
+    with pytest.raises(ValueError, match="evaluation at step 2 would choose a best model"):
+        best.train()
+
+
+@pytest.mark.slow  # two processes import transformers
+@pytest.mark.parametrize("adapter", sampled([*ADAPTERS], 1))
+def test_two_ranks_log_evaluate_and_refuse_as_one_process(adapter: str, tmp_path: Path) -> None:
+    on_processes(_on_two_ranks, 2, tmp_path, tmp_path, adapter)
 
 
 def test_what_the_callback_cannot_use_is_refused(tmp_path: Path) -> None:
