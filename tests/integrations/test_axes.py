@@ -12,16 +12,21 @@ import pytest
 pytest.importorskip("onnxruntime", reason="needs all of pip install 'parq_fn[integrations]'")
 
 import gguf
+import onnx
 import onnxruntime
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.pytorch_utils import Conv1D
 
 import parq_fn as pf
-from parq_fn.export import pack_weight, save
+from parq_fn.export import load_into, pack, pack_weight, save
 from parq_fn.export.gguf import to_gguf
 from parq_fn.export.hugging_face import quantize_pretrained
 from parq_fn.export.onnx import to_onnx
+from parq_fn.optim import QuantOptimizer, param_groups
 from tests.export.helpers import on_levels
 
 with warnings.catch_warnings():
@@ -125,3 +130,59 @@ def test_onnx_holds_rows_along_any_dimension(cut, quantizer, tmp_path: Path) -> 
         session = onnxruntime.InferenceSession(file)
         (got,) = session.run(None, {session.get_inputs()[0].name: torch.eye(8).numpy()})
         assert torch.equal(torch.from_numpy(got), weight.t())
+
+
+# Layers of transformers whose outputs are no first dimension
+
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_local_experts": 4}
+#: Experts as one product, for the loop over those that tokens choose is no graph of ONNX.
+OPTIONS: dict[str, Any] = {**SIZES, "experts_implementation": "batched_mm"}
+LAYERS = {
+    "Conv1D": lambda: Conv1D(48, 32),
+    "Mixtral": lambda: MixtralSparseMoeBlock(transformers.MixtralConfig(**OPTIONS)),
+    "GPT-OSS": lambda: GptOssMLP(transformers.GptOssConfig(**OPTIONS)),
+}
+
+
+class Layer(nn.Module):
+    """One of these with random weights, without what it says of its routing."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.own = LAYERS[kind]()
+        for p in self.own.parameters():
+            nn.init.normal_(p, std=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Any = self.own(x)
+        return out if isinstance(out, Tensor) else out[0]
+
+
+@pytest.mark.slow  # torch.export takes a second of each
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_of_transformers_are_held_exactly_or_named(kind: str, tmp_path: Path) -> None:
+    """ONNX holds their weights; torchao's tensors do not, of which to_torchao warns by name."""
+    net, x = Layer(kind), torch.linspace(-1, 1, 6 * 32).view(1, 6, 32)
+    link = pf.hard_prox(pf.uniform(2), granularity=pf.per_channel())
+    optimizer = QuantOptimizer(torch.optim.SGD(param_groups(net, {"*": 2}), lr=0.0), link)
+    net(x).sum().backward()
+    optimizer.step()
+    packed = pack(net, optimizer)
+    names = [name for name, p in net.named_parameters() if not isinstance(packed[name], Tensor)]
+    exact = Layer(kind)
+    load_into(exact, packed)
+    with torch.no_grad():
+        wanted = exact(x)
+        with pytest.warns(UserWarning, match=f"to_torchao: {', '.join(names)} are unpacked"):
+            assert torch.equal(to_torchao(Layer(kind), packed)(x), wanted)
+    assert list(to_onnx(Layer(kind), packed, (x,), tmp_path / "a.onnx")) == names
+    model = onnx.load(tmp_path / "a.onnx")
+    given, out = model.graph.input[0].name, model.graph.output[0].name
+    for name in names:
+        model.graph.output.append(onnx.ValueInfoProto(name=name))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    found, *weights = session.run([out, *names], {given: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-5, atol=1e-5)
+    for name, weight in zip(names, weights, strict=True):
+        assert torch.equal(torch.from_numpy(weight), exact.get_parameter(name))
