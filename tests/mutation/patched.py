@@ -2,12 +2,14 @@
 
 Modules are imported once, as the syntax tree prints them. A mutant that changes what a function
 does takes the place of that function's code; one that changes what a module or a class holds
-cannot, and is left to `forked.run`. The lines that each test runs are traced once, and a mutant is
-run against the tests that reach it, by speed.
+cannot, and is left to `forked.run`. Which statements each test runs is noted once, by functions put
+in place that tell it, and a mutant is run against the tests that reach it, by speed.
 """
 
 from __future__ import annotations
 
+import ast
+import builtins
 import gc
 import inspect
 import json
@@ -16,12 +18,11 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
@@ -114,6 +115,27 @@ def _one_of_each_first(tests: list[str]) -> list[str]:
     return sorted(tests, key=later.__getitem__)
 
 
+def telling(text: str, name: str) -> ast.Module:
+    """The module with a call of this function before each statement of its functions, with its
+    line."""
+    tree = ast.parse(text)
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            _tell(function, name)
+    return ast.fix_missing_locations(tree)
+
+
+def _tell(node: ast.AST, name: str) -> None:
+    for field, content in ast.iter_fields(node):
+        parts = content if isinstance(content, list) else []
+        if parts and isinstance(parts[0], ast.stmt):
+            calls = [ast.parse(f"{name}({part.lineno})").body[0] for part in parts]
+            setattr(node, field, [one for pair in zip(calls, parts, strict=True) for one in pair])
+        for part in parts:
+            if isinstance(part, ast.AST) and not isinstance(part, ast.FunctionDef):
+                _tell(part, name)
+
+
 class _Collector:
     """A pytest plugin that runs, in place of the tests, the tests that reach each mutant."""
 
@@ -131,7 +153,7 @@ class _Collector:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        self._trace(True)
+        sys.settrace(self._entered)
         options = [*forked.OPTIONS, "--capture=sys", f"--basetemp={folder}/tests"]
         try:
             status = pytest.main([*options, *files], plugins=[self])
@@ -140,19 +162,13 @@ class _Collector:
         if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             raise Untold(f"pytest ends with {status}; {self.by}")
 
-    def _trace(self, on: bool) -> None:
-        threading.settrace(self._entered if on else None)  # type: ignore[arg-type]
-        sys.settrace(self._entered if on else None)
-
     def _entered(self, frame: FrameType, event: str, arg: Any) -> Any:
         module = self.paths.get(frame.f_code.co_filename)
         if module is None:
             return None
-        add = self.hits.add
 
         def at(frame: FrameType, event: str, arg: Any) -> Any:
-            if event == "line":
-                add((module, frame.f_lineno))
+            self.hits.add((module, frame.f_lineno))
             return at
 
         return at
@@ -178,7 +194,7 @@ class _Collector:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         if self.by:
             raise Untold(self.by)
-        self._trace(False)
+        sys.settrace(None)
         importing = set(self.hits)
         functions: dict[CodeType, list[FunctionType]] = {}
         for one in gc.get_objects():
@@ -189,7 +205,7 @@ class _Collector:
         }
         gc.collect()
         gc.freeze()
-        untouched = forked.apart(lambda: self._traced(session.items))
+        untouched = forked.apart(lambda: self._told(session.items, bases, functions))
         if untouched.get("by") or "reached" not in untouched:
             raise Untold(f"the tests fail without a mutant, at {untouched}")
         durations = untouched["durations"]
@@ -219,8 +235,10 @@ class _Collector:
                     if end < self.seconds
                 ]
                 told = forked.apart(partial(self._mutated, places, functions, todo, durations))
-                if told["by"]:
+                if told["by"] in items:
                     own[told["by"]] += 1
+                elif told["by"]:
+                    raise Untold(told["by"])
                 if told["status"] == "survived" and lines & importing:
                     told["status"] = "left"
                 told |= {"tests": len(todo), "of": len(tests)}
@@ -228,17 +246,34 @@ class _Collector:
             print(json.dumps(told), file=self.pipe, flush=True)
         return True
 
-    def _traced(self, items: list[pytest.Item]) -> dict[str, Any]:
+    def _told(
+        self,
+        items: list[pytest.Item],
+        bases: dict[str, CodeType],
+        functions: dict[CodeType, list[FunctionType]],
+    ) -> dict[str, Any]:
+        """How long each test takes, and the lines that it runs."""
+        for path, module in self.paths.items():
+            name = "told_" + "".join(c if c.isalnum() else "_" for c in module)
+            setattr(builtins, name, lambda line, module=module: self.hits.add((module, line)))
+            tree = telling(self.texts[module], name)
+            self._put(in_place(bases[module], compile(tree, path, "exec")) or {}, functions)
         reached: dict[str, list[tuple[str, int]]] = {}
-        for item, after in zip(items, [*items[1:], None], strict=True):
+        for item, after in zip_longest(items, items[1:]):
             self.hits.clear()
-            self._trace(True)
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
-            self._trace(False)
             reached[item.nodeid] = sorted(self.hits)
             if self.by:
                 break
         return {"by": self.by, "reached": reached, "durations": self.durations}
+
+    @staticmethod
+    def _put(
+        places: dict[CodeType, CodeType], functions: dict[CodeType, list[FunctionType]]
+    ) -> None:
+        for code, new in places.items():
+            for function in functions.get(code, ()):
+                function.__code__ = new
 
     def _mutated(
         self,
@@ -247,10 +282,8 @@ class _Collector:
         items: list[pytest.Item],
         durations: dict[str, float],
     ) -> dict[str, Any]:
-        for code, new in places.items():
-            for function in functions[code]:
-                function.__code__ = new
-        for item, after in zip(items, [*items[1:], None], strict=True):
+        self._put(places, functions)
+        for item, after in zip_longest(items, items[1:]):
             signal.alarm(int(LEAST_S + 10 * durations[item.nodeid]))
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
             if self.by:

@@ -67,10 +67,13 @@ def test_state_is_where_exchanged_parameters_are(adapter: str) -> None:
     there = [nn.Parameter(torch.empty_like(p, device="meta")) for p in params]
     for group in optimizer.param_groups:
         group["params"] = there
-    for entries in optimizer.state_dict()["state"].values():
-        kept = [got for got in entries.values() if isinstance(got, Tensor) and got.dim()]
-        assert len(kept) >= 3  # latent, moments, levels
-        assert {got.device.type for got in kept} == {"meta"}
+    for _ in range(2):
+        for entries in optimizer.state_dict()["state"].values():
+            kept = [got for got in entries.values() if isinstance(got, Tensor) and got.dim()]
+            assert len(kept) >= 3  # latent, moments, levels
+            assert {got.device.type for got in kept} == {"meta"}
+        ones_for(*there)
+        optimizer.step()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

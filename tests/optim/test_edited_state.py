@@ -64,15 +64,36 @@ def test_a_latent_put_into_the_state_is_the_one_that_is_trained(adapter: str, ki
     assert torch.equal(given, kept)  # the user's own
 
 
+def moments(p: Tensor, optimizer: Any) -> list[Tensor]:
+    entries = optimizer.state[p].items()
+    return [got for key, got in entries if got.shape == p.shape and key != "latent"]
+
+
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_a_parameter_has_the_weights_of_a_latent_that_was_edited_before_it_is_used(
-    adapter: str,
+    adapter: str, beside: bool
 ) -> None:
     p, optimizer = trained(adapter, 8)  # on levels
     optimizer.state[p]["latent"].neg_()
+    for moment in moments(p, optimizer) if beside else ():
+        moment.mul_(0.5)
     before = p.detach().clone()
     optimizer.zero_grad()
     assert torch.equal(p, -before)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_what_was_written_to_a_parameter_is_its_latent_though_moments_were_edited(
+    adapter: str,
+) -> None:
+    p, optimizer = trained(adapter)
+    for moment in moments(p, optimizer):
+        moment.mul_(0.5)
+    with torch.no_grad():
+        p.fill_(2.0)
+    optimizer.state_dict()
+    assert torch.equal(optimizer.state[p]["latent"], torch.full((4, 4), 2.0))
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -87,6 +108,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "no latent": (lambda s: s.pop("latent"), "latent missing; put back what is, load"),
     "no qparams": (lambda s: s.pop(key_of(s, "qparams")), "qparams missing; put back what is"),
+    "no number of steps, or no moment": (
+        lambda s: s.pop(key_of(s, "updates") if "updates" in s else key_of(s, "first")),
+        "(updates|first) missing; put back what is",
+    ),
     "qparams of another shape": (
         lambda s: s.update({key_of(s, "qparams"): torch.zeros(7)}),
         r"qparams has shape \(7,\), expected \(2,\)",
