@@ -6,6 +6,7 @@ edit the entries of the state.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ class Places:
             latent = entries.get("latent", p if self.owner.widens else None)
             if latent is not None:
                 check_dtype(self.owner.who, p, latent, self.owner.latent_dtype(p), label)
-                refuse_reshaped(self.owner.who, tuple(latent.shape), p, label)
+                refuse_reshaped(self.owner.who, tuple(latent.shape), p, label, kept=True)
             moved = beside(p, entries)
             if moved:
                 entries.update(moved)
@@ -200,14 +201,9 @@ class Places:
         where = f"{self.owner.who}: the state of parameter {self._names[p][1]!r}"
         what = "put back what is, load a state dict, or build an optimizer to begin anew"
         check_keys({*changed, *self.owner.needs}, entries, where, what)
-        mine = {key: got for key, (got, _) in mark.seen.items() if key in changed}
+        mine = {key: got for key, (got, _) in mark.seen.items()}
         put = {key: entries[key] for key, got in mine.items() if entries[key] is not got}
         check_entries(mine, put, where, lambda key: False)
-        if "latent" in changed and entries["latent"].shape != p.shape:
-            raise ValueError(
-                f"{where}: latent has shape {tuple(entries['latent'].shape)}, expected "
-                f"{tuple(p.shape)}"
-            )
         return {key: loaded(got, mine[key], p) for key, got in put.items()}
 
     def _check_groups(self) -> None:
@@ -273,12 +269,12 @@ class Places:
         """(parameter that is gone, the one that took its place); raises ValueError for others."""
         who, names = self.owner.who, self._names
         pairs: list[tuple[Tensor, Tensor]] = []
-        here = {p for order in orders for p in order}
+        here = Counter(p for order in orders for p in order)
         kinds = {p: kind for kind, own in zip(self._kinds, self._order, strict=True) for p in own}
         for index, (order, before) in enumerate(zip(orders, self._order, strict=True)):
             gone = [p for p in before if p not in here]
             new = [p for p in order if p not in names]
-            if len(gone) != len(new) or len({*order}) != len(order):
+            if len(gone) != len(new) or any(here[p] > 1 for p in order):
                 raise ValueError(
                     f"{who}: group {index} lacks {[names[p][1] for p in gone]} and has {len(new)} "
                     "new parameters; exchange parameters one for one, each in its group"

@@ -94,12 +94,20 @@ def refuse_inference(who: str, p: Tensor, name: str) -> None:
         )
 
 
-def refuse_reshaped(who: str, shape: tuple[int, ...], p: Tensor, name: str) -> None:
-    """Raises ValueError for a parameter that had this shape and has other dimensions now."""
+def refuse_reshaped(
+    who: str, shape: tuple[int, ...], p: Tensor, name: str, kept: bool = False
+) -> None:
+    """Raises ValueError for a parameter that had this shape and has other dimensions now, or
+    another shape, where its state is kept."""
     if len(shape) != p.dim():
         raise ValueError(
             f"{who}: parameter {name!r} had the shape {shape} and has {tuple(p.shape)} now, which "
             f"lost what its rows are; exchange it for one of as many dimensions. {ZERO}"
+        )
+    if kept and shape != p.shape:
+        raise ValueError(
+            f"{who}: parameter {name!r} had the shape {shape} and has {tuple(p.shape)} now, which "
+            "its state does not fit; build another optimizer"
         )
 
 

@@ -93,7 +93,7 @@ def _run(todo: dict[str, list[Mutant]], kept: Any, chosen: argparse.Namespace) -
         done += 1
         kept[job.module][job.mutant.key] = result
         chosen.results.write_text(json.dumps(kept, indent=1))
-        ran = f" {result['tests']} of {result['of']} tests" if "of" in result else ""
+        ran = f" {result['tests']} of {result['of']} tests" if "tests" in result else ""
         took = f"{result['status']} {result['seconds']:.1f} s{ran}"
         print(f"{done}/{len(jobs)} {job.module} {took}: {job.mutant.key}", flush=True)
 

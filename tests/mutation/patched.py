@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from itertools import accumulate, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
@@ -82,7 +82,7 @@ def run(
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Each job's result as `forked.run` gives it, or the status "left" where a mutant changes more
     than functions, or changes what importing runs and no test noticed. seconds: how long the tests
-    of one mutant may take together, without it."""
+    of one mutant may take together."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -228,12 +228,7 @@ class _Collector:
                 own = near.setdefault((module, mutant.function), Counter())
                 first = [test for test, _ in own.most_common() if test in tests]
                 rest = _one_of_each_first(sorted(tests - {*first}, key=durations.__getitem__))
-                ends = accumulate(durations[test] for test in (*first, *rest))
-                todo = [
-                    items[test]
-                    for test, end in zip((*first, *rest), ends, strict=True)
-                    if end < self.seconds
-                ]
+                todo = [items[test] for test in (*first, *rest)]
                 told = forked.apart(partial(self._mutated, places, functions, todo, durations))
                 if told["by"] in items:
                     own[told["by"]] += 1
@@ -241,7 +236,7 @@ class _Collector:
                     raise Untold(told["by"])
                 if told["status"] == "survived" and lines & importing:
                     told["status"] = "left"
-                told |= {"tests": len(todo), "of": len(tests)}
+                told["of"] = len(tests)
             told |= {"job": number, "seconds": round(time.monotonic() - started, 1)}
             print(json.dumps(told), file=self.pipe, flush=True)
         return True
@@ -282,10 +277,14 @@ class _Collector:
         items: list[pytest.Item],
         durations: dict[str, float],
     ) -> dict[str, Any]:
+        ran, ends = 0, time.monotonic() + self.seconds
         self._put(places, functions)
         for item, after in zip_longest(items, items[1:]):
+            if time.monotonic() > ends:
+                break
+            ran += 1
             signal.alarm(int(LEAST_S + 10 * durations[item.nodeid]))
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
             if self.by:
                 break
-        return {"status": "killed" if self.by else "survived", "by": self.by}
+        return {"status": "killed" if self.by else "survived", "by": self.by, "tests": ran}

@@ -178,7 +178,7 @@ _STORE = tuple(
     f"tests/optim/test_{name}.py"
     for name in (
         *("edits", "loading", "changed_parameters", "edited_state", "lent_weights"),
-        *("built_wrong", "frozen", "groups", "parts", "narrow_latents", "old_states"),
+        *("built_wrong", "frozen", "groups", "parts", "narrow_latents", "old_states", "quantized"),
     )
 )
 for _name, _own in (("places", 2), ("latents", 0), ("saved", 1)):

@@ -76,6 +76,37 @@ def test_state_is_where_exchanged_parameters_are(adapter: str) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_parameter_that_is_given_another_shape_in_place_is_refused(
+    adapter: str, edited: bool
+) -> None:
+    (p,) = parameters(1)
+    optimizer = ADAPTERS[adapter]([p])
+    p.data = torch.ones(2, 4)
+    if edited:
+        optimizer.state[p]["latent"].neg_()
+    wanted = r"0.*' had the shape \(4, 4\) and has \(2, 4\) now, which its state does not fit"
+    for method in (optimizer.step, optimizer.state_dict):
+        with pytest.raises(ValueError, match=wanted):
+            method()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_what_a_parameter_holds_that_was_exchanged_before_loading_does_not_count(
+    adapter: str,
+) -> None:
+    (p,), (q,) = parameters(1), parameters(1)
+    optimizer, saved = ADAPTERS[adapter]([p], LATE), ADAPTERS[adapter]([q], LATE)
+    ones_for(q)
+    saved.step()
+    other = nn.Parameter(torch.full((4, 4), 7.0, dtype=torch.float64))
+    optimizer.param_groups[0]["params"][0] = other
+    optimizer.load_state_dict(saved.state_dict())
+    optimizer.sync()
+    torch.testing.assert_close(other.detach(), q.detach().double())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_a_module_moved_to_another_device_after_the_optimizer_was_built(adapter: str) -> None:

@@ -75,12 +75,22 @@ def test_a_parameter_has_the_weights_of_a_latent_that_was_edited_before_it_is_us
     adapter: str, beside: bool
 ) -> None:
     p, optimizer = trained(adapter, 8)  # on levels
-    optimizer.state[p]["latent"].neg_()
+    latent = optimizer.state[p]["latent"].neg_()
     for moment in moments(p, optimizer) if beside else ():
         moment.mul_(0.5)
     before = p.detach().clone()
     optimizer.zero_grad()
     assert torch.equal(p, -before)
+    assert optimizer.state[p]["latent"] is latent
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_edited_latent_stays_where_its_parameter_is_exchanged_at_once(adapter: str) -> None:
+    p, optimizer = trained(adapter, 8)
+    optimizer.state[p]["latent"].neg_()
+    other = optimizer.param_groups[0]["params"][0] = nn.Parameter(p.detach().clone())
+    optimizer.zero_grad()
+    assert torch.equal(other, -p)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -139,6 +149,15 @@ def test_entries_that_do_not_fit_are_refused_and_may_be_put_back(adapter: str, w
         assert same(copies(p, optimizer), before)
     ones_for(p)
     optimizer.step()
+
+
+def test_a_state_of_a_parameter_that_is_not_quantized_is_refused_where_it_is_gone() -> None:
+    p, q = parameters()
+    groups = [{"params": [p], "quant_bits": 2}, {"params": [q]}]
+    optimizer = QuantOptimizer(torch.optim.SGD(groups, lr=0.05), SOON)
+    optimizer.state[q].clear()
+    with pytest.raises(ValueError, match="'0 of group 1': updates missing; put back what is"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

@@ -65,8 +65,34 @@ def test_an_exchange_that_would_lose_trained_state_is_refused(adapter: str) -> N
     ones_for(optimizer.param_groups[0]["params"][0])
     optimizer.step()  # nothing to lose
     optimizer.param_groups[0]["params"][0] = b
-    with pytest.raises(ValueError, match=r"exchanged for a Parameter of shape .* after it was tr"):
+    label = {"QuantOptimizer": "0 of group 0", "TransformOptimizer": "p0"}[adapter]
+    wanted = rf"parameter '{label}' was exchanged for a Parameter of shape .* after it was tr"
+    with pytest.raises(ValueError, match=wanted):
         optimizer.step()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_parameters_that_are_not_exchanged_one_for_one_in_their_groups_are_refused(
+    adapter: str,
+) -> None:
+    a, b = parameters()
+    if adapter == "QuantOptimizer":
+        optimizer: Any = quantized([a])
+        optimizer.add_param_group({"params": [b], "quant_bits": 2})
+    else:
+        groups = [{"params": [("a", a)]}, {"params": [("b", b)]}]
+        optimizer = TransformOptimizer(groups, pf.sgd(0.1))
+    first, second = (group["params"] for group in optimizer.param_groups)
+    first[0], second[0] = b, nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(ValueError, match=r"group 0 lacks \['.*'\] and has 0 new parameters; exch"):
+        optimizer.step()
+    first[0] = second[0]
+    with pytest.raises(ValueError, match=r"group 0 lacks \['.*'\] and has 1 new parameters; exch"):
+        optimizer.step()
+    both = ADAPTERS[adapter]([a, b])
+    both.param_groups[0]["params"][:] = [nn.Parameter(torch.ones(4, 4))] * 2
+    with pytest.raises(ValueError, match=r"lacks \['.*', '.*'\] and has 2 new parameters; exch"):
+        both.step()
 
 
 def test_a_rate_of_one_group_stands_in_for_it_alone() -> None:

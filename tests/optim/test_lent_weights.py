@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,26 @@ def test_an_error_and_edits_inside_leave_parameters_as_they_were(adapter: str, b
     assert equal(held(net, optimizer), before)
     optimizer.sync()
     assert equal(held(net, optimizer), before)
+
+
+@both
+def test_an_error_on_the_way_in_leaves_parameters_as_they_were(
+    adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = network()
+    optimizer = ADAPTERS[adapter](net)
+    train(net, optimizer, 5)
+    before, rounded = held(net, optimizer), optimizer._rounded
+
+    def stops_after_one() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from islice(rounded(), 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(optimizer, "_rounded", stops_after_one)
+    with pytest.raises(KeyboardInterrupt), optimizer.rounded():
+        pass
+    assert equal(held(net, optimizer), before)
+    train(net, optimizer, 1)
 
 
 @both

@@ -145,6 +145,8 @@ def test_state_dicts_with_missing_or_complex_parts_raise(adapter: str) -> None:
     for wrong, message in (
         ({}, "has no param_groups and no state: it has nothing; expected what"),
         ({"model": 1, "optimizer": 2}, "no state: it has model, optimizer; expected what"),
+        (dict.fromkeys("abcde", 0), "no state: it has a, b, c, d, e; expected what"),
+        (dict.fromkeys("abcdef", 0), "no state: it has a, b, c, d, e, ...; expected what"),
     ):
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(wrong)

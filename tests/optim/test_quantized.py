@@ -591,6 +591,10 @@ def test_parameters_that_are_cut_where_no_row_ends_are_refused(mark: str, name: 
         QuantOptimizer(base, pf.hard_prox(pf.lsbq(1)))
     with pytest.raises(TypeError, match=wanted):
         pf.optim.TransformOptimizer([flat], pf.sgd(0.1))
+    exchanged = pf.optim.TransformOptimizer([nn.Parameter(torch.ones(4))], pf.sgd(0.1))
+    exchanged.param_groups[0]["params"][0] = flat
+    with pytest.raises(TypeError, match=wanted):
+        exchanged.step()
     net = nn.Linear(2, 2)
     net.weight = flat
     with pytest.raises(TypeError, match=f"parameter 'weight' is flattened by {name}"):
