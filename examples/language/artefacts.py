@@ -5,7 +5,7 @@
 | `quantized.safetensors` | `parq_fn.export.load` |
 | `transformers/` | transformers, once `parq_fn.export.hugging_face` is imported |
 | `torchao.pt` | `torch.load`, into a model of the same configuration |
-| `model.gguf` | gguf's reader |
+| `model.gguf` | llama.cpp |
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def write(
     makers: dict[str, Callable[[Path], Any]] = {
         FOLDER: lambda path: _to_transformers(path, folder / PACKED, build(), tokenizer),
         TORCHAO: lambda path: _to_torchao(path, packed, build()),
-        GGUF: lambda path: _to_gguf(path, packed),
+        GGUF: lambda path: _to_gguf(path, packed, build().config, tokenizer),
     }
     for name, make in makers.items():
         path = folder / name
@@ -67,10 +67,10 @@ def _to_torchao(path: Path, packed: dict[str, Any], model: Any) -> None:
     torch.save(to_torchao(model, packed).state_dict(), path)
 
 
-def _to_gguf(path: Path, packed: dict[str, Any]) -> None:
+def _to_gguf(path: Path, packed: dict[str, Any], config: Any, tokenizer: Any) -> None:
     from parq_fn.export.gguf import to_gguf
 
-    to_gguf(packed, path)
+    to_gguf(packed, path, config=config, tokenizer=tokenizer)
 
 
 def size_of(path: Path) -> str:

@@ -204,11 +204,13 @@ def _chosen(name: str, entry: Packed, kinds: list[Kind], rounded: bool | str, sc
     levels = Levels(entry.levels, entry.even)
     if not bool(levels.wide.isfinite().all()):
         raise ValueError(f"parameter {name!r}: levels are not finite")
-    found = []
-    unfit = []
+    found: list[Held] = []
+    unfit: list[Held] = []
+    barred = False
     for kind in kinds:
         held = match(kind, levels)
         if held.whole != 1 and not scaled:
+            barred = barred or held.same
             continue
         if not _divides(entry, kind):
             unfit.append(held)
@@ -222,6 +224,11 @@ def _chosen(name: str, entry: Packed, kinds: list[Kind], rounded: bool | str, sc
     elif rounded is True and any(held.worst < torch.inf for held in found):
         few = [h for h in found if h.kind.name != "Q8_0"] if levels.wide.shape[1] <= 16 else found
         best = min(few or found, key=lambda held: held.worst)
+    elif barred and not near:
+        raise ValueError(
+            f"parameter {name!r}: NVFP4 has a scale of the whole tensor beside its blocks, which "
+            "llama.cpp does not apply here; name it in in_full, or train it with mxfp4()"
+        )
     else:
         raise _refusal(name, entry, levels, found, unfit, near)
     warnings.warn(

@@ -117,7 +117,8 @@ class Model:
 
     def applies_scale(self, name: str) -> bool:
         """Whether llama.cpp multiplies with the scale that NVFP4 keeps beside a tensor."""
-        return self.own.scales and name.startswith("blk.")
+        biased = getattr(self.config, "mlp_bias", False) and ".ffn_" in name  # it stops at those
+        return self.own.scales and name.startswith("blk.") and not biased
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raises ValueError for tensors, by their names in GGUF, that are missing or of other

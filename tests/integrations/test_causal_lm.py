@@ -79,7 +79,7 @@ def test_the_recipe_trains_writes_every_format_and_prints_a_table(
     }
     assert not [about for about in told["artefacts"].values() if "bytes" not in about]
     ternary = json.loads((tmp_path / "ternary" / "result.json").read_text())["artefacts"]
-    assert "'model.layers.0.self_attn.q_proj.weight'" in ternary["model.gguf"]  # and why
+    assert "bytes" in ternary["model.gguf"]  # in blocks of 32, which divide its rows
     # the packed folder writes what the dense model with the same weights writes
     dense, tokens = trained(tmp_path / "start"), torch.arange(3, 40)[None]
     export.load_into(dense, folder / "quantized.safetensors")

@@ -1,0 +1,89 @@
+"""llama.cpp as a program: `python -m tests.integrations.llama_cpp FILE` loads a GGUF file.
+
+It answers each line of its input, a text or a list of tokens in JSON, with the likeliest next
+tokens. A process of its own, for llama.cpp ends the one that it is in where it finds a fault.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_MARK = "answer "  # which tells answers from llama.cpp's own words
+
+
+class LlamaCpp:
+    """A file, loaded."""
+
+    def __init__(self, file: Path) -> None:
+        command = [sys.executable, "-m", __name__, str(file)]
+        pipe = subprocess.PIPE
+        self.words = tempfile.TemporaryFile("w+")  # noqa: SIM115 # closed on leaving
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self.words, text=True
+        )
+
+    def ask(self, prompt: str | list[int]) -> dict[str, Any]:
+        """{"next": the five likeliest tokens, best first, with the logarithms of their
+        probabilities; "count": how many tokens the prompt has}. Raises RuntimeError with
+        llama.cpp's words where it refuses the file."""
+        answer, process = "", self.process
+        try:
+            print(json.dumps(prompt), file=process.stdin, flush=True)
+            answer = next((line for line in process.stdout if line.startswith(_MARK)), "")
+        except BrokenPipeError:
+            pass
+        if not answer:
+            process.wait()
+            self.words.seek(0)
+            raise RuntimeError(self.words.read()[-3000:])
+        found: dict[str, Any] = json.loads(answer.removeprefix(_MARK))
+        return found
+
+    def next(self, prompt: str | list[int]) -> dict[int, float]:
+        return {int(token): float(log) for token, log in self.ask(prompt)["next"]}
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(next(iter(self.next(tokens))))
+        return tokens[len(prompt) :]
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.words.close()
+
+
+def main(file: str) -> None:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = file, 128, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.warmup = params.fit_params = False
+    server = xllamacpp.Server(params)
+    for line in sys.stdin:
+        about = {
+            "prompt": json.loads(line),
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": 5,
+            "ignore_eos": True,
+        }
+        found = server.handle_completions({**about, "cache_prompt": False})
+        (token,) = found["choices"][0]["logprobs"]["content"]
+        best = [(one["id"], one["logprob"]) for one in (token, *token["top_logprobs"])]
+        answer = {"next": best, "count": found["usage"]["prompt_tokens"]}
+        print(_MARK + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
