@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=default, help=text)
     text = "run each k-th mutant only (default: 1)"
     parser.add_argument("--every", type=int, default=1, help=text, metavar="K")
-    text = "how long the tests of one mutant may take together (default: as long as they take)"
+    text = "processor time that the tests of one mutant may take (default: as much as they take)"
     parser.add_argument("--seconds", type=float, default=math.inf, help=text)
     parser.add_argument("--survivors", action="store_true", help="run again what survived")
     parser.add_argument("--first", action="store_true", help="run the most direct tests alone")

@@ -46,10 +46,15 @@ def load() -> None:
 
 
 #: What pytest is told besides the files.
-OPTIONS = ["-x", "-q", "-n0", "--tb=no", "-p", "no:cacheprovider", "-m", "not slow"]
+OPTIONS = ["-x", "-q", "-n0", "--tb=no", "-p", "no:cacheprovider"]
 OPTIONS += ["-p", "no:unraisableexception"]  # it collects garbage again and again
 for _early in ("pytest.PytestAssertRewrite", "hypothesis.errors.HypothesisSideeffect"):
     OPTIONS += ["-W", f"ignore::{_early}Warning"]
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """Whether a test is not marked slow itself, as all integrations are."""
+    return len([*item.iter_markers("slow")]) <= ("integrations" in item.path.parts)
 
 
 def no_shrinking() -> None:
@@ -102,7 +107,9 @@ class _Watch:
         sys.meta_path.insert(0, self.finder)  # before pytest's own, of the files it is given, too
         no_shrinking()
 
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = filter(is_quick, items)
         items.sort(key=lambda item: self.place.get(item.nodeid, len(self.place)))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

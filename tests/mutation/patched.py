@@ -81,8 +81,8 @@ def run(
     sources: dict[str, str], files: list[str], jobs: list[Job], seconds: float
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Each job's result as `forked.run` gives it, or the status "left" where a mutant changes more
-    than functions, or changes what importing runs and no test noticed. seconds: how long the tests
-    of one mutant may take together."""
+    than functions, or changes what importing runs and no test noticed. seconds: how much
+    processor time the tests of one mutant may take together."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -102,6 +102,12 @@ def run(
                 raise Untold(told["error"])
             yield jobs[told.pop("job")], told
     os.waitpid(child, 0)
+
+
+def _rank(few: dict[str, int], durations: dict[str, float], test: str) -> tuple[int, float]:
+    """By how many tests the rarest statement of the function is reached that this one reaches, and
+    its time: what ends early, such as at an error, tells most."""
+    return few.get(test, len(few)), durations[test]
 
 
 def _one_of_each_first(tests: list[str]) -> list[str]:
@@ -181,6 +187,10 @@ class _Collector:
         self._find()  # before pytest's own, of the files it is given
         forked.no_shrinking()
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = filter(forked.is_quick, items)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.durations[report.nodeid] = self.durations.get(report.nodeid, 0.0) + report.duration
         if report.failed:
@@ -227,8 +237,14 @@ class _Collector:
                 tests = {test for line in lines for test in reached.get(line, ())}
                 own = near.setdefault((module, mutant.function), Counter())
                 first = [test for test, _ in own.most_common() if test in tests]
-                rest = _one_of_each_first(sorted(tests - {*first}, key=durations.__getitem__))
-                todo = [items[test] for test in (*first, *rest)]
+                spans = {n for at in places for *_, n in at.co_lines() if n is not None}
+                reaching = [reached[module, n] for n in spans if (module, n) in reached]
+                few: dict[str, int] = {}
+                for some in sorted(reaching, key=len, reverse=True):
+                    few |= dict.fromkeys(some, len(some))
+                key = partial(_rank, few, durations)
+                rest = sorted(tests - {*first}, key=key)
+                todo = [items[test] for test in (*first, *_one_of_each_first(rest))]
                 told = forked.apart(partial(self._mutated, places, functions, todo, durations))
                 if told["by"] in items:
                     own[told["by"]] += 1
@@ -277,10 +293,10 @@ class _Collector:
         items: list[pytest.Item],
         durations: dict[str, float],
     ) -> dict[str, Any]:
-        ran, ends = 0, time.monotonic() + self.seconds
+        ran, ends = 0, time.process_time() + self.seconds
         self._put(places, functions)
         for item, after in zip_longest(items, items[1:]):
-            if time.monotonic() > ends:
+            if time.process_time() > ends:
                 break
             ran += 1
             signal.alarm(int(LEAST_S + 10 * durations[item.nodeid]))

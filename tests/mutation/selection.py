@@ -174,15 +174,13 @@ _select(
     _LEARNING[1:],
     ("tests/test_oscillation.py", "tests/optim/test_parts.py"),
 )
-_STORE = tuple(
-    f"tests/optim/test_{name}.py"
-    for name in (
-        *("edits", "loading", "changed_parameters", "edited_state", "lent_weights"),
-        *("built_wrong", "frozen", "groups", "parts", "narrow_latents", "old_states", "quantized"),
-    )
+_STORE = (
+    ("edits", "loading", "changed_parameters", "edited_state", "lent_weights", "groups"),
+    ("built_wrong", "frozen", "parts", "narrow_latents", "old_states", "quantized"),
 )
-for _name, _own in (("places", 2), ("latents", 0), ("saved", 1)):
-    _select(f"parq_fn/optim/{_name}.py", _STORE[_own : _own + 1], _STORE)
+for _name in ("places", "latents", "saved"):
+    _files, _others = (tuple(f"tests/optim/test_{name}.py" for name in some) for some in _STORE)
+    _select(f"parq_fn/optim/{_name}.py", _files, _others)
 _select("parq_fn/optim/engine/gradients.py", _LEARNING[:1], _LEARNING[1:])
 _select(
     "parq_fn/optim/as_link.py",

@@ -58,13 +58,18 @@ def test_elements_changed_in_mid_annealing_become_latents_and_the_others_keep_th
     assert torch.equal(optimizer.state[a]["latent"], before)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_state_is_where_exchanged_parameters_are(adapter: str) -> None:
+def test_state_is_where_exchanged_and_moved_parameters_are(adapter: str, in_place: bool) -> None:
     params = parameters()
     optimizer = ADAPTERS[adapter](params)
     ones_for(*params)
     optimizer.step()
     there = [nn.Parameter(torch.empty_like(p, device="meta")) for p in params]
+    if in_place:
+        for p, other in zip(params, there, strict=True):
+            torch.utils.swap_tensors(p, other)
+        there = params
     for group in optimizer.param_groups:
         group["params"] = there
     for _ in range(2):

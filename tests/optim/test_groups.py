@@ -89,8 +89,8 @@ def test_parameters_that_are_not_exchanged_one_for_one_in_their_groups_are_refus
     first[0] = second[0]
     with pytest.raises(ValueError, match=r"group 0 lacks \['.*'\] and has 1 new parameters; exch"):
         optimizer.step()
-    both = ADAPTERS[adapter]([a, b])
-    both.param_groups[0]["params"][:] = [nn.Parameter(torch.ones(4, 4))] * 2
+    both = ADAPTERS[adapter]([a, b, nn.Parameter(torch.ones(4, 4))])
+    both.param_groups[0]["params"][:2] = [nn.Parameter(torch.ones(4, 4))] * 2
     with pytest.raises(ValueError, match=r"lacks \['.*', '.*'\] and has 2 new parameters; exch"):
         both.step()
 
