@@ -78,8 +78,8 @@ def to_gguf(
     `model.config`, its dict, or its folder; of Llama, Qwen 2 and 3, Gemma 1 to 3 (text). Names,
     hyperparameters and the order of rows are then llama.cpp's; one-dimensional weights are in
     float32. Without it names stay, and what reads the file knows what they mean.
-    tokenizer: of transformers, or its folder; "bytes" where token i is byte i. Without one the file
-    takes and gives numbers of tokens.
+    tokenizer: of transformers, or its folder; "bytes" where token i is byte i. Without one programs
+    of llama.cpp's library give numbers of tokens to the file, and its server does not load it.
     file: to write to.
     arch: the architecture that the file names, without config.
     ternary: the type of ternary weights.
@@ -111,10 +111,11 @@ def to_gguf(
     patterns = [in_full] if isinstance(in_full, str) else list(in_full)
     chosen: dict[str, str] = {}
     tensors: dict[str, tuple[np.ndarray[Any, Any], Any]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    names = {name: name if model is None else model.name(name) for name in packed}
+    if model is not None:
+        model.check({names[name]: tuple(entry.shape) for name, entry in packed.items()})
     for name, entry in packed.items():
-        own = name if model is None else model.name(name)
-        shapes[own] = tuple(entry.shape)
+        own = names[name]
         if len(own.encode()) > 63 or len(entry.shape) > 4:
             raise ValueError(
                 f"parameter {name!r}, shape {tuple(entry.shape)}: readers of GGUF take names of up "
@@ -139,7 +140,6 @@ def to_gguf(
         if rows is not None:
             tensors[own] = np.ascontiguousarray(tensors[own][0][rows.numpy()]), tensors[own][1]
     if model is not None:
-        model.check(shapes)
         tensors |= {name: (extra.numpy(), None) for name, extra in model.tensors().items()}
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def to_gguf(
         writer = gguf.GGUFWriter(unfinished, arch if model is None else model.own.name)
         if model is not None:
             model.write(writer, gguf)
-            gguf_tokens.write(vocabulary, model.config.vocab_size, writer)
+            gguf_tokens.write(vocabulary, model.config, writer)
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for name, (data, stored) in tensors.items():
             writer.add_tensor(name, data, raw_dtype=stored)

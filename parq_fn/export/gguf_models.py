@@ -20,13 +20,12 @@ class Architecture:
     turned: bool = False  # rows of queries and keys in pairs, where transformers has halves
     plus_one: bool = False  # norms keep 1 more than transformers' weight
     biases: tuple[str, ...] = ()  # tensors that may have one
-    untied: bool = True  # the head may have a weight of its own
     scales: bool = True  # NVFP4's scale of a tensor is applied
 
 
 _QKV = ("attn_q", "attn_k", "attn_v")
 _MLP = ("ffn_gate", "ffn_up", "ffn_down")
-_GEMMA: dict[str, Any] = {"plus_one": True, "untied": False, "scales": False}
+_GEMMA: dict[str, Any] = {"plus_one": True, "scales": False}
 #: By transformers' `model_type`.
 ARCHITECTURES = {
     "llama": Architecture("llama", turned=True, biases=(*_QKV, "attn_output", *_MLP)),
@@ -91,14 +90,11 @@ class Model:
         stem, _, suffix = (found or "").rpartition(".")
         part = stem.rpartition(".")[2]
         if found is None or (suffix == "bias" and part not in self.own.biases):
+            whole = "pack the whole causal language model that config describes, a "
+            help = whole + type(self.config).__name__.removesuffix("Config")
+            help = "tie it to the embedding" if name == "lm_head.weight" else help
             raise ValueError(
-                f"parameter {name!r}: llama.cpp's {self.own.name} has none such; pack the whole "
-                f"causal language model that config describes, a {type(self.config).__name__}"
-            )
-        if part == "output" and not self.own.untied:
-            raise ValueError(
-                f"parameter {name!r}: llama.cpp's {self.own.name} ties the head to the embedding, "
-                "and this one has a weight of its own"
+                f"parameter {name!r}: llama.cpp's {self.own.name} has none such; {help}"
             )
         return found
 

@@ -79,12 +79,14 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
     )
 
 
-def write(vocabulary: Vocabulary | None, rows: int, writer: Any) -> None:
-    """A vocabulary as metadata, with a name for each of the embedding's rows; without one llama.cpp
-    takes and gives numbers of tokens alone."""
+def write(vocabulary: Vocabulary | None, config: Any, writer: Any) -> None:
+    """A vocabulary as metadata, with a name for each of the embedding's rows, and special tokens,
+    of the tokenizer or else of the configuration; without one llama.cpp takes and gives numbers of
+    tokens alone."""
     if vocabulary is None:
         writer.add_tokenizer_model("none")
         return
+    rows = config.vocab_size
     left = rows - len(vocabulary.tokens)
     if left < 0:
         raise ValueError(
@@ -100,8 +102,11 @@ def write(vocabulary: Vocabulary | None, rows: int, writer: Any) -> None:
         writer.add_tokenizer_pre(vocabulary.pre)
     if vocabulary.merges is not None:
         writer.add_token_merges(vocabulary.merges or [_NO_MERGE])
-    for name, at in vocabulary.special.items():
-        getattr(writer, f"add_{name}_token_id")(at)
+    for name in ("bos", "eos", "unk", "pad"):
+        at = vocabulary.special.get(name, getattr(config, f"{name}_token_id", None))
+        at = at[0] if isinstance(at, list) and at else at
+        if isinstance(at, int) and 0 <= at < rows:
+            getattr(writer, f"add_{name}_token_id")(at)
     writer.add_add_bos_token(vocabulary.bos)
     writer.add_add_eos_token(False)
     if vocabulary.space is not None:

@@ -1,7 +1,7 @@
 """llama.cpp as a program: `python -m tests.integrations.llama_cpp FILE` loads a GGUF file.
 
-It answers each line of its input, a text or a list of tokens in JSON, with the likeliest next
-tokens. A process of its own, for llama.cpp ends the one that it is in where it finds a fault.
+It answers each line of its input, a list of tokens in JSON with the likeliest next ones, a text
+with its tokens. A process of its own, for llama.cpp ends the one that it is in on a fault.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,8 @@ class LlamaCpp:
             command, stdin=pipe, stdout=pipe, stderr=self.words, text=True
         )
 
-    def ask(self, prompt: str | list[int]) -> dict[str, Any]:
-        """{"next": the five likeliest tokens, best first, with the logarithms of their
-        probabilities; "count": how many tokens the prompt has}. Raises RuntimeError with
-        llama.cpp's words where it refuses the file."""
+    def ask(self, prompt: str | list[int]) -> Any:
+        """Raises RuntimeError with llama.cpp's words where it refuses the file."""
         answer, process = "", self.process
         try:
             print(json.dumps(prompt), file=process.stdin, flush=True)
@@ -41,11 +40,15 @@ class LlamaCpp:
             process.wait()
             self.words.seek(0)
             raise RuntimeError(self.words.read()[-3000:])
-        found: dict[str, Any] = json.loads(answer.removeprefix(_MARK))
-        return found
+        return json.loads(answer.removeprefix(_MARK))
 
-    def next(self, prompt: str | list[int]) -> dict[int, float]:
-        return {int(token): float(log) for token, log in self.ask(prompt)["next"]}
+    def tokens(self, text: str) -> list[int]:
+        """Of a text, those before it that mark its beginning too."""
+        return list(map(int, self.ask(text)))
+
+    def next(self, prompt: list[int]) -> dict[int, float]:
+        """The five likeliest tokens, best first: the logarithms of their probabilities."""
+        return {int(token): float(log) for token, log in self.ask(prompt)}
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         tokens = list(prompt)
@@ -71,17 +74,19 @@ def main(file: str) -> None:
     params.warmup = params.fit_params = False
     server = xllamacpp.Server(params)
     for line in sys.stdin:
-        about = {
-            "prompt": json.loads(line),
-            "max_tokens": 1,
-            "temperature": 0,
-            "logprobs": 5,
-            "ignore_eos": True,
-        }
-        found = server.handle_completions({**about, "cache_prompt": False})
-        (token,) = found["choices"][0]["logprobs"]["content"]
-        best = [(one["id"], one["logprob"]) for one in (token, *token["top_logprobs"])]
-        answer = {"next": best, "count": found["usage"]["prompt_tokens"]}
+        asked = json.loads(line)
+        if isinstance(asked, str):
+            body = json.dumps({"content": asked, "add_special": True}).encode()
+            about = {"Content-Type": "application/json"}
+            request = urllib.request.Request(server.listening_address + "/tokenize", body, about)
+            with urllib.request.urlopen(request) as reply:
+                answer = json.load(reply)["tokens"]
+        else:
+            wish = {"max_tokens": 1, "temperature": 0, "logprobs": 5}
+            more = {"cache_prompt": False, "ignore_eos": True}
+            found = server.handle_completions({"prompt": asked, **wish, **more})
+            (token,) = found["choices"][0]["logprobs"]["content"]
+            answer = [(one["id"], one["logprob"]) for one in (token, *token["top_logprobs"])]
         print(_MARK + json.dumps(answer), flush=True)
 
 

@@ -24,7 +24,15 @@ pytest.importorskip(
 
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 import parq_fn as pf
 from parq_fn import export
@@ -53,17 +61,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GemmaConfig", {"head_dim": 32}),
     "gemma2": ("Gemma2Config", GEMMA),
     "gemma3": ("Gemma3TextConfig", {**GEMMA, "num_hidden_layers": 7}),
+    "gemma3, its own head": ("Gemma3TextConfig", {**GEMMA, "tie_word_embeddings": False}),
 }
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 TEXT = "def parity(n):\n    return n % 2 == 0\n\n"
 
 
-def words(split: str | None = None, **more: Any) -> Any:
-    """A tokenizer of bytes that are printed, and a few merges."""
+MERGES = [("Ġ", "Ġ"), ("ĠĠ", "ĠĠ"), ("r", "e"), ("re", "t"), ("e", "f"), ("i", "t"), ("1", "2")]
+
+
+def words(split: str | None = None, *, full: bool = False, **more: Any) -> Any:
+    """A tokenizer of bytes, those that are printed or all, and a few merges."""
     letters = gguf_tokens.letters()
-    merges = [("Ġ", "Ġ"), ("ĠĠ", "ĠĠ"), ("r", "e"), ("re", "t"), ("e", "f"), ("i", "t")]
-    names = ["<pad>", "</s>", *(letters[i] for i in (10, *range(32, 127))), *map("".join, merges)]
-    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, merges, **more))
+    shown = letters if full else [letters[i] for i in (10, *range(32, 127))]
+    names = ["<pad>", "</s>", *shown, *map("".join, MERGES)]
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(names)}, MERGES, **more))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
     tokenizer.pre_tokenizer = level
     if split is not None:
@@ -72,6 +84,27 @@ def words(split: str | None = None, **more: Any) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>"
+    )
+
+
+def pieces(*, prepend: bool) -> Any:
+    """A tokenizer as sentencepiece makes them: of letters, a few merges, and bytes for the rest."""
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581"]
+    names += [chr(i) for i in range(33, 127)]
+    merges = [("\u2581", "r"), ("e", "t"), ("\u2581", "\u2581"), ("\u2581r", "et"), ("i", "t")]
+    names += map("".join, merges)
+    tokenizer = Tokenizer(
+        models.BPE(
+            {t: i for i, t in enumerate(names)}, merges, unk_token="<unk>", fuse_unk=True,
+            byte_fallback=True,
+        )
+    )  # fmt: skip
+    spaces = normalizers.Replace(" ", "\u2581")
+    first = [normalizers.Prepend("\u2581")] if prepend else []
+    tokenizer.normalizer = normalizers.Sequence([*first, spaces])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
 
 
@@ -172,3 +205,37 @@ def test_greedy_tokens_are_those_of_torch_in_every_type(
             assert abs(found - expected[token]) < 0.2
         expected = TOKENIZER(ALPHABET)["input_ids"][8:24]
         assert run.greedy(prompt, 16) == torch_greedy(model, prompt, 16) == expected
+
+
+REGEX = {name: split for (split, _), name in gguf_tokens.SPLITS.items()}
+TOKENIZERS: dict[str, Any] = {
+    "gpt-2": lambda: words(full=True),
+    "qwen2": lambda: words(REGEX["qwen2"], full=True),
+    "llama-bpe": lambda: words(REGEX["llama-bpe"], full=True, ignore_merges=True),
+    "llama 2": lambda: pieces(prepend=True),
+    "gemma": lambda: pieces(prepend=False),
+    "bytes": lambda: transformers.ByT5Tokenizer(extra_ids=3),
+}
+TEXTS = ["def f(x):\n    return it", "  1234 it's l'\u00e9t\u00e9\n\n  ret", "\u65e5\u672c r\t"]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_texts_have_the_tokens_that_the_tokenizer_gives(name: str, tmp_path: Path) -> None:
+    """A ByT5Tokenizer puts an end behind a text, which a prompt has not."""
+    model, tokenizer = model_of("llama", vocab_size=384), TOKENIZERS[name]()
+    packed = {n: p.detach() for n, p in model.named_parameters()}
+    to_gguf(packed, tmp_path / "x.gguf", config=model.config, tokenizer=tokenizer)
+    with LlamaCpp(tmp_path / "x.gguf") as run:
+        for text in TEXTS:
+            expected = tokenizer(text)["input_ids"]
+            expected = expected[:-1] if name == "bytes" else expected
+            assert run.tokens(text) == expected
+
+
+def test_bytes_are_their_own_tokens(tmp_path: Path) -> None:
+    model = model_of("llama", vocab_size=256)
+    packed = {n: p.detach() for n, p in model.named_parameters()}
+    to_gguf(packed, tmp_path / "x.gguf", config=model.config, tokenizer="bytes")
+    with LlamaCpp(tmp_path / "x.gguf") as run:
+        for text in TEXTS:
+            assert run.tokens(text) == [*text.encode()]
