@@ -15,13 +15,16 @@ from parq_fn.export.given import check_file, check_packed
 from parq_fn.export.packed_layer import (
     Kept,
     PackedLayer,
+    PackedLinear,
+    is_large_linear,
     keys_of,
     pack_layer,
     packs,
     unpack_layer,
 )
 from parq_fn.export.packing import Packed, unpack
-from parq_fn.foundation.value import briefly
+from parq_fn.export.product import widened
+from parq_fn.foundation.value import briefly, check_flags
 
 
 def load_into(module: nn.Module, file: str | os.PathLike[str] | Mapping[str, Any]) -> None:
@@ -102,7 +105,12 @@ def owners_of(module: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     return owners
 
 
-def quantized(module: nn.Module, file: str | os.PathLike[str] | Mapping[str, Any]) -> nn.Module:
+def quantized(
+    module: nn.Module,
+    file: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    exact: bool = False,
+) -> nn.Module:
     """The module with packed layers where the file, or the packed model, has packed weights, the
     rest loaded into it.
 
@@ -114,8 +122,17 @@ def quantized(module: nn.Module, file: str | os.PathLike[str] | Mapping[str, Any
     subclass, are unpacked into them, with a warning that names them. Tied layers share codes and
     levels. Decoding is made of plain tensor operations: torch.compile(module) fuses it.
 
+    module: with the names and shapes of what was packed.
+    file: a packed file, or a packed model.
+    exact: whether outputs of all layers are those of the dense module, bit for bit. Without it
+    linear layers of 65,536 weights and more multiply with their codes on a CPU, by programs that
+    torch.compile makes at the first call of a kind; their outputs differ by float32 rounding of the
+    sum. So do ternary codes take 2 bits there in place of 1.6, and evenly spaced ones of 3 bits 4,
+    of 5 to 7 bits 8. `layer.exact = True` makes one layer exact.
+
     Raises ValueError, and changes nothing, as `load_into` does.
     """
+    check_flags("quantized", exact=exact)
     packed = _given("quantized", module, file)
     check_fit(module, packed)
     own, owners = module.state_dict(keep_vars=True), owners_of(module)
@@ -126,9 +143,13 @@ def quantized(module: nn.Module, file: str | os.PathLike[str] | Mapping[str, Any
                 own[name].copy_(entry.unpack() if isinstance(entry, Packed) else entry)
                 continue
             codes, levels = entry.codes.to(own[name].device), entry.levels.to(own[name])
+            kept = Kept(tuple(entry.shape), entry.cut, entry.order)
+            if not exact and any(is_large_linear(layer, kept) for layer, _ in owners[name]):
+                codes, levels = widened(codes, levels, kept.shape)
             for layer, local in owners[name]:
-                kept = Kept(tuple(entry.shape), entry.cut, entry.order)
                 pack_layer(layer, codes, levels, kept, local)
+                if isinstance(layer, PackedLinear):
+                    layer.exact = exact
     if plain:
         count = sum(own[name].nbytes for name in plain)
         warnings.warn(

@@ -1,0 +1,299 @@
+"""The product of inputs and a packed weight, with no weight of full width in memory.
+
+A row of the weight is blocks, each with k levels of its own. With the code c of a weight, whose bits
+are b_0 and b_1 where there are two, the weight is
+
+    even      u (c + f) + m                                    evenly spaced levels
+    additive  u (b_0 - 1/2) + v (b_1 - 1/2) + m                four levels, such as lsbq's
+    free      u (b_0 - 1/2) + v (b_1 - 1/2) + w b_0 b_1 + m    any four levels
+
+with numbers u, v, w and m of the block and one number f for the whole weight. So the product of a
+block is a few sums over its bytes, with the numbers outside of them. Where levels are symmetric m is
+0; four levels are additive where the gap of the upper two is that of the lower two.
+
+Inputs are put in the order of the bytes, those of the first code of each byte first, so that both
+are read one after another. A code that stands s bits up in its byte is taken by a mask, as 2^s c, and
+its input is multiplied by 2^-s, which is exact.
+
+Up to four rows of inputs are one pass over the codes. For more of them tiles of the weight that stay
+in the processor's cache are decoded, and torch's own product takes each.
+
+Sums are in float32 and in another order than torch's. The error of an output is at most a few units
+in the last place of float32 of sum_i |x_i| max_j |l_j|, l the levels of the output's row.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
+
+from parq_fn.export.codes import decode, encode, width
+from parq_fn.export.packing import decoded
+from parq_fn.foundation.torch_private import compiled, counted_writes, in_function_transform, in_tracer
+
+#: Weights of a layer from which on its product is faster so than by decoding it first.
+LEAST = 1 << 16
+_DTYPES = torch.float32, torch.bfloat16, torch.float16
+#: Rows of inputs that one pass over the codes serves.
+MOST_ROWS = 4
+_TILE = 1 << 18  # weights that are decoded at a time
+_VECTOR = 16  # bytes of a block that a processor takes at a time
+_OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}  # a product and a sum, rounded once
+
+
+class Numbers(NamedTuple):
+    """What levels are made of, each in float32 and [rows, blocks of a row]."""
+
+    form: str  # even, additive or free
+    units: tuple[Tensor, ...]  # u, or u and v, or u, v and w
+    start: float  # f, or -1/2
+    middle: Tensor | None  # m; None where it is 0
+
+
+def numbers_of(levels: Tensor, rows: int) -> Numbers | None:
+    """The numbers of levels [r, k] of a weight of so many rows; None where no form has them to two
+    units in the last place of the largest magnitude of their block.
+
+    >>> made = numbers_of(torch.tensor([[-3.0, -1.0, 1.0, 3.0], [-6.0, -2.0, 2.0, 6.0]]), 2)
+    >>> made.form, made.units, made.start, made.middle
+    ('even', (tensor([[2.],
+            [4.]]),), -1.5, None)
+    """
+    r, k = levels.shape
+    wide = levels.detach().double()
+    close = 2.0**-22 * wide.abs().amax(-1)
+
+    def kept(numbers: Tensor) -> Tensor:
+        return numbers.float().expand(max(r, rows)).reshape(rows, -1).contiguous()
+
+    unit = (wide[:, -1] - wide[:, 0]) / max(k - 1, 1)
+    at = torch.arange(k, device=levels.device)
+    if bool(((wide[:, :1] + unit.unsqueeze(1) * at - wide).abs().amax(-1) <= close).all()):
+        most = unit.argmax()
+        start = float((2 * wide[most, 0] / unit[most]).round() / 2) if bool(unit[most] > 0) else 0.0
+        if bool(((start * unit - wide[:, 0]).abs() <= close).all()):
+            return Numbers("even", (kept(unit),), start, None)
+        return Numbers("even", (kept(unit),), 0.0, kept(wide[:, 0]))
+    if k != 4:
+        return None
+    u, v = wide[:, 1] - wide[:, 0], wide[:, 2] - wide[:, 0]
+    w = wide[:, 3] - wide[:, 2] - u
+    middle = wide[:, 0] + (u + v) / 2
+    own = None if bool((middle.abs() <= close).all()) else kept(middle)
+    if bool((w.abs() <= close).all()):
+        return Numbers("additive", (kept(u), kept(v)), -0.5, own)
+    return Numbers("free", (kept(u), kept(v), kept(w)), -0.5, own)
+
+
+_KNOWN: MutableMapping[Tensor, tuple[Any, Numbers | None]] = WeakIdKeyDictionary()
+
+
+def _numbers(levels: Tensor, rows: int) -> Numbers | None:
+    """The same, kept until the levels are written to."""
+    state = counted_writes(levels), levels.data_ptr(), rows
+    if levels not in _KNOWN or _KNOWN[levels][0] != state:
+        _KNOWN[levels] = state, numbers_of(levels, rows)
+    return _KNOWN[levels][1]
+
+
+def fits(shape: tuple[int, ...], r: int, k: int) -> bool:
+    """Whether codes of a matrix of this shape, with levels [r, k], can be taken so: those of a block
+    fill bytes of their own, in vectors where a row has several."""
+    bits = width(k)
+    if len(shape) != 2 or bits not in (1, 2, 4, 8) or not r or (r > 1 and r % shape[0]):
+        return False
+    (m, n), per = shape, 8 // bits
+    blocks = max(r // m, 1)
+    size = n // blocks
+    return size > 0 and size % per == 0 and (blocks == 1 or size // per >= _VECTOR)
+
+
+def takes(x: Tensor, shape: tuple[int, ...], r: int, k: int) -> bool:
+    """Whether the product of these inputs with a weight is faster so than by decoding it first."""
+    own = fits(shape, r, k) and shape[0] * shape[1] >= LEAST and x.shape[-1:] == shape[1:]
+    if not own or type(x) is not Tensor or not x.is_cpu or x.dtype not in _DTYPES:
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    return torch.compiler.is_dynamo_compiling() or not (in_tracer() or in_function_transform())
+
+
+def widened(codes: Tensor, levels: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Codes and levels of a matrix that can be taken so, where other codes make them so, else as
+    they are: three levels are the first of four, codes of 3 bits take 4, those of 5 to 7 take 8.
+
+    What is added are levels that no code stands for, above the others and evenly spaced.
+    """
+    (r, k), bits = levels.shape, width(levels.shape[1])
+    wider = 4 if k == 3 else {3: 9, 5: 129, 6: 129, 7: 129}.get(bits, k)
+    if wider == k or not fits(shape, r, wider) or numbers_of(levels, shape[0]) is None:
+        return codes, levels
+    wide = levels.double()
+    unit = (wide[:, -1:] - wide[:, :1]) / (k - 1)
+    more = wide[:, -1:] + unit * torch.arange(1, wider - k + 1, device=levels.device)
+    whole = decode(codes, torch.Size(shape).numel(), k)
+    return encode(whole, wider), torch.cat([levels, more.to(levels.dtype)], 1)
+
+
+class _Kind(NamedTuple):
+    """What a program is made for."""
+
+    form: str
+    bits: int  # of a code
+    inputs: int  # rows of inputs; 0 for the weight itself
+    blocks: int  # of a row of the weight
+    size: int  # bytes of a block
+
+
+_PROGRAMS: dict[_Kind, Callable[..., Tensor]] = {}
+_FAILED: list[_Kind] = []  # what could not be compiled
+
+
+@torch.library.custom_op("parq_fn::packed_product", mutates_args=())
+def packed_product(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tensor:
+    """x W^T of inputs [..., n] and a packed weight W [rows, n], summed in float32 and rounded to the
+    dtype of the inputs.
+
+    The weight is decoded first for levels of no form, and where nothing can be compiled, with a
+    warning.
+    """
+    n = x.shape[-1]
+    shape, bits = (rows, n), width(levels.shape[1])
+    numbers = _numbers(levels, rows)
+    if numbers is None or not x.numel() or _FAILED:
+        return functional.linear(x, decoded(codes, levels, shape).to(x.dtype))
+    blocks = numbers.units[0].shape[1]
+    parts = x.reshape(-1, n).float().unflatten(1, (-1, 8 // bits))
+    turned = (parts * _scales(bits)).transpose(1, 2).contiguous()
+    sums = parts.sum(-1)
+    of_blocks = sums.unflatten(1, (blocks, -1)).sum(-1)
+    kind = _Kind(numbers.form, bits, len(parts), blocks, n // blocks // (8 // bits))
+    try:
+        if len(parts) <= MOST_ROWS:
+            starts = (sums if blocks > 1 else of_blocks) * numbers.start
+            y = _program(kind)(turned, starts, codes, *numbers.units)
+        else:
+            y = _by_tiles(kind, turned, codes, numbers.units)
+            starts = numbers.start * (sum(numbers.units[1:2], numbers.units[0]))
+            y += functional.linear(of_blocks, starts)
+    except torch._inductor.exc.InductorError as error:
+        _FAILED.append(kind)
+        warnings.warn(
+            f"packed layers decode their weights before each product: {error}", stacklevel=2
+        )
+        return packed_product(x, codes, levels, rows)
+    if numbers.middle is not None:
+        y += functional.linear(of_blocks, numbers.middle)
+    return y.to(x.dtype).reshape(*x.shape[:-1], rows)
+
+
+@packed_product.register_fake
+def _(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tensor:
+    del codes, levels
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    x, codes, levels, rows = inputs
+    ctx.save_for_backward(codes, levels)
+    ctx.shape = rows, x.shape[-1]
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return grad @ decoded(*ctx.saved_tensors, ctx.shape).to(grad.dtype), None, None, None
+
+
+packed_product.register_autograd(_gradient, setup_context=_save)
+
+
+def _by_tiles(kind: _Kind, turned: Tensor, codes: Tensor, units: tuple[Tensor, ...]) -> Tensor:
+    """The product with the weight's rows without their start and middle, some rows at a time."""
+    x = turned.flatten(1)
+    rows = max(_TILE // x.shape[1], 1)
+    program, codes = _program(kind._replace(inputs=0)), codes.view(-1, kind.blocks * kind.size)
+    y = x.new_empty(len(x), len(codes))
+    parts = zip(*(part.split(rows) for part in (codes, *units)), y.split(rows, 1), strict=True)
+    for *own, out in parts:
+        # clones, for a compiler tells memory that begins further on from what begins at its start
+        out.copy_(functional.linear(x, program(*(part.clone() for part in own))))
+    return y
+
+
+def _scales(bits: int) -> Tensor:
+    """What undoes the places of codes in their byte: [8 / bits]."""
+    if bits not in _SCALES:
+        _SCALES[bits] = 2.0 ** -torch.arange(0, 8, bits)
+    return _SCALES[bits]
+
+
+_SCALES: dict[int, Tensor] = {}
+
+
+def _program(kind: _Kind) -> Callable[..., Tensor]:
+    if kind not in _PROGRAMS:
+        formula = _product(kind) if kind.inputs else _decoding(kind)
+        _PROGRAMS[kind] = compiled(formula, _OPTIONS)
+    return _PROGRAMS[kind]
+
+
+def _fields(kind: _Kind, codes: Tensor) -> list[list[Tensor]]:
+    """Of each unit what stands at each place of a byte, where it stands: [rows, blocks, size]."""
+    shifts = list(range(0, 8, kind.bits))
+    c = codes.view(-1, kind.blocks, kind.size).to(torch.int32)
+    if kind.form == "even":
+        return [[(c & ((2**kind.bits - 1) << s)).float() for s in shifts]]
+    bits = [[(c & (bit << s)).float() for s in shifts] for bit in (1, 2)]
+    if kind.form == "additive":
+        return bits
+    both = c & (c >> 1)
+    return [*bits, [(both & (1 << s)).float() for s in shifts]]
+
+
+def _product(kind: _Kind) -> Callable[..., Tensor]:
+    """(inputs [inputs, places, columns], starts, codes [bytes], *units) -> [inputs, rows]."""
+
+    def product(turned: Tensor, starts: Tensor, codes: Tensor, *units: Tensor) -> Tensor:
+        fields = _fields(kind, codes)
+        x = turned.view(kind.inputs, len(fields[0]), kind.blocks, kind.size)
+        found = []
+        for own, start in zip(x, starts, strict=True):
+            total: Any = 0
+            for i, (places, unit) in enumerate(zip(fields, units, strict=True)):
+                times = 2 if i == 1 else 1  # the higher bit is taken as 2
+                own_start = start * times if i < 2 else torch.zeros_like(start)
+                terms = [field * one for field, one in zip(places, own, strict=True)]
+                if kind.blocks > 1:
+                    acc = own_start.view(kind.blocks, kind.size)
+                    for term in terms:
+                        acc = acc + term
+                    total = total + acc * (unit / times).unsqueeze(-1)
+                else:
+                    acc = terms[0]
+                    for term in terms[1:]:
+                        acc = acc + term
+                    total = total + (acc.sum((1, 2)) + own_start) * (unit / times)[:, 0]
+            found.append(total.sum((1, 2)) if kind.blocks > 1 else total)
+        return torch.stack(found)
+
+    return product
+
+
+def _decoding(kind: _Kind) -> Callable[..., Tensor]:
+    """(codes [rows, bytes], *units) -> the weights of these rows in the order of inputs,
+    [rows, places * columns], without their start and middle."""
+
+    def decoding(codes: Tensor, *units: Tensor) -> Tensor:
+        whole: Any = 0
+        for i, (places, unit) in enumerate(zip(_fields(kind, codes), units, strict=True)):
+            number = (unit / 2 if i == 1 else unit).unsqueeze(-1)
+            whole = whole + torch.stack([place * number for place in places], 1)
+        return whole.flatten(1)
+
+    return decoding
