@@ -32,6 +32,7 @@ from parq_fn.export.packed_layer import (
     keys_of,
     pack_layer,
     packs,
+    set_exact,
 )
 
 METHOD = "parq_fn"
@@ -46,6 +47,7 @@ class ParqFnConfig(QuantizationConfigMixin):  # type: ignore[misc] # of no known
 
     layers: what is said of them, see above, by the name of the layer, or of such a parameter.
     tied: {name: first name of those that share its codes}.
+    exact: as of `quantized`; True of what was saved without it.
     unused: other entries of config.json, which are left alone.
     """
 
@@ -53,9 +55,11 @@ class ParqFnConfig(QuantizationConfigMixin):  # type: ignore[misc] # of no known
         self,
         layers: dict[str, dict[str, Any]] | None = None,
         tied: dict[str, str] | None = None,
+        exact: bool = True,
         **unused: Any,
     ) -> None:
         del unused
+        self.exact = exact
         self.quant_method = METHOD
         self.layers, self.tied = layers or {}, tied or {}
 
@@ -85,6 +89,7 @@ class ParqFnQuantizer(HfQuantizer):  # type: ignore[misc] # of no known type
                 num_bytes(torch.Size(shape).numel(), k), device=before.device, dtype=torch.uint8
             )
             pack_layer(layer, codes, before.new_empty(r, k), Kept(shape, cut), local)
+            set_exact(layer, config.exact)
         self._share(model)
         _untie(model)
         _refuse_resizing(model)
@@ -108,13 +113,17 @@ class ParqFnQuantizer(HfQuantizer):  # type: ignore[misc] # of no known type
         return False
 
 
-def quantize_pretrained(model: PreTrainedModel, file: str | os.PathLike[str]) -> PreTrainedModel:
+def quantize_pretrained(
+    model: PreTrainedModel, file: str | os.PathLike[str], *, exact: bool = False
+) -> PreTrainedModel:
     """The model with packed layers, as of `quantized`, which save_pretrained keeps packed and
     from_pretrained reads again, where this module was imported. Tied embeddings stay tied.
 
+    exact: as of `quantized`; it is saved.
+
     Raises as `quantized` does.
     """
-    quantized(model, file)
+    quantized(model, file, exact=exact)
     layers: dict[str, dict[str, Any]] = {}
     tied: dict[str, str] = {}
     first: dict[int, tuple[str, Any]] = {}
@@ -131,7 +140,7 @@ def quantize_pretrained(model: PreTrainedModel, file: str | os.PathLike[str]) ->
             said = shape if kept.cut is None else {"cut": {**cut_as_json(kept.cut), **shape}}
             more = {} if local == WEIGHT else {"parameter": local}
             layers[own] = {"levels": list(levels.shape), **said, **more}
-    config = ParqFnConfig(layers, tied)
+    config = ParqFnConfig(layers, tied, exact)
     model.config.quantization_config = config
     model.hf_quantizer = ParqFnQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
@@ -161,6 +170,7 @@ def _share(layer: nn.Module, owner: Any, local: str) -> None:
     if not (isinstance(layer, PackedLayer) and local in layer.kept):
         codes, levels = (getattr(owner, key) for key in keys)
         pack_layer(layer, codes, levels, owner.kept[local], local)
+        set_exact(layer, getattr(owner, "exact", True))
     for key in keys:
         layer.register_buffer(key, getattr(owner, key), persistent=False)
 

@@ -15,11 +15,11 @@ from parq_fn.export.given import check_file, check_packed
 from parq_fn.export.packed_layer import (
     Kept,
     PackedLayer,
-    PackedLinear,
     is_large_linear,
     keys_of,
     pack_layer,
     packs,
+    set_exact,
     unpack_layer,
 )
 from parq_fn.export.packing import Packed, unpack
@@ -148,8 +148,7 @@ def quantized(
                 codes, levels = widened(codes, levels, kept.shape)
             for layer, local in owners[name]:
                 pack_layer(layer, codes, levels, kept, local)
-                if isinstance(layer, PackedLinear):
-                    layer.exact = exact
+                set_exact(layer, exact)
     if plain:
         count = sum(own[name].nbytes for name in plain)
         warnings.warn(

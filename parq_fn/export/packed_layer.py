@@ -141,9 +141,9 @@ def _property(name: str) -> property:
 class PackedLinear(PackedLayer, nn.Linear):
     """nn.Linear with a packed weight.
 
-    Where `exact` is False and the layer has 65,536 weights and more, a processor multiplies with the
-    codes, and no weight is decoded to memory. It is faster, and errs by a few units in the last place
-    of float32 of sum |x_i| times the row's largest level: see `parq_fn.export.product`.
+    Where `exact` is False and the layer has 65,536 weights and more, a processor multiplies with
+    the codes, and no weight is decoded to memory. It is faster, and errs by a few units in the last
+    place of float32 of sum |x_i| times the row's largest level: see `parq_fn.export.product`.
     """
 
     exact: bool = True  # as packed; `quantized` sets it
@@ -155,7 +155,8 @@ class PackedLinear(PackedLayer, nn.Linear):
         if self.exact or cut is not None or not takes(input, shape, r, k):
             return functional.linear(input, self.decoded(), self.bias)
         out: Tensor = packed_product(input, self.codes, self.levels, shape[0])
-        return out if self.bias is None else out + self.bias
+        bias: Tensor | None = self.bias
+        return out if bias is None else out + bias
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):
@@ -224,6 +225,12 @@ def is_large_linear(layer: nn.Module, kept: Kept) -> bool:
     """Whether it can multiply with the codes of its weight."""
     size = torch.Size(kept.shape).numel()
     return plain_class(layer) is nn.Linear and kept.cut is None and size >= LEAST
+
+
+def set_exact(layer: nn.Module, exact: bool) -> None:
+    """Says whether a packed layer's outputs are to be the dense one's, bit for bit."""
+    if isinstance(layer, PackedLinear):
+        layer.exact = exact
 
 
 _MADE: dict[tuple[Any, tuple[str, ...]], type[PackedLayer]] = {}
@@ -317,6 +324,7 @@ def unpack_layer(layer: PackedLayer, parameters: dict[str, nn.Parameter]) -> Non
             delattr(layer, key)
     kind = plain_class(layer)
     del layer.kept
+    layer.__dict__.pop("exact", None)
     plain: nn.Module = layer
     plain.__class__ = kind
     for name, parameter in parameters.items():

@@ -1,22 +1,22 @@
 """The product of inputs and a packed weight, with no weight of full width in memory.
 
-A row of the weight is blocks, each with k levels of its own. With the code c of a weight, whose bits
-are b_0 and b_1 where there are two, the weight is
+A row of the weight is blocks, each with k levels of its own. With the code c of a weight, whose
+bits are b_0 and b_1 where there are two, the weight is
 
     even      u (c + f) + m                                    evenly spaced levels
     additive  u (b_0 - 1/2) + v (b_1 - 1/2) + m                four levels, such as lsbq's
     free      u (b_0 - 1/2) + v (b_1 - 1/2) + w b_0 b_1 + m    any four levels
 
 with numbers u, v, w and m of the block and one number f for the whole weight. So the product of a
-block is a few sums over its bytes, with the numbers outside of them. Where levels are symmetric m is
-0; four levels are additive where the gap of the upper two is that of the lower two.
+block is a few sums over its bytes, with the numbers outside of them. Where levels are symmetric m
+is 0; four levels are additive where the gap of the upper two is that of the lower two.
 
 Inputs are put in the order of the bytes, those of the first code of each byte first, so that both
-are read one after another. A code that stands s bits up in its byte is taken by a mask, as 2^s c, and
-its input is multiplied by 2^-s, which is exact.
+are read one after another. A code that stands s bits up in its byte is taken by a mask, as 2^s c,
+and its input is multiplied by 2^-s, which is exact.
 
-Up to four rows of inputs are one pass over the codes. For more of them tiles of the weight that stay
-in the processor's cache are decoded, and torch's own product takes each.
+Up to four rows of inputs are one pass over the codes. For more of them tiles of the weight that
+stay in the processor's cache are decoded, and torch's own product takes each.
 
 Sums are in float32 and in another order than torch's. The error of an output is at most a few units
 in the last place of float32 of sum_i |x_i| max_j |l_j|, l the levels of the output's row.
@@ -35,7 +35,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from parq_fn.export.codes import decode, encode, width
 from parq_fn.export.packing import decoded
-from parq_fn.foundation.torch_private import compiled, counted_writes, in_function_transform, in_tracer
+from parq_fn.foundation.torch_private import (
+    compiled,
+    counted_writes,
+    in_function_transform,
+    in_tracer,
+    is_of_compiler,
+)
 
 #: Weights of a layer from which on its product is faster so than by decoding it first.
 LEAST = 1 << 16
@@ -103,8 +109,8 @@ def _numbers(levels: Tensor, rows: int) -> Numbers | None:
 
 
 def fits(shape: tuple[int, ...], r: int, k: int) -> bool:
-    """Whether codes of a matrix of this shape, with levels [r, k], can be taken so: those of a block
-    fill bytes of their own, in vectors where a row has several."""
+    """Whether codes of a matrix of this shape, with levels [r, k], can be taken so: those of a
+    block fill bytes of their own, in vectors where a row has several."""
     bits = width(k)
     if len(shape) != 2 or bits not in (1, 2, 4, 8) or not r or (r > 1 and r % shape[0]):
         return False
@@ -157,8 +163,8 @@ _FAILED: list[_Kind] = []  # what could not be compiled
 
 @torch.library.custom_op("parq_fn::packed_product", mutates_args=())
 def packed_product(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tensor:
-    """x W^T of inputs [..., n] and a packed weight W [rows, n], summed in float32 and rounded to the
-    dtype of the inputs.
+    """x W^T of inputs [..., n] and a packed weight W [rows, n], summed in float32 and rounded to
+    the dtype of the inputs.
 
     The weight is decoded first for levels of no form, and where nothing can be compiled, with a
     warning.
@@ -169,25 +175,31 @@ def packed_product(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tenso
     if numbers is None or not x.numel() or _FAILED:
         return functional.linear(x, decoded(codes, levels, shape).to(x.dtype))
     blocks = numbers.units[0].shape[1]
-    parts = x.reshape(-1, n).float().unflatten(1, (-1, 8 // bits))
+    per = 8 // bits
+    parts = x.reshape(-1, n // per, per).float()
     turned = (parts * _scales(bits)).transpose(1, 2).contiguous()
     sums = parts.sum(-1)
-    of_blocks = sums.unflatten(1, (blocks, -1)).sum(-1)
-    kind = _Kind(numbers.form, bits, len(parts), blocks, n // blocks // (8 // bits))
+    of_blocks = sums.reshape(len(sums), blocks, -1).sum(-1)
+    kind = _Kind(numbers.form, bits, len(parts), blocks, n // per // blocks)
     try:
         if len(parts) <= MOST_ROWS:
             starts = (sums if blocks > 1 else of_blocks) * numbers.start
             y = _program(kind)(turned, starts, codes, *numbers.units)
         else:
             y = _by_tiles(kind, turned, codes, numbers.units)
-            starts = numbers.start * (sum(numbers.units[1:2], numbers.units[0]))
+            u, *v = numbers.units[:2]
+            starts = numbers.start * (u + v[0] if v else u)
             y += functional.linear(of_blocks, starts)
-    except torch._inductor.exc.InductorError as error:
+    except RuntimeError as error:
+        if not is_of_compiler(error):
+            raise
         _FAILED.append(kind)
         warnings.warn(
-            f"packed layers decode their weights before each product: {error}", stacklevel=2
+            "packed layers decode their weights before each product: "
+            + str(error).partition("\n")[0],
+            stacklevel=2,
         )
-        return packed_product(x, codes, levels, rows)
+        return functional.linear(x, decoded(codes, levels, shape).to(x.dtype))
     if numbers.middle is not None:
         y += functional.linear(of_blocks, numbers.middle)
     return y.to(x.dtype).reshape(*x.shape[:-1], rows)
@@ -207,7 +219,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    return grad @ decoded(*ctx.saved_tensors, ctx.shape).to(grad.dtype), None, None, None
+    codes, levels = ctx.saved_tensors
+    return grad @ decoded(codes, levels, ctx.shape).to(grad.dtype), None, None, None
+
+
+@packed_product.register_vmap
+def _(info: Any, in_dims: Any, x: Tensor, *own: Any) -> tuple[Tensor, int]:
+    del info
+    if in_dims[1:3] != (None, None):
+        raise NotImplementedError(
+            "vmap over packed weights: take parq_fn.export.dequantized(module)"
+        )
+    return packed_product(x.movedim(in_dims[0], 0), *own), 0
 
 
 packed_product.register_autograd(_gradient, setup_context=_save)
@@ -219,10 +242,10 @@ def _by_tiles(kind: _Kind, turned: Tensor, codes: Tensor, units: tuple[Tensor, .
     rows = max(_TILE // x.shape[1], 1)
     program, codes = _program(kind._replace(inputs=0)), codes.view(-1, kind.blocks * kind.size)
     y = x.new_empty(len(x), len(codes))
-    parts = zip(*(part.split(rows) for part in (codes, *units)), y.split(rows, 1), strict=True)
-    for *own, out in parts:
+    for first in range(0, len(codes), rows):
         # clones, for a compiler tells memory that begins further on from what begins at its start
-        out.copy_(functional.linear(x, program(*(part.clone() for part in own))))
+        own = [part[first : first + rows].clone() for part in (codes, *units)]
+        torch.mm(x, program(*own).t(), out=y[:, first : first + rows])
     return y
 
 
@@ -264,7 +287,7 @@ def _product(kind: _Kind) -> Callable[..., Tensor]:
         x = turned.view(kind.inputs, len(fields[0]), kind.blocks, kind.size)
         found = []
         for own, start in zip(x, starts, strict=True):
-            total: Any = 0
+            total = torch.zeros(())
             for i, (places, unit) in enumerate(zip(fields, units, strict=True)):
                 times = 2 if i == 1 else 1  # the higher bit is taken as 2
                 own_start = start * times if i < 2 else torch.zeros_like(start)
@@ -290,7 +313,7 @@ def _decoding(kind: _Kind) -> Callable[..., Tensor]:
     [rows, places * columns], without their start and middle."""
 
     def decoding(codes: Tensor, *units: Tensor) -> Tensor:
-        whole: Any = 0
+        whole = torch.zeros(())
         for i, (places, unit) in enumerate(zip(_fields(kind, codes), units, strict=True)):
             number = (unit / 2 if i == 1 else unit).unsqueeze(-1)
             whole = whole + torch.stack([place * number for place in places], 1)

@@ -228,14 +228,14 @@ def mark_constant(tensor: Tensor, dims: list[int]) -> None:
     torch._dynamo.mark_static(tensor, dims)
 
 
-def compiled(function: Any, options: dict[str, Any]) -> Callable[..., None]:
+def compiled(function: Any, options: dict[str, Any]) -> Callable[..., Any]:
     """A function compiled for sizes of any number.
 
     Its code object is its own, for a compiler counts the programs of each and stops at eight.
     """
     code, name = function.__code__.replace(), function.__name__
     own: Any = FunctionType(code, function.__globals__, name, None, function.__closure__)
-    program: Callable[..., None] = torch.compile(own, fullgraph=True, dynamic=True, options=options)
+    program: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=True, options=options)
     return program
 
 
@@ -258,6 +258,13 @@ def compiler_options(device: str, *, two: bool, narrow: bool) -> dict[str, Any]:
         # wait for, so that the whole way of one weight is gone before the next one's begins.
         options["cpp.simdlen"] = 256
     return options
+
+
+def is_of_compiler(error: Exception) -> bool:
+    """Whether a program could not be compiled, such as without a compiler for C++."""
+    from torch._inductor.exc import InductorError
+
+    return isinstance(error, InductorError)
 
 
 def as_plain_tensors() -> AbstractContextManager[None]:

@@ -7,9 +7,10 @@ Groups:
   refits whole steps of QuantOptimizer(SGD) that fit and round, against the published optimizer
   learning whole compiled steps that learn their levels, against steps that keep them
   sweep  a grid of trainings in one program, against one after another
+  packed layers that multiply with the codes of their weights, against float32
   gpu    the pass, steps and a captured graph on a GPU
-Packed layers are measured by python -m tests.benchmarks.packed; what training on up to thousands of
-ranks sends and holds is counted by python -m tests.benchmarks.scale.
+What training on up to thousands of ranks sends and holds is counted by
+python -m tests.benchmarks.scale.
 
 The published package is measured beside them where it is installed: pip install -e '.[bench]'.
 On the same inputs it is asserted that eager and compiled forms agree bit for bit, and with
@@ -34,7 +35,7 @@ import torch
 
 from examples.options import at_least
 from parq_fn.foundation.command import Parser, command, output_file
-from tests.benchmarks import fits, gpu, learning, peer, prox_pass, refits, steps, sweep
+from tests.benchmarks import fits, gpu, learning, packed, peer, prox_pass, refits, steps, sweep
 from tests.benchmarks.measure import CORES
 from tests.benchmarks.report import Found, combined, overall, show
 
@@ -45,6 +46,7 @@ GROUPS = {
     "refits": refits.run,
     "learning": learning.run,
     "sweep": sweep.run,
+    "packed": packed.run,
     "gpu": gpu.run,
 }
 
