@@ -53,6 +53,19 @@ def _sizes(name: str, power: int, zeros: bool = True) -> list[str]:
 
 
 EQUIVALENT: dict[str, dict[str, list[str]]] = {
+    "parq_fn/optim/places.py": {
+        "entries that are as they were are looked at again, and are as they were": [
+            "Places._edited_in_state: if entries is not mark.entries or mark.changed(entries) "
+            "or (not needs <= entries.keys()): -> if entries is not mark.entries or "
+            "mark.changed(entries) or (not needs < entries.keys()):",
+        ],
+        "a parameter's name and its label are one where its group has names": [
+            "Places._exchange: group['param_names'] = [self._names[p][0] for p in "
+            f"group['params']] -> group['param_names'] = [self._names[p][{other}] for p in "
+            "group['params']]"
+            for other in (1, -1)
+        ],
+    },
     "parq_fn/quantizers/granularity.py": {
         "the longer way to the same rows": [
             "per_block.order: if along == tuple(range(rank - len(along), rank)): -> "

@@ -13,6 +13,7 @@ from torch import nn
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer, TransformOptimizer
+from parq_fn.optim.state import BEYOND
 from tests.optim.adapters import ADAPTERS, LATE, ones_for, parameters, quantized, transformed
 
 
@@ -287,7 +288,25 @@ MALFORMED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
         torch.zeros(2),
         "group 0 has params=tensor",
     ),
+    "a dict for params": (("param_groups", 0, "params"), {0: 0, 1: 1}, "has params={0: 0, 1: 1}"),
+    "a list among params": (("param_groups", 0, "params"), [0, [1]], r"has params=\[0, \[1\]\]"),
+    "a tuple among params": (("param_groups", 0, "params"), [0, (1,)], r"params=\[0, \(1,\)\]"),
     "one parameter twice": (("param_groups", 0, "params"), [0, 0], "0 is in its groups 2 times"),
+    "a word for names": (
+        ("param_groups", 0, "param_names"),
+        "ab",
+        "has param_names='ab', expected",
+    ),
+    "a number among names": (
+        ("param_groups", 0, "param_names"),
+        ["p0", 1],
+        "param_names=.'p0', 1.,",
+    ),
+    "a number for what is beyond": (
+        ("param_groups", 0, BEYOND),
+        3.0,
+        f"group 0 has a float for {BEYOND}, not a dict",
+    ),
     "a tensor for names": (
         ("param_groups", 0, "param_names"),
         torch.zeros(2),
@@ -304,6 +323,26 @@ MALFORMED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
         ("param_groups", 0, "lr"),
         math.nan,
         "group 0: lr is nan, expected a number",
+    ),
+    "a complex rate": (
+        ("param_groups", 0, "lr"),
+        torch.tensor(1j),
+        "group 0: lr is tensor",
+    ),
+    "a rate on meta": (
+        ("param_groups", 0, "lr"),
+        torch.tensor(0.1, device="meta"),
+        "group 0: lr is tensor",
+    ),
+    "two rates": (
+        ("param_groups", 0, "lr"),
+        torch.ones(2),
+        "group 0: lr is tensor",
+    ),
+    "infinity in a tensor for a rate": (
+        ("param_groups", 0, "lr"),
+        torch.tensor(math.inf),
+        r"group 0: lr is tensor\(inf\)",
     ),
     "a tensor for a parameter's state": (
         ("state", 0),
@@ -365,6 +404,20 @@ def test_a_malformed_state_is_refused_by_name_and_changes_nothing(adapter: str, 
     assert repr(now) == repr(before)  # to the digits that are shown
     ones_for(*params)
     optimizer.step()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_rate_in_a_tensor_is_loaded_and_what_a_group_has_no_number_for(adapter: str) -> None:
+    optimizer = ADAPTERS[adapter](parameters(1))
+    state = copy.deepcopy(optimizer.state_dict())
+    (group,) = state["param_groups"]
+    group |= {"lr": torch.tensor(0.25), "param_names": []}
+    if "weight_decay" in group:
+        group["weight_decay"] = None
+    optimizer.load_state_dict(state)
+    (now,) = optimizer.param_groups
+    assert float(now["lr"]) == 0.25
+    assert now.get("weight_decay") is None
 
 
 def test_what_a_state_holds_more_than_the_base_knows_does_not_bind_later_ones() -> None:
