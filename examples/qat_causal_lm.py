@@ -34,7 +34,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from examples.language import artefacts
+from examples.language import artefacts, notes
 from examples.language.checks import check, continued
 from examples.language.models import of_bytes, tokenizer_of, trained, untrained
 from examples.language.quantization import FULL
@@ -175,7 +175,7 @@ class Run:
                 f"test, less than a sequence of {args.context}; give more, or a smaller --context"
             )
         if world.first:
-            (args.save_dir / FLAGS).write_text(json.dumps(self.flags, indent=1) + "\n")
+            notes.write(args.save_dir / FLAGS, self.flags)
 
     def run(self) -> None:
         """Trains what is not trained yet, and prints the table."""
@@ -218,7 +218,7 @@ class Run:
             return True
         if not args.resume:
             raise UserError(f"{args.save_dir} has a run; give --resume, or another --save-dir")
-        before = json.loads(file.read_text())
+        before = notes.read(file)
         for name, got in self.flags.items():
             if before.get(name) != got:
                 flag = f"--{name.replace('_', '-')}"
@@ -278,8 +278,7 @@ class Run:
         """What a training of so many bits comes to."""
         args, folder = self.args, self.args.save_dir / name_of(bits)
         if (folder / RESULT).exists():
-            found: dict[str, Any] = json.loads((folder / RESULT).read_text())
-            return found
+            return notes.read(folder / RESULT)
         teacher = self._model() if args.distill else None
         stage = Stage(
             *(name_of(bits), folder, self._model(), bits, self.text, args, self.world),
@@ -328,7 +327,7 @@ class Run:
     def _keep(self, folder: Path, result: dict[str, Any]) -> None:
         """Says that a training is done, whose checkpoint is not needed any more."""
         if self.world.first:
-            (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+            notes.write(folder / RESULT, result)
             shutil.rmtree(folder / "last", ignore_errors=True)
         self.world.any(False)
 

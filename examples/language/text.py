@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from examples.language import notes
 from parq_fn.foundation.command import UserError
 
 #: The endings of files that are text; of ".jsonl" each line is an object with a text.
@@ -169,12 +170,12 @@ def text_of(
     about = [documents.about, tests and tests.about, _signature(tokenizer)]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     told = folder / "about.json"
-    if not (told.exists() and json.loads(told.read_text()).get("key") == key):
+    if notes.read(told).get("key") != key:
         folder.mkdir(parents=True, exist_ok=True)
         told.unlink(missing_ok=True)
         found = _written(documents, tests, tokenizer, folder, bar)
-        told.write_text(json.dumps({"key": key, **found}) + "\n")
-    found = json.loads(told.read_text())
+        notes.write(told, {"key": key, **found})
+    found = notes.read(told)
     train, test = (
         np.memmap(folder / f"{name}.bin", found["dtype"], "r") for name in ("train", "test")
     )

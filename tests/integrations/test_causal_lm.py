@@ -98,6 +98,9 @@ def test_the_recipe_trains_writes_every_format_and_prints_a_table(
     assert "was begun with --lr 0.001, and this run has 0.5" in capsys.readouterr().err
     assert qat_causal_lm.main(flags) == 2
     assert "has a run; give --resume, or another --save-dir" in capsys.readouterr().err
+    (folder / "result.json").write_text("{")
+    assert qat_causal_lm.main([*flags, "--resume", "--bits", "2"]) == 2
+    assert "2 bits/result.json is damaged" in capsys.readouterr().err
 
 
 WAYS = {
