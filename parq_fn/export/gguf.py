@@ -204,33 +204,37 @@ def _chosen(name: str, entry: Packed, kinds: list[Kind], rounded: bool | str, sc
     levels = Levels(entry.levels, entry.even)
     if not bool(levels.wide.isfinite().all()):
         raise ValueError(f"parameter {name!r}: levels are not finite")
-    found: list[Held] = []
-    unfit: list[Held] = []
-    barred = False
+    some, barred = levels.some(), False
+    found: list[Held] = []  # of some rows
+    near: list[Held] = []
     for kind in kinds:
-        held = match(kind, levels)
+        held = match(kind, some)
         if held.whole != 1 and not scaled:
             barred = barred or held.same
             continue
-        if not _divides(entry, kind):
-            unfit.append(held)
-        elif held.is_exact:
+        found.append(held)
+        if not _divides(entry, kind) or not (held.same or held.is_exact):
+            continue
+        held = match(kind, levels)
+        if held.is_exact:
             return held
-        else:
-            found.append(held)
-    near = [held for held in found if held.same and held.worst < 0.5]
-    if rounded and near:
+        if held.same and held.worst < 0.5:
+            near.append(held)
+    able = [h for h in found if h.worst < torch.inf and _divides(entry, h.kind)]
+    if near:
         best = near[0]
-    elif rounded is True and any(held.worst < torch.inf for held in found):
-        few = [h for h in found if h.kind.name != "Q8_0"] if levels.wide.shape[1] <= 16 else found
-        best = min(few or found, key=lambda held: held.worst)
-    elif barred and not near:
+    elif barred:
         raise ValueError(
             f"parameter {name!r}: NVFP4 has a scale of the whole tensor beside its blocks, which "
             "llama.cpp does not apply here; name it in in_full, or train it with mxfp4()"
         )
+    elif able:
+        few = [h for h in able if h.kind.name != "Q8_0"] if levels.wide.shape[1] <= 16 else able
+        best = match(min(few or able, key=lambda held: held.worst).kind, levels)
     else:
-        raise _refusal(name, entry, levels, found, unfit, near)
+        raise _no_type(name, entry, found)
+    if not (rounded if near else rounded is True):
+        raise _refusal(name, levels, best, bool(near))
     warnings.warn(
         f"parameter {name!r}: {_row(best, levels)}, rounded to those of {best.kind.name}, off "
         f"by up to {best.worst:.2g} of the largest",
@@ -244,29 +248,27 @@ def _row(held: Held, levels: Levels) -> str:
     return f"levels of row {row}, {[round(level, 6) for level in levels.wide[row].tolist()]}"
 
 
-def _refusal(
-    name: str, entry: Packed, levels: Levels, found: list[Held], unfit: list[Held], near: list[Held]
-) -> ValueError:
+def _no_type(name: str, entry: Packed, found: list[Held]) -> ValueError:
     about = f"parameter {name!r}: "
-    sizes: dict[int, list[str]] = {}
-    for held in [h for h in unfit if h.is_exact] or unfit * (not found):
-        sizes.setdefault(held.kind.size, []).append(held.kind.name)
-    if sizes:
-        cut = "" if entry.cut is None else f" of {entry.cut!r}"
-        (size, first), *more = ((size, ", ".join(names)) for size, names in sizes.items())
-        others = "".join(f", {names} of {size}" for size, names in more)
-        return ValueError(
-            f"{about}{first} holds blocks of {size} along the last dimension{others}; its shape is "
-            f"{tuple(entry.shape)} in rows of {entry.indices().shape[1]}{cut}; name it in in_full "
-            "to keep it in float"
-        )
-    able = [held for held in found if held.worst < torch.inf]
-    if not able:
+    if any(_divides(entry, held.kind) for held in found):
         return ValueError(
             f"{about}levels are not finite, or not in the format's range, that of float16 scales"
         )
-    best = near[0] if near else min(able, key=lambda held: held.worst)
-    off = f"{best.worst:.2g} of the largest"
+    sizes: dict[int, list[str]] = {}
+    for held in [held for held in found if held.is_exact] or found:
+        sizes.setdefault(held.kind.size, []).append(held.kind.name)
+    cut = "" if entry.cut is None else f" of {entry.cut!r}"
+    (size, first), *more = ((size, ", ".join(names)) for size, names in sizes.items())
+    others = "".join(f", {names} of {size}" for size, names in more)
+    return ValueError(
+        f"{about}{first} holds blocks of {size} along the last dimension{others}; its shape is "
+        f"{tuple(entry.shape)} in rows of {entry.indices().shape[1]}{cut}; name it in in_full "
+        "to keep it in float"
+    )
+
+
+def _refusal(name: str, levels: Levels, best: Held, near: bool) -> ValueError:
+    about, off = f"parameter {name!r}: ", f"{best.worst:.2g} of the largest"
     if near:
         single = "" if levels.given.dtype == torch.float32 else ", in float32"
         return ValueError(

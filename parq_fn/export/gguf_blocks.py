@@ -161,6 +161,20 @@ class Levels:
         self._found: tuple[Multiples, bool] | None = None
         self._fp4: tuple[Tensor, Tensor, Tensor] | None = None
 
+    def some(self, count: int = 256) -> Levels:
+        """Of so many rows, that of the largest level among them: what does not hold for them does
+        not for all."""
+        r = len(self.wide)
+        if r <= count:
+            return self
+        rows = torch.linspace(0, r - 1, count, dtype=torch.float64).round().long()
+        rows[0] = self.wide.abs().amax(-1).argmax()
+        grid = self.grid
+        if grid is not None:
+            parts = (torch.as_tensor(part) for part in grid)
+            grid = Grid(*(part[rows] if len(part) == r else part for part in parts))
+        return Levels(self.given[rows], grid)
+
     @property
     def multiples(self) -> tuple[Multiples, bool]:
         """(whole multiples of a unit; whether all levels are, but for the rounding to their

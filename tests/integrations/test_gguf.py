@@ -203,6 +203,15 @@ def test_rows_that_a_block_does_not_fit_get_the_next_type(tmp_path: Path) -> Non
         to_gguf(found, tmp_path / "x.gguf", types=("Q4_0", "Q5_0"))
 
 
+def test_one_row_among_thousands_decides(tmp_path: Path) -> None:
+    levels = 0.25 * torch.arange(-8.0, 8).repeat(3000, 1)
+    for number, message in ((0.1, "row 777, .* are not numbers that a"), (2.0**-13, "row 777, ")):
+        levels[777, -1] = 1.75 + number
+        weight = pack_weight(levels.repeat(1, 2), levels)
+        with pytest.raises(ValueError, match=message):
+            to_gguf({"w": weight}, tmp_path / "x.gguf")
+
+
 def test_q4_0_takes_a_scale_of_either_sign(tmp_path: Path) -> None:
     """Of rows whose levels are -7 .. 8 and those whose are -8 .. 7."""
     numbers = torch.stack([torch.arange(-7.0, 9), torch.arange(-8.0, 8)])
