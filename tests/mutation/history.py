@@ -638,8 +638,8 @@ FAULTS = [
     Fault(
         "a GGUF file is written with scales that float16 does not hold",
         "parq_fn/export/gguf.py",
-        "    elif rounded is True and any(held.worst < torch.inf for held in found):\n",
-        "    elif rounded is True and found:\n",
+        "    able = [h for h in found if h.worst < torch.inf and _divides(entry, h.kind)]\n",
+        "    able = [h for h in found if _divides(entry, h.kind)]\n",
         ("tests/integrations/test_gguf.py",),
         "scales_beyond_float16",
         "ff8c80d",
