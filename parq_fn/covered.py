@@ -62,8 +62,8 @@ class Coverage:
     def nbytes(self) -> int | None:
         """Bytes of all: codes and the numbers of rows of what is quantized, the rest as it is; None
         where it is not known with how many bits."""
-        sizes = [row.nbytes for row in self.rows]
-        return None if any(size is None for size in sizes) else sum(s for s in sizes if s)
+        known = [row.nbytes for row in self.rows if row.nbytes is not None]
+        return sum(known) if len(known) == len(self.rows) else None
 
     def __str__(self) -> str:
         return columns(self._cells(), (0, 2, 4))

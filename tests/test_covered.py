@@ -178,6 +178,50 @@ def test_parametrizations_are_seen_through() -> None:
     }
 
 
+class OwnNorm(nn.ParameterDict):
+    """A norm by its name alone."""
+
+
+class OwnExperts(nn.ParameterDict):
+    """Experts by their name alone, all in one matrix."""
+
+
+def test_norms_and_experts_are_known_by_the_names_of_their_classes() -> None:
+    net = nn.Sequential(
+        OwnNorm({"scale": torch.ones(3)}),
+        nn.ParameterDict({"scale": torch.ones(3)}),
+        OwnExperts({"up": torch.ones(6, 2)}),
+        nn.ParameterDict({"up": torch.ones(6, 2)}),
+    )
+    assert [role.kind for role in roles(net)] == ["norm", "vector", "experts", "other"]
+
+
+def test_weights_that_hooks_make_are_seen_through_by_what_the_layer_has() -> None:
+    net = nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4)))
+    net.append(nn.ParameterDict({"weight_v": torch.ones(2, 2)}))
+    kinds = {name: role.kind for name, role in by_name(net).items()}
+    assert kinds == {
+        "0.bias": "bias",
+        "0.weight_orig": "made into a weight",
+        "1.weight_v": "weight",
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+def test_floats_of_16_bits_or_more_are_weights_and_no_others(dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.ones(2, 2).to(dtype), requires_grad=False)
+    (role,) = by_name(nn.ParameterDict({"weight": weight})).values()
+    assert (role.kind == "weight") == (dtype.itemsize == 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "matrix"), [((1, 4), False), ((4, 1, 1), False), ((2, 1, 2), True), ((1, 1), False)]
+)
+def test_a_matrix_is_longer_than_one_along_two_dimensions(shape: Any, matrix: bool) -> None:
+    (role,) = by_name(nn.ParameterDict({"weight": torch.ones(shape)})).values()
+    assert role.is_matrix == matrix
+
+
 def test_experts_are_masked_and_routers_and_adapters_are_not() -> None:
     module = Model()
     with pytest.warns(UserWarning, match="leaves alone 'mixing', which may be weights"):
@@ -199,6 +243,20 @@ def test_coverage_adds_up_to_the_module() -> None:
         assert found.quantized == sum(row.numel for row in found.rows if row.quantized)
         assert found.share == found.quantized / total
         assert str(found).splitlines()[-1].split()[:3] == ["all", "23", f"{total:,}"]
+
+
+def test_tables_have_columns_and_parameters_that_differ_by_numbers_in_one_row() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.Linear(4, 8), nn.LayerNorm(8))
+    lines = str(pf.coverage(net, pf.weight_mask(net))).splitlines()
+    assert lines == [
+        "parameter  count  shape   weights  how               bytes",
+        "*.weight       2  [8, 4]       64  quantized             ?",
+        "*.bias         2  [8]          16  bias                 64",
+        "2.weight          [8]           8  norm                 32",
+        "2.bias            [8]           8  norm                 32",
+        "all            6               96  66.7 % quantized      ?",
+    ]
+    assert pf.coverage(nn.Identity(), {}).share == 0.0
 
 
 def test_coverage_counts_codes_and_the_numbers_of_rows() -> None:
@@ -230,6 +288,24 @@ def test_coverage_reads_groups_as_the_optimizer_does(cut: Any, own: dict[str, An
     shown = str(pf.coverage(net, groups))
     optimizer = QuantOptimizer(torch.optim.SGD([{**group} for group in groups], lr=0.1))
     assert shown == str(pf.coverage(net, optimizer))
+
+
+def test_coverage_shows_links_that_an_optimizer_took_out_of_its_groups_and_masks_of_any_name() -> (
+    None
+):
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    groups = [
+        {"params": [net[0].weight], "prox": pf.hard_prox(pf.lsbq(2))},
+        {"params": [net[1].weight]},
+    ]
+    optimizer = QuantOptimizer(torch.optim.SGD(groups, lr=0.1))
+    row, other = pf.coverage(net, optimizer.param_groups).rows
+    assert (row.how, row.quantized, row.nbytes) == (repr(pf.hard_prox(pf.lsbq(2))), True, None)
+    assert not other.quantized
+    net[1].weight = net[0].weight
+    for name in ("0.weight", "1.weight"):
+        (row,) = pf.coverage(net, {name: True}).rows
+        assert row.quantized
 
 
 def test_coverage_reads_groups_of_one_parameter_as_torch_does() -> None:

@@ -102,6 +102,7 @@ def test_a_counter_beside_either_adapter_counts_what_the_link_counts(name: str) 
         torch.testing.assert_close([counter() for counter in counters], [flips, flips])
         seen.append(flips)
     assert max(seen) > 0
+    assert {kept.dtype for one in counters for kept in one._seen.values()} == {torch.uint8}
     with pytest.raises(ValueError, match="FlipCounter: the optimizer quantizes no weights"):
         FlipCounter(TransformOptimizer([("w", w)], pf.sgd(0.1)))
 

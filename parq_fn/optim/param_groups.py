@@ -14,7 +14,7 @@ from parq_fn.foundation.value import briefly
 from parq_fn.modules import check_module
 from parq_fn.optim.groups import check_bits, cut_of
 from parq_fn.optim.state import Group
-from parq_fn.roles import BIAS, NORM, QUANTIZABLE, VECTOR, Role, check_dtype, check_outputs, roles
+from parq_fn.roles import BIAS, NORM, QUANTIZABLE, Role, check_dtype, check_outputs, roles
 from parq_fn.transforms.prox_link import Prox
 
 Pattern = str | re.Pattern[str]
@@ -92,7 +92,7 @@ def param_groups(
         if pattern is not None and how is not None:
             check_dtype(f"param_groups: rule {_shown(pattern)}", role)
             check_outputs(f"param_groups: rule {_shown(pattern)}", role)
-        undecayed = role.kind in (NORM, BIAS, VECTOR) or role.parameter.dim() < 2
+        undecayed = role.kind in (NORM, BIAS) or role.parameter.dim() < 2
         axis = role.axis if how is not None and role.axis != (0,) else None
         rank = role.parameter.dim() if axis else None
         key = pattern if how is not None else None, undecayed, axis, rank

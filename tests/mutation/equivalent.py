@@ -66,6 +66,16 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             for other in (1, -1)
         ],
     },
+    "parq_fn/covered.py": {
+        "all of them are the same": [
+            "_in_common: return '.'.join((part[0] if len({*part}) == 1 else '*' for part in "
+            "parts)) -> return '.'.join((part[-1] if len({*part}) == 1 else '*' for part in "
+            "parts))",
+        ],
+        "bits from 9 to 15 are refused before": [
+            "_of_group: if bits >= 16: -> if bits >= 15:",
+        ],
+    },
     "parq_fn/quantizers/granularity.py": {
         "the longer way to the same rows": [
             "per_block.order: if along == tuple(range(rank - len(along), rank)): -> "

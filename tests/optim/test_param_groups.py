@@ -145,6 +145,15 @@ def test_rules_that_say_nothing_are_refused(rules: Any, error: type[Exception], 
         param_groups(net(), rules)
 
 
+@pytest.mark.parametrize(
+    ("count", "end"), [(8, r"6\.weight, 7\.weight$"), (9, r"7\.weight, \.\.\.$")]
+)
+def test_a_rule_that_matches_nothing_is_told_the_first_eight(count: int, end: str) -> None:
+    module = nn.Sequential(*(nn.Linear(2, 2) for _ in range(count)))
+    with pytest.raises(ValueError, match=rf"can be quantized are: 0\.weight, .*{end}"):
+        param_groups(module, {"head": 2})
+
+
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(ValueError, match="param_groups: weight_decay must lie in"):
         param_groups(net(), weight_decay=-0.1)
