@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def test_4_bits(levels: list[int], granularity, tmp_path: Path) -> None:
     assert torch.equal(found["w"][1], weight.unpack())
 
 
+_TABLE = [*pf.codebook.iq4_nl.table, *pf.codebook.fp4.table]
 halves = st.floats(-1000, 1000, width=16).filter(bool)
 scales = {
     "MXFP4": st.integers(-100, 100).map(lambda e: 2.0**e),
@@ -201,6 +203,43 @@ def test_rows_that_a_block_does_not_fit_get_the_next_type(tmp_path: Path) -> Non
         assert torch.equal(made, found[name].unpack())
     with pytest.raises(ValueError, match=r"types must be among Q1_0, .*, Q8_0, got 'Q5_0'"):
         to_gguf(found, tmp_path / "x.gguf", types=("Q4_0", "Q5_0"))
+
+
+levels_of_rows = st.integers(1, 17).flatmap(
+    lambda k: st.lists(
+        st.tuples(
+            st.lists(
+                st.one_of(
+                    st.integers(-15, 15), st.integers(-128, 127), st.sampled_from(_TABLE), halves
+                ),
+                min_size=k, max_size=k, unique=True,
+            ),
+            st.one_of(halves, st.sampled_from([1.0, 2.0**-7, 0.1])),
+        ),
+        min_size=1, max_size=4,
+    )
+)  # fmt: skip
+
+
+@given(levels_of_rows, st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+def test_a_file_holds_what_was_packed_or_there_is_none(rows: Any, dtype: Any) -> None:
+    """Of any levels: numbers of the types and others, times scales that float16 holds or not."""
+    levels = torch.tensor([[scale * number for number in row] for row, scale in rows])
+    levels = levels.to(dtype).sort(-1).values
+    codes = torch.arange(256).expand(len(levels), -1) % levels.shape[1]
+    weight = pack_weight(levels.gather(1, codes), levels)
+    with tempfile.TemporaryDirectory() as folder:
+        file, refused = Path(folder) / "x.gguf", ""
+        try:
+            to_gguf({"w": weight}, file)
+        except ValueError as error:
+            refused = str(error)
+        assert file.exists() != refused.startswith("parameter 'w': levels ")
+        if refused:
+            return
+        found = read(file)
+    whole = found["w.scale"][1] if "w.scale" in found else 1.0
+    assert torch.equal(whole * found["w"][1], weight.unpack().float())
 
 
 def test_one_row_among_thousands_decides(tmp_path: Path) -> None:
