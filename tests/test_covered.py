@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -141,6 +142,29 @@ def test_outputs_are_found_in_every_layout() -> None:
         assert by_name(experts)["gate_up_proj"].axis == axis
 
 
+def test_experts_are_transposed_where_their_shapes_can_be_read_in_no_other_way() -> None:
+    """With the matrix before the activation once, or twice for a gate, whatever stands beside."""
+    pairs = product(range(1, 7), repeat=2)
+    sizes = [(k * inner, inner, hidden) for inner, hidden in pairs for k in (1, 2)]
+    plain = {((into, hidden), (hidden, inner)) for into, inner, hidden in sizes}
+    turned = {((hidden, into), (inner, hidden)) for into, inner, hidden in sizes}
+    for i, (first, last) in enumerate(plain | turned):
+        names = [("gate_up_proj", "down_proj"), ("w1", "w2"), ("in_proj", "out_proj")][i % 3]
+        experts = OwnExperts(
+            {n: torch.ones(1, *s) for n, s in zip(names, (first, last), strict=True)}
+        )
+        experts["bias_up"] = torch.ones(1, first[0])
+        experts.register_module("other", nn.ParameterDict({"up": torch.ones(1, *last[::-1])}))
+        axis = (0, 2) if (first, last) in turned - plain else (0, 1)
+        assert {by_name(experts)[name].axis for name in names} == {axis}
+
+
+def test_an_attribute_of_another_layer_makes_no_conv1d_of_transformers() -> None:
+    layer = nn.Linear(3, 2)
+    layer.nf = 2
+    assert by_name(layer)["weight"].axis == (0,)
+
+
 def test_outputs_of_transposed_convolutions_with_groups_are_told_or_refused() -> None:
     assert by_name(nn.ConvTranspose1d(4, 8, 3, groups=4))["weight"].axis == (0, 1)  # depthwise
     net = nn.Sequential(nn.Linear(4, 4), nn.ConvTranspose1d(4, 8, 3, groups=2))
@@ -194,6 +218,24 @@ def test_norms_and_experts_are_known_by_the_names_of_their_classes() -> None:
         nn.ParameterDict({"up": torch.ones(6, 2)}),
     )
     assert [role.kind for role in roles(net)] == ["norm", "vector", "experts", "other"]
+
+
+def test_routers_and_experts_are_known_by_names_beside_and_above() -> None:
+    net = nn.ModuleDict({"gate": nn.Linear(2, 2, bias=False)})
+    net["experts"] = nn.ModuleDict({"cross": nn.Bilinear(2, 2, 2, bias=False)})
+    net["experts"]["all"] = nn.ParameterDict({"up": torch.ones(3, 2, 2)})
+    net["experts"]["kernel"] = nn.Conv1d(2, 2, 3, bias=False)
+    assert {name: role.kind for name, role in by_name(net).items()} == {
+        "gate.weight": "router",
+        "experts.cross.weight": "weight",
+        "experts.all.up": "experts",
+        "experts.kernel.weight": "weight",
+    }
+    assert by_name(net["experts"])["all.up"].kind == "other"
+    net["experts"]["all"].num_experts = 3
+    assert by_name(net["experts"])["all.up"].kind == "experts"
+    alone = nn.ModuleDict({"expert_gate": nn.Linear(2, 2)})
+    assert by_name(alone)["expert_gate.weight"].kind == "weight"
 
 
 def test_weights_that_hooks_make_are_seen_through_by_what_the_layer_has() -> None:

@@ -66,6 +66,11 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             for other in (1, -1)
         ],
     },
+    "parq_fn/roles.py": {
+        "None is no more than False where it is asked": [
+            "_has_experts: return False -> return None",
+        ],
+    },
     "parq_fn/covered.py": {
         "all of them are the same": [
             "_in_common: return '.'.join((part[0] if len({*part}) == 1 else '*' for part in "

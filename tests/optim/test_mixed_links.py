@@ -198,11 +198,14 @@ def test_shards_and_their_checkpoints_equal_one_process(tmp_path: Path) -> None:
 
 # What prox_partition refuses
 
+ONE = torch.ones(2, 2)
+
 
 @pytest.mark.parametrize(
     ("groups", "prox", "error", "match"),
     [
         ([{"params": [torch.ones(2, 2)], "quant_bits": 2}], BODY, ValueError, "without names"),
+        ([{"params": [("a", ONE), ONE], "quant_bits": 2}], BODY, ValueError, "without names"),
         ([{"params": [("a", torch.ones(2, 2))]}], BODY, ValueError, "no group is quantized"),
         (param_groups(Net(), RULES), None, ValueError, "quant_bits=2 .*give prox_partition one"),
         (param_groups(Net(), RULES), pf.lsbq(2), TypeError, "expected a prox link such as"),
