@@ -74,6 +74,7 @@ def to_gguf(
     | `nvfp4()` | | NVFP4 |
     | `lsbq(2)` and more, `codebook.nf4`, `lloyd_max` | refused | refused |
 
+    packed: what `pack` gives, or `load` reads.
     config: of the model, for a file that llama.cpp loads: a configuration of transformers such as
     `model.config`, its dict, or its folder; of Llama, Qwen 2 and 3, Gemma 1 to 3 (text). Names,
     hyperparameters and the order of rows are then llama.cpp's; one-dimensional weights are in
