@@ -97,6 +97,9 @@ def to_gguf(
     type holds, for last dimensions that are not whole blocks, for names of more than 63 bytes or
     tensors of more than 4 dimensions, which readers refuse, and for a config, a tokenizer or
     weights that llama.cpp has no program for.
+
+    Source: the GGUF specification; ggml's ggml-quants.c for blocks; llama.cpp's src/models for what
+    each architecture computes.
     """
     if ternary not in ("TQ1_0", "TQ2_0"):
         raise ValueError(f"to_gguf: ternary must be 'TQ1_0' or 'TQ2_0', got {ternary!r}")

@@ -63,7 +63,8 @@ def config_of(given: Any) -> Any:
             return AutoConfig.for_model(**given)
         return AutoConfig.from_pretrained(given)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"to_gguf: config {given!r} is none of transformers: {error}") from error
+        why = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"to_gguf: config {given!r} is none of transformers: {why}") from error
 
 
 class Model:

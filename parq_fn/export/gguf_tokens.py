@@ -46,9 +46,7 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
     Raises TypeError for anything else, and ValueError for one that llama.cpp has no rules for.
     """
     if isinstance(tokenizer, str | os.PathLike) and tokenizer != "bytes":
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = _read(tokenizer)
     if isinstance(tokenizer, str):
         return _of_bytes([*map(chr, range(256))], set())
     if not hasattr(tokenizer, "convert_ids_to_tokens"):
@@ -77,6 +75,22 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
         bos=bool(first) and first[0] == special.get("bos"),
         template=template if isinstance(template, str) else None,
     )
+
+
+def _read(folder: str | os.PathLike[str]) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ImportError(
+            "to_gguf reads a tokenizer by transformers: pip install transformers"
+        ) from None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        why = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"to_gguf: tokenizer {folder!r} is none of transformers, nor 'bytes': {why}"
+        ) from error
 
 
 def write(vocabulary: Vocabulary | None, config: Any, writer: Any) -> None:

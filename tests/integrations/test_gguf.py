@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,21 @@ def test_the_table_of_quantizers_and_types_is_true(quantizer: Any, tmp_path: Pat
             assert to_gguf({"w": plain}, file, rounded="scale") == {"w": near}
         off = (read(file)["w"][1] - plain.unpack()).abs().amax()
         assert off <= 2**-10 * plain.levels.abs().max()
+
+
+def test_help_has_the_same_table() -> None:
+    """Quantizers that it names alone or by a range."""
+    names = {"torch": torch, **vars(pf)}
+    rows = [line.split("|")[1:-1] for line in (to_gguf.__doc__ or "").splitlines() if "|" in line]
+    told = {
+        repr(eval(name, names)): (exact.strip(), near.strip())
+        for named, exact, near, *_ in (row for row in rows if len(row) == 3)
+        for name in re.findall(r"`([\w.]+(?:\(\d*\))?)`", named)
+        if name != "lloyd_max"
+    }
+    for quantizer, (exact, near) in TABLE.items():
+        if not isinstance(quantizer, pf.lloyd_max):
+            assert told[repr(quantizer)] == (exact or "refused", near or "refused"), quantizer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -218,6 +218,10 @@ def test_names_and_tokenizers_of_others_are_refused(tmp_path: Path) -> None:
         to_gguf(plain(own) | head, file, config=own)
     with pytest.raises(TypeError, match=r"tokenizer must be one of transformers, .* got int"):
         to_gguf(params, file, config=config, tokenizer=3)
+    with pytest.raises(
+        ValueError, match="tokenizer '/nowhere' is none of transformers, nor 'bytes'"
+    ):
+        to_gguf(params, file, config=config, tokenizer="/nowhere")
     with pytest.raises(ValueError, match="the tokenizer has 269 tokens, and the model's embedding"):
         to_gguf(params, file, config=config, tokenizer=transformers.ByT5Tokenizer(extra_ids=10))
     from tokenizers import Tokenizer, models, pre_tokenizers
