@@ -119,6 +119,8 @@ def quantize_pretrained(
     """The model with packed layers, as of `quantized`, which save_pretrained keeps packed and
     from_pretrained reads again, where this module was imported. Tied embeddings stay tied.
 
+    model: of transformers; it is changed in place.
+    file: of a packed model, or the packed model itself.
     exact: as of `quantized`; it is saved.
 
     Raises as `quantized` does.
