@@ -70,6 +70,7 @@ PRIVATE = {
         "_apply": "what converts a module: layers keep codes and order in memory"
     },
     "export.hugging_face": {
+        "_keys_to_ignore_on_load_unexpected": "the empty weight that stops other programs",
         "_tied_weights_keys": "which of a transformers model's are tied",
         "_is_hf_initialized": "that transformers draws no weights for a layer",
     },

@@ -4,7 +4,8 @@
 |---|---|
 | `quantized.safetensors` | `parq_fn.export.load` |
 | `transformers/` | transformers, once `parq_fn.export.hugging_face` is imported |
-| `torchao.pt` | `torch.load`, into a model of the same configuration |
+| `torchao/` | transformers, where torchao is installed |
+| `compressed-tensors/` | transformers, where compressed-tensors is installed, and vLLM |
 | `model.gguf` | llama.cpp |
 """
 
@@ -15,11 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from parq_fn import export
 
-PACKED, FOLDER, TORCHAO, GGUF = "quantized.safetensors", "transformers", "torchao.pt", "model.gguf"
+PACKED, FOLDER, GGUF = "quantized.safetensors", "transformers", "model.gguf"
+TORCHAO, COMPRESSED = "torchao", "compressed-tensors"
 
 
 def write(
@@ -35,7 +35,8 @@ def write(
     model = None
     makers: dict[str, Callable[[Path], Any]] = {
         FOLDER: lambda path: _to_transformers(path, folder / PACKED, build(), tokenizer),
-        TORCHAO: lambda path: _to_torchao(path, packed, build()),
+        TORCHAO: lambda path: _to_torchao(path, packed, build(), tokenizer),
+        COMPRESSED: lambda path: _to_compressed_tensors(path, packed, build(), tokenizer),
         GGUF: lambda path: _to_gguf(path, packed, build().config, tokenizer),
     }
     for name, make in makers.items():
@@ -61,10 +62,19 @@ def _to_transformers(path: Path, file: Path, model: Any, tokenizer: Any) -> Any:
     return made
 
 
-def _to_torchao(path: Path, packed: dict[str, Any], model: Any) -> None:
+def _to_torchao(path: Path, packed: dict[str, Any], model: Any, tokenizer: Any) -> None:
     from parq_fn.export.torchao import to_torchao
 
-    torch.save(to_torchao(model, packed).state_dict(), path)
+    made: Any = to_torchao(model, packed)
+    made.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def _to_compressed_tensors(path: Path, packed: dict[str, Any], model: Any, tokenizer: Any) -> None:
+    from parq_fn.export.compressed_tensors import to_compressed_tensors
+
+    to_compressed_tensors(model, packed, path)
+    tokenizer.save_pretrained(path)
 
 
 def _to_gguf(path: Path, packed: dict[str, Any], config: Any, tokenizer: Any) -> None:

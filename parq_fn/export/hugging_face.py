@@ -6,6 +6,7 @@ Importing this module registers the quantization method "parq_fn" with transform
 from __future__ import annotations
 
 import os
+import re
 from types import MethodType
 from typing import Any
 
@@ -93,6 +94,9 @@ class ParqFnQuantizer(HfQuantizer):  # type: ignore[misc] # of no known type
         self._share(model)
         _untie(model)
         _refuse_resizing(model)
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        empty = [f"^{re.escape(name)}$" for name in _empty_of(config.layers)]
+        model._keys_to_ignore_on_load_unexpected = {*ignored, *empty}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         del kwargs
@@ -104,6 +108,13 @@ class ParqFnQuantizer(HfQuantizer):  # type: ignore[misc] # of no known type
         for name, first in config.tied.items():
             local = config.layers[first].get("parameter", WEIGHT)
             _share(_layer(model, _above(name, local)), _layer(model, _above(first, local)), local)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """The state, and under the name of one packed parameter nothing, a shape at which
+        from_pretrained raises where this module was not imported, and draws no weights."""
+        config: Any = self.quantization_config
+        empty = {name: torch.empty(0) for name in _empty_of(config.layers)}
+        return {**model.state_dict(), **empty}, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -117,7 +128,8 @@ def quantize_pretrained(
     model: PreTrainedModel, file: str | os.PathLike[str], *, exact: bool = False
 ) -> PreTrainedModel:
     """The model with packed layers, as of `quantized`, which save_pretrained keeps packed and
-    from_pretrained reads again, where this module was imported. Tied embeddings stay tied.
+    from_pretrained reads again, where this module was imported. Where it was not, that raises: what
+    it would draw at random has another shape in the files. Tied embeddings stay tied.
 
     model: of transformers; it is changed in place.
     file: of a packed model, or the packed model itself.
@@ -154,6 +166,11 @@ def quantize_pretrained(
 def _above(name: str, local: str) -> str:
     """The name of the layer that has what is said to have that name."""
     return name if local == WEIGHT else name.removesuffix(f".{local}")
+
+
+def _empty_of(layers: dict[str, dict[str, Any]]) -> list[str]:
+    """The parameter that files hold without elements: the first of the packed ones."""
+    return [n if "parameter" in layers[n] else f"{n}.{WEIGHT}" for n in list(layers)[:1]]
 
 
 def _layer(model: Any, name: str) -> Any:

@@ -37,7 +37,9 @@ def to_torchao(
     the zero point -1/2 and as many bits as they have. A scale of the whole weight is given to every
     channel. These are of nn.Linear, nn.Conv2d and nn.Embedding, and of subclasses that leave
     `forward` alone; other packed weights are unpacked, with a warning that names them, what is not
-    packed is loaded as it is, and tied weights stay tied. torchao's FakeQuantizedLinear becomes
+    packed is loaded as it is, and tied weights stay tied. A model of transformers gets its config
+    for torchao: save_pretrained writes a folder that from_pretrained reads where torchao is
+    installed, in programs that do not know this library. torchao's FakeQuantizedLinear becomes
     nn.Linear: trained with activations that are quantized per token to 8 bits, asymmetrically, it
     computes what its plain layer computes afterwards with int8_activations.
 
@@ -68,7 +70,7 @@ def to_torchao(
             codes, scale, zero, bits = _affine(name, entry, rounded)
             block = [n // m for n, m in zip(entry.shape, scale.shape, strict=True)]
             linear = all(isinstance(layer, nn.Linear) for layer in holders[name])
-            quantize = activation.INT8_ASYM_PER_TOKEN if int8_activations and linear else None
+            quantize = activation.INT8_ASYM_PER_TOKEN.value if int8_activations and linear else None
             device, target = own[name].device, getattr(torch, f"int{bits}")
             weight = tensor_class(
                 *(part.to(device) for part in (codes, scale, zero)),
@@ -84,6 +86,10 @@ def to_torchao(
             "nn.Embedding, and of subclasses that leave forward alone",
             stacklevel=2,
         )
+    if hasattr(made, "save_pretrained"):
+        from parq_fn.export.torchao_config import attach  # needs transformers
+
+        attach(made)
     return made
 
 
@@ -151,7 +157,7 @@ def _affine(name: str, entry: Packed, rounded: bool) -> tuple[Tensor, Tensor, Te
             f"parameter {name!r} is {entry.levels.dtype}, expected 32 bits or less; convert the "
             "module before it is packed"
         )
-    blocks = _blocks(name, entry)
+    blocks = blocks_of(name, entry, "torchao's integer tensors")
     found = _multiples(name, entry, rounded)
     codes, whole, bits = shifted(found)
     if bits > 8 or not bool(found.unit.isfinite().all()):
@@ -159,7 +165,7 @@ def _affine(name: str, entry: Packed, rounded: bool) -> tuple[Tensor, Tensor, Te
     zero = whole.float() - 0.5 if found.half else whole.to(torch.int8)
     rows = entry.indices()
     chosen = codes.gather(1, rows).to(torch.int8).reshape(entry.shape)
-    return chosen, _spread(found.unit, blocks), _spread(zero, blocks), bits
+    return chosen, spread(found.unit, blocks), spread(zero, blocks), bits
 
 
 def _multiples(name: str, entry: Packed, rounded: bool) -> Multiples:
@@ -179,13 +185,13 @@ def _multiples(name: str, entry: Packed, rounded: bool) -> Multiples:
     return found
 
 
-def _blocks(name: str, entry: Packed) -> tuple[int, ...]:
+def blocks_of(name: str, entry: Packed, reader: str) -> tuple[int, ...]:
     """How many scales there are along each dimension of the weight."""
     if entry.cut is not None:
         raise ValueError(
-            f"parameter {name!r}: torchao's integer tensors have scales for output channels or "
-            f"groups of their inputs, which rows of {entry.cut!r} are not; unpack it, or train it "
-            "with rows of those"
+            f"parameter {name!r}: {reader} have scales for output channels or groups of their "
+            f"inputs, which rows of {entry.cut!r} are not; unpack it, or train it with rows of "
+            "those"
         )
     r, (first, *rest) = len(entry.levels), entry.shape
     ones = (1,) * (len(rest) - 1)
@@ -194,12 +200,12 @@ def _blocks(name: str, entry: Packed) -> tuple[int, ...]:
     if len(rest) == 1 and r % first == 0 and rest[0] % (r // first) == 0:
         return first, r // first
     raise ValueError(
-        f"parameter {name!r}: torchao's integer tensors have scales for output channels or groups "
-        f"of their inputs; its shape is {tuple(entry.shape)} and it has {r} rows of levels"
+        f"parameter {name!r}: {reader} have scales for output channels or groups of their inputs; "
+        f"its shape is {tuple(entry.shape)} and it has {r} rows of levels"
     )
 
 
-def _spread(values: Tensor, blocks: tuple[int, ...]) -> Tensor:
+def spread(values: Tensor, blocks: tuple[int, ...]) -> Tensor:
     """Values [r, 1] of rows for the blocks; one of the whole weight for every channel."""
     if len(values) == 1:
         return values.reshape([1] * len(blocks)).expand(blocks).contiguous()

@@ -75,7 +75,7 @@ def test_the_recipe_trains_writes_every_format_and_prints_a_table(
     assert records(folder)[-1]["on_levels"] == 1
     assert told["share"] > 0.99
     assert {name: about.split(":")[0] for name, about in told["artefacts"].items()}.keys() == {
-        *("quantized.safetensors", "transformers", "torchao.pt", "model.gguf")
+        *("quantized.safetensors", "transformers", "torchao", "compressed-tensors", "model.gguf")
     }
     assert not [about for about in told["artefacts"].values() if "bytes" not in about]
     ternary = json.loads((tmp_path / "ternary" / "result.json").read_text())["artefacts"]
