@@ -79,7 +79,8 @@ def main(file: str) -> None:
             body = json.dumps({"content": asked, "add_special": True}).encode()
             about = {"Content-Type": "application/json"}
             request = urllib.request.Request(server.listening_address + "/tokenize", body, about)
-            with urllib.request.urlopen(request) as reply:
+            direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with direct.open(request) as reply:
                 answer = json.load(reply)["tokens"]
         else:
             wish = {"max_tokens": 1, "temperature": 0, "logprobs": 5}
