@@ -183,15 +183,12 @@ def _axis(parent: nn.Module, p: Tensor, kind: str) -> tuple[int, ...]:
 
 
 def _is_transposed(parent: nn.Module) -> bool:
-    """Whether experts are [expert, input, output]: what transformers says of them, else by the
-    shapes of the matrices before and after their activation."""
+    """Whether experts are [expert, input, output]: what transformers says of them, else where a
+    matrix [input, 2 * inner] stands before one [inner, input]: other shapes leave it open."""
     told = getattr(parent, "is_transposed", None)
     if isinstance(told, bool):
         return told
-    sizes = {n: tuple(p.shape[1:]) for n, p in parent.named_parameters(recurse=False)}
-    first = [size for n, size in sizes.items() if re.search("up|gate|w1|w3|in", n)]
-    last = [size for n, size in sizes.items() if re.search("down|w2|out", n)]
-    pairs = [(a, b) for a in first for b in last if len(a) == len(b) == 2]
-    plain = [a[1] == b[0] and a[0] in (b[1], 2 * b[1]) for a, b in pairs]
-    turned = [a[0] == b[1] and a[1] in (b[0], 2 * b[0]) for a, b in pairs]
-    return any(turned) and not any(plain)
+    experts = [(n, p) for n, p in parent.named_parameters(recurse=False) if p.dim() == 3]
+    first = [p.shape[1:] for n, p in experts if re.search("up|gate|w1|w3|in", n)]
+    last = [p.shape[1:] for n, p in experts if re.search("down|w2|out", n)]
+    return any(a == (b[1], 2 * b[0]) for a in first for b in last)

@@ -154,7 +154,10 @@ def test_experts_are_transposed_where_their_shapes_can_be_read_in_no_other_way()
             {n: torch.ones(1, *s) for n, s in zip(names, (first, last), strict=True)}
         )
         experts["bias_up"] = torch.ones(1, first[0])
-        experts.register_module("other", nn.ParameterDict({"up": torch.ones(1, *last[::-1])}))
+        as_if = torch.ones(1, last[1], 2 * last[0])  # were it the one before
+        experts["table"], other = as_if, nn.ParameterDict({"up": as_if})
+        experts["core"] = torch.ones(1, first[1] // 2, first[0])  # were it the one after
+        experts.register_module("other", other)
         axis = (0, 2) if (first, last) in turned - plain else (0, 1)
         assert {by_name(experts)[name].axis for name in names} == {axis}
 
@@ -234,6 +237,8 @@ def test_routers_and_experts_are_known_by_names_beside_and_above() -> None:
     assert by_name(net["experts"])["all.up"].kind == "other"
     net["experts"]["all"].num_experts = 3
     assert by_name(net["experts"])["all.up"].kind == "experts"
+    under = nn.ModuleDict({"experts": nn.ParameterDict({"up": torch.ones(3, 2, 2)})})
+    assert by_name(under)["experts.up"].kind == "experts"
     alone = nn.ModuleDict({"expert_gate": nn.Linear(2, 2)})
     assert by_name(alone)["expert_gate.weight"].kind == "weight"
 
@@ -314,6 +319,7 @@ def test_coverage_counts_codes_and_the_numbers_of_rows() -> None:
     assert rows["1.weight"].nbytes == -(-30 * 3 // 8) + 10 * 4 * pf.affine(3).num_qparams
     assert rows["2.weight"].nbytes == 25 * 2
     assert rows["2.bias"].how == "not in the optimizer"
+    assert not rows["2.bias"].quantized
     assert found.nbytes == sum(row.nbytes or 0 for row in found.rows)
     assert pf.coverage(net, pf.weight_mask(net)).nbytes is None
 

@@ -77,6 +77,12 @@ def test_every_parameter_is_in_one_group(patterns: list[str], decay: float | Non
             assert group.get("weight_decay") == decay
 
 
+def test_what_has_one_dimension_is_not_decayed_whatever_it_is() -> None:
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ParameterDict({"scale": torch.ones(3)}))
+    matrix, scale = param_groups(net, weight_decay=0.1)
+    assert (matrix["weight_decay"], scale["weight_decay"]) == (0.1, 0.0)
+
+
 def test_groups_train_pack_and_print() -> None:
     module = net()
     groups = param_groups(module, weight_decay=0.1)
