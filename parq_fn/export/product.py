@@ -54,17 +54,18 @@ _OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}  # a product and 
 
 
 class Numbers(NamedTuple):
-    """What levels are made of, each in float32 and [rows, blocks of a row]."""
+    """What levels are made of, in float32."""
 
     form: str  # even, additive or free
-    units: tuple[Tensor, ...]  # u, or u and v, or u, v and w
+    units: tuple[Tensor, ...]  # u, or u and v, or u, v and w: [rows, lanes of a row] each
     start: float  # f, or -1/2
-    middle: Tensor | None  # m; None where it is 0
+    middle: Tensor | None  # m: [rows, blocks of a row]; None where it is 0
 
 
-def numbers_of(levels: Tensor, rows: int) -> Numbers | None:
-    """The numbers of levels [r, k] of a weight of so many rows; None where no form has them to two
-    units in the last place of the largest magnitude of their block.
+def numbers_of(levels: Tensor, rows: int, lanes: int = 1) -> Numbers | None:
+    """The numbers of levels [r, k] of a weight of so many rows, units so many times for each block;
+    None where no form has them to two units in the last place of the largest magnitude of their
+    block.
 
     >>> made = numbers_of(torch.tensor([[-3.0, -1.0, 1.0, 3.0], [-6.0, -2.0, 2.0, 6.0]]), 2)
     >>> made.form, made.units, made.start, made.middle
@@ -78,14 +79,17 @@ def numbers_of(levels: Tensor, rows: int) -> Numbers | None:
     def kept(numbers: Tensor) -> Tensor:
         return numbers.float().expand(max(r, rows)).reshape(rows, -1).contiguous()
 
+    def repeated(*numbers: Tensor) -> tuple[Tensor, ...]:
+        return tuple(kept(own).repeat_interleave(lanes, 1) for own in numbers)
+
     unit = (wide[:, -1] - wide[:, 0]) / max(k - 1, 1)
     at = torch.arange(k, device=levels.device)
     if bool(((wide[:, :1] + unit.unsqueeze(1) * at - wide).abs().amax(-1) <= close).all()):
         most = unit.argmax()
         start = float((2 * wide[most, 0] / unit[most]).round() / 2) if bool(unit[most] > 0) else 0.0
         if bool(((start * unit - wide[:, 0]).abs() <= close).all()):
-            return Numbers("even", (kept(unit),), start, None)
-        return Numbers("even", (kept(unit),), 0.0, kept(wide[:, 0]))
+            return Numbers("even", repeated(unit), start, None)
+        return Numbers("even", repeated(unit), 0.0, kept(wide[:, 0]))
     if k != 4:
         return None
     u, v = wide[:, 1] - wide[:, 0], wide[:, 2] - wide[:, 0]
@@ -93,31 +97,31 @@ def numbers_of(levels: Tensor, rows: int) -> Numbers | None:
     middle = wide[:, 0] + (u + v) / 2
     own = None if bool((middle.abs() <= close).all()) else kept(middle)
     if bool((w.abs() <= close).all()):
-        return Numbers("additive", (kept(u), kept(v)), -0.5, own)
-    return Numbers("free", (kept(u), kept(v), kept(w)), -0.5, own)
+        return Numbers("additive", repeated(u, v), -0.5, own)
+    return Numbers("free", repeated(u, v, w), -0.5, own)
 
 
 _KNOWN: MutableMapping[Tensor, tuple[Any, Numbers | None]] = WeakIdKeyDictionary()
 
 
-def _numbers(levels: Tensor, rows: int) -> Numbers | None:
+def _numbers(levels: Tensor, rows: int, lanes: int) -> Numbers | None:
     """The same, kept until the levels are written to."""
-    state = counted_writes(levels), levels.data_ptr(), rows
+    state = counted_writes(levels), levels.data_ptr(), rows, lanes
     if levels not in _KNOWN or _KNOWN[levels][0] != state:
-        _KNOWN[levels] = state, numbers_of(levels, rows)
+        _KNOWN[levels] = state, numbers_of(levels, rows, lanes)
     return _KNOWN[levels][1]
 
 
 def fits(shape: tuple[int, ...], r: int, k: int) -> bool:
     """Whether codes of a matrix of this shape, with levels [r, k], can be taken so: those of a
-    block fill bytes of their own, in vectors where a row has several."""
+    block fill bytes of their own, and vectors or words of them where a row has several blocks."""
     bits = width(k)
     if len(shape) != 2 or bits not in (1, 2, 4, 8) or not r or (r > 1 and r % shape[0]):
         return False
-    (m, n), per = shape, 8 // bits
-    blocks = max(r // m, 1)
-    size = n // blocks
-    return size > 0 and size % per == 0 and (blocks == 1 or size // per >= _VECTOR)
+    blocks = max(r // shape[0], 1)
+    size = shape[1] // blocks * bits  # of a block
+    whole = size > 0 and size % 8 == 0
+    return whole and (blocks == 1 or size // 8 >= _VECTOR or size % 32 == 0)
 
 
 def takes(x: Tensor, shape: tuple[int, ...], r: int, k: int) -> bool:
@@ -148,13 +152,23 @@ def widened(codes: Tensor, levels: Tensor, shape: tuple[int, ...]) -> tuple[Tens
 
 
 class _Kind(NamedTuple):
-    """What a program is made for."""
+    """What a program is made for.
+
+    Codes are taken by bytes, or by words of four bytes where blocks have fewer bytes than a vector:
+    then each word has units of its own, and is the lane of a vector.
+    """
 
     form: str
     bits: int  # of a code
     inputs: int  # rows of inputs; 0 for the weight itself
-    blocks: int  # of a row of the weight
-    size: int  # bytes of a block
+    blocks: int  # of a row of the weight; words, where codes are taken by words
+    size: int  # bytes of a block; 1 word
+    word: int  # bytes that are taken together, 1 or 4
+
+    @property
+    def places(self) -> list[int]:
+        """Of the codes in a byte or word, in bits."""
+        return list(range(0, 8 * self.word, self.bits))
 
 
 _PROGRAMS: dict[_Kind, Callable[..., Tensor]] = {}
@@ -169,18 +183,21 @@ def packed_product(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tenso
     The weight is decoded first for levels of no form, and where nothing can be compiled, with a
     warning.
     """
-    n = x.shape[-1]
-    shape, bits = (rows, n), width(levels.shape[1])
-    numbers = _numbers(levels, rows)
+    n, (r, k) = x.shape[-1], levels.shape
+    blocks, bits = max(r // rows, 1), width(k)
+    size = n // blocks * bits // 8  # bytes of a block
+    by_words = blocks > 1 and size < _VECTOR
+    lanes = size // 4 if by_words else 1
+    numbers = _numbers(levels, rows, lanes)
     if numbers is None or not x.numel() or _FAILED:
-        return functional.linear(x, decoded(codes, levels, shape).to(x.dtype))
-    blocks = numbers.units[0].shape[1]
-    per = 8 // bits
-    parts = x.reshape(-1, n // per, per).float()
-    turned = (parts * _scales(bits)).transpose(1, 2).contiguous()
+        return functional.linear(x, decoded(codes, levels, (rows, n)).to(x.dtype))
+    word = 4 if by_words else 1
+    parts = x.reshape(-1, n * bits // (8 * word), 8 * word // bits).float()
     sums = parts.sum(-1)
     of_blocks = sums.reshape(len(sums), blocks, -1).sum(-1)
-    kind = _Kind(numbers.form, bits, len(parts), blocks, n // per // blocks)
+    scaled = parts if by_words else parts * _scales(bits)
+    turned = scaled.transpose(1, 2).contiguous()
+    kind = _Kind(numbers.form, bits, len(parts), blocks * lanes, 1 if by_words else size, word)
     try:
         if len(parts) <= MOST_ROWS:
             starts = (sums if blocks > 1 else of_blocks) * numbers.start
@@ -189,7 +206,7 @@ def packed_product(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tenso
             y = _by_tiles(kind, turned, codes, numbers.units)
             u, *v = numbers.units[:2]
             starts = numbers.start * (u + v[0] if v else u)
-            y += functional.linear(of_blocks, starts)
+            y += functional.linear(sums if by_words else of_blocks, starts)
     except RuntimeError as error:
         if not is_of_compiler(error):
             raise
@@ -199,7 +216,7 @@ def packed_product(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tenso
             + str(error).partition("\n")[0],
             stacklevel=2,
         )
-        return functional.linear(x, decoded(codes, levels, shape).to(x.dtype))
+        return functional.linear(x, decoded(codes, levels, (rows, n)).to(x.dtype))
     if numbers.middle is not None:
         y += functional.linear(of_blocks, numbers.middle)
     return y.to(x.dtype).reshape(*x.shape[:-1], rows)
@@ -240,7 +257,8 @@ def _by_tiles(kind: _Kind, turned: Tensor, codes: Tensor, units: tuple[Tensor, .
     """The product with the weight's rows without their start and middle, some rows at a time."""
     x = turned.flatten(1)
     rows = max(_TILE // x.shape[1], 1)
-    program, codes = _program(kind._replace(inputs=0)), codes.view(-1, kind.blocks * kind.size)
+    program = _program(kind._replace(inputs=0))
+    codes = codes.view(-1, kind.blocks * kind.size * kind.word)
     y = x.new_empty(len(x), len(codes))
     for first in range(0, len(codes), rows):
         # clones, for a compiler tells memory that begins further on from what begins at its start
@@ -267,16 +285,20 @@ def _program(kind: _Kind) -> Callable[..., Tensor]:
 
 
 def _fields(kind: _Kind, codes: Tensor) -> list[list[Tensor]]:
-    """Of each unit what stands at each place of a byte, where it stands: [rows, blocks, size]."""
-    shifts = list(range(0, 8, kind.bits))
-    c = codes.view(-1, kind.blocks, kind.size).to(torch.int32)
+    """Of each unit what stands at each place of a byte, where it stands, or of a word, where the
+    lowest code stands: [rows, blocks, size]."""
+    flat = codes.reshape(-1).view(torch.int32) if kind.word == 4 else codes
+    c = flat.view(-1, kind.blocks, kind.size).to(torch.int32)
+
+    def at(c: Tensor, mask: int) -> list[Tensor]:
+        if kind.word == 4:
+            return [((c >> place) & mask).float() for place in kind.places]
+        return [(c & (mask << place)).float() for place in kind.places]
+
     if kind.form == "even":
-        return [[(c & ((2**kind.bits - 1) << s)).float() for s in shifts]]
-    bits = [[(c & (bit << s)).float() for s in shifts] for bit in (1, 2)]
-    if kind.form == "additive":
-        return bits
-    both = c & (c >> 1)
-    return [*bits, [(both & (1 << s)).float() for s in shifts]]
+        return [at(c, 2**kind.bits - 1)]
+    fields = [at(c, 1), at(c, 2)]
+    return fields if kind.form == "additive" else [*fields, at(c & (c >> 1), 1)]
 
 
 def _product(kind: _Kind) -> Callable[..., Tensor]:
@@ -284,7 +306,7 @@ def _product(kind: _Kind) -> Callable[..., Tensor]:
 
     def product(turned: Tensor, starts: Tensor, codes: Tensor, *units: Tensor) -> Tensor:
         fields = _fields(kind, codes)
-        x = turned.view(kind.inputs, len(fields[0]), kind.blocks, kind.size)
+        x = turned.view(kind.inputs, len(kind.places), kind.blocks, kind.size)
         found = []
         for own, start in zip(x, starts, strict=True):
             total = torch.zeros(())

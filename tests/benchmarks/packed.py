@@ -25,6 +25,7 @@ QUANTIZERS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "ternary": (pf.lsbq(0), 0.40),
     "2 bits, even": (pf.uniform(2), 0.40),
     "2 bits, even, blocks of 64": (pf.uniform(2), 0.40),
+    "2 bits, even, blocks of 32": (pf.uniform(2), 0.85),
     "2 bits, lsbq": (pf.lsbq(2), 0.80),
     "2 bits, any levels": (lambda rows: rows.sort(-1).values[:, [100, 700, 1500, 2000]], 0.85),
     "4 bits, even": (pf.uniform(4), 0.40),
@@ -39,7 +40,8 @@ def layers(name: str, shape: tuple[int, int], count: int) -> tuple[list[Any], li
     """(dense, packed) layers with the same weights."""
     outputs, inputs = shape
     quantizer, _ = QUANTIZERS[name]
-    rows = (-1, 64) if name.endswith("64") else shape
+    _, _, block = name.partition("blocks of ")
+    rows = (-1, int(block)) if block else shape
     weight = torch.randn(shape)
     levels = quantizer(weight.reshape(rows))
     on_levels = pf.proxmaps.hard(weight.reshape(rows), levels).reshape(shape)

@@ -60,12 +60,13 @@ def codes_of(shape: tuple[int, int], k: int) -> Tensor:
 
 @pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("form", ["even", "offset", "additive", "free"])
-@pytest.mark.parametrize("rows", ["tensor", "channel", "blocks"])
+@pytest.mark.parametrize("rows", ["tensor", "channel", "blocks", "words"])
 def test_products_with_codes_are_those_of_the_decoded_weight(form: str, rows: str) -> None:
     torch.manual_seed(0)
     shape = (6, 256)
-    r = {"tensor": 1, "channel": 6, "blocks": 12}[rows]
+    r = {"tensor": 1, "channel": 6, "blocks": 12, "words": 48}[rows]
     for k in BITS if form in ("even", "offset") else [4]:
+        assert fits(shape, r, k)
         codes, levels = codes_of(shape, k), levels_of(form, r, k)
         made = numbers_of(levels, 6)
         assert made is not None
