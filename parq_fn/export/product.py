@@ -48,7 +48,7 @@ LEAST = 1 << 16
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 #: Rows of inputs that one pass over the codes serves.
 MOST_ROWS = 4
-_TILE = 1 << 18  # weights that are decoded at a time
+_TILE = 1 << 19  # weights that are decoded at a time
 _VECTOR = 16  # bytes of a block that a processor takes at a time
 _OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}  # a product and a sum, rounded once
 
@@ -165,11 +165,6 @@ class _Kind(NamedTuple):
     size: int  # bytes of a block; 1 word
     word: int  # bytes that are taken together, 1 or 4
 
-    @property
-    def places(self) -> list[int]:
-        """Of the codes in a byte or word, in bits."""
-        return list(range(0, 8 * self.word, self.bits))
-
 
 _PROGRAMS: dict[_Kind, Callable[..., Tensor]] = {}
 _FAILED: list[_Kind] = []  # what could not be compiled
@@ -257,13 +252,13 @@ def _by_tiles(kind: _Kind, turned: Tensor, codes: Tensor, units: tuple[Tensor, .
     """The product with the weight's rows without their start and middle, some rows at a time."""
     x = turned.flatten(1)
     rows = max(_TILE // x.shape[1], 1)
-    program = _program(kind._replace(inputs=0))
+    program, marks = _program(kind._replace(inputs=0)), _marks(kind)
     codes = codes.view(-1, kind.blocks * kind.size * kind.word)
     y = x.new_empty(len(x), len(codes))
     for first in range(0, len(codes), rows):
         # clones, for a compiler tells memory that begins further on from what begins at its start
-        own = [part[first : first + rows].clone() for part in (codes, *units)]
-        torch.mm(x, program(*own).t(), out=y[:, first : first + rows])
+        own, *numbers = (part[first : first + rows].clone() for part in (codes, *units))
+        torch.mm(x, program(own, marks, *numbers).flatten(1).t(), out=y[:, first : first + rows])
     return y
 
 
@@ -280,40 +275,45 @@ _SCALES: dict[int, Tensor] = {}
 def _program(kind: _Kind) -> Callable[..., Tensor]:
     if kind not in _PROGRAMS:
         formula = _product(kind) if kind.inputs else _decoding(kind)
-        _PROGRAMS[kind] = compiled(formula, _OPTIONS)
+        _PROGRAMS[kind] = compiled(formula, _OPTIONS, dynamic=None)
     return _PROGRAMS[kind]
 
 
-def _fields(kind: _Kind, codes: Tensor) -> list[list[Tensor]]:
-    """Of each unit what stands at each place of a byte, where it stands, or of a word, where the
-    lowest code stands: [rows, blocks, size]."""
-    flat = codes.reshape(-1).view(torch.int32) if kind.word == 4 else codes
-    c = flat.view(-1, kind.blocks, kind.size).to(torch.int32)
+def _terms(kind: _Kind, codes: Tensor) -> list[Tensor]:
+    """Of each unit the bytes or words that have its codes: [rows, blocks, size]."""
+    flat = codes.reshape(-1)
+    c = (flat.view(torch.int32) if kind.word == 4 else flat).view(-1, kind.blocks, kind.size)
+    return {"even": [c], "additive": [c, c], "free": [c, c, c & (c >> 1)]}[kind.form]
 
-    def at(c: Tensor, mask: int) -> list[Tensor]:
-        if kind.word == 4:
-            return [((c >> place) & mask).float() for place in kind.places]
-        return [(c & (mask << place)).float() for place in kind.places]
 
-    if kind.form == "even":
-        return [at(c, 2**kind.bits - 1)]
-    fields = [at(c, 1), at(c, 2)]
-    return fields if kind.form == "additive" else [*fields, at(c & (c >> 1), 1)]
+def _masks(kind: _Kind) -> list[int]:
+    """Of each unit the mask of the lowest code of a byte or word."""
+    return {"even": [2**kind.bits - 1], "additive": [1, 2], "free": [1, 2, 1]}[kind.form]
+
+
+def _places(kind: _Kind) -> list[int]:
+    """Of codes in a byte or word, in bits."""
+    return list(range(0, 8 * kind.word, kind.bits))
 
 
 def _product(kind: _Kind) -> Callable[..., Tensor]:
     """(inputs [inputs, places, columns], starts, codes [bytes], *units) -> [inputs, rows]."""
+    masks, places, words = _masks(kind), _places(kind), kind.word == 4
 
     def product(turned: Tensor, starts: Tensor, codes: Tensor, *units: Tensor) -> Tensor:
-        fields = _fields(kind, codes)
-        x = turned.view(kind.inputs, len(kind.places), kind.blocks, kind.size)
+        fields = []
+        for c, mask in zip(_terms(kind, codes), masks, strict=True):
+            wide = c.to(torch.int32)
+            at = [(wide >> p) & mask if words else wide & (mask << p) for p in places]
+            fields.append([field.float() for field in at])
+        x = turned.view(kind.inputs, len(places), kind.blocks, kind.size)
         found = []
         for own, start in zip(x, starts, strict=True):
             total = torch.zeros(())
-            for i, (places, unit) in enumerate(zip(fields, units, strict=True)):
+            for i, (taken, unit) in enumerate(zip(fields, units, strict=True)):
                 times = 2 if i == 1 else 1  # the higher bit is taken as 2
                 own_start = start * times if i < 2 else torch.zeros_like(start)
-                terms = [field * one for field, one in zip(places, own, strict=True)]
+                terms = [field * one for field, one in zip(taken, own, strict=True)]
                 if kind.blocks > 1:
                     acc = own_start.view(kind.blocks, kind.size)
                     for term in terms:
@@ -331,14 +331,27 @@ def _product(kind: _Kind) -> Callable[..., Tensor]:
 
 
 def _decoding(kind: _Kind) -> Callable[..., Tensor]:
-    """(codes [rows, bytes], *units) -> the weights of these rows in the order of inputs,
-    [rows, places * columns], without their start and middle."""
+    """(codes [rows, bytes], marks, *units) -> the weights of these rows in the order of inputs,
+    [rows, places, blocks, size], without their start and middle. Marks are those of `_marks`."""
+    masks, words = _masks(kind), kind.word == 4
 
-    def decoding(codes: Tensor, *units: Tensor) -> Tensor:
+    def decoding(codes: Tensor, marks: Tensor, *units: Tensor) -> Tensor:
         whole = torch.zeros(())
-        for i, (places, unit) in enumerate(zip(_fields(kind, codes), units, strict=True)):
-            number = (unit / 2 if i == 1 else unit).unsqueeze(-1)
-            whole = whole + torch.stack([place * number for place in places], 1)
-        return whole.flatten(1)
+        for i, (c, mask, unit) in enumerate(zip(_terms(kind, codes), masks, units, strict=True)):
+            wide = c.unsqueeze(1)
+            at = (wide >> marks[i]) & mask if words else wide & marks[i]
+            number = (unit / 2 if i == 1 else unit).view(-1, 1, kind.blocks, 1)
+            whole = whole + at.float() * number
+        return whole
 
     return decoding
+
+
+def _marks(kind: _Kind) -> Tensor:
+    """[units, places, 1, 1]: masks of the codes at each place of a byte, or places in a word."""
+    masks, places = _masks(kind), _places(kind)
+    if kind.word == 4:
+        found = torch.tensor([places for _ in masks], dtype=torch.int32)
+    else:
+        found = torch.tensor([[m << p for p in places] for m in masks], dtype=torch.uint8)
+    return found.view(*found.shape, 1, 1)

@@ -228,14 +228,19 @@ def mark_constant(tensor: Tensor, dims: list[int]) -> None:
     torch._dynamo.mark_static(tensor, dims)
 
 
-def compiled(function: Any, options: dict[str, Any]) -> Callable[..., Any]:
-    """A function compiled for sizes of any number.
+def compiled(
+    function: Any, options: dict[str, Any], *, dynamic: bool | None = True
+) -> Callable[..., Any]:
+    """A function compiled for sizes of any number; with dynamic=None for those that it has first,
+    and for any number of those that turn out to differ.
 
     Its code object is its own, for a compiler counts the programs of each and stops at eight.
     """
     code, name = function.__code__.replace(), function.__name__
     own: Any = FunctionType(code, function.__globals__, name, None, function.__closure__)
-    program: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=True, options=options)
+    program: Callable[..., Any] = torch.compile(
+        own, fullgraph=True, dynamic=dynamic, options=options
+    )
     return program
 
 

@@ -64,7 +64,9 @@ def run(size: str, repeats: int) -> Iterator[Found]:
     """The time of a packed layer over that of the dense one, and its bytes over the dense one's."""
     shapes = [(256, 2048)] if size == "tiny" else SHAPES
     if size == "tiny":  # nothing is compiled
-        with mock.patch.multiple(product, compiled=lambda formula, options: formula, _PROGRAMS={}):
+        with mock.patch.multiple(
+            product, compiled=lambda formula, options, dynamic: formula, _PROGRAMS={}
+        ):
             yield from _all(shapes, (1,), 1, repeats)
         return
     yield from _all(shapes, sorted({1, torch.get_num_threads()}), _COLD, repeats)

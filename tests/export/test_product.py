@@ -29,7 +29,7 @@ BITS = {2: 1, 4: 2, 16: 4, 256: 8}
 def programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of this test alone, which are not compiled."""
     monkeypatch.setattr(product, "_PROGRAMS", {})
-    monkeypatch.setattr(product, "compiled", lambda formula, options: formula)
+    monkeypatch.setattr(product, "compiled", lambda formula, options, dynamic: formula)
 
 
 def levels_of(form: str, r: int, k: int) -> Tensor:
@@ -203,7 +203,7 @@ def test_without_a_compiler_weights_are_decoded_with_a_warning(
 
     monkeypatch.setattr(product, "_PROGRAMS", {})
     monkeypatch.setattr(product, "_FAILED", [])
-    monkeypatch.setattr(product, "compiled", lambda formula, options: fails)
+    monkeypatch.setattr(product, "compiled", lambda formula, options, dynamic: fails)
     dense, packed = packed_net(pf.lsbq(2))
     fast, x = quantized(copy.deepcopy(dense), packed).large, torch.randn(2, 256)
     with pytest.warns(UserWarning, match=r"decode their weights before.*no-such-compiler$"):
