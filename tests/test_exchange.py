@@ -4,6 +4,7 @@ that of whole leaves."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer
+from parq_fn.transforms.agreement import check_alike
 from parq_fn.transforms.collective import RanksError
 from parq_fn.transforms.layout import layout_of
 from tests.cuts import cut, dimensions
@@ -260,3 +262,36 @@ def test_where_ranks_cannot_learn_together_the_error_names_the_leaf(
                 transform.pullback(alone, state, params)
 
     on_threads(work, 2)
+
+
+@pytest.mark.parametrize("mesh", [(2,), (3,), (2, 2), (1, 2)])
+@pytest.mark.parametrize(
+    ("gone", "frozen", "told"),
+    [
+        ((), (), None),
+        ((), ("a",), r"'a' on ranks {others} \(.*, at update 0\), on ranks \[1\] \(.*, frozen\)\."),
+        (("a",), (), r"'a' on ranks {others}, not on ranks \[1\]\."),
+        (("a",), ("b",), r"'a' .*, not on ranks \[1\]; 'b' on ranks {others} \(.*, frozen\)\."),
+    ],
+)
+def test_every_rank_is_told_which_of_them_are_to_refit_what(
+    mesh: tuple[int, ...], gone: Any, frozen: Any, told: str | None
+) -> None:
+    link, count = pf.hard_prox(pf.lsbq(2)), math.prod(mesh)
+
+    def found() -> str:
+        on = init_device_mesh("cpu", mesh)
+        leaf = placed_on(on, numbers((4, 12), 0), [Shard(0), Shard(1)][: len(mesh)])
+        params = {name: leaf for name in "abc" if dist.get_rank() != 1 or name not in gone}
+        state = link.init(params)
+        try:
+            check_alike(link, state, params, frozen if dist.get_rank() == 1 else ())
+        except RanksError as error:
+            return str(error)
+        return ""
+
+    messages = set(on_threads(found, count))
+    assert len(messages) == 1
+    others = re.escape(str([rank for rank in range(count) if rank != 1]))
+    wanted = "^$" if told is None else r"together: " + told.format(others=others)
+    assert re.search(wanted, messages.pop())
