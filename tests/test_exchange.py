@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import parq_fn as pf
 from parq_fn.optim import QuantOptimizer
-from parq_fn.transforms.agreement import check_alike
+from parq_fn.transforms.agreement import check_alike, log_not_finite
 from parq_fn.transforms.collective import RanksError
 from parq_fn.transforms.layout import layout_of
 from tests.cuts import cut, dimensions
@@ -295,3 +295,30 @@ def test_every_rank_is_told_which_of_them_are_to_refit_what(
     others = re.escape(str([rank for rank in range(count) if rank != 1]))
     wanted = "^$" if told is None else r"together: " + told.format(others=others)
     assert re.search(wanted, messages.pop())
+
+
+@pytest.mark.parametrize(
+    ("count", "then"),
+    [(1, "have NaN for levels until a fit finds them finite"), (2, "keep their qparams")],
+)
+def test_ranks_log_who_of_those_that_share_rows_has_what_is_not_finite(
+    count: int, then: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    link = pf.hard_prox(pf.lsbq(2), granularity=pf.per_channel())
+    whole = numbers((4, 12), 0)
+    whole[0, :2], whole[0, 11], whole[3, 11] = math.nan, math.inf, math.nan
+
+    def work() -> None:
+        mesh = init_device_mesh("cpu", (2, 2))
+        leaf = placed_on(mesh, whole, (Shard(0), Shard(1)))
+        params = {"a": leaf, "b": placed_on(mesh, whole.flip(0), (Shard(0), Shard(1)))}
+        state = link.init({"w": torch.ones(2, 2)})._replace(count=torch.tensor(count))
+        fitted = torch.tensor([[math.nan, math.nan], [1.0, 2.0]])
+        log_not_finite(link, state, params, {0: fitted, 1: torch.ones(2, 2)})
+
+    on_threads(work, 4)
+    odd, upper, lower = "latents are NaN or infinite: ", "2 on rank 0, 1 on rank 1", "1 on rank 3"
+    assert sorted(record.getMessage().split(odd)[1] for record in caplog.records) == sorted(
+        2 * [f"'a' ({upper}), 'b' (1 on rank 1); 1 of the rows here {then}"]
+        + 2 * [f"'a' ({lower}), 'b' (2 on rank 2, 1 on rank 3); 1 of the rows here {then}"]
+    )
