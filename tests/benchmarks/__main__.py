@@ -8,6 +8,7 @@ Groups:
   learning whole compiled steps that learn their levels, against steps that keep them
   sweep  a grid of trainings in one program, against one after another
   packed layers that multiply with the codes of their weights, against float32
+  generation tokens a second of packed language models, against float32, bfloat16 and torchao
   gpu    the pass, steps and a captured graph on a GPU
 What training on up to thousands of ranks sends and holds is counted by
 python -m tests.benchmarks.scale.
@@ -35,7 +36,18 @@ import torch
 
 from examples.options import at_least
 from parq_fn.foundation.command import Parser, command, output_file
-from tests.benchmarks import fits, gpu, learning, packed, peer, prox_pass, refits, steps, sweep
+from tests.benchmarks import (
+    fits,
+    generation,
+    gpu,
+    learning,
+    packed,
+    peer,
+    prox_pass,
+    refits,
+    steps,
+    sweep,
+)
 from tests.benchmarks.measure import CORES
 from tests.benchmarks.report import Found, combined, overall, show
 
@@ -47,6 +59,7 @@ GROUPS = {
     "learning": learning.run,
     "sweep": sweep.run,
     "packed": packed.run,
+    "generation": generation.run,
     "gpu": gpu.run,
 }
 
