@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
 import parq_fn as pf
 from parq_fn.transforms.exchange import shared
-from parq_fn.transforms.layout import Layout, Sharding, _layout, sharded_along
+from parq_fn.transforms.layout import Layout, Sharding, _layout, part_of, sharded_along
 from parq_fn.transforms.lines import Lines, Pieces, put_together
 from tests.cuts import cut, dimensions
 
@@ -176,3 +176,8 @@ def test_tensors_of_one_size_are_spread_evenly() -> None:
 def test_sums_over_ranks_are_refused() -> None:
     with pytest.raises(ValueError, match="a sum over ranks"):
         _layout(Sharding((4,), (2,), (Partial(),)), (4,), (0,), pf.per_channel())
+
+
+def test_rows_of_a_plain_tensor_that_blocks_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="per_block"):
+        part_of(torch.ones(2, 3), pf.per_block(2))

@@ -66,6 +66,12 @@ EQUIVALENT: dict[str, dict[str, list[str]]] = {
             for other in (1, -1)
         ],
     },
+    "parq_fn/transforms/layout.py": {
+        "the tests run on one device": [
+            "layout_of: found = found._replace(part=found.part._replace(rows=rows.to("
+            "mine.device))) -> found = found._replace()",
+        ],
+    },
     "parq_fn/roles.py": {
         "None is no more than False where it is asked": [
             "_has_experts: return False -> return None",
