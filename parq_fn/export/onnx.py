@@ -41,6 +41,11 @@ def to_onnx(
     where only that is exact, rounded to the weight's dtype. Others become codes into their table
     behind GatherElements, and are as exact, in float32.
 
+    Scales of blocks stand along the first dimension of rows, not in block_size, which onnxruntime
+    1.32 takes longer for: 2.4 ms against 1.9 in 4 bits and 2.6 against 1.1 in 8 bits, of a linear
+    layer of 1024 x 1024 in blocks of 32 at batch 1, the least of 25 runs in turns on one thread of
+    a server's CPU that others used as well.
+
     module: of which packed weights are parameters; it is not changed.
     packed: what `pack` gives, or a file's content from `load`.
     file: to write to.
