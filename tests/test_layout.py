@@ -179,5 +179,5 @@ def test_sums_over_ranks_are_refused() -> None:
 
 
 def test_rows_of_a_plain_tensor_that_blocks_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="per_block"):
+    with pytest.raises(ValueError, match="block size 2 does not divide"):
         part_of(torch.ones(2, 3), pf.per_block(2))
