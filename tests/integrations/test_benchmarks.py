@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_the_suite_measures_the_published_package(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    flags = ["pass", "fits", "steps", "--tiny", "--repeats", "1", "--json", str(file)]
+    groups = ["pass", "fits", "steps", "packed", "generation"]
+    flags = [*groups, "--tiny", "--repeats", "1", "--json", str(file)]
     command = [sys.executable, "-m", "tests.benchmarks", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
