@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from parq_fn.export.codes import decode, fill_bytes
 from parq_fn.export.packing import decoded
-from parq_fn.export.product import LEAST, packed_product, takes
+from parq_fn.export.product import LEAST, multiplied, takes
 from parq_fn.export.read_only import ReadOnly
 from parq_fn.foundation.memory import in_order, order_of
 from parq_fn.foundation.torch_private import in_tracer, sizes
@@ -154,7 +154,7 @@ class PackedLinear(PackedLayer, nn.Linear):
         (shape, cut, _), (r, k) = self.kept[WEIGHT], sizes(self.levels)
         if self.exact or cut is not None or not takes(input, shape, r, k):
             return functional.linear(input, self.decoded(), self.bias)
-        out: Tensor = packed_product(input, self.codes, self.levels, shape[0])
+        out = multiplied(input, self.codes, self.levels, shape[0])
         bias: Tensor | None = self.bias
         return out if bias is None else out + bias
 

@@ -13,7 +13,8 @@ is 0; four levels are additive where the gap of the upper two is that of the low
 
 Inputs are put in the order of the bytes, those of the first code of each byte first, so that both
 are read one after another. A code that stands s bits up in its byte is taken by a mask, as 2^s c,
-and its input is multiplied by 2^-s, which is exact.
+and its input is multiplied by 2^-s, which is exact. A matrix with these numbers does both at once,
+and with a row of ones sums the inputs of each byte too.
 
 Up to four rows of inputs are one pass over the codes. For more of them tiles of the weight that
 stay in the processor's cache are decoded, and torch's own product takes each.
@@ -59,7 +60,7 @@ class Numbers(NamedTuple):
     form: str  # even, additive or free
     units: tuple[Tensor, ...]  # u, or u and v, or u, v and w: [rows, lanes of a row] each
     start: float  # f, or -1/2
-    middle: Tensor | None  # m: [rows, blocks of a row]; None where it is 0
+    middle: Tensor | None  # m: as units; None where it is 0
 
 
 def numbers_of(levels: Tensor, rows: int, lanes: int = 1) -> Numbers | None:
@@ -89,13 +90,13 @@ def numbers_of(levels: Tensor, rows: int, lanes: int = 1) -> Numbers | None:
         start = float((2 * wide[most, 0] / unit[most]).round() / 2) if bool(unit[most] > 0) else 0.0
         if bool(((start * unit - wide[:, 0]).abs() <= close).all()):
             return Numbers("even", repeated(unit), start, None)
-        return Numbers("even", repeated(unit), 0.0, kept(wide[:, 0]))
+        return Numbers("even", repeated(unit), 0.0, *repeated(wide[:, 0]))
     if k != 4:
         return None
     u, v = wide[:, 1] - wide[:, 0], wide[:, 2] - wide[:, 0]
     w = wide[:, 3] - wide[:, 2] - u
     middle = wide[:, 0] + (u + v) / 2
-    own = None if bool((middle.abs() <= close).all()) else kept(middle)
+    own = None if bool((middle.abs() <= close).all()) else repeated(middle)[0]
     if bool((w.abs() <= close).all()):
         return Numbers("additive", repeated(u, v), -0.5, own)
     return Numbers("free", repeated(u, v, w), -0.5, own)
@@ -107,9 +108,10 @@ _KNOWN: MutableMapping[Tensor, tuple[Any, Numbers | None]] = WeakIdKeyDictionary
 def _numbers(levels: Tensor, rows: int, lanes: int) -> Numbers | None:
     """The same, kept until the levels are written to."""
     state = counted_writes(levels), levels.data_ptr(), rows, lanes
-    if levels not in _KNOWN or _KNOWN[levels][0] != state:
-        _KNOWN[levels] = state, numbers_of(levels, rows, lanes)
-    return _KNOWN[levels][1]
+    known = _KNOWN.get(levels)
+    if known is None or known[0] != state:
+        _KNOWN[levels] = known = state, numbers_of(levels, rows, lanes)
+    return known[1]
 
 
 def fits(shape: tuple[int, ...], r: int, k: int) -> bool:
@@ -161,6 +163,8 @@ class _Kind(NamedTuple):
     form: str
     bits: int  # of a code
     inputs: int  # rows of inputs; 0 for the weight itself
+    start: float  # f, or -1/2
+    middle: bool  # whether there is a number m
     blocks: int  # of a row of the weight; words, where codes are taken by words
     size: int  # bytes of a block; 1 word
     word: int  # bytes that are taken together, 1 or 4
@@ -170,14 +174,21 @@ _PROGRAMS: dict[_Kind, Callable[..., Tensor]] = {}
 _FAILED: list[_Kind] = []  # what could not be compiled
 
 
-@torch.library.custom_op("parq_fn::packed_product", mutates_args=())
-def packed_product(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tensor:
+def multiplied(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tensor:
     """x W^T of inputs [..., n] and a packed weight W [rows, n], summed in float32 and rounded to
     the dtype of the inputs.
 
     The weight is decoded first for levels of no form, and where nothing can be compiled, with a
     warning.
     """
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        made: Tensor = packed_product(x, codes, levels, rows)
+        return made
+    with torch.no_grad():
+        return _multiplied(x, codes, levels, rows)
+
+
+def _multiplied(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tensor:
     n, (r, k) = x.shape[-1], levels.shape
     blocks, bits = max(r // rows, 1), width(k)
     size = n // blocks * bits // 8  # bytes of a block
@@ -186,22 +197,16 @@ def packed_product(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tenso
     numbers = _numbers(levels, rows, lanes)
     if numbers is None or not x.numel() or _FAILED:
         return functional.linear(x, decoded(codes, levels, (rows, n)).to(x.dtype))
-    word = 4 if by_words else 1
-    parts = x.reshape(-1, n * bits // (8 * word), 8 * word // bits).float()
-    sums = parts.sum(-1)
-    of_blocks = sums.reshape(len(sums), blocks, -1).sum(-1)
-    scaled = parts if by_words else parts * _scales(bits)
-    turned = scaled.transpose(1, 2).contiguous()
-    kind = _Kind(numbers.form, bits, len(parts), blocks * lanes, 1 if by_words else size, word)
+    form, units, start, middle = numbers
+    inputs = x.numel() // n
+    cut = (blocks * lanes, 1, 4) if by_words else (blocks, size, 1)
+    kind = _Kind(form, bits, inputs, start, middle is not None, *cut)
+    given = units if middle is None else (*units, middle)
     try:
-        if len(parts) <= MOST_ROWS:
-            starts = (sums if blocks > 1 else of_blocks) * numbers.start
-            y = _program(kind)(turned, starts, codes, *numbers.units)
+        if inputs <= MOST_ROWS:
+            y = _program(kind)(x, codes, _turn(kind), *given)
         else:
-            y = _by_tiles(kind, turned, codes, numbers.units)
-            u, *v = numbers.units[:2]
-            starts = numbers.start * (u + v[0] if v else u)
-            y += functional.linear(sums if by_words else of_blocks, starts)
+            y = _by_tiles(kind, x, codes, given)
     except RuntimeError as error:
         if not is_of_compiler(error):
             raise
@@ -212,9 +217,10 @@ def packed_product(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tenso
             stacklevel=2,
         )
         return functional.linear(x, decoded(codes, levels, (rows, n)).to(x.dtype))
-    if numbers.middle is not None:
-        y += functional.linear(of_blocks, numbers.middle)
-    return y.to(x.dtype).reshape(*x.shape[:-1], rows)
+    return y.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+packed_product = torch.library.custom_op("parq_fn::packed_product", _multiplied, mutates_args=())
 
 
 @packed_product.register_fake
@@ -242,34 +248,52 @@ def _(info: Any, in_dims: Any, x: Tensor, *own: Any) -> tuple[Tensor, int]:
         raise NotImplementedError(
             "vmap over packed weights: take parq_fn.export.dequantized(module)"
         )
-    return packed_product(x.movedim(in_dims[0], 0), *own), 0
+    made: Tensor = packed_product(x.movedim(in_dims[0], 0), *own)
+    return made, 0
 
 
 packed_product.register_autograd(_gradient, setup_context=_save)
 
 
-def _by_tiles(kind: _Kind, turned: Tensor, codes: Tensor, units: tuple[Tensor, ...]) -> Tensor:
-    """The product with the weight's rows without their start and middle, some rows at a time."""
-    x = turned.flatten(1)
-    rows = max(_TILE // x.shape[1], 1)
+def _by_tiles(kind: _Kind, x: Tensor, codes: Tensor, units: tuple[Tensor, ...]) -> Tensor:
+    """The same with some rows of the weight at a time."""
+    turned = (_turn(kind) @ _parts(kind, x)).view(-1, kind.inputs, kind.blocks * kind.size)
+    *places, sums = turned.transpose(0, 1).unbind(1)
+    inputs = torch.cat(places, 1)
+    number = len(units) - kind.middle
+    of_sums = kind.start * sum(units[1 : min(number, 2)], units[0])
+    of_sums = of_sums + units[-1] if kind.middle else of_sums
+    sums = sums.view(kind.inputs, kind.blocks, -1).sum(-1)
+    rows = max(_TILE // inputs.shape[1], 1)
     program, marks = _program(kind._replace(inputs=0)), _marks(kind)
     codes = codes.view(-1, kind.blocks * kind.size * kind.word)
-    y = x.new_empty(len(x), len(codes))
+    y = functional.linear(sums, of_sums)
     for first in range(0, len(codes), rows):
         # clones, for a compiler tells memory that begins further on from what begins at its start
-        own, *numbers = (part[first : first + rows].clone() for part in (codes, *units))
-        torch.mm(x, program(own, marks, *numbers).flatten(1).t(), out=y[:, first : first + rows])
+        parts = (part[first : first + rows].clone() for part in (codes, *units[:number]))
+        own, *numbers = parts
+        tile = program(own, marks, *numbers).flatten(1)
+        y[:, first : first + rows].addmm_(inputs, tile.t())
     return y
 
 
-def _scales(bits: int) -> Tensor:
-    """What undoes the places of codes in their byte: [8 / bits]."""
-    if bits not in _SCALES:
-        _SCALES[bits] = 2.0 ** -torch.arange(0, 8, bits)
-    return _SCALES[bits]
+def _parts(kind: _Kind, x: Tensor) -> Tensor:
+    """Inputs by their places in a byte or word: [places, inputs * columns]."""
+    return x.reshape(-1, 8 * kind.word // kind.bits).float().t()
 
 
-_SCALES: dict[int, Tensor] = {}
+_TURNS: dict[tuple[int, int], Tensor] = {}
+
+
+def _turn(kind: _Kind) -> Tensor:
+    """[places + 1, places]: what undoes the places of codes in their byte, on the diagonal, 1 of
+    codes in words; below it ones."""
+    key = kind.bits, kind.word
+    if key not in _TURNS:
+        places = torch.tensor(_places(kind))
+        scales = 2.0**-places if kind.word == 1 else torch.ones(len(places))
+        _TURNS[key] = torch.cat([scales.diag(), torch.ones(1, len(places))])
+    return _TURNS[key]
 
 
 def _program(kind: _Kind) -> Callable[..., Tensor]:
@@ -297,33 +321,34 @@ def _places(kind: _Kind) -> list[int]:
 
 
 def _product(kind: _Kind) -> Callable[..., Tensor]:
-    """(inputs [inputs, places, columns], starts, codes [bytes], *units) -> [inputs, rows]."""
+    """(x [..., n], codes [bytes], turn, *units, middle if any) -> [inputs, rows]. A turn is that of
+    `_turn`."""
     masks, places, words = _masks(kind), _places(kind), kind.word == 4
 
-    def product(turned: Tensor, starts: Tensor, codes: Tensor, *units: Tensor) -> Tensor:
+    def product(x: Tensor, codes: Tensor, turn: Tensor, *units: Tensor) -> Tensor:
         fields = []
         for c, mask in zip(_terms(kind, codes), masks, strict=True):
             wide = c.to(torch.int32)
             at = [(wide >> p) & mask if words else wide & (mask << p) for p in places]
             fields.append([field.float() for field in at])
-        x = turned.view(kind.inputs, len(places), kind.blocks, kind.size)
+        turned = (turn @ _parts(kind, x)).view(-1, kind.inputs, kind.blocks, kind.size)
         found = []
-        for own, start in zip(x, starts, strict=True):
+        for i in range(kind.inputs):
+            own, sums = turned[:-1, i], turned[-1, i]
+            given = sums if kind.blocks > 1 else sums.sum()
             total = torch.zeros(())
-            for i, (taken, unit) in enumerate(zip(fields, units, strict=True)):
-                times = 2 if i == 1 else 1  # the higher bit is taken as 2
-                own_start = start * times if i < 2 else torch.zeros_like(start)
+            if kind.middle:
+                last = units[-1].unsqueeze(-1) if kind.blocks > 1 else units[-1][:, 0]
+                total = given * last
+            for which, (taken, unit) in enumerate(zip(fields, units, strict=False)):
+                times = 2 if which == 1 else 1  # the higher bit is taken as 2
+                start = torch.zeros(()) if which == 2 else given * (kind.start * times)
                 terms = [field * one for field, one in zip(taken, own, strict=True)]
                 if kind.blocks > 1:
-                    acc = own_start.view(kind.blocks, kind.size)
-                    for term in terms:
-                        acc = acc + term
-                    total = total + acc * (unit / times).unsqueeze(-1)
+                    total = total + sum(terms, start) * (unit / times).unsqueeze(-1)
                 else:
-                    acc = terms[0]
-                    for term in terms[1:]:
-                        acc = acc + term
-                    total = total + (acc.sum((1, 2)) + own_start) * (unit / times)[:, 0]
+                    acc = sum(terms[1:], terms[0]).sum((1, 2))
+                    total = total + (acc + start) * (unit / times)[:, 0]
             found.append(total.sum((1, 2)) if kind.blocks > 1 else total)
         return torch.stack(found)
 
