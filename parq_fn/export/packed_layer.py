@@ -143,7 +143,8 @@ class PackedLinear(PackedLayer, nn.Linear):
 
     Where `exact` is False and the layer has 65,536 weights and more, a processor multiplies with
     the codes, and no weight is decoded to memory. It is faster, and errs by a few units in the last
-    place of float32 of sum |x_i| times the row's largest level: see `parq_fn.export.product`.
+    place of float32 of sum |x_i| times the row's largest level: see `parq_fn.export.product`. What
+    is written to levels through `levels.data` goes unnoticed there.
     """
 
     exact: bool = True  # as packed; `quantized` sets it
@@ -152,7 +153,8 @@ class PackedLinear(PackedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         (shape, cut, _), (r, k) = self.kept[WEIGHT], sizes(self.levels)
-        if self.exact or cut is not None or not takes(input, shape, r, k):
+        own = self.exact or cut is not None or input.dtype != self.levels.dtype
+        if own or not takes(input, shape, r, k):
             return functional.linear(input, self.decoded(), self.bias)
         out = multiplied(input, self.codes, self.levels, shape[0])
         bias: Tensor | None = self.bias

@@ -20,7 +20,8 @@ Up to four rows of inputs are one pass over the codes. For more of them tiles of
 stay in the processor's cache are decoded, and torch's own product takes each.
 
 Sums are in float32 and in another order than torch's. The error of an output is at most a few units
-in the last place of float32 of sum_i |x_i| max_j |l_j|, l the levels of the output's row.
+in the last place of float32 of sum_i |x_i| max_j |l_j|, l the levels of the output's row. An input
+that is not finite may make all outputs of its row NaN.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ LEAST = 1 << 16
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 #: Rows of inputs that one pass over the codes serves.
 MOST_ROWS = 4
-_TILE = 1 << 19  # weights that are decoded at a time
+_TILE = 1 << 21  # weights that are decoded at a time
 _VECTOR = 16  # bytes of a block that a processor takes at a time
 _OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast"}  # a product and a sum, rounded once
 
@@ -106,8 +107,11 @@ _KNOWN: MutableMapping[Tensor, tuple[Any, Numbers | None]] = WeakIdKeyDictionary
 
 
 def _numbers(levels: Tensor, rows: int, lanes: int) -> Numbers | None:
-    """The same, kept until the levels are written to."""
-    state = counted_writes(levels), levels.data_ptr(), rows, lanes
+    """The same, kept until the levels are written to; of levels that count no writes not kept."""
+    writes = counted_writes(levels)
+    if writes < 0:
+        return numbers_of(levels, rows, lanes)
+    state = writes, levels.data_ptr(), rows, lanes
     known = _KNOWN.get(levels)
     if known is None or known[0] != state:
         _KNOWN[levels] = known = state, numbers_of(levels, rows, lanes)
@@ -170,7 +174,8 @@ class _Kind(NamedTuple):
     word: int  # bytes that are taken together, 1 or 4
 
 
-_PROGRAMS: dict[_Kind, Callable[..., Tensor]] = {}
+#: By kind, and what a compiler makes programs of their own for.
+_PROGRAMS: dict[tuple[_Kind, int, bool], Callable[..., Tensor]] = {}
 _FAILED: list[_Kind] = []  # what could not be compiled
 
 
@@ -184,10 +189,10 @@ def multiplied(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tensor:
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         made: Tensor = packed_product(x, codes, levels, rows)
         return made
-    with torch.no_grad():
-        return _multiplied(x, codes, levels, rows)
+    return _multiplied(x, codes, levels, rows)
 
 
+@torch.no_grad()
 def _multiplied(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tensor:
     n, (r, k) = x.shape[-1], levels.shape
     blocks, bits = max(r // rows, 1), width(k)
@@ -202,11 +207,12 @@ def _multiplied(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tensor:
     cut = (blocks * lanes, 1, 4) if by_words else (blocks, size, 1)
     kind = _Kind(form, bits, inputs, start, middle is not None, *cut)
     given = units if middle is None else (*units, middle)
+    flat = x.reshape(inputs, n).float().contiguous()
     try:
         if inputs <= MOST_ROWS:
-            y = _program(kind)(x, codes, _turn(kind), *given)
+            y = _program(kind)(_at_start(flat), _at_start(codes), _turn(kind), *given)
         else:
-            y = _by_tiles(kind, x, codes, given)
+            y = _by_tiles(kind, flat, codes, given)
     except RuntimeError as error:
         if not is_of_compiler(error):
             raise
@@ -220,7 +226,18 @@ def _multiplied(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tensor:
     return y.to(x.dtype).view(*x.shape[:-1], rows)
 
 
-packed_product = torch.library.custom_op("parq_fn::packed_product", _multiplied, mutates_args=())
+def _at_start(tensor: Tensor) -> Tensor:
+    """It at the start of its own memory: a compiler tells memory that begins there from other, and
+    words are read where a word can begin."""
+    return tensor.clone() if tensor.storage_offset() else tensor
+
+
+packed_product = torch.library.custom_op(
+    "parq_fn::packed_product",
+    _multiplied,
+    mutates_args=(),
+    schema="(Tensor x, Tensor codes, Tensor levels, int rows) -> Tensor",
+)
 
 
 @packed_product.register_fake
@@ -269,9 +286,8 @@ def _by_tiles(kind: _Kind, x: Tensor, codes: Tensor, units: tuple[Tensor, ...]) 
     codes = codes.view(-1, kind.blocks * kind.size * kind.word)
     y = functional.linear(sums, of_sums)
     for first in range(0, len(codes), rows):
-        # clones, for a compiler tells memory that begins further on from what begins at its start
-        parts = (part[first : first + rows].clone() for part in (codes, *units[:number]))
-        own, *numbers = parts
+        parts = (part[first : first + rows] for part in (codes, *units[:number]))
+        own, *numbers = map(_at_start, parts)
         tile = program(own, marks, *numbers).flatten(1)
         y[:, first : first + rows].addmm_(inputs, tile.t())
     return y
@@ -279,7 +295,7 @@ def _by_tiles(kind: _Kind, x: Tensor, codes: Tensor, units: tuple[Tensor, ...]) 
 
 def _parts(kind: _Kind, x: Tensor) -> Tensor:
     """Inputs by their places in a byte or word: [places, inputs * columns]."""
-    return x.reshape(-1, 8 * kind.word // kind.bits).float().t()
+    return x.view(-1, 8 * kind.word // kind.bits).t()
 
 
 _TURNS: dict[tuple[int, int], Tensor] = {}
@@ -297,10 +313,11 @@ def _turn(kind: _Kind) -> Tensor:
 
 
 def _program(kind: _Kind) -> Callable[..., Tensor]:
-    if kind not in _PROGRAMS:
+    key = kind, torch.get_num_threads(), torch.is_inference_mode_enabled()
+    if key not in _PROGRAMS:
         formula = _product(kind) if kind.inputs else _decoding(kind)
-        _PROGRAMS[kind] = compiled(formula, _OPTIONS, dynamic=None)
-    return _PROGRAMS[kind]
+        _PROGRAMS[key] = compiled(formula, _OPTIONS, dynamic=None)
+    return _PROGRAMS[key]
 
 
 def _terms(kind: _Kind, codes: Tensor) -> list[Tensor]:
@@ -321,8 +338,8 @@ def _places(kind: _Kind) -> list[int]:
 
 
 def _product(kind: _Kind) -> Callable[..., Tensor]:
-    """(x [..., n], codes [bytes], turn, *units, middle if any) -> [inputs, rows]. A turn is that of
-    `_turn`."""
+    """(x [inputs, n], codes [bytes], turn, *units, middle if any) -> [inputs, rows]. A turn is that
+    of `_turn`."""
     masks, places, words = _masks(kind), _places(kind), kind.word == 4
 
     def product(x: Tensor, codes: Tensor, turn: Tensor, *units: Tensor) -> Tensor:

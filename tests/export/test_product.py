@@ -114,6 +114,27 @@ def test_levels_that_are_written_to_give_the_product_of_now() -> None:
     check(x, codes, levels, (4, 64))
 
 
+@pytest.mark.usefixtures("programs")
+def test_codes_that_begin_anywhere_in_memory_give_the_same_product() -> None:
+    shape, levels = (4, 256), levels_of("even", 32, 4)
+    codes = codes_of(shape, 4)
+    apart = torch.cat([codes.new_zeros(3), codes])[3:]
+    x = torch.randn(2, 256)
+    wanted = packed_product(x, codes, levels, 4)
+    assert torch.equal(packed_product(x, apart, levels, 4), wanted)
+    assert torch.equal(packed_product(torch.randn(3, 2, 256)[1].copy_(x), apart, levels, 4), wanted)
+    assert torch.equal(packed_product(x.t().contiguous().t(), codes, levels, 4), wanted)
+
+
+@pytest.mark.usefixtures("programs")
+def test_levels_of_inference_mode_may_be_written_to() -> None:
+    with torch.inference_mode():
+        codes, levels, x = codes_of((4, 64), 4), levels_of("even", 4, 4), torch.randn(1, 64)
+        check(x, codes, levels, (4, 64))
+        levels.mul_(3)
+        check(x, codes, levels, (4, 64))
+
+
 @pytest.mark.parametrize("k", [3, 5, 8, 17, 100])
 def test_codes_of_other_widths_are_widened_to_the_same_weight(k: int) -> None:
     levels = levels_of("even", 5, k)
