@@ -13,6 +13,8 @@ pytest_plugins = ["tests.plugin"]
 # Modules that cannot be imported without their extra have no doctests to collect.
 of_transformers = ["parq_fn/export/hugging_face.py", "parq_fn/integrations/trainer.py"]
 collect_ignore = [] if find_spec("transformers") else of_transformers
+if not (find_spec("transformers") and find_spec("torchao")):
+    collect_ignore = [*collect_ignore, "parq_fn/export/torchao_config.py"]
 
 
 @pytest.fixture(autouse=True)

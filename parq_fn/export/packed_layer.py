@@ -152,9 +152,8 @@ class PackedLinear(PackedLayer, nn.Linear):
     weight = _property(WEIGHT)  # decoded
 
     def forward(self, input: Tensor) -> Tensor:
-        (shape, cut, _), (r, k) = self.kept[WEIGHT], sizes(self.levels)
-        own = self.exact or cut is not None or input.dtype != self.levels.dtype
-        if own or not takes(input, shape, r, k):
+        shape, cut, _ = self.kept[WEIGHT]
+        if self.exact or cut is not None or not takes(input, self.levels, shape):
             return functional.linear(input, self.decoded(), self.bias)
         out = multiplied(input, self.codes, self.levels, shape[0])
         bias: Tensor | None = self.bias

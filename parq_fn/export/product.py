@@ -37,10 +37,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from parq_fn.export.codes import decode, encode, width
 from parq_fn.export.packing import decoded
+from parq_fn.export.product_programs import (
+    Kind,
+    decoding_of,
+    marks_of,
+    product_of,
+    turn_of,
+    turned_of,
+)
 from parq_fn.foundation.torch_private import (
     compiled,
     counted_writes,
     in_function_transform,
+    in_script_tracer,
     in_tracer,
     is_of_compiler,
 )
@@ -130,12 +139,15 @@ def fits(shape: tuple[int, ...], r: int, k: int) -> bool:
     return whole and (blocks == 1 or size // 8 >= _VECTOR or size % 32 == 0)
 
 
-def takes(x: Tensor, shape: tuple[int, ...], r: int, k: int) -> bool:
-    """Whether the product of these inputs with a weight is faster so than by decoding it first."""
-    own = fits(shape, r, k) and shape[0] * shape[1] >= LEAST and x.shape[-1:] == shape[1:]
-    if not own or type(x) is not Tensor or not x.is_cpu or x.dtype not in _DTYPES:
+def takes(x: Tensor, levels: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the product of these inputs with a weight of this shape, with levels [r, k], is
+    faster so than by decoding it first; False of tensors that stand for others."""
+    if type(x) is not Tensor or not x.is_cpu or in_script_tracer():
         return False
-    if torch.is_autocast_enabled("cpu"):
+    if x.dtype != levels.dtype or x.dtype not in _DTYPES:
+        return False
+    own = fits(shape, *levels.shape) and shape[0] * shape[1] >= LEAST and x.shape[-1:] == shape[1:]
+    if not own or torch.is_autocast_enabled("cpu"):
         return False
     return torch.compiler.is_dynamo_compiling() or not (in_tracer() or in_function_transform())
 
@@ -157,26 +169,9 @@ def widened(codes: Tensor, levels: Tensor, shape: tuple[int, ...]) -> tuple[Tens
     return encode(whole, wider), torch.cat([levels, more.to(levels.dtype)], 1)
 
 
-class _Kind(NamedTuple):
-    """What a program is made for.
-
-    Codes are taken by bytes, or by words of four bytes where blocks have fewer bytes than a vector:
-    then each word has units of its own, and is the lane of a vector.
-    """
-
-    form: str
-    bits: int  # of a code
-    inputs: int  # rows of inputs; 0 for the weight itself
-    start: float  # f, or -1/2
-    middle: bool  # whether there is a number m
-    blocks: int  # of a row of the weight; words, where codes are taken by words
-    size: int  # bytes of a block; 1 word
-    word: int  # bytes that are taken together, 1 or 4
-
-
 #: By kind, and what a compiler makes programs of their own for.
-_PROGRAMS: dict[tuple[_Kind, int, bool], Callable[..., Tensor]] = {}
-_FAILED: list[_Kind] = []  # what could not be compiled
+_PROGRAMS: dict[tuple[Kind, int, bool], Callable[..., Tensor]] = {}
+_FAILED: list[Kind] = []  # what could not be compiled
 
 
 def multiplied(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tensor:
@@ -205,12 +200,12 @@ def _multiplied(x: Tensor, codes: Tensor, levels: Tensor, rows: int) -> Tensor:
     form, units, start, middle = numbers
     inputs = x.numel() // n
     cut = (blocks * lanes, 1, 4) if by_words else (blocks, size, 1)
-    kind = _Kind(form, bits, inputs, start, middle is not None, *cut)
+    kind = Kind(form, bits, inputs, start, middle is not None, *cut)
     given = units if middle is None else (*units, middle)
     flat = x.reshape(inputs, n).float().contiguous()
     try:
         if inputs <= MOST_ROWS:
-            y = _program(kind)(_at_start(flat), _at_start(codes), _turn(kind), *given)
+            y = _program(kind)(_at_start(flat), _at_start(codes), turn_of(kind), *given)
         else:
             y = _by_tiles(kind, flat, codes, given)
     except RuntimeError as error:
@@ -272,9 +267,9 @@ def _(info: Any, in_dims: Any, x: Tensor, *own: Any) -> tuple[Tensor, int]:
 packed_product.register_autograd(_gradient, setup_context=_save)
 
 
-def _by_tiles(kind: _Kind, x: Tensor, codes: Tensor, units: tuple[Tensor, ...]) -> Tensor:
+def _by_tiles(kind: Kind, x: Tensor, codes: Tensor, units: tuple[Tensor, ...]) -> Tensor:
     """The same with some rows of the weight at a time."""
-    turned = (_turn(kind) @ _parts(kind, x)).view(-1, kind.inputs, kind.blocks * kind.size)
+    turned = turned_of(kind, x, turn_of(kind)).flatten(2)
     *places, sums = turned.transpose(0, 1).unbind(1)
     inputs = torch.cat(places, 1)
     number = len(units) - kind.middle
@@ -282,118 +277,20 @@ def _by_tiles(kind: _Kind, x: Tensor, codes: Tensor, units: tuple[Tensor, ...]) 
     of_sums = of_sums + units[-1] if kind.middle else of_sums
     sums = sums.view(kind.inputs, kind.blocks, -1).sum(-1)
     rows = max(_TILE // inputs.shape[1], 1)
-    program, marks = _program(kind._replace(inputs=0)), _marks(kind)
+    program, marks = _program(kind._replace(inputs=0)), marks_of(kind)
     codes = codes.view(-1, kind.blocks * kind.size * kind.word)
     y = functional.linear(sums, of_sums)
     for first in range(0, len(codes), rows):
-        parts = (part[first : first + rows] for part in (codes, *units[:number]))
-        own, *numbers = map(_at_start, parts)
+        tiles = (part[first : first + rows] for part in (codes, *units[:number]))
+        own, *numbers = map(_at_start, tiles)
         tile = program(own, marks, *numbers).flatten(1)
         y[:, first : first + rows].addmm_(inputs, tile.t())
     return y
 
 
-def _parts(kind: _Kind, x: Tensor) -> Tensor:
-    """Inputs by their places in a byte or word: [places, inputs * columns]."""
-    return x.view(-1, 8 * kind.word // kind.bits).t()
-
-
-_TURNS: dict[tuple[int, int], Tensor] = {}
-
-
-def _turn(kind: _Kind) -> Tensor:
-    """[places + 1, places]: what undoes the places of codes in their byte, on the diagonal, 1 of
-    codes in words; below it ones."""
-    key = kind.bits, kind.word
-    if key not in _TURNS:
-        places = torch.tensor(_places(kind))
-        scales = 2.0**-places if kind.word == 1 else torch.ones(len(places))
-        _TURNS[key] = torch.cat([scales.diag(), torch.ones(1, len(places))])
-    return _TURNS[key]
-
-
-def _program(kind: _Kind) -> Callable[..., Tensor]:
+def _program(kind: Kind) -> Callable[..., Tensor]:
     key = kind, torch.get_num_threads(), torch.is_inference_mode_enabled()
     if key not in _PROGRAMS:
-        formula = _product(kind) if kind.inputs else _decoding(kind)
+        formula = product_of(kind) if kind.inputs else decoding_of(kind)
         _PROGRAMS[key] = compiled(formula, _OPTIONS, dynamic=None)
     return _PROGRAMS[key]
-
-
-def _terms(kind: _Kind, codes: Tensor) -> list[Tensor]:
-    """Of each unit the bytes or words that have its codes: [rows, blocks, size]."""
-    flat = codes.reshape(-1)
-    c = (flat.view(torch.int32) if kind.word == 4 else flat).view(-1, kind.blocks, kind.size)
-    return {"even": [c], "additive": [c, c], "free": [c, c, c & (c >> 1)]}[kind.form]
-
-
-def _masks(kind: _Kind) -> list[int]:
-    """Of each unit the mask of the lowest code of a byte or word."""
-    return {"even": [2**kind.bits - 1], "additive": [1, 2], "free": [1, 2, 1]}[kind.form]
-
-
-def _places(kind: _Kind) -> list[int]:
-    """Of codes in a byte or word, in bits."""
-    return list(range(0, 8 * kind.word, kind.bits))
-
-
-def _product(kind: _Kind) -> Callable[..., Tensor]:
-    """(x [inputs, n], codes [bytes], turn, *units, middle if any) -> [inputs, rows]. A turn is that
-    of `_turn`."""
-    masks, places, words = _masks(kind), _places(kind), kind.word == 4
-
-    def product(x: Tensor, codes: Tensor, turn: Tensor, *units: Tensor) -> Tensor:
-        fields = []
-        for c, mask in zip(_terms(kind, codes), masks, strict=True):
-            wide = c.to(torch.int32)
-            at = [(wide >> p) & mask if words else wide & (mask << p) for p in places]
-            fields.append([field.float() for field in at])
-        turned = (turn @ _parts(kind, x)).view(-1, kind.inputs, kind.blocks, kind.size)
-        found = []
-        for i in range(kind.inputs):
-            own, sums = turned[:-1, i], turned[-1, i]
-            given = sums if kind.blocks > 1 else sums.sum()
-            total = torch.zeros(())
-            if kind.middle:
-                last = units[-1].unsqueeze(-1) if kind.blocks > 1 else units[-1][:, 0]
-                total = given * last
-            for which, (taken, unit) in enumerate(zip(fields, units, strict=False)):
-                times = 2 if which == 1 else 1  # the higher bit is taken as 2
-                start = torch.zeros(()) if which == 2 else given * (kind.start * times)
-                terms = [field * one for field, one in zip(taken, own, strict=True)]
-                if kind.blocks > 1:
-                    total = total + sum(terms, start) * (unit / times).unsqueeze(-1)
-                else:
-                    acc = sum(terms[1:], terms[0]).sum((1, 2))
-                    total = total + (acc + start) * (unit / times)[:, 0]
-            found.append(total.sum((1, 2)) if kind.blocks > 1 else total)
-        return torch.stack(found)
-
-    return product
-
-
-def _decoding(kind: _Kind) -> Callable[..., Tensor]:
-    """(codes [rows, bytes], marks, *units) -> the weights of these rows in the order of inputs,
-    [rows, places, blocks, size], without their start and middle. Marks are those of `_marks`."""
-    masks, words = _masks(kind), kind.word == 4
-
-    def decoding(codes: Tensor, marks: Tensor, *units: Tensor) -> Tensor:
-        whole = torch.zeros(())
-        for i, (c, mask, unit) in enumerate(zip(_terms(kind, codes), masks, units, strict=True)):
-            wide = c.unsqueeze(1)
-            at = (wide >> marks[i]) & mask if words else wide & marks[i]
-            number = (unit / 2 if i == 1 else unit).view(-1, 1, kind.blocks, 1)
-            whole = whole + at.float() * number
-        return whole
-
-    return decoding
-
-
-def _marks(kind: _Kind) -> Tensor:
-    """[units, places, 1, 1]: masks of the codes at each place of a byte, or places in a word."""
-    masks, places = _masks(kind), _places(kind)
-    if kind.word == 4:
-        found = torch.tensor([places for _ in masks], dtype=torch.int32)
-    else:
-        found = torch.tensor([[m << p for p in places] for m in masks], dtype=torch.uint8)
-    return found.view(*found.shape, 1, 1)

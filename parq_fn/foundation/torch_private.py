@@ -44,6 +44,12 @@ def in_tracer() -> bool:
     return any(mode.is_infra_mode() for mode in modes) or _is_pre_dispatch()
 
 
+def in_script_tracer() -> bool:
+    """Whether torch.jit.trace runs, to which sizes are tensors."""
+    jit: Any = torch.jit
+    return bool(jit.is_tracing())
+
+
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether it stands for others in vmap, grad or another transformation of torch.func."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -75,8 +81,7 @@ def subclass_of(kind: type[T], tensor: Tensor) -> T:
 
 def sizes(tensor: Tensor) -> tuple[int, ...]:
     """A tensor's sizes as numbers; where torch.jit.trace records, they are tensors otherwise."""
-    jit: Any = torch.jit
-    if not jit.is_tracing():
+    if not in_script_tracer():
         return tuple(tensor.shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that they are taken for constants

@@ -1,8 +1,4 @@
-"""llama.cpp as a program: `python -m tests.integrations.llama_cpp FILE` loads a GGUF file.
-
-It answers each line of its input, a list of tokens in JSON with the likeliest next ones, a text
-with its tokens. A process of its own, for llama.cpp ends the one that it is in on a fault.
-"""
+"""llama.cpp in a process of its own, for it ends the one that it is in on a fault."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ class LlamaCpp:
     """A file, loaded."""
 
     def __init__(self, file: Path) -> None:
-        command = [sys.executable, "-m", __name__, str(file)]
+        command = [sys.executable, "-c", f"import {__name__} as m; m.serve()", str(file)]
         pipe = subprocess.PIPE
         self.words = tempfile.TemporaryFile("w+")  # noqa: SIM115 # closed on leaving
         self.process = subprocess.Popen(
@@ -65,10 +61,12 @@ class LlamaCpp:
         self.words.close()
 
 
-def main(file: str) -> None:
+def serve() -> None:
+    """Loads the file of the command line, and answers each line of its input: a list of tokens in
+    JSON with the likeliest next ones, a text with its tokens."""
     import xllamacpp
 
-    params = xllamacpp.CommonParams()
+    params, file = xllamacpp.CommonParams(), sys.argv[1]
     params.model.path, params.n_ctx, params.n_parallel = file, 128, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.warmup = params.fit_params = False
@@ -89,7 +87,3 @@ def main(file: str) -> None:
             (token,) = found["choices"][0]["logprobs"]["content"]
             answer = [(one["id"], one["logprob"]) for one in (token, *token["top_logprobs"])]
         print(_MARK + json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -181,7 +181,7 @@ def test_packed_models_are_whole_and_write_what_the_dense_ones_write(
         dense(tokens, labels=tokens).loss.backward()
         optimizer.step()
     quantized = {n for n, p in dense.named_parameters() if "qparams" in optimizer.state[p]}
-    model = quantize_pretrained(copy.deepcopy(dense), pack(dense, optimizer))
+    model = quantize_pretrained(copy.deepcopy(dense), pack(dense, optimizer), exact=True)
     parts = [(n, m) for n, m in model.named_modules() if isinstance(m, PackedLayer)]
     packed = {f"{name}.{key}" for name, part in parts for key in part.kept}
     assert quantized <= packed
