@@ -157,7 +157,8 @@ class lsbq(Quantizer):
             return torch.cat(start, -1)
         codes = _codes(self.bits, x)
         levels = alternate(x, torch.cat(start, -1), codes)
-        return levels[..., (self.num_levels + 1) // 2 :]  # the others are their negatives, and 0
+        # the others are their negatives, and 0; a clone, for a state that keeps a part keeps all
+        return levels[..., (self.num_levels + 1) // 2 :].clone()
 
     def grid(self, qparams: Tensor) -> Grid | None:
         if self.center or self.bits > 1:

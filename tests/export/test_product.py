@@ -234,8 +234,8 @@ def test_without_a_compiler_weights_are_decoded_with_a_warning(
 
 @pytest.mark.rare
 @pytest.mark.slow
-@pytest.mark.parametrize("inputs", [2, 9])
-def test_compiled_products_are_within_their_bound(inputs: int) -> None:
+def test_compiled_products_are_within_their_bound() -> None:
+    """A program is compiled, 10 s and more; of others the graphs run in the tests above."""
     torch.manual_seed(0)
     codes, levels = codes_of((64, 256), 4), levels_of("additive", 64, 4)
-    check(torch.randn(inputs, 256), codes, levels, (64, 256))
+    check(torch.randn(2, 256), codes, levels, (64, 256))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
@@ -180,6 +180,15 @@ QUANTIZERS = [
     st.booleans(),
     st.booleans(),
     st.integers(0, 2**20),
+)
+@example(
+    quantizer=pf.lsbq(3, "alternating"),
+    granularity=pf.per_tensor(),
+    shapes=[(100, 40)],
+    dtype=torch.float32,
+    bad=False,
+    there=False,
+    seed=0,
 )
 def test_small_parameters_get_their_levels_together(
     quantizer, granularity, shapes, dtype, bad, there, seed
