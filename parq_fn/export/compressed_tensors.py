@@ -11,7 +11,6 @@ import copy
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from parq_fn.export.grid import Multiples, as_multiples, even_grid, off_grid, sh
 from parq_fn.export.layers import check_fit, owners_of
 from parq_fn.export.packing import Packed
 from parq_fn.export.torchao import blocks_of, spread
+from parq_fn.foundation.tree import matches
 from parq_fn.foundation.value import briefly, check_flags
 
 _READER = "compressed-tensors"
@@ -81,7 +81,7 @@ def to_compressed_tensors(
     state, kinds, left = dict[str, Tensor](), dict[str, str](), list[str]()
     groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for name, entry in packed.items():
-        full = any(fnmatchcase(name, pattern) for pattern in patterns)
+        full = any(matches(pattern, name) for pattern in patterns)
         if not isinstance(entry, Packed) or full or name not in linear or 0 in entry.shape:
             state[name] = entry.unpack() if isinstance(entry, Packed) else entry
             left += [name] * (isinstance(entry, Packed) and not full)

@@ -94,14 +94,31 @@ class Finder(importlib.abc.MetaPathFinder):
         )
 
 
-class _Watch:
-    """A pytest plugin: likely killers first, no shrinking, and who failed."""
+class Watch:
+    """A pytest plugin that notes how long each test takes, and what failed first."""
 
-    def __init__(self, finder: Finder, order: list[str]) -> None:
-        self.finder = finder
-        self.place = {test: i for i, test in reversed(list(enumerate(order)))}
+    def __init__(self) -> None:
         self.durations: dict[str, float] = {}
         self.by = ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.durations[report.nodeid] = self.durations.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.by = self.by or report.nodeid
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            *_, why = "", *str(report.longrepr).splitlines()
+            self.by = self.by or f"import of {report.nodeid}: {why}"
+
+
+class _LikelyFirst(Watch):
+    """With one module mutated, and likely killers first."""
+
+    def __init__(self, finder: Finder, order: list[str]) -> None:
+        super().__init__()
+        self.finder = finder
+        self.place = {test: i for i, test in reversed(list(enumerate(order)))}
 
     def pytest_configure(self) -> None:
         sys.meta_path.insert(0, self.finder)  # before pytest's own, of the files it is given, too
@@ -111,15 +128,6 @@ class _Watch:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = filter(is_quick, items)
         items.sort(key=lambda item: self.place.get(item.nodeid, len(self.place)))
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.durations[report.nodeid] = self.durations.get(report.nodeid, 0.0) + report.duration
-        if report.failed:
-            self.by = self.by or report.nodeid
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:
-            self.by = self.by or f"import of {report.nodeid}"
 
 
 def run(
@@ -174,7 +182,7 @@ def _child(
     sys.meta_path.insert(0, finder)  # for what conftest.py imports
     durations: dict[str, float] = {}
     for files in stages:
-        watch = _Watch(finder, order)
+        watch = _LikelyFirst(finder, order)
         status = pytest.main([*OPTIONS, *files], plugins=[watch])
         durations |= watch.durations
         if name in sys.modules and not isinstance(sys.modules[name].__loader__, _Mutated):

@@ -142,16 +142,15 @@ def _tell(node: ast.AST, name: str) -> None:
                 _tell(part, name)
 
 
-class _Collector:
+class _Collector(forked.Watch):
     """A pytest plugin that runs, in place of the tests, the tests that reach each mutant."""
 
     def __init__(self, sources: dict[str, str], jobs: list[Job], pipe: Any, seconds: float) -> None:
+        super().__init__()
         self.jobs, self.pipe, self.seconds = jobs, pipe, seconds
         self.texts = {module: printed(text) for module, text in sources.items()}
         self.paths = {str(Path(module).resolve()): module for module in sources}
         self.hits: set[tuple[str, int]] = set()
-        self.by = ""
-        self.durations: dict[str, float] = {}
 
     def collect(self, files: list[str]) -> None:
         self._find()  # for what conftest.py imports
@@ -190,15 +189,6 @@ class _Collector:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = filter(forked.is_quick, items)
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.durations[report.nodeid] = self.durations.get(report.nodeid, 0.0) + report.duration
-        if report.failed:
-            self.by = self.by or report.nodeid
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:
-            self.by = self.by or f"import of {report.nodeid}: {report.longrepr}"
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
